@@ -1,0 +1,368 @@
+"""The recipe: everything a run needs to know, in one typed and frozen schema.
+
+Each field is documented once, by the text under it; ``reference()`` prints those texts as the README's table. A recipe
+never changes after it is validated: ``auto`` values are resolved into a *new* recipe, which is what runs and what the
+run folder keeps. This file knows YAML and pydantic; it must not know torch, a model or a data set.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from qlora.errors import RecipeError, nearest
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class Section(BaseModel):
+    """What every section shares: frozen, complete, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelSection(Section):
+    """The base model: which checkpoint, and how its frozen weights are held."""
+
+    name: str = Field(DEFAULT_MODEL, min_length=1)
+    """A local folder with safetensors, a hub id (`org/name`), or `smollm2-135m-instruct`, the embedded default."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the newest when left out."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen linears are stored. `none` keeps them in the compute dtype."""
+    double_quant: bool = True
+    """Quantise the 4-bit scales themselves to 8 bits (QLoRA paper, section 3): 0.37 bit a parameter saved."""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The dtype of activations and matrix products. `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on CPUs."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Leave it off unless you have read that code."""
+
+
+class LoRA(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen linears."""
+
+    name: Literal["lora"] = "lora"
+    """The method's name, which selects this section."""
+    r: int = Field(16, ge=1, le=256)
+    """Rank of the update."""
+    alpha: float = Field(32, gt=0)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear of attention and MLP, not the head), or names such as `[q_proj, v_proj]`."""
+    adapter_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """The dtype that the adapter is kept in. `auto`: bf16 on CUDA with bf16 compute, fp32 elsewhere."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        if isinstance(self.target_modules, tuple) and not self.target_modules:
+            raise ValueError("is an empty list; expected 'all-linear' or at least one module name")
+        return self
+
+
+class DataSection(Section):
+    """The training data and how it becomes rows of tokens."""
+
+    train: str | tuple[str, ...] = Field(min_length=1)
+    """A file (.jsonl, .json, .csv, .parquet, .txt), several files, or a hub id."""
+    held_out: str | None = None
+    """A file or hub id that is never trained on; loss and answers are measured on it."""
+    held_out_fraction: float = Field(0.0, ge=0, lt=1)
+    """Part of `train` to hold out when there is no `held_out` file, drawn by `training.seed`."""
+    subset: str | None = None
+    """A hub data set's configuration name."""
+    split: str = "train"
+    """A hub data set's split to train on."""
+    held_out_split: str = "test"
+    """A hub data set's split for `held_out`."""
+    form: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """The form of a record. `auto` detects it from the fields, and says what it found."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Other names for a form's fields, as `{prompt: question, completion: answer}`."""
+    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens carry loss. `auto`: the assistant's turns of a conversation, the completion of a pair, all of a text."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the tokenizer's own."""
+    max_length: int = Field(1024, ge=8, le=1_048_576)
+    """The length of a row in tokens; also the longest example."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to an example above `max_length`. Raw text is never cut off: it is split into rows."""
+    packing: bool = True
+    """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many records."""
+
+    @model_validator(mode="after")
+    def _one_held_out(self) -> Self:
+        if self.held_out is not None and self.held_out_fraction > 0:
+            raise ValueError("has both held_out and held_out_fraction; expected one of them")
+        return self
+
+
+class TrainingSection(Section):
+    """The optimizer and the loop."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows; ignored when `steps` is given."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all."""
+    batch_size: int = Field(16, ge=1)
+    """Rows an optimizer step. The last step of an epoch takes what is left."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Rows that go through the model at once. Changes memory and speed, never the result."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW with 32-bit state, or bitsandbytes' 8-bit and paged ones (paged: the state may leave a full GPU for host memory)."""
+    learning_rate: float = Field(2e-4, gt=0, le=10)
+    """The peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: to zero along a line or a half cosine, or not at all."""
+    warmup_fraction: float = Field(0.03, ge=0, le=1)
+    """Part of all steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; `null` for no clipping."""
+    gradient_checkpointing: bool = True
+    """Keep only each layer's input and recompute the rest in backward."""
+    accumulation: Literal["layer_major", "micro_batch_major"] = "layer_major"
+    """`layer_major` sends a step's micro-batches through one layer before the next, so that each layer is dequantised once
+    a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
+    loss_chunk: int = Field(256, ge=1)
+    """Target positions whose logits exist at the same time."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds the adapter's initial values, the order of the rows and dropout."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves the last step only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+
+
+class EvaluationSection(Section):
+    """What is measured before, during and after training."""
+
+    every: int = Field(0, ge=0)
+    """Steps between held-out evaluations; 0 evaluates before and after only."""
+    held_out_rows: int | None = Field(None, ge=1)
+    """Only the first so many held-out rows."""
+    prompts: int = Field(3, ge=0)
+    """Held-out prompts that are answered before and after training."""
+    max_new_tokens: int = Field(64, ge=1)
+    """The longest answer in tokens."""
+
+
+class DeviceSection(Section):
+    """Where it runs."""
+
+    name: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; all cores when left out."""
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    model: ModelSection = ModelSection()
+    method: LoRA = LoRA()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    device: DeviceSection = DeviceSection()
+    folder: str | None = None
+    """The run folder; `runs/` and the recipe file's name when left out."""
+    overwrite: bool = False
+    """Delete an existing run folder first; without it an existing one is refused."""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *overrides: str) -> Recipe:
+        """Read a recipe file; each override is ``section.key=value`` with a YAML value.
+
+        Raises RecipeError naming every mistake: the key, its place, and the nearest valid key.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
+        values, lines = _parse(text, str(path))
+        if values.get("folder") is None:
+            values["folder"] = str(Path("runs") / path.stem)
+        return cls.from_dict(values, *overrides, source=str(path), lines=lines)
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        *overrides: str,
+        source: str = "the recipe",
+        lines: dict[tuple[str, ...], int] | None = None,
+    ) -> Recipe:
+        """Validate plain values. ``lines`` maps a key's path to its line in ``source``, for the messages."""
+        merged = _copied(values)
+        for override in overrides:
+            _override(merged, override)
+        try:
+            return cls.model_validate(merged)
+        except pydantic.ValidationError as error:
+            mistakes = [_sentence(cls, item, lines or {}) for item in error.errors()]
+            many = f"{len(mistakes)} mistakes in {source}:" if len(mistakes) > 1 else f"{source}:"
+            raise RecipeError(
+                "\n  ".join([many, *mistakes]) if len(mistakes) > 1 else f"{many} {mistakes[0]}"
+            ) from None
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every value written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def reference() -> str:
+    """Every field with its type, default and documentation, as Markdown tables: the README's and ``qlora --help``'s source."""
+    lines: list[str] = []
+    top = [(name, field) for name, field in Recipe.model_fields.items() if not _section_of(field)]
+    for title, model, fields in [
+        *((n, s, list(s.model_fields.items())) for n, f in Recipe.model_fields.items() if (s := _section_of(f))),
+        ("(top level)", Recipe, top),
+    ]:
+        lines += [
+            f"### `{title}`",
+            "",
+            (model.__doc__ or "").strip(),
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for name, field in fields:
+            default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{name}` | {default} | {meaning} Type: {_type_text(field.annotation)}. |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, dict)
+        else str(value)
+    )
+
+
+def _type_text(annotation: Any) -> str:
+    """``Literal['a', 'b'] | None`` → ``a, b or null``."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(part) for part in typing.get_args(annotation))
+    if origin is tuple:
+        return "list of " + _type_text(typing.get_args(annotation)[0])
+    if origin is Annotated:
+        return _type_text(typing.get_args(annotation)[0])
+    if origin is dict:
+        return "mapping of text to text"
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """YAML text → its values, and the line of every key."""
+    try:
+        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
+        raise RecipeError(
+            f"'{source}' is not valid YAML{where}: {getattr(error, 'problem', None) or error}; expected 'key: value' lines."
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"'{source}' holds {'nothing' if values is None else type(values).__name__}; expected sections such as 'model:' and 'data:'."
+        )
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode) and len(path) < 8:
+            for key, value in node.value:
+                here = (*path, str(key.value))
+                lines[here] = key.start_mark.line + 1
+                walk(value, here)
+
+    if node is not None:
+        walk(node, ())
+    return values, lines
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Put one ``section.key=value`` into ``values``, in place."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"'{override}' is not an override; expected section.key=value, as in training.epochs=2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"The value in '{override}' is not valid YAML; quote it, as in {key}='\"…\"'.") from None
+    place = values
+    for part in path[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"'{override}' goes into '{part}', which is a single value and not a section.")
+        place = inner
+    place[path[-1]] = value
+
+
+def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
+    """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
+    # pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') → data.train
+    section: type[Section] | None = recipe
+    path: list[str] = []
+    for part in item["loc"]:
+        if section is None:
+            if isinstance(part, int):
+                path.append(str(part))
+            continue
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        section = _section_of(field) if field else None
+    key = ".".join(path) or "the recipe"
+    line = lines.get(tuple(path))
+    place = f" (line {line})" if line else ""
+    if item["type"] == "extra_forbidden":
+        owner: type[Section] = recipe
+        for part in path[:-1]:
+            owner = _section_of(owner.model_fields[part]) or owner
+        hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
+        return f"'{key}'{place} is not a known key.{hint}"
+    if item["type"] == "missing":
+        return f"'{key}' is missing; it has no default."
+    if item["type"] == "value_error":
+        return f"'{key}'{place} {item['ctx']['error']}."
+    return f"'{key}'{place} is {item['input']!r:.80}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
