@@ -1,0 +1,46 @@
+# Two commands: `make quickstart` and `make test`. Both make .venv first; a second call finds it and installs nothing.
+#   make quickstart PYTHON=python3.12                     another interpreter
+#   make quickstart SET="training.steps=10 method.r=8"   overrides for the recipe
+
+PYTHON ?= python3
+SET ?=
+SHELL := /bin/bash
+BIN := .venv/bin
+INSTALLED := .venv/installed
+SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart quickstart-short test lint gpu-check
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 24
+
+quickstart: $(INSTALLED)  ## fine-tune the default model on the standard library's docstrings, export and report
+	@$(BIN)/python -c 'from qlora.model.default import main; main([])'
+	@$(BIN)/python recipes/quickstart_data.py
+	@$(BIN)/qlora train recipes/quickstart.yaml overwrite=true $(SET)
+	@$(BIN)/qlora export runs/quickstart merged
+
+quickstart-short:  ## the same with ten steps, to see that everything works
+	@$(MAKE) --no-print-directory quickstart SET="$(SHORT)"
+
+lint: $(INSTALLED)  ## format, lint, types and layering
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## lint, then all tests
+	$(BIN)/python -m pytest
+
+gpu-check: $(INSTALLED)  ## the tests that need a CUDA device; without one they are skipped and say so
+	$(BIN)/python -m pytest -m gpu -rs
+
+# setuptools is installed first and used in place, so that the pinned one builds, not the newest.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("qlora needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@if [ "$$($(BIN)/python -V 2>&1)" != "$$($(PYTHON) -V)" ]; then echo "Making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear .venv; fi
+	@echo "Installing qlora and what it needs into .venv (some minutes the first time) …"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""Batches: which rows a step takes, and how rows become tensors.
+
+The order of an epoch is a permutation drawn from (seed, epoch) and a step takes a slice of it, so the place in the data
+*is* the step number: nothing to save, nothing to restore wrongly. Knows rows; must not know a model or an optimizer.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy
+import torch
+from torch import Tensor
+
+from qlora.data.examples import IGNORE_INDEX
+from qlora.data.packing import Row
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Steps that ``count`` rows give at ``batch_size`` rows a step; the last one may be short."""
+    return -(-count // batch_size)
+
+
+def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows of a step, counted from 0 over all epochs. Every epoch holds each of ``count`` rows exactly once.
+
+    Example: 5 rows by 2 → steps 0, 1, 2 hold 2, 2 and 1 rows; step 3 begins the second epoch in a new order.
+    """
+    epoch, place = divmod(step, steps_per_epoch(count, batch_size))
+    return list(_order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(numpy.random.Generator(numpy.random.PCG64([seed, epoch])).permutation(count).tolist())
+
+
+def collate(rows: list[Row], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
+    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is ``length`` or the longest row.
+
+    Padding stands on the right: ids ``pad_id``, labels ``IGNORE_INDEX`` by position, whatever id the pad is, and
+    positions that count on, since a restart would look like one more packed example. The causal mask already keeps
+    real tokens from seeing what is to their right, so there is no attention mask.
+    """
+    longest = max(len(row.ids) for row in rows)
+    width = longest if length is None else length
+    if width < longest:
+        raise ValueError(f"a row of {longest} tokens does not fit a batch of length {width}")
+    ids = numpy.full((len(rows), width), pad_id, dtype=numpy.int64)
+    labels = numpy.full((len(rows), width), IGNORE_INDEX, dtype=numpy.int64)
+    positions = numpy.empty((len(rows), width), dtype=numpy.int64)
+    for at, row in enumerate(rows):
+        n = len(row.ids)
+        ids[at, :n] = row.ids
+        labels[at, :n] = row.labels
+        positions[at, :n] = row.positions
+        positions[at, n:] = numpy.arange(1, width - n + 1) + row.positions[-1]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+    }

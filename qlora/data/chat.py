@@ -1,0 +1,257 @@
+"""Chat: a conversation becomes token ids and a mask of what the assistant said, through the tokenizer's own template.
+
+    render(turns before the answer, generation prompt)   <|user|>Hi<|end|><|assistant|>
+    render(turns up to the answer)                       <|user|>Hi<|end|><|assistant|>Hello<|end|>\\n
+    the difference is the answer                                                       Hello<|end|>
+
+Each rendering must be a prefix of the next; the whole text is then tokenised once, and a token that holds any character
+of an answer carries loss. The end-of-turn token belongs to the answer (without it a model never stops), white space
+after it does not. No special tokens are added to a rendered text, as in transformers' ``apply_chat_template``: the
+template is the whole truth, so there is never a second bos. Masks come from positions, never from token ids.
+
+- A template that rewrites earlier turns (Qwen3 removes their thoughts) makes a conversation of n answers n examples,
+  each as the model would have seen it, with its last answer trained.
+- A template with ``{% generation %}`` blocks states its own mask, and transformers reads it.
+- Without a template, ``DEFAULT_TEMPLATE``: plain text, existing tokens only, eos at the end of the assistant's turn.
+
+Knows templates and tokenizers; must not know files of data, lengths or packing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy
+from numpy.typing import NDArray
+
+from qlora.data.dialect import Dialect
+from qlora.data.examples import Example, make_example
+from qlora.data.formats import Conversation
+from qlora.errors import DataError
+
+DEFAULT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '### ' + message['role'] | capitalize + ':\\n' + message['content'] -}}
+{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{{- '\\n\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"""
+"""The template of tokenizers without one. A tokenizer that begins every text with bos gets it here too."""
+
+_BATCH = 512  # texts tokenised at once: the offsets of no more are in memory
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
+# one that Llama's own template falls back to.
+_DATE = "26 Jul 2024"
+_FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or the one that stands in for it.
+
+    ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
+    (None where the template has none). Raises DataError when the template file cannot be read or is not Jinja.
+    """
+
+    def __init__(self, tokenizer: Any, file: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(tokenizer).__name__} cannot say which characters a token covers, which the loss mask needs; "
+                "use a checkpoint with a tokenizer.json."
+            )
+        self.tokenizer = tokenizer
+        self.name, self.text = _find(tokenizer, file)
+        self._source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
+        self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        try:
+            self._render([{"role": "user", "content": "Hi"}])
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"The chat template ({self.name}) is not valid Jinja: line {error.lineno}, {error}."
+            ) from None
+        except Exception:  # it may refuse such a short conversation, which is its right
+            pass
+        self.dialect = Dialect(self._render)
+        self.end_of_turn = self._end_of_turn()
+        self._states_mask = _GENERATION.search(self.text) is not None
+
+    def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
+        """The examples of each conversation: one, or one for each answer where the template rewrites earlier turns.
+
+        ``train_on``: ``assistant`` trains every answer, ``completion`` the last one, ``all`` everything. Raises DataError
+        naming the record when the template refuses it, cannot be masked, or leaves the end-of-turn token untrained.
+        """
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]]] = []
+        owners: list[int] = []
+        for owner, conversation in enumerate(conversations):
+            for text, answers in self._rendered(conversation, train_on):
+                texts.append(text)
+                spans.append(answers)
+                owners.append(owner)
+        encoded: list[list[Example]] = [[] for _ in conversations]
+        for first in range(0, len(texts), _BATCH):
+            batch = self.tokenizer(
+                texts[first : first + _BATCH], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            for at, (ids, offsets) in enumerate(zip(batch["input_ids"], batch["offset_mapping"], strict=True), first):
+                place = conversations[owners[at]].place
+                if train_on == "all":
+                    trained = numpy.ones(len(ids), dtype=bool)
+                else:
+                    trained = self._mask(ids, offsets, spans[at], place)
+                encoded[owners[at]].append(make_example(ids, trained))
+        return encoded
+
+    def prompt(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[int], str]:
+        """The first question of a conversation as the template's messages, its ids with the generation prompt, and the
+        answer that was given."""
+        messages, tools = self.dialect.speak(conversation)
+        first = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+        text = self._checked(conversation.place, messages[:first], tools, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        given = next(message for message in conversation.messages if message["role"] == "assistant")
+        return messages[:first], ids, given["content"]
+
+    # --- text and spans ----------------------------------------------------------------------------------------------
+
+    def _rendered(self, conversation: Conversation, train_on: str) -> list[tuple[str, list[tuple[int, int]]]]:
+        """(text, spans of answers in characters) of each example that the conversation gives."""
+        messages, tools = self.dialect.speak(conversation)
+        place = conversation.place
+        whole = self._checked(place, messages, tools)
+        if train_on == "all":
+            return [(whole, [])]
+        if self._states_mask:
+            spans = self._stated_spans(place, messages, tools)
+            return [(whole, spans[-1:] if train_on == "completion" else spans)]
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if train_on == "completion":
+            answers = answers[-1:]
+        upto = {at: self._checked(place, messages[: at + 1], tools) for at in answers[:-1]}
+        upto[answers[-1]] = whole  # nothing follows the last answer: formats.py left it off
+        spans = [(self._start(place, messages, tools, at, upto[at]), self._end(upto[at])) for at in answers]
+        if all(whole.startswith(text) for text in upto.values()):
+            return [(whole, spans)]
+        return [(upto[at], [span]) for at, span in zip(answers, spans, strict=True)]
+
+    def _start(self, place: str, messages: list[dict[str, Any]], tools: Any, at: int, upto: str) -> int:
+        """Where the answer ``messages[at]`` begins in ``upto``, the rendering that ends with it."""
+        asked = self._checked(place, messages[:at], tools, add_generation_prompt=True)
+        if upto.startswith(asked):
+            return len(asked)
+        # A generation prompt may hold more than a finished turn does (DeepSeek-R1 opens the thoughts in it): the answer
+        # begins where the two part, but never before the end of the earlier turns.
+        before = self._checked(place, messages[:at], tools)
+        if not upto.startswith(before):
+            raise DataError(
+                f"{_capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
+                f"{at + 1} differently once the answer follows. Give a data.chat_template with {{% generation %}} blocks, "
+                "or set data.train_on=all."
+            )
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(asked, upto, strict=False))
+        return max(len(before), sum(1 for _ in alike))
+
+    def _end(self, text: str) -> int:
+        """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""
+        bare = text.rstrip()
+        return len(bare) if bare.endswith(self._special) else len(text)
+
+    def _stated_spans(self, place: str, messages: list[dict[str, Any]], tools: Any) -> list[tuple[int, int]]:
+        """The spans of the template's ``{% generation %}`` blocks, from transformers' mask of the tokens."""
+        try:
+            batch = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self._source,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+                date_string=_DATE,
+            )
+        except Exception as error:
+            raise self._refusal(place, error) from None
+        trained = numpy.asarray(batch["assistant_masks"], dtype=bool)
+        offsets = numpy.asarray(batch["offset_mapping"]).reshape(-1, 2)
+        edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[0], trained, [0]])))
+        return [(int(offsets[a, 0]), int(offsets[b - 1, 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+    # --- tokens ------------------------------------------------------------------------------------------------------
+
+    def _mask(
+        self, ids: list[int], offsets: list[Any], spans: list[tuple[int, int]], place: str
+    ) -> NDArray[numpy.bool_]:
+        """Which tokens hold a character of a span. ``offsets``: the (begin, end) characters of each token."""
+        begins, ends = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2).T
+        trained = numpy.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            inside = (ends > start) & (begins < end) & (ends > begins)
+            trained |= inside
+            last = int(numpy.flatnonzero(inside)[-1]) if inside.any() else -1
+            if self.end_of_turn is not None and (last < 0 or ids[last] != self.end_of_turn):
+                token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+                raise DataError(
+                    f"{_capital(place)} has an answer whose end-of-turn token {token} would carry no loss, and the model "
+                    f"would never learn to stop; in the chat template ({self.name}) the token must belong to the answer."
+                )
+        return trained
+
+    def _end_of_turn(self) -> int | None:
+        """The special token that directly follows an answer, or None."""
+        mark = "qlora-answer"
+        try:
+            text = self._render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
+        except Exception:
+            return None
+        tail = text[text.rfind(mark) + len(mark) :].lstrip()
+        found = max((token for token in self._special if tail.startswith(token)), key=len, default=None)
+        return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found))
+
+    # --- rendering, in transformers' sandbox --------------------------------------------------------------------------
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=self._source,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=_DATE,
+        )
+
+    def _checked(self, place: str, *arguments: Any, **options: Any) -> str:
+        try:
+            return self._render(*arguments, **options)
+        except Exception as error:  # a template is a program of its author's: any exception means that it refuses
+            raise self._refusal(place, error) from None
+
+    def _refusal(self, place: str, error: Exception) -> DataError:
+        reason = str(error).strip().rstrip(".") or type(error).__name__
+        return DataError(f"{_capital(place)} is refused by the chat template ({self.name}): {reason}.")
+
+
+def _find(tokenizer: Any, file: str | None) -> tuple[str, str]:
+    """(name, Jinja source) of the template to use: the file, the tokenizer's own, or the default."""
+    if file is not None:
+        try:
+            return f"'{file}'", Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.chat_template '{file}' cannot be read ({error}); expected a Jinja file.") from None
+    if tokenizer.chat_template:
+        return "the tokenizer's own", tokenizer.get_chat_template()
+    if tokenizer.eos_token is None:
+        raise DataError(
+            "The tokenizer has neither a chat template nor an eos token to end a turn with; give a data.chat_template."
+        )
+    begins = tokenizer("a")["input_ids"][:1]
+    bos = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else ""
+    return "the default, as the tokenizer has none", bos + DEFAULT_TEMPLATE
+
+
+def _capital(place: str) -> str:
+    return place[:1].upper() + place[1:]

@@ -1,0 +1,104 @@
+"""An example: the token ids of one conversation, pair or piece of text, and which of them carry loss.
+
+Knows arrays of ids and labels, how raw text becomes pieces, and what happens to an example above the limit. Must not
+know a chat template, a file or a packed row. The law: every token that comes in goes out, or is counted as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+"""The label of a token that carries no loss, as torch's cross-entropy spells it."""
+
+_BATCH = 512  # texts given to the tokenizer at once: enough to use it fully, and the offsets of no more are in memory
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and labels of one example, both int32 ``[n]``, n ≥ 1.
+
+    ``labels[i]`` is ``ids[i]`` or ``IGNORE_INDEX``; the shift by one happens in the loss. ``labels[0]`` is always
+    ``IGNORE_INDEX``: nothing precedes the first token, and in a packed row its predecessor is another example's last.
+    """
+
+    ids: NDArray[numpy.int32]
+    labels: NDArray[numpy.int32]
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return int(numpy.count_nonzero(self.labels != IGNORE_INDEX))
+
+
+def make_example(ids: Sequence[int] | NDArray[Any], trained: Sequence[bool] | NDArray[Any]) -> Example:
+    """An example from ids ``[n]`` and, for each, whether it carries loss ``[n]``."""
+    array = numpy.asarray(ids, dtype=numpy.int32)
+    labels = numpy.where(numpy.asarray(trained, dtype=bool), array, IGNORE_INDEX).astype(numpy.int32)
+    labels[:1] = IGNORE_INDEX
+    return Example(array, labels)
+
+
+def text_examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
+    """Raw text: each document becomes pieces of at most ``max_length`` tokens, all trained, nothing cut off.
+
+    A document is tokenised with the special tokens that the tokenizer itself adds (a bos token, where it has that
+    habit) and ends in the eos token, so that the model learns where texts end. Documents are never joined.
+    """
+    examples: list[Example] = []
+    for start in range(0, len(texts), _BATCH):
+        for ids in tokenizer(list(texts[start : start + _BATCH]), verbose=False)["input_ids"]:
+            if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+                ids = [*ids, tokenizer.eos_token_id]
+            examples += [make_example(piece, numpy.ones(len(piece))) for piece in _pieces(ids, max_length)]
+    return examples
+
+
+def _pieces(ids: list[int], max_length: int) -> list[list[int]]:
+    """``ids`` cut into pieces of ``max_length``. A last piece of one token would have nothing to predict it from, so
+    it takes one from its neighbour: 9 tokens by 4 → 4, 3, 2."""
+    cuts = list(range(max_length, len(ids), max_length))
+    if cuts and len(ids) - cuts[-1] == 1:
+        cuts[-1] -= 1
+    return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What ``fit`` returns: the examples that stay, and what was lost, in examples and in tokens."""
+
+    examples: list[Example]
+    kept: list[int]
+    """For each example that stays, its index among those that came in."""
+    truncated: int = 0
+    truncated_tokens: int = 0
+    dropped: int = 0
+    dropped_tokens: int = 0
+
+
+def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
+    """Bring every example to at most ``max_length`` tokens; ``too_long`` is ``truncate`` or ``drop``.
+
+    An example with no target token, or with none left after truncation, is dropped: it would cost a forward and teach
+    nothing. Tokens in = tokens of the examples returned + ``truncated_tokens`` + ``dropped_tokens``.
+    """
+    stay: list[Example] = []
+    kept: list[int] = []
+    truncated = truncated_tokens = dropped = dropped_tokens = 0
+    for index, example in enumerate(examples):
+        length = len(example.ids)
+        if length > max_length and too_long == "truncate":
+            example = Example(example.ids[:max_length].copy(), example.labels[:max_length].copy())
+        if len(example.ids) > max_length or not example.target_tokens:
+            dropped, dropped_tokens = dropped + 1, dropped_tokens + length
+            continue
+        if length > max_length:
+            truncated, truncated_tokens = truncated + 1, truncated_tokens + length - max_length
+        stay.append(example)
+        kept.append(index)
+    return Fitted(stay, kept, truncated, truncated_tokens, dropped, dropped_tokens)

@@ -1,0 +1,293 @@
+"""Forms: what a record's fields mean. Every form becomes a Conversation or a plain text.
+
+    messages            messages: [{role, content}], optional tools
+    sharegpt            conversations: [{from, value}], optional system and tools (a list, or a JSON string of one)
+    alpaca              instruction, optional input and system, output
+    prompt_completion   prompt, completion
+    text                text
+
+An Alpaca record and a prompt/completion pair are conversations of one user turn (Alpaca's input two lines below its
+instruction) and one answer. Other fields of a record are metadata and not read. Knows records; must not know a
+tokenizer or a template. *New data format* → one function here and one line in ``_FORMS``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora.data.sources import Record
+from qlora.errors import DataError, listed, nearest
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the shape that chat templates take, the last one the assistant's; ``place`` names the record."""
+
+    messages: tuple[dict[str, Any], ...]
+    """``{"role", "content"}``, role one of ``ROLES``. An assistant message may hold ``tool_calls``; one from ShareGPT's
+    function_call holds the call as its content and ``is_call: True``, for the chat room to put as the template likes."""
+    tools: tuple[dict[str, Any], ...] = ()
+    place: str = ""
+    unanswered: tuple[str, ...] = ()
+    """The contents of the turns after the last answer, which were left off: nobody learns from them."""
+
+
+@dataclass
+class Parsed:
+    """What ``parse`` returns: the form, and the records as conversations, or as texts where the form is ``text``."""
+
+    form: str
+    conversations: list[Conversation] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    skipped: list[Conversation] = field(default_factory=list)
+    """Conversations without a single answer: nothing to train on."""
+
+    def __len__(self) -> int:
+        return len(self.texts) + len(self.conversations) + len(self.skipped)
+
+
+class _Mistake(Exception):
+    """What is wrong with one record, as the end of a sentence that begins with its place."""
+
+
+def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
+    """Give every record its meaning. ``columns`` maps a form's field to the name it has in the records.
+
+    ``auto`` takes the form of the first record, and every other record must have it too. All records are checked before
+    DataError is raised; it names the first that is wrong, what it holds, and how many more there are.
+    """
+    renamed = _renamed(records, columns or {})
+    if form == "auto":
+        form = detect_form(renamed[0].fields) or _refuse_unknown(renamed[0])
+    parsed = Parsed(form)
+    mistakes: list[str] = []
+    for record in renamed:
+        try:
+            _require_form(record, form, renamed[0].place)
+            if form == "text":
+                parsed.texts.append(_string(record.fields, "text"))
+                continue
+            conversation = _answered(_FORMS[form].read(record.fields), record.place)
+            (parsed.conversations if conversation.messages else parsed.skipped).append(conversation)
+        except _Mistake as mistake:
+            mistakes.append(f"{_capital(record.place)} {mistake}.")
+    if mistakes:
+        others = len(mistakes) - 1
+        more = f" {others} more {'records have mistakes' if others > 1 else 'record has a mistake'}." if others else ""
+        raise DataError(mistakes[0] + more)
+    return parsed
+
+
+def detect_form(fields: Mapping[str, Any]) -> str | None:
+    """The first form whose fields are all there, in the order of the table above; None when none is."""
+    return next((name for name, form in _FORMS.items() if form.matches(fields)), None)
+
+
+def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
+    known = sorted({name for form in _FORMS.values() for name in (*form.needs, *form.takes)})
+    for name in columns:
+        if name not in known:
+            raise DataError(
+                f"data.columns maps '{name}', which is no form's field.{nearest(name, known)} Write the form's field "
+                f"first, as in {{prompt: question}}; the fields are {listed(known, 20)}."
+            )
+    needed = {name for form in _FORMS.values() for name in form.needs}
+    for name, theirs in columns.items():
+        # a field that a form needs must be in every record, another one (Alpaca's input) in at least one
+        lacking = [record for record in records if theirs not in record.fields]
+        if lacking and (name in needed or len(lacking) == len(records)):
+            raise DataError(
+                f"{_capital(lacking[0].place)} has no field '{theirs}', which data.columns names for '{name}'."
+                f"{nearest(theirs, lacking[0].fields)} Its fields: {listed(lacking[0].fields, 12)}."
+            )
+    renamed = []
+    for record in records:
+        fields = {name: value for name, value in record.fields.items() if name not in columns.values()}
+        fields |= {name: record.fields[theirs] for name, theirs in columns.items() if theirs in record.fields}
+        renamed.append(Record(fields, record.source, record.unit, record.number))
+    return renamed
+
+
+def _capital(place: str) -> str:
+    return place[:1].upper() + place[1:]
+
+
+def _refuse_unknown(record: Record) -> str:
+    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
+    raise DataError(
+        f"{_capital(record.place)} has the fields {listed(record.fields, 12) or '(none)'}, which are "
+        f"no known form. The forms are {forms}; name other fields with data.columns, as in {{prompt: question, "
+        f"completion: answer}}."
+    )
+
+
+def _require_form(record: Record, form: str, first: str) -> None:
+    fields, wanted = record.fields, _FORMS[form]
+    if wanted.matches(fields):
+        return
+    missing = [name for name in wanted.needs if name not in fields]
+    other = detect_form(fields)
+    if other is not None:
+        raise _Mistake(f"has the form {other}, but {first} was read as {form}; put one form in a data set")
+    if not missing:
+        raise _Mistake(f"has {_kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected {wanted.shape}")
+    raise _Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
+
+
+# --- one function a form ---------------------------------------------------------------------------------------------
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
+    messages = []
+    for number, turn in enumerate(fields["messages"], start=1):
+        if not isinstance(turn, dict) or "role" not in turn:
+            raise _Mistake(f"has a turn without role and content (turn {number}: {str(turn)[:40]})")
+        role = "system" if turn["role"] == "developer" else _known_role(turn["role"], ROLES, number)
+        message: dict[str, Any] = {"role": role, "content": _content(turn.get("content"), number)}
+        for name in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
+            if turn.get(name):
+                message[name] = turn[name]
+        messages.append(message)
+    return messages, _tools(fields.get("tools"))
+
+
+def _sharegpt(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
+    messages: list[dict[str, Any]] = []
+    if fields.get("system"):
+        messages.append({"role": "system", "content": _string(fields, "system")})
+    for number, turn in enumerate(fields["conversations"], start=1):
+        if not isinstance(turn, dict) or "from" not in turn:
+            raise _Mistake(f"has a turn without from and value (turn {number}: {str(turn)[:40]})")
+        role = _SHAREGPT_ROLES[_known_role(turn["from"], _SHAREGPT_ROLES, number)]
+        content = _content(turn.get("value"), number)
+        if role == "function_call":
+            messages.append({"role": "assistant", "content": content, "is_call": True})
+        else:
+            messages.append({"role": role, "content": content})
+    return messages, _tools(fields.get("tools"))
+
+
+def _alpaca(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
+    asked = [_string(fields, "instruction"), _string(fields, "input", needed=False)]
+    system = _string(fields, "system", needed=False)
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    messages.append({"role": "user", "content": "\n\n".join(part for part in asked if part.strip())})
+    return [*messages, {"role": "assistant", "content": _string(fields, "output")}], ()
+
+
+def _prompt_completion(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
+    prompt, completion = _string(fields, "prompt"), _string(fields, "completion")
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], ()
+
+
+@dataclass(frozen=True)
+class _Form:
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    shape: str
+    read: Callable[[Mapping[str, Any]], tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]]
+    turn: str | None = None
+    """For forms made of turns: the field that every turn has, which tells messages from ShareGPT."""
+
+    def matches(self, fields: Mapping[str, Any]) -> bool:
+        if any(name not in fields for name in self.needs):
+            return False
+        if self.turn is None:
+            return True
+        turns = fields[self.needs[0]]
+        return isinstance(turns, list) and (not turns or not isinstance(turns[0], dict) or self.turn in turns[0])
+
+
+_FORMS = {
+    "messages": _Form(("messages",), ("tools",), "a list of {role, content}", _messages, turn="role"),
+    "sharegpt": _Form(("conversations",), ("system", "tools"), "a list of {from, value}", _sharegpt, turn="from"),
+    "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca),
+    "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion),
+    "text": _Form(("text",), (), "text", lambda fields: ([], ())),
+}
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _answered(read: tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]], place: str) -> Conversation:
+    """Check the order of a conversation and leave off what follows its last answer."""
+    messages, tools = read
+    if not messages:
+        raise _Mistake("has no turns")
+    for number, message in enumerate(messages, start=1):
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise _Mistake(f"has an empty turn (turn {number}, {message['role']})")
+    first = next((message["role"] for message in messages if message["role"] != "system"), "system")
+    if first in ("assistant", "tool"):
+        raise _Mistake(f"begins with the {first}; expected a user's turn first")
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    rest = tuple(message["content"] for message in messages[last + 1 :])
+    return Conversation(tuple(messages[: last + 1]), tools, place, rest)
+
+
+def _known_role(role: object, known: Sequence[str] | Mapping[str, str], number: int) -> str:
+    if not isinstance(role, str) or role not in known:
+        raise _Mistake(
+            f"has an unknown role {role!r} in turn {number};{nearest(str(role), known).lower()} expected {listed(known, 9)}"
+        )
+    return role
+
+
+def _content(content: object, number: int) -> str:
+    """A turn's text. Content may also be a list of text parts, as in ``[{"type": "text", "text": "Hi"}]``."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _Mistake(f"has {_kind(content)} as the content of turn {number}; expected text")
+    return content
+
+
+def _string(fields: Mapping[str, Any], name: str, needed: bool = True) -> str:
+    value = fields.get(name)
+    if value is None and not needed:
+        return ""
+    if not isinstance(value, str):
+        raise _Mistake(f"has {_kind(value)} in '{name}'; expected text")
+    if needed and not value.strip() and name == "text":
+        raise _Mistake("has an empty 'text'")
+    return value
+
+
+def _tools(value: object) -> tuple[dict[str, Any], ...]:
+    """The functions a conversation may call: a list of JSON schemas, or that list as a JSON string."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except json.JSONDecodeError as error:
+            raise _Mistake(f"has a 'tools' field that is not JSON ({error.msg})") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _Mistake("has a 'tools' field that is not a list of JSON objects")
+    return tuple(value)
+
+
+def _kind(value: object) -> str:
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), f"a number ({value})")

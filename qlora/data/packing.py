@@ -1,0 +1,92 @@
+"""Rows: several examples side by side in one sequence, each with its own positions.
+
+    examples of 5, 3 and 2 tokens, max_length 8
+    ids        a a a a a b b b | c c
+    positions  0 1 2 3 4 0 1 2 | 0 1        attention never crosses a position that restarts at 0
+    labels     . a a a a . b b | . c        an example's first token is nobody's target
+
+Knows lengths and arrays. Must not know text, templates or batches.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+from qlora.data.examples import IGNORE_INDEX, Example
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence for the model: ``ids``, ``labels`` and ``positions``, all int32 ``[n]``."""
+
+    ids: NDArray[numpy.int32]
+    labels: NDArray[numpy.int32]
+    positions: NDArray[numpy.int32]
+    """Count from 0 and restart at 0 where the next example begins."""
+    examples: tuple[int, ...]
+    """The indices of the examples in this row, in order."""
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return int(numpy.count_nonzero(self.labels != IGNORE_INDEX))
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each example of ``examples`` begins and ends in this row."""
+        starts = numpy.flatnonzero(self.positions == 0).tolist()
+        return list(zip(starts, [*starts[1:], len(self.ids)], strict=True))
+
+
+def make_rows(examples: Sequence[Example], max_length: int, packing: bool) -> list[Row]:
+    """The rows of these examples, each of at most ``max_length`` tokens: packed, or one example a row."""
+    if packing:
+        groups = best_fit([len(example.ids) for example in examples], max_length)
+    else:
+        groups = [[index] for index in range(len(examples))]
+    return [_row(examples, group) for group in groups]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Group indices so that each group's lengths sum to at most ``capacity``, in few groups: best-fit decreasing.
+
+    Longest first, each goes where the least room is left over. Deterministic; groups and their members come back in
+    the order of the input. Every length must be at most ``capacity``.
+    """
+    groups: list[list[int]] = []
+    rooms: list[int] = []  # the distinct amounts of room left, sorted; at most `capacity` of them
+    by_room: dict[int, list[int]] = {}  # room left → the groups that have it
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if length > capacity:
+            raise ValueError(f"example {index} has {length} tokens, more than a row's {capacity}")
+        place = bisect_left(rooms, length)
+        if place < len(rooms):
+            room = rooms[place]
+            group = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+            groups[group].append(index)
+        else:
+            room, group = capacity, len(groups)
+            groups.append([index])
+        if left := room - length:
+            if left not in by_room:
+                by_room[left] = []
+                insort(rooms, left)
+            by_room[left].append(group)
+    return sorted(sorted(group) for group in groups)
+
+
+def _row(examples: Sequence[Example], group: list[int]) -> Row:
+    parts = [examples[index] for index in group]
+    return Row(
+        ids=numpy.concatenate([part.ids for part in parts]),
+        labels=numpy.concatenate([part.labels for part in parts]),
+        positions=numpy.concatenate([numpy.arange(len(part.ids), dtype=numpy.int32) for part in parts]),
+        examples=tuple(group),
+    )

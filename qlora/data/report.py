@@ -1,0 +1,115 @@
+"""The report: how many records, examples and tokens there are, and what was lost on the way.
+
+Knows numbers and how to print them; must not know where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One part of the data, training or held-out. Tokens that came in = ``tokens`` + truncated + dropped tokens."""
+
+    records: int = 0
+    examples: int = 0
+    """Conversations, pairs, or pieces of text that are kept."""
+    rows: int = 0
+    tokens: int = 0
+    """Tokens in the rows, without padding."""
+    target_tokens: int = 0
+    """Tokens that carry loss."""
+    truncated: int = 0
+    """Examples cut at `max_length`."""
+    truncated_tokens: int = 0
+    dropped: int = 0
+    """Examples left out: above `max_length`, or with nothing left to train on."""
+    dropped_tokens: int = 0
+    skipped: int = 0
+    """Records without an answer."""
+    unanswered_turns: int = 0
+    """Turns after the last answer, of skipped records too; left off before the template."""
+    unanswered_tokens: int = 0
+    split_conversations: int = 0
+    """Conversations that became one example an answer, as the chat template rewrites earlier turns."""
+
+    @property
+    def target_fraction(self) -> float:
+        """The part of the tokens that carries loss."""
+        return self.target_tokens / self.tokens if self.tokens else 0.0
+
+    def losses(self) -> list[str]:
+        """What was lost or changed, a phrase each; empty when nothing was."""
+        phrases = [
+            (self.truncated, f"{self.truncated:,} examples truncated ({self.truncated_tokens:,} tokens)"),
+            (self.dropped, f"{self.dropped:,} examples dropped ({self.dropped_tokens:,} tokens)"),
+            (self.skipped, f"{self.skipped:,} records skipped, as they hold no answer"),
+            (
+                self.unanswered_turns,
+                f"{self.unanswered_turns:,} unanswered turns left off ({self.unanswered_tokens:,} tokens)",
+            ),
+            (self.split_conversations, f"{self.split_conversations:,} conversations split into one example an answer"),
+        ]
+        return [phrase for count, phrase in phrases if count]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``load_data`` found. ``print(report)`` tells it in a few lines; ``as_dict()`` gives the same numbers."""
+
+    form: str
+    """The form of the records: messages, sharegpt, alpaca, prompt_completion or text."""
+    train_on: str
+    """Which tokens carry loss: assistant, completion or all."""
+    template: str | None
+    """Which chat template was used; None for raw text."""
+    train: Counts
+    held_out: Counts
+    notes: tuple[str, ...] = ()
+    """Sentences about what was put in other words for the template's sake."""
+
+    @property
+    def records(self) -> int:
+        return self.train.records
+
+    @property
+    def examples(self) -> int:
+        return self.train.examples
+
+    @property
+    def tokens(self) -> int:
+        return self.train.tokens
+
+    @property
+    def target_tokens(self) -> int:
+        return self.train.target_tokens
+
+    @property
+    def truncated(self) -> int:
+        return self.train.truncated
+
+    @property
+    def dropped(self) -> int:
+        return self.train.dropped
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: form, train_on, template, train and held_out counts, notes."""
+        values = asdict(self) | {"notes": list(self.notes)}
+        for name in ("train", "held_out"):
+            values[name]["target_fraction"] = round(getattr(self, name).target_fraction, 6)
+        return values
+
+    def __str__(self) -> str:
+        template = f", chat template: {self.template}" if self.template else ""
+        lines = [f"form {self.form}, loss on {self.train_on}{template}"]
+        for name, counts in (("train", self.train), ("held out", self.held_out)):
+            if not counts.records:
+                continue
+            lines.append(
+                f"{name}: {counts.records:,} records, {counts.examples:,} examples in {counts.rows:,} rows, "
+                f"{counts.tokens:,} tokens, {counts.target_tokens:,} of them trained ({counts.target_fraction:.0%})"
+            )
+            lines += [f"  {phrase}" for phrase in counts.losses()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

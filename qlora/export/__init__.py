@@ -1,0 +1,5 @@
+"""Handing a trained model over: merged with its base into one plain checkpoint."""
+
+from qlora.export.merge import Merged, merge
+
+__all__ = ["Merged", "merge"]

@@ -1,0 +1,31 @@
+"""A checkpoint on disk becomes a frozen base model.
+
+shards (files → tensors) ─┐
+skeleton (config → empty) ─┼─► load (filled, quantised, frozen) ─► Base
+nf4 (the linears) ─────────┘       tokenizer ─────────────────────┘
+"""
+
+from __future__ import annotations
+
+from qlora.model.load import Base, load_base, quantised_names
+from qlora.model.nf4 import Linear4bit, Linear8bit, bytes_per_parameter, dense_cached, dense_weight, is_linear
+from qlora.model.shards import Checkpoint, find_model, open_checkpoint
+from qlora.model.skeleton import load_config
+from qlora.model.tokenizer import load_tokenizer
+
+__all__ = [
+    "Base",
+    "Checkpoint",
+    "Linear4bit",
+    "Linear8bit",
+    "bytes_per_parameter",
+    "dense_cached",
+    "dense_weight",
+    "find_model",
+    "is_linear",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "open_checkpoint",
+    "quantised_names",
+]

@@ -1,0 +1,252 @@
+"""Loading a base: an empty skeleton is filled tensor by tensor, each quantised on the device as it comes from disk.
+
+    config.json ─► skeleton on meta ─► empty linears ─► for each tensor: read → device → quantise → place → drop
+                                                        ─► tie ─► compute what no file holds ─► nothing left on meta
+
+The law: the logits are those of ``from_pretrained`` with the same ``BitsAndBytesConfig``. Extra memory is one tensor.
+Knows how transformers names the weights of a checkpoint; must not know adapters, data or training.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from qlora.config import ModelSection
+from qlora.device import bytes_text, resolve_compute_dtype, resolve_device
+from qlora.errors import ModelError, listed
+from qlora.model.nf4 import FrozenLinear, Linear4bit
+from qlora.model.shards import Checkpoint, find_model, open_checkpoint
+from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linears, empty_model, fp32_names, read_config, scheme_of
+from qlora.model.tokenizer import load_tokenizer
+
+PACKED = ".weight.quant_state.bitsandbytes__"  # the name of the tensor that marks a 4-bit weight on disk
+INITIALISED = "_is_hf_initialized"  # transformers' mark on tensors and modules that its initialisation must leave alone
+
+
+@dataclass
+class Base:
+    """A frozen base model in eval mode with its tokenizer, and how it was loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+    name: str
+    revision: str | None
+    quantization: str
+    double_quant: bool
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+def load_base(section: ModelSection, device: torch.device | None = None, progress: bool = False) -> Base:
+    """Load, quantise and freeze the model of a recipe, on ``device`` (the default one when left out).
+
+    ``progress`` shows a bar on standard error, or two plain lines where that is no terminal. Raises ModelError, before
+    any weight is read where that is possible, for whatever cannot be loaded whole and exactly.
+    """
+    device = resolve_device() if device is None else torch.device(device)
+    dtype = resolve_compute_dtype(device, section.compute_dtype)
+    folder = find_model(section.name, section.revision, progress)
+    config = read_config(folder, section)
+    checkpoint = open_checkpoint(folder)
+    tokenizer = load_tokenizer(folder, section.trust_remote_code)
+    scheme = scheme_of(config, section)
+    model = empty_model(config, section, dtype)
+    names = match_names(model, checkpoint, scheme, section.name)
+    packed = {names[name].removesuffix(".weight") for name in checkpoint.entries if _is_packed(name, checkpoint)}
+    expected = set(model.state_dict())
+    empty_linears(model, scheme, dtype, packed)
+    with _shown(section.name, scheme.quantization, checkpoint, progress) as advance:
+        _fill(model, checkpoint, names, device, dtype, advance)
+    _finish(model, expected - set(names.values()), device, folder)
+    model.eval().requires_grad_(False)
+    double = scheme.double_quant
+    if packed:  # config.json may not tell the truth about its weights; they do
+        double = any(linear.double_quant for linear in model.modules() if isinstance(linear, Linear4bit))
+    return Base(model, tokenizer, folder, section.name, section.revision, scheme.quantization, double, device, dtype)
+
+
+def quantised_names(model: nn.Module) -> set[str]:
+    """The names of the weights that are held quantised, as ``model.layers.0.mlp.up_proj.weight``."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def match_names(model: Any, checkpoint: Checkpoint, scheme: Scheme, name: str) -> dict[str, str]:
+    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``.
+
+    Follows transformers 5, which renames some old checkpoints on load. The parts of a packed 4-bit weight (its scales
+    and codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
+    several tensors (experts fused into one parameter), and for tensors that have no place in the model.
+    """
+    expected = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    names: dict[str, str] = {}
+    unexpected: list[str] = []
+    for source in checkpoint.entries:
+        if scheme.prequantised and ".weight." in source:
+            continue
+        target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and source in expected:
+            target, converter = source, None
+        if converter is not None:
+            raise ModelError(
+                f"'{name}' (model type '{model.config.model_type}') keeps its weights in another arrangement than "
+                f"transformers computes with: '{source}' is fused with or split from others on load, as in mixtures of "
+                "experts. That cannot be loaded one tensor at a time; take a model without experts."
+            )
+        if target in expected:
+            names[source] = target
+        elif not _ignored(model, target):
+            unexpected.append(source)
+    if unexpected:
+        raise ModelError(
+            f"'{name}' has {len(unexpected)} tensors that its {type(model).__name__} has no place for: "
+            f"{listed(unexpected)}; its config.json and its weights do not belong together."
+        )
+    if doubled := [target for target, count in Counter(names.values()).items() if count > 1]:
+        raise ModelError(f"'{name}' holds several tensors for {listed(doubled)}; fetch the checkpoint again.")
+    found = set(names.values())
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    allowed = getattr(model, "_keys_to_ignore_on_load_missing", None)
+    # of weights that are tied to each other one is enough, whichever it is
+    filled = found | {tied[key] for key in found & tied.keys()}
+    lacking = [key for key in expected if tied.get(key, key) not in filled and not _matches_any(key, allowed)]
+    if lacking:
+        raise ModelError(
+            f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "
+            "incomplete, fetch it again."
+        )
+    return names
+
+
+def _matches_any(name: str, patterns: Any) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _ignored(model: Any, name: str) -> bool:
+    """Whether transformers itself leaves this tensor out: its own lists, and buffers that older versions saved."""
+    old_buffers = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+    return _matches_any(name, getattr(model, "_keys_to_ignore_on_load_unexpected", None)) or _matches_any(
+        name, old_buffers
+    )
+
+
+def _is_packed(name: str, checkpoint: Checkpoint) -> bool:
+    stem = name.removesuffix(".weight")
+    return name.endswith(".weight") and any(f"{stem}{PACKED}{kind}" in checkpoint.entries for kind in FOUR_BIT)
+
+
+def _fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> None:
+    """Read, place and drop one tensor after the other."""
+    in_fp32 = fp32_names(model, dtype)
+    for source, target in names.items():
+        owner, _, key = target.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Linear4bit) and key == "weight" and _is_packed(source, checkpoint):
+            parts = [name for name in checkpoint.entries if name.startswith(f"{source}.")]
+            tensors = {f"weight{name.removeprefix(source)}": checkpoint.read(name) for name in [source, *parts]}
+            try:
+                module.place_quantised(tensors, device)
+            except ModelError as error:
+                raise ModelError(f"'{source}' in '{checkpoint.folder}': {error}") from None
+            advance(sum(checkpoint.entries[name].bytes for name in [source, *parts]))
+            continue
+        shape = (module.out_features, module.in_features) if _packs(module, key) else tuple(getattr(module, key).shape)
+        if checkpoint.entries[source].shape != shape:
+            raise ModelError(
+                f"'{source}' in '{checkpoint.folder}' has the shape {list(checkpoint.entries[source].shape)}; its "
+                f"config.json asks for {list(shape)}."
+            )
+        if _packs(module, key):
+            # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
+            module.place(checkpoint.read(source).to(device, dtype), device)
+        else:
+            wanted = torch.float32 if _matches_any(target, [re.escape(part) for part in in_fp32]) else None
+            _put(module, key, checkpoint.read(source).to(device), wanted)
+        advance(checkpoint.entries[source].bytes)
+
+
+def _packs(module: nn.Module, key: str) -> bool:
+    return isinstance(module, FrozenLinear) and key == "weight"
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Replace a parameter or buffer on meta by a real tensor, in the dtype that the skeleton has for it."""
+    old = getattr(module, key)
+    value = tensor.to(dtype or old.dtype) if tensor.is_floating_point() else tensor
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(value, INITIALISED, True)
+    setattr(module, key, value)
+
+
+def _finish(model: Any, missing: set[str], device: torch.device, folder: Path) -> None:
+    """Tie what is tied, compute what no file holds (rotary frequencies, scales), and check that nothing was left out."""
+    # transformers changes the set: a tied weight that it filled is no longer missing
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    blank: list[tuple[str, nn.Module, str]] = []
+    for owner, module in model.named_modules():
+        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if value.is_meta:
+                # poisoned, so that what transformers' initialisation then does not fill is found below
+                poison = torch.full_like(value, float("nan") if value.is_floating_point() else -1, device=device)
+                setattr(module, key, nn.Parameter(poison, False) if isinstance(value, nn.Parameter) else poison)
+                blank.append((f"{owner}.{key}", module, key))
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            setattr(module, INITIALISED, True)
+    model.initialize_weights()
+    empty = [name for name, module, key in blank if _is_poison(getattr(module, key))]
+    if empty:
+        raise ModelError(f"'{folder}' was read, but {listed(empty)} got no values; this model cannot be loaded.")
+    for _, module, key in blank:
+        value = getattr(module, key)
+        if value.device != device:
+            setattr(module, key, value.to(device))
+
+
+def _is_poison(tensor: Tensor) -> bool:
+    return bool(tensor.isnan().any() if tensor.is_floating_point() else (tensor == -1).all()) and tensor.numel() > 0
+
+
+@contextmanager
+def _shown(name: str, quantization: str, checkpoint: Checkpoint, progress: bool) -> Iterator[Callable[[int], None]]:
+    """Yields ``advance(bytes)``, which moves a bar on a terminal."""
+    total = sum(entry.bytes for entry in checkpoint.entries.values())
+    how = "unquantised" if quantization == "none" else f"to {quantization}"
+    if not progress:
+        yield lambda count: None
+        return
+    if not sys.stderr.isatty():
+        print(f"Loading {name} {how}: {bytes_text(total)} in {len(checkpoint.shards)} files", file=sys.stderr)
+        yield lambda count: None
+        print(f"Loaded {name}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"Loading {name} {how}", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,303 @@
+"""Frozen quantised linears: how a weight matrix becomes 4-bit NF4 or FP4, or 8-bit, and how it is multiplied with.
+
+Knows bitsandbytes, which does the arithmetic, and is the only file that may ask whether a linear is quantised. Must not
+know checkpoints, transformers or adapters. The packed bytes are bitsandbytes' own, bit for bit.
+
+Why not ``bitsandbytes.nn.Linear4bit``: on CPUs with AVX512-BF16 it packs its weight anew, in place, and then computes in
+bf16 whatever dtype was asked for (in eval mode, without a gradient); and its ``MatMul4Bit`` keeps the packed weight in
+an attribute of the graph, so that with streamed weights its backward reads whatever lies in that memory by then. Here
+all state is plain buffers, and the backward asks the module again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora.errors import ModelError
+
+BLOCK = 64  # weights that share one scale (QLoRA paper, section 3)
+NESTED_BLOCK = 256  # scales that share one scale of their own under double quantisation
+FUSED_ROWS = 16  # up to so many rows, as in generation, CUDA's fused kernel beats dequantising; no loss is taken there
+INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits (LLM.int8(), arXiv:2208.07339)
+
+
+class FrozenLinear(nn.Module):
+    """What the quantised linears share: y = x Wᵀ + b with a W that never trains and is never kept dense.
+
+    ``forward`` takes [..., in_features] to [..., out_features], computes in ``compute_dtype`` and answers in x's dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        values = torch.empty(out_features, dtype=compute_dtype, device="meta")
+        self.bias = nn.Parameter(values, requires_grad=False) if bias else None
+        self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [out, in], made anew."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b for x [..., in] in ``compute_dtype``, outside any graph."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, dense_weight(self, x.dtype), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x.to(self.compute_dtype), self)
+        return product.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(torch.bfloat16) is for dense weights; rounding the scales would change what the packed bits mean
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ + b. Saves neither x (W is frozen, so no gradient needs it) nor W (backward reads the module again)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ dense_weight(ctx.linear, grad.dtype), None
+
+
+class Linear4bit(FrozenLinear):
+    """A frozen linear in NF4 or FP4. Buffers, for n = out·in weights in blocks of 64:
+
+    ``weight`` uint8 [⌈n/2⌉, 1], two weights a byte · ``absmax`` the scales, fp32 [⌈n/64⌉], or uint8 under double
+    quantisation · ``code`` fp32 [16], what each 4-bit number means; and under double quantisation ``nested_absmax`` fp32
+    [⌈scales/256⌉] · ``nested_code`` fp32 [256] · ``offset`` fp32 [], the mean scale.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quant_type: str,
+        double_quant: bool,
+        compute_dtype: torch.dtype,
+    ) -> Self:
+        """A linear on the meta device, its buffers in their final shapes. ``place`` fills it."""
+        linear = cls(in_features, out_features, bias=bias, compute_dtype=compute_dtype)
+        linear.quant_type = quant_type
+        linear.double_quant = double_quant
+        linear.block = BLOCK
+        count = in_features * out_features
+        scales = -(-count // BLOCK)
+        buffers = {
+            "weight": torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device="meta"),
+            "absmax": torch.empty(scales, dtype=torch.uint8 if double_quant else torch.float32, device="meta"),
+            "code": torch.empty(16, device="meta"),
+            "nested_absmax": torch.empty(-(-scales // NESTED_BLOCK), device="meta") if double_quant else None,
+            "nested_code": torch.empty(256, device="meta") if double_quant else None,
+            "offset": torch.empty((), device="meta") if double_quant else None,
+        }
+        for name, buffer in buffers.items():
+            linear.register_buffer(name, buffer)
+        return linear
+
+    quant_type: str
+    double_quant: bool
+    block: int
+
+    def place(self, weight: Tensor, device: torch.device) -> None:
+        """Quantise a dense [out, in] tensor (fp32, fp16 or bf16) on ``device`` and keep the result there."""
+        packed, state = quantize_4bit(
+            weight.to(device).contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=self.double_quant,
+            quant_type=self.quant_type,
+        )
+        self._keep(packed, state)
+
+    def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over a weight that bitsandbytes quantised before.
+
+        ``tensors`` holds what its checkpoint has for this weight, by the keys ``weight``, ``weight.absmax``,
+        ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``) and, under double quantisation,
+        ``weight.nested_absmax`` and ``weight.nested_quant_map``. Raises ModelError where these do not fit together.
+        """
+        parts = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
+        blobs = [key for key in parts if key.startswith("quant_state.bitsandbytes__")]
+        if "weight" not in tensors or len(blobs) != 1 or not {"absmax", "quant_map"} <= parts.keys():
+            raise ModelError(
+                f"A 4-bit weight of this checkpoint comes with {sorted(tensors)}; expected weight, weight.absmax, "
+                "weight.quant_map and one weight.quant_state.bitsandbytes__nf4 or __fp4, as bitsandbytes writes them."
+            )
+        try:
+            state = QuantState.from_dict(parts, torch.device(device))
+        except (ValueError, KeyError, AttributeError, AssertionError, json.JSONDecodeError) as error:
+            raise ModelError(
+                f"The quantisation state of a 4-bit weight is damaged ({error!r}); fetch the checkpoint again."
+            ) from None
+        # quant_storage may be another dtype than uint8 (FSDP shards bf16 only); the bytes are the same
+        packed = tensors["weight"].to(device).contiguous().view(torch.uint8).reshape(-1, 1)
+        shape, expected = tuple(state.shape or ()), (self.out_features, self.in_features)
+        scales = -(-self.out_features * self.in_features // state.blocksize)
+        if shape != expected or packed.numel() != self.weight.numel() or state.absmax.numel() != scales:
+            raise ModelError(
+                f"A 4-bit weight of this checkpoint has the shape {list(shape)} in {packed.numel()} bytes with "
+                f"{state.absmax.numel()} scales; the model's configuration expects {list(expected)}."
+            )
+        if state.nested and state.state2.blocksize != NESTED_BLOCK:
+            raise ModelError(
+                f"A 4-bit weight of this checkpoint has doubly quantised scales in blocks of {state.state2.blocksize}; "
+                f"only {NESTED_BLOCK}, bitsandbytes' own, is supported."
+            )
+        self._keep(packed, state)
+
+    def _keep(self, packed: Tensor, state: QuantState) -> None:
+        self.quant_type = state.quant_type
+        self.double_quant = state.nested
+        self.block = state.blocksize
+        self.weight = packed
+        self.absmax = state.absmax
+        self.code = state.code
+        self.nested_absmax = state.state2.absmax if state.nested else None
+        self.nested_code = state.state2.code if state.nested else None
+        self.offset = state.offset if state.nested else None
+
+    def quant_state(self, dtype: torch.dtype) -> QuantState:
+        """bitsandbytes' view of the buffers; ``dtype`` is what it dequantises to."""
+        nested = None
+        if self.nested_absmax is not None:
+            nested = QuantState(
+                absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+            )
+        return QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=self.block,
+            quant_type=self.quant_type,
+            dtype=dtype,
+            offset=self.offset,
+            state2=nested,
+        )
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return dequantize_4bit(self.weight.view(-1, 1), self.quant_state(dtype))
+
+    def product(self, x: Tensor) -> Tensor:
+        few = x.is_cuda and self.kept is None and x.numel() <= FUSED_ROWS * self.in_features
+        if few and self.in_features % self.block == 0:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return bitsandbytes.matmul_4bit(x, self.weight, quant_state=self.quant_state(x.dtype), bias=bias)
+        return super().product(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.quant_type}{', double_quant' if self.double_quant else ''}"
+
+
+class Linear8bit(FrozenLinear):
+    """A frozen linear in LLM.int8(): ``weight`` int8 [out, in] and ``scales`` fp32 [out], W = weight · scales / 127.
+
+    On CUDA the activations are quantised too, but for outlier columns. A CPU has no kernel for that (bitsandbytes falls
+    back to a slower one in fp32), so there the product is the dense one, which bitsandbytes takes when training.
+    """
+
+    weight: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, *, bias: bool, compute_dtype: torch.dtype) -> Self:
+        """A linear on the meta device, its buffers in their final shapes. ``place`` fills it."""
+        linear = cls(in_features, out_features, bias=bias, compute_dtype=compute_dtype)
+        linear.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device="meta"))
+        linear.register_buffer("scales", torch.empty(out_features, device="meta"))
+        return linear
+
+    def place(self, weight: Tensor, device: torch.device) -> None:
+        """Quantise a dense [out, in] tensor on ``device``, through fp16 as bitsandbytes does, and keep the result."""
+        self.weight, self.scales, _ = int8_vectorwise_quant(weight.to(device, torch.float16).contiguous())
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype).mul_(self.scales.unsqueeze(1).mul(1.0 / 127.0))
+
+    def product(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().product(x)
+        state = bitsandbytes.MatmulLtState()
+        state.CB, state.SCB = self.weight, self.scales
+        state.has_fp16_weights, state.is_training, state.threshold = False, False, INT8_THRESHOLD
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        rows = bitsandbytes.matmul(x.reshape(-1, self.in_features), self.weight, bias=bias, state=state)
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a frozen linear as a dense [out, in] tensor. Do not write into it: it may be the one that is kept."""
+    if not isinstance(linear, FrozenLinear):
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().to(dtype)
+    if linear.kept is None:
+        return linear.dequantise(dtype)
+    if dtype not in linear.kept:
+        linear.kept[dtype] = linear.dequantise(dtype)
+    return linear.kept[dtype]
+
+
+@contextmanager
+def dense_cached(layer: nn.Module) -> Iterator[None]:
+    """Inside, every quantised linear below ``layer`` is dequantised at most once a dtype; on exit the copies are dropped.
+
+    For sending several micro-batches through one layer. The weights must not move or change inside.
+    """
+    linears = [module for module in layer.modules() if isinstance(module, FrozenLinear) and module.kept is None]
+    for linear in linears:
+        linear.kept = {}
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.kept = None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a method may put an adapter on ``module``: a quantised linear or a plain one."""
+    return isinstance(module, FrozenLinear | nn.Linear)
+
+
+def bytes_per_parameter(quantization: str, double_quant: bool, compute_dtype: torch.dtype = torch.bfloat16) -> float:
+    """Bytes that one weight of a frozen linear takes: 0.516 in NF4 with double quantisation, 0.5625 without.
+
+    ``compute_dtype`` matters for ``none`` alone. The scale per row of ``int8`` (4 bytes a row) is not in the 1.0.
+    """
+    if quantization in ("nf4", "fp4"):
+        return 0.5 + (1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if double_quant else 4 / BLOCK)
+    return 1.0 if quantization == "int8" else float(compute_dtype.itemsize)

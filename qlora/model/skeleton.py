@@ -1,0 +1,207 @@
+"""The empty model: a checkpoint's configuration becomes a transformers causal LM on the meta device, its linears empty.
+
+Knows transformers' configurations and model classes, and which linears are quantised; must not know files or tensors.
+Whatever cannot be loaded correctly is refused here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from qlora.config import ModelSection
+from qlora.errors import ModelError, listed
+from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.shards import find_model, read_json
+
+FOUR_BIT = ("nf4", "fp4")
+# More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
+MOST_UNQUANTISED = 0.10
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the linears of a base are stored: the recipe's wish, or what a prequantised checkpoint brings along."""
+
+    quantization: str
+    double_quant: bool
+    prequantised: bool
+
+
+def load_config(section: ModelSection) -> Any:
+    """The transformers configuration of ``section.name``, without its weights.
+
+    Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
+    needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
+    """
+    return read_config(find_model(section.name, section.revision), section)
+
+
+def read_config(folder: Path, section: ModelSection) -> Any:
+    """``load_config`` for a folder that is already found."""
+    raw = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    kind = raw.get("model_type")
+    native = kind in CONFIG_MAPPING
+    if not native and raw.get("auto_map") and not section.trust_remote_code:
+        raise ModelError(
+            f"'{section.name}' (model type '{kind}') comes with its own Python code, which is not run by default. Read "
+            "that code, and if you trust it set model.trust_remote_code=true."
+        )
+    if not native and not raw.get("auto_map"):
+        raise ModelError(
+            f"'{section.name}' has the model type '{kind}', which transformers {transformers.__version__} does not know; "
+            "a newer transformers may."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except Exception as error:  # a configuration class may raise anything over values it does not like
+        raise ModelError(f"The configuration in '{folder}' is not valid: {_first_line(error)}.") from error
+    _refuse_other_kinds(config, raw, section.name, native)
+    return config
+
+
+def _refuse_other_kinds(config: Any, raw: dict[str, Any], name: str, native: bool) -> None:
+    made = [str(item) for item in raw.get("architectures") or []]
+    what = f"'{name}' is a {made[0] if made else config.model_type}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what}, an encoder-decoder model; expected a decoder-only language model.")
+    # A composite configuration (Gemma 3 from 4B up, Llama 4, the VL models) nests the text model's own inside.
+    if config.get_text_config(decoder=True) is not config:
+        raise ModelError(
+            f"{what}, which holds more than a text model (images or sound); only text models are supported. Name a "
+            "checkpoint of its language model alone."
+        )
+    if not native:
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
+    # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
+    chosen = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
+    if made and not {item.lower() for item in made} & {item.lower() for item in names}:
+        raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
+
+
+def scheme_of(config: Any, section: ModelSection) -> Scheme:
+    """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return Scheme(section.quantization, section.double_quant, prequantised=False)
+    values = found if isinstance(found, dict) else found.to_dict()
+    method = str(values.get("quant_method", "unknown")).rpartition(".")[2].lower()
+    if method != "bitsandbytes" or not values.get("load_in_4bit"):
+        kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method
+        raise ModelError(
+            f"'{section.name}' is already quantised ({kind}); only bitsandbytes 4-bit checkpoints and unquantised ones "
+            "can be loaded. Name the 16-bit checkpoint that it was made from."
+        )
+    kind = str(values.get("bnb_4bit_quant_type", "fp4"))
+    if section.quantization != kind:
+        raise ModelError(
+            f"'{section.name}' is already quantised to {kind}, but the recipe asks for {section.quantization}; set "
+            f"model.quantization={kind}, or name the 16-bit checkpoint that it was made from."
+        )
+    return Scheme(kind, bool(values.get("bnb_4bit_use_double_quant")), prequantised=True)
+
+
+def empty_model(config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
+    attention = None if section.attention == "auto" else section.attention
+    config.quantization_config = None
+    del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
+            )
+    except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot build '{section.name}' with attention "
+            f"'{section.attention}': {_first_line(error)}."
+        ) from error
+    return model
+
+
+def empty_linears(model: nn.Module, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
+    """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers.
+
+    ``prequantised`` names the linears that the checkpoint holds in 4 bits; given any, exactly those are replaced.
+    Raises ModelError when much of a 4-bit model would stay in 16 bits (experts in 3-D parameters, GPT-2's Conv1D).
+    """
+    if scheme.quantization == "none":
+        return
+    kept = _dense_modules(model)
+    for name, module in list(model.named_modules()):
+        wanted = name in prequantised if scheme.prequantised else not _matches(name, kept)
+        if type(module) is not nn.Linear or not wanted:
+            continue
+        inputs, outputs, bias = module.in_features, module.out_features, module.bias is not None
+        empty: FrozenLinear
+        if scheme.quantization == "int8":
+            empty = Linear8bit.empty(inputs, outputs, bias=bias, compute_dtype=dtype)
+        else:
+            empty = Linear4bit.empty(
+                inputs,
+                outputs,
+                bias=bias,
+                quant_type=scheme.quantization,
+                double_quant=scheme.double_quant,
+                compute_dtype=dtype,
+            )
+        model.set_submodule(name, empty)
+    _refuse_mostly_dense(model, scheme.quantization)
+
+
+def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Parts of names whose weights transformers keeps in fp32 whatever dtype is asked for (its ``_keep_in_fp32`` lists)."""
+    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        names += list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return names
+
+
+def _dense_modules(model: Any) -> list[str]:
+    """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head]
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
+    return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) for pattern in patterns)
+
+
+def _refuse_mostly_dense(model: Any, quantization: str) -> None:
+    """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
+    outside.add(id(model.get_output_embeddings()))
+    dense = {
+        f"{name}.{key}": weight.numel()
+        for name, module in model.named_modules()
+        if id(module) not in outside
+        for key, weight in module.named_parameters(recurse=False)
+    }
+    total = packed + sum(dense.values())
+    if sum(dense.values()) > MOST_UNQUANTISED * total:
+        largest = sorted(dense, key=lambda name: -dense[name])
+        raise ModelError(
+            f"Only {packed / total:.0%} of the weights of this {model.config.model_type} model are linears that can be "
+            f"quantised; these would stay in 16 bits: {listed(largest)}. Set model.quantization=none to load it unquantised "
+            f"instead of {quantization}, or take another model."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,66 @@
+"""The tokenizer of a checkpoint, and which of its tokens pads a batch.
+
+Knows transformers' tokenizers; must not know chat templates or data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qlora.config import ModelSection
+from qlora.errors import ModelError
+from qlora.model.shards import find_model, read_json
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
+# Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
+RESERVED = (
+    "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unused0>",
+    "<|placeholder1|>", "<|dummy_0|>", "<|vision_pad|>", "<|endoftext|>",
+)  # fmt: skip
+
+
+def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a recipe's model section, or of a folder, always with a padding token.
+
+    Where the checkpoint names no padding token, one that it reserves becomes it, else the end-of-sequence token. That is
+    safe here: masks come from positions, so a pad that equals the end token hides nothing, and no token is ever added,
+    so no embedding is resized. Raises ModelError for missing or damaged tokenizer files.
+    """
+    if isinstance(source, ModelSection):
+        folder, trust_remote_code = find_model(source.name, source.revision), source.trust_remote_code
+    else:
+        folder = Path(source)
+    if not any(path for pattern in FILES for path in folder.glob(pattern)):
+        raise ModelError(f"'{folder}' has no tokenizer; expected {', '.join(FILES[:-1])} or {FILES[-1]} in it.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception over a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(f"The tokenizer in '{folder}' cannot be loaded: {reason}. Fetch its files again.") from error
+    if len(tokenizer) == 0:
+        raise ModelError(f"The tokenizer in '{folder}' has an empty vocabulary; fetch its files again.")
+    _choose_padding(tokenizer, _rows(folder))
+    return tokenizer
+
+
+def _rows(folder: Path) -> int | None:
+    """How many embeddings the model has, where its configuration says so."""
+    if not (folder / "config.json").is_file():
+        return None
+    size = read_json(folder, "config.json", "a configuration").get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _choose_padding(tokenizer: Any, rows: int | None) -> None:
+    def usable(number: int | None) -> bool:
+        return number is not None and (rows is None or number < rows)
+
+    if tokenizer.pad_token is not None and usable(tokenizer.pad_token_id):
+        return
+    vocabulary = tokenizer.get_vocab()
+    wishes = [*RESERVED, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
+    found = [token for token in wishes if token is not None and usable(vocabulary.get(token))]
+    tokenizer.pad_token = found[0] if found else tokenizer.convert_ids_to_tokens(0)

@@ -1,0 +1,42 @@
+"""Reporting: a run folder becomes one page for people.
+
+    records     the folder's files          → Records, with a note on everything that could not be read
+    figures     Records                     → the headline figures, numbers as text
+    curves      Records                     → charts to draw
+    charts      a chart                     → SVG (axes: its ticks and scales)
+    page        Records                     → HTML (sections: its parts; style: its sheet; markup: escaping)
+
+``write_report`` runs them. The page needs no network, no script and no other file, and can be written at any time, also
+while the run goes on. This room knows the run folder's files alone; it must not know a model, or what wrote them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qlora.errors import RunError
+from qlora.reporting.page import render
+from qlora.reporting.records import Records, read_records
+
+__all__ = ["Records", "read_records", "render", "write_report"]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into the run folder, from its other files alone, and return its path.
+
+    A report that is there is replaced in one move, so a browser never sees half a page. Raises RunError when ``folder``
+    is no run folder or cannot be written to.
+    """
+    folder = Path(folder)
+    html = render(read_records(folder))
+    report, aside = folder / "report.html", folder / f".report.html.{os.getpid()}"
+    try:
+        aside.write_text(html, encoding="utf-8")
+        aside.replace(report)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise RunError(
+            f"'{report}' cannot be written ({error}); free some space or change the folder's rights."
+        ) from None
+    return report

@@ -1,0 +1,108 @@
+"""A tiny byte-level tokenizer, made here, and chat templates of the families in use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+LINES = [
+    "What does shutil.copytree do in Python? It copies a whole folder.",
+    "The quick brown fox jumps over the lazy dog, said the assistant to the user.",
+    "You are a helpful system. Hello there, how are you today? Fine, thank you.",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|start|>", "<|end|>", "[INST]", "[/INST]"]
+
+CHATML = """{% for message in messages %}{{ '<|start|>' + message['role'] + '
+' + message['content'] + '<|end|>
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant
+' }}{% endif %}"""
+
+LLAMA3 = """{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{{ '<|start|>' + message['role'] + '<|start|>
+
+' + message['content'] | trim + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|start|>
+
+' }}{% endif %}"""
+
+# no generation prompt at all, strict alternation
+MISTRAL = """{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
+
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}{{ '<|start|>' + ('model' if message['role'] == 'assistant' else 'user') + '
+' + message['content'] | trim + '<|end|>
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model
+' }}{% endif %}"""
+
+# only the last answer shows its thoughts
+QWEN3 = """{% for message in messages %}{% if message['role'] == 'assistant' and loop.last %}{{ '<|start|>assistant
+<think>
+
+</think>
+
+' + message['content'] + '<|end|>
+' }}{% else %}{{ '<|start|>' + message['role'] + '
+' + message['content'] + '<|end|>
+' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant
+' }}{% endif %}"""
+
+# the generation prompt opens the thoughts, a finished turn does not hold them
+DEEPSEEK = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|start|>' + message['content'] + '<|end|>' }}{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|><think>
+' }}{% endif %}"""
+
+GENERATION = """{% for message in messages %}{{ '<|start|>' + message['role'] + '
+' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{{ '
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant
+' }}{% endif %}"""
+
+TOOLS = """{% if tools %}{{ '<|start|>tools' }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{{ '<|end|>' }}{% endif %}{% for message in messages %}{{ '<|start|>' + message['role'] + '
+' }}{% if message.tool_calls %}{% for call in message.tool_calls %}{{ '<call>' + call.function.name + (call.function.arguments | tojson) }}{% endfor %}{% else %}{{ message['content'] }}{% endif %}{{ '<|end|>
+' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant
+' }}{% endif %}"""
+
+
+def make_tokenizer(template: str | None = CHATML, pad: str = "<pad>", adds_bos: bool = False) -> Any:
+    """Byte-level BPE of some 350 tokens. ``adds_bos``: every text begins with <s>, as Llama's tokenizers have it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=350,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token=pad)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """``write("a.jsonl", [records])`` → the path, as text."""
+
+    def _write(name: str, content: Any) -> str:
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+        else:
+            path.write_text("".join(json.dumps(record) + "\n" for record in content), encoding="utf-8")
+        return str(path)
+
+    return _write

@@ -1,0 +1,48 @@
+"""Every row once an epoch, in an order that depends on seed and epoch alone; padding that nothing can see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora.data.batches import collate, step_rows, steps_per_epoch
+from qlora.data.examples import make_example
+from qlora.data.packing import make_rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_the_steps_of_an_epoch_hold_each_row_exactly_once(count: int, batch: int, seed: int, epoch: int) -> None:
+    steps = steps_per_epoch(count, batch)
+    taken = [step_rows(count, batch, epoch * steps + step, seed) for step in range(steps)]
+    assert sorted(row for rows in taken for row in rows) == list(range(count))
+    assert all(len(rows) == batch for rows in taken[:-1])
+    assert 1 <= len(taken[-1]) <= batch
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    order = [step_rows(50, 50, epoch, seed) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(one) for one in order}) == 4
+    assert step_rows(50, 50, 1, 0) == order[1]
+    # the batch size cuts the same order elsewhere
+    assert [row for step in range(10, 20) for row in step_rows(50, 5, step, 0)] == order[1]
+
+
+def test_the_order_is_the_same_in_every_process() -> None:
+    assert step_rows(8, 8, 0, 0) == [2, 4, 3, 6, 5, 0, 1, 7]
+
+
+def test_padding_carries_no_loss_and_its_positions_count_on() -> None:
+    trained = [True] * 3
+    rows = make_rows([make_example([5, 0, 7], trained), make_example([8, 9], [True] * 2)], 8, packing=False)
+    batch = collate(rows, pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 0, 7], [8, 9, 0]]
+    assert batch["labels"].tolist() == [[-100, 0, 7], [-100, 9, -100]]  # the real 0 keeps its label, the pad has none
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    wide = collate(make_rows([make_example([1, 2], [1, 1]), make_example([3, 4, 5], [1, 1, 1])], 8, True), 0, length=8)
+    assert wide["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5]]
+    with pytest.raises(ValueError, match="row of 3 tokens does not fit a batch of length 2"):
+        collate(rows, 0, length=2)

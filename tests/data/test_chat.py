@@ -1,0 +1,189 @@
+"""The law of the mask: it covers exactly what the assistant said, with its end-of-turn token, whatever the template."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora.data.chat import ChatTemplate
+from qlora.data.examples import IGNORE_INDEX, Example
+from qlora.data.formats import parse
+from qlora.data.sources import Record
+from qlora.errors import DataError
+from tests.data import conftest as families
+from tests.data.conftest import make_tokenizer
+
+TALK = [
+    {"role": "user", "content": "Hello there"},
+    {"role": "assistant", "content": "Fine, thank you."},
+    {"role": "user", "content": "And you? 日本"},
+    {"role": "assistant", "content": "The lazy dog. ünïcödé 🦊"},
+]
+SYSTEM = {"role": "system", "content": "You are helpful"}
+
+
+def conversations(*turns: list[dict[str, Any]], **fields: Any) -> Any:
+    records = [Record({"messages": list(one), **fields}, "a.jsonl", "line", n) for n, one in enumerate(turns, 1)]
+    return parse(records).conversations
+
+
+def encode(tokenizer: Any, talk: list[dict[str, Any]], train_on: str = "assistant", **fields: Any) -> list[Example]:
+    return ChatTemplate(tokenizer).encode(conversations(talk, **fields), train_on)[0]
+
+
+def trained_runs(tokenizer: Any, example: Example) -> list[str]:
+    """The text of each run of trained tokens."""
+    runs: list[list[int]] = [[]]
+    for label in example.labels.tolist():
+        if label != IGNORE_INDEX:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "before"),
+    [
+        (families.CHATML, "<|end|>", ""),
+        (families.LLAMA3, "<|end|>", ""),
+        (families.MISTRAL, "</s>", " "),  # the space after [/INST] is the model's to write: its prompt has none
+        (families.GEMMA, "<|end|>", ""),
+        (families.DEEPSEEK, "<|end|>", ""),
+        (families.GENERATION, "<|end|>", ""),
+        (None, "</s>", ""),
+    ],
+    ids=["chatml", "llama3", "mistral", "gemma", "deepseek", "generation", "default"],
+)
+def test_the_mask_covers_exactly_the_answers(template: str | None, end: str, before: str) -> None:
+    tokenizer = make_tokenizer(template)
+    (example,) = encode(tokenizer, TALK)
+    answers = [before + message["content"] + end for message in TALK if message["role"] == "assistant"]
+    assert trained_runs(tokenizer, example) == answers
+    (last,) = encode(tokenizer, TALK, "completion")
+    assert trained_runs(tokenizer, last) == answers[1:]
+    (everything,) = encode(tokenizer, TALK, "all")
+    assert everything.target_tokens == len(everything.ids) - 1
+
+
+@pytest.mark.parametrize("template", [families.CHATML, families.LLAMA3, families.GEMMA, families.MISTRAL])
+def test_the_ids_are_those_of_apply_chat_template(template: str) -> None:
+    tokenizer = make_tokenizer(template, adds_bos=True)
+    (example,) = encode(tokenizer, TALK)
+    assert example.ids.tolist() == tokenizer.apply_chat_template(TALK)["input_ids"]
+    assert example.ids.tolist().count(tokenizer.bos_token_id) == ("bos_token" in template)  # never two
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_one_example_an_answer() -> None:
+    tokenizer = make_tokenizer(families.QWEN3)
+    first, second = encode(tokenizer, TALK)
+    assert trained_runs(tokenizer, first) == ["<think>\n\n</think>\n\nFine, thank you.<|end|>"]
+    assert trained_runs(tokenizer, second) == ["<think>\n\n</think>\n\nThe lazy dog. ünïcödé 🦊<|end|>"]
+    # the second one's history is what the model would see: the first answer without its thoughts
+    assert tokenizer.decode(second.ids).count("<think>") == 1
+
+
+def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
+    tokenizer = make_tokenizer(families.CHATML, pad="<|end|>")
+    (example,) = encode(tokenizer, TALK)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tokenizer.pad_token_id == end
+    assert example.labels.tolist().count(end) == 2
+
+
+def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
+    template = families.GENERATION.replace("+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|end|>' }}")
+    with pytest.raises(DataError, match=r"Line 1 of 'a.jsonl'.*end-of-turn token <\|end\|> would carry no loss"):
+        encode(make_tokenizer(template), TALK)
+
+
+def test_a_refused_system_turn_moves_into_the_first_user_turn() -> None:
+    tokenizer = make_tokenizer(families.GEMMA)
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations([SYSTEM, *TALK]), "assistant")
+    assert "<|start|>user\nYou are helpful\n\nHello there<|end|>" in tokenizer.decode(example.ids)
+    assert any("system" in note for note in chat.dialect.notes)
+
+
+def test_a_template_that_ignores_the_system_turn_does_not_lose_it() -> None:
+    silent = families.CHATML.replace(
+        "{{ '<|start|>'", "{% if message['role'] == 'system' %}{% continue %}{% endif %}{{ '<|start|>'"
+    )
+    (example,) = encode(make_tokenizer(silent), [SYSTEM, *TALK])
+    assert "You are helpful\n\nHello there" in make_tokenizer().decode(example.ids)
+
+
+def test_the_default_template_adds_no_tokens_and_bos_once() -> None:
+    tokenizer = make_tokenizer(None, adds_bos=True)
+    size = len(tokenizer)
+    (example,) = encode(tokenizer, TALK)
+    assert len(tokenizer) == size
+    assert tokenizer.chat_template is None
+    text = tokenizer.decode(example.ids)
+    assert text.startswith("<s>### User:\nHello there\n\n### Assistant:\nFine, thank you.</s>\n\n### User:\n")
+    assert example.ids.tolist().count(tokenizer.bos_token_id) == 1
+
+
+def test_tools_are_passed_to_a_template_that_knows_them_and_written_out_for_others() -> None:
+    call = {"from": "function_call", "value": json.dumps({"name": "tip", "arguments": {"bill": 50}})}
+    fields = {
+        "conversations": [
+            {"from": "human", "value": "Hi"},
+            call,
+            {"from": "observation", "value": "20"},
+            {"from": "gpt", "value": "Twenty"},
+        ],
+        "tools": json.dumps([{"name": "tip", "parameters": {}}]),
+    }
+    parsed = parse([Record(fields, "a.jsonl", "line", 1)])
+    knows = make_tokenizer(families.TOOLS)
+    ((example,),) = ChatTemplate(knows).encode(parsed.conversations, "assistant")
+    assert "<|start|>toolstip<|end|>" in knows.decode(example.ids)
+    assert trained_runs(knows, example) == ['<call>tip{"bill": 50}<|end|>', "Twenty<|end|>"]
+    for template in (families.CHATML, families.GEMMA):
+        plain = make_tokenizer(template)
+        ((example,),) = ChatTemplate(plain).encode(parsed.conversations, "assistant")
+        assert '[{"name": "tip", "parameters": {}}]' in plain.decode(example.ids)
+        assert trained_runs(plain, example) == [call["value"] + "<|end|>", "Twenty<|end|>"]
+    refused = {**fields, "conversations": [fields["conversations"][0], {"from": "function_call", "value": "tip(50)"}]}
+    with pytest.raises(
+        DataError, match=r"Line 1 of 'a.jsonl' has a function call that is not a JSON object.*tip\(50\)"
+    ):
+        ChatTemplate(knows).encode(parse([Record(refused, "a.jsonl", "line", 1)]).conversations, "assistant")
+
+
+def test_a_date_in_the_template_does_not_change_with_the_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }} {{ date_string }}" + families.CHATML
+    (example,) = encode(make_tokenizer(dated), TALK)
+    assert make_tokenizer().decode(example.ids).startswith("26 Jul 2024 26 Jul 2024<|start|>user")
+
+
+def test_what_a_template_refuses_names_the_record() -> None:
+    twice = [TALK[0], TALK[0], TALK[1]]
+    with pytest.raises(DataError, match=r"Line 2 of 'a.jsonl' is refused.*roles must alternate"):
+        ChatTemplate(make_tokenizer(families.MISTRAL)).encode(conversations(TALK, twice), "assistant")
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    evil = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + families.CHATML
+    with pytest.raises(DataError, match="is refused by the chat template"):
+        encode(make_tokenizer(evil), TALK)
+
+
+def test_the_template_file(write: Any) -> None:
+    chat = ChatTemplate(make_tokenizer(families.MISTRAL), write("own.jinja", families.CHATML))
+    assert chat.text == families.CHATML
+    with pytest.raises(DataError, match="not valid Jinja: line 1"):
+        ChatTemplate(make_tokenizer(), write("bad.jinja", "{% for x %}"))
+    with pytest.raises(DataError, match=r"chat_template 'nowhere.jinja' cannot be read"):
+        ChatTemplate(make_tokenizer(), "nowhere.jinja")
+
+
+def test_a_prompt_ends_in_the_generation_prompt() -> None:
+    tokenizer = make_tokenizer(families.CHATML)
+    messages, ids, answer = ChatTemplate(tokenizer).prompt(conversations(TALK)[0])
+    assert messages == TALK[:1]
+    assert tokenizer.decode(ids) == "<|start|>user\nHello there<|end|>\n<|start|>assistant\n"
+    assert answer == "Fine, thank you."

@@ -1,0 +1,162 @@
+"""The whole pipeline: files in, rows and an honest report out."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy
+import pytest
+from rich.console import Console
+
+from qlora.config import DataSection
+from qlora.data import IGNORE_INDEX, Data, load_data
+from qlora.errors import DataError
+from tests.data import conftest as families
+from tests.data.conftest import LINES, make_tokenizer
+
+PAIRS = [{"prompt": f"What is number {n}?", "completion": "It is " + "so " * (n % 7) + f"{n}."} for n in range(40)]
+
+
+def load(path: str, tokenizer: Any, seed: int = 0, **fields: Any) -> Data:
+    return load_data(DataSection(train=path, **{"max_length": 128, **fields}), tokenizer, seed)
+
+
+def test_packed_and_unpacked_hold_the_same_tokens_and_targets(write: Any, tokenizer: Any) -> None:
+    path = write("a.jsonl", PAIRS)
+    packed, alone = load(path, tokenizer), load(path, tokenizer, packing=False)
+    assert len(packed.train) < len(alone.train) == 40
+    assert (packed.report.tokens, packed.report.target_tokens) == (alone.report.tokens, alone.report.target_tokens)
+    by_example = {row.examples[0]: row for row in alone.train}
+    for row in packed.train:
+        for index, (begin, end) in zip(row.examples, row.spans(), strict=True):
+            assert row.ids[begin:end].tolist() == by_example[index].ids.tolist()
+            assert row.labels[begin:end].tolist() == by_example[index].labels.tolist()
+        assert row.labels[row.positions == 0].tolist() == [IGNORE_INDEX] * len(row.examples)
+
+
+def test_the_held_out_part_is_drawn_by_seed_and_shares_no_record(write: Any, tokenizer: Any) -> None:
+    path = write("a.jsonl", PAIRS)
+    one, same, other = (load(path, tokenizer, seed, held_out_fraction=0.1) for seed in (0, 0, 1))
+    assert one.report.held_out.records == 4
+    assert one.report.records == 36
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    shown = [str(one.preview(index)).split("\n", 1)[1] for index in range(36)]
+    held = [prompt.text for prompt in one.held_out_prompts(4)]
+    assert len(set(held)) == 4
+    assert not any(question in text for question in held for text in shown)
+    assert load(path, tokenizer).held_out_prompts(3) == []
+    with pytest.raises(DataError, match=r"held_out_fraction=0.9 of 1 records leaves none to train on"):
+        load(path, tokenizer, limit=1, held_out_fraction=0.9)
+
+
+def test_a_held_out_file_is_never_trained_on_and_read_in_the_same_form(write: Any, tokenizer: Any) -> None:
+    path, held = write("a.jsonl", PAIRS), write("h.jsonl", PAIRS[:5])
+    data = load(path, tokenizer, held_out=held, limit=10)
+    assert (data.report.records, data.report.held_out.records) == (10, 5)
+    with pytest.raises(DataError, match=r"Line 1 of '.*t.jsonl' lacks prompt, completion|has the form text"):
+        load(path, tokenizer, held_out=write("t.jsonl", [{"text": "a"}]))
+
+
+def test_held_out_prompts_end_in_the_generation_prompt_and_are_spread(write: Any, tokenizer: Any) -> None:
+    data = load(write("a.jsonl", PAIRS), tokenizer, held_out=write("h.jsonl", PAIRS))
+    prompts = data.held_out_prompts(4)
+    assert [prompt.text for prompt in prompts] == [PAIRS[n]["prompt"] for n in (0, 10, 20, 30)]
+    assert prompts[1].answer == PAIRS[10]["completion"]
+    assert tokenizer.decode(prompts[1].ids).endswith("What is number 10?<|end|>\n<|start|>assistant\n")
+    assert len(data.held_out_prompts(100)) == 40
+
+
+def test_raw_text_is_split_not_cut_and_prompts_with_its_beginning(write: Any, tokenizer: Any) -> None:
+    text = " ".join(LINES * 5)
+    data = load(write("a.txt", text), tokenizer, max_length=16, held_out=write("h.txt", text))
+    assert data.report.form == "text"
+    rows = sorted(data.train, key=lambda row: row.examples)
+    ids = {
+        index: row.ids[begin:end] for row in rows for index, (begin, end) in zip(row.examples, row.spans(), strict=True)
+    }
+    assert tokenizer.decode(numpy.concatenate([ids[index] for index in sorted(ids)])) == text + "</s>"
+    assert data.report.train.losses() == []
+    assert data.report.target_tokens == data.report.tokens - data.report.examples
+    with pytest.raises(DataError, match="raw text without turns"):
+        load(write("b.txt", text), tokenizer, train_on="assistant")
+    (prompt,) = load(write("c.txt", text), tokenizer, held_out=write("h.txt", text)).held_out_prompts(1)
+    assert text.startswith(prompt.text + prompt.answer)
+
+
+def test_what_is_lost_is_counted_in_tokens_and_shown(write: Any, tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo " * 60}]
+    rows = [
+        {"messages": [turns[0], {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Bye"}]},
+        {"messages": turns},
+        {"messages": [{"role": "user", "content": "Hi " * 90}, {"role": "assistant", "content": "Yo"}]},
+        {"messages": [turns[0]]},
+    ]
+    whole = load(write("a.jsonl", rows), tokenizer, max_length=4096).report.train
+    report = load(write("a.jsonl", rows), tokenizer, max_length=64).report
+    counts = report.train
+    assert (counts.truncated, counts.dropped, counts.skipped, counts.unanswered_turns) == (1, 1, 1, 2)
+    assert counts.tokens + counts.truncated_tokens + counts.dropped_tokens == whole.tokens
+    assert counts.unanswered_tokens == sum(len(tokenizer(text)["input_ids"]) for text in ("Bye", "Hi"))
+    for phrase in ("1 examples truncated", "1 examples dropped", "1 records skipped", "2 unanswered turns left off"):
+        assert phrase in str(report)
+    assert report.as_dict()["train"]["dropped_tokens"] == counts.dropped_tokens
+    dropped = load(write("a.jsonl", rows), tokenizer, max_length=64, too_long="drop").report.train
+    assert (dropped.truncated, dropped.dropped) == (0, 2)
+
+
+def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
+    path = write("a.jsonl", PAIRS)
+    with pytest.raises(DataError, match=r"All 40 examples are longer than data\.max_length=8"):
+        load(path, tokenizer, max_length=8, too_long="drop")
+    with pytest.raises(DataError, match=r"No token of the data carries loss \(40 examples dropped"):
+        load(path, tokenizer, max_length=8)
+    with pytest.raises(DataError, match=r"No token of the data carries loss \(1 records skipped"):
+        load(write("b.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}]), tokenizer)
+    with pytest.raises(DataError, match="None of the 1 held-out records leaves a token"):
+        load(path, tokenizer, held_out=write("b.jsonl", [{"prompt": "Hi " * 99, "completion": "Yo"}]))
+
+
+def test_training_on_every_token_of_a_chat_is_refused_unless_asked_for(write: Any) -> None:
+    everything = "{% generation %}" + families.CHATML + "{% endgeneration %}"
+    everything = everything.replace("<|end|>\n' }}{% endfor %}", "<|end|>' }}{% endfor %}")
+    tokenizer = make_tokenizer(everything)
+    path = write("a.jsonl", PAIRS)
+    with pytest.raises(DataError, match="Every token of this prompt_completion data would be trained"):
+        load(path, tokenizer)
+    data = load(path, tokenizer, train_on="all")
+    assert data.report.target_tokens == data.report.tokens - data.report.examples
+
+
+def test_the_fingerprint_changes_with_a_token_a_label_or_the_packing(write: Any, tokenizer: Any) -> None:
+    path = write("a.jsonl", PAIRS)
+    prints = [
+        load(path, tokenizer).fingerprint,
+        load(path, tokenizer, train_on="all").fingerprint,
+        load(path, tokenizer, packing=False).fingerprint,
+        load(write("b.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "completion": "Else"}]), tokenizer).fingerprint,
+    ]
+    assert len(set(prints)) == 4
+    assert prints[0] == load(path, make_tokenizer()).fingerprint
+
+
+def test_the_preview_shows_special_tokens_and_marks_what_is_trained(write: Any, tokenizer: Any) -> None:
+    pair = {"prompt": "[bold]Hi[/bold] \x1b[31m", "completion": "日本 [red]"}
+    preview = load(write("a.jsonl", [pair]), tokenizer).preview(0)
+    expected = "<|start|>user\n[bold]Hi[/bold] \\x1b[31m<|end|>\n<|start|>assistant\n⟦日本 [red]<|end|>⟧\n"
+    title, body = str(preview).split("\n", 1)
+    assert body == expected == repr(preview).split("\n", 1)[1]
+    assert title.startswith("prompt_completion example 0 of 1, in row 0: ")
+    screen = io.StringIO()
+    Console(file=screen, width=200, force_terminal=True, color_system="standard").print(preview)
+    assert "[bold]Hi[/bold]" in screen.getvalue()  # markup in the data is text
+    assert "\x1b[1;32m日本 [red]<|end|>" in screen.getvalue()
+    with pytest.raises(DataError, match="no example 1; the training data has 1"):
+        load(write("a.jsonl", [pair]), tokenizer).preview(1)
+
+
+def test_the_tokenizer_is_left_as_it_is(write: Any) -> None:
+    tokenizer = make_tokenizer(None)
+    load(write("a.jsonl", PAIRS), tokenizer)
+    assert tokenizer.chat_template is None
+    assert tokenizer.get_vocab() == make_tokenizer(None).get_vocab()

@@ -1,0 +1,92 @@
+"""The adapted model: what trains, what is frozen, switching off, taking out, and loading values strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora import config
+from qlora.errors import MethodError
+from qlora.methods import AdaptedModel, LoraLinear, apply_method
+from tests.methods.tiny import logits_of, stir, tiny_base, tiny_checkpoint
+
+SECTION = config.LoRA(r=4, target_modules=("q_proj", "down_proj"))
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> AdaptedModel:
+    model = apply_method(tiny_base(tiny_checkpoint(tmp_path, "qwen2")), SECTION)
+    stir(model)
+    return model
+
+
+def test_exactly_the_adapter_trains(model: AdaptedModel) -> None:
+    training = {id(values) for values in model.model.parameters() if values.requires_grad}
+    assert training == {id(values) for values in model.trainable_parameters().values()}
+    assert model.count_trainable() == 2 * 4 * ((64 + 64) + (64 + 128))
+    assert "model.layers.1.mlp.down_proj.lora_B" in model.trainable_parameters()
+
+
+def test_disabled_is_the_base_and_enabled_again_after(model: AdaptedModel) -> None:
+    adapted = logits_of(model.model)
+    with model.disabled():
+        alone = logits_of(model.model)
+    assert not torch.equal(alone, adapted)
+    assert torch.equal(logits_of(model.model), adapted)
+    base = model.remove()
+    assert torch.equal(logits_of(base.model), alone)
+    assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
+
+
+def test_enabled_again_after_an_error(model: AdaptedModel) -> None:
+    def fail_while_disabled() -> None:
+        with model.disabled():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_disabled()
+    assert all(layer.enabled for layer in model.planted.values())
+
+
+def test_a_second_adapter_is_refused(model: AdaptedModel) -> None:
+    with pytest.raises(MethodError, match="carries an adapter already"):
+        apply_method(model.base, SECTION)
+
+
+def test_names_survive_a_wrapped_layer(model: AdaptedModel) -> None:
+    before = list(model.adapter_state())
+    layers = model.model.get_submodule("model.layers")
+    layers[0] = torch.nn.Sequential(layers[0])
+    assert list(model.adapter_state()) == before
+
+
+def test_state_goes_round(model: AdaptedModel, tmp_path: Path) -> None:
+    state = {key: values.clone() for key, values in model.adapter_state().items()}
+    expected = logits_of(model.model)
+    stir(model, 1.0)
+    assert not torch.equal(logits_of(model.model), expected)
+    model.load_adapter_state({key: values.double() for key, values in state.items()})
+    assert torch.equal(logits_of(model.model), expected)
+    assert all(values.dtype == torch.float32 for values in model.trainable_parameters().values())
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "shape", "nan"])
+def test_a_state_that_does_not_fit_changes_nothing(model: AdaptedModel, problem: str) -> None:
+    state = {key: torch.zeros_like(values) for key, values in model.adapter_state().items()}
+    before = {key: values.clone() for key, values in model.adapter_state().items()}
+    name = KEY
+    if problem == "missing":
+        del state[KEY]
+    elif problem == "unexpected":
+        name = KEY.replace("q_proj", "v_proj")
+        state[name] = torch.zeros(4, 64)
+    elif problem == "shape":
+        state[KEY] = torch.zeros(8, 64)
+    else:
+        state[KEY][0, 0] = torch.nan
+    with pytest.raises(MethodError, match=name):
+        model.load_adapter_state(state)
+    assert all(torch.equal(values, before[key]) for key, values in model.adapter_state().items())

@@ -1,0 +1,364 @@
+"""The law of loading: the logits of ``from_pretrained`` with the same BitsAndBytesConfig, bit for bit; or a refusal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from qlora.config import ModelSection
+from qlora.errors import ModelError
+from qlora.model import load_base, load_config, load_tokenizer, quantised_names
+from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.shards import Checkpoint
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SMALL = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"]
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+def write_tokenizer(folder: Path, size: int = 96, **special: str) -> None:
+    words = ["<pad>", "<s>", "</s>"] + [f"w{i}" for i in range(3, size)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def tiny(
+    folder: Path, family: str = "Llama", dtype: torch.dtype = torch.bfloat16, shards: str = "5GB", **options: Any
+) -> Path:
+    """A random model of a family, saved as anyone would save it."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL | options)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # ones and zeros would hide a norm or bias that was not loaded
+            nn.init.normal_(parameter, 0.5, 0.2)
+    model.save_pretrained(folder, max_shard_size=shards)
+    write_tokenizer(folder, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to damage."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def ours(folder: Path, **options: Any) -> nn.Module:
+    return load_base(ModelSection(name=str(folder), **options), CPU).model
+
+
+def logits(model: nn.Module) -> Tensor:
+    # In eval mode, without gradients, on a CPU with AVX512-BF16, bitsandbytes packs its weights anew and computes in bf16
+    # whatever was asked for. In training mode it computes as it does everywhere else. No tiny model has dropout.
+    result: Tensor = model.train()(IDS).logits.detach()
+    assert result.isfinite().all()
+    return result
+
+
+def theirs(
+    folder: Path, quantization: str = "nf4", double_quant: bool = True, compute_dtype: str = "fp32"
+) -> nn.Module:
+    dtype = DTYPES[compute_dtype]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    options = {} if quantization == "none" else {"quantization_config": config}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_every_family_are_those_of_from_pretrained(family: str, tied: bool, tmp_path: Path) -> None:
+    tiny(tmp_path, family, tie_word_embeddings=tied)
+    model = ours(tmp_path)
+    assert torch.equal(logits(model), logits(theirs(tmp_path)))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    assert (head.weight is embedding.weight) == tied
+    assert type(head) is nn.Linear
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
+def test_logits_of_every_dtype_and_quantization(
+    quantization: str, compute_dtype: str, stored: str, tmp_path: Path
+) -> None:
+    tiny(tmp_path, "Qwen2", DTYPES[stored])
+    model = ours(tmp_path, quantization=quantization, compute_dtype=compute_dtype)
+    assert torch.equal(logits(model), logits(theirs(tmp_path, quantization, compute_dtype=compute_dtype)))
+    kinds = {"nf4": Linear4bit, "fp4": Linear4bit, "int8": Linear8bit, "none": nn.Linear}
+    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), kinds[quantization])
+
+
+def test_logits_without_double_quantisation(llama: Path) -> None:
+    single = logits(ours(llama, double_quant=False))
+    assert torch.equal(single, logits(theirs(llama, double_quant=False)))
+    assert not torch.equal(single, logits(ours(llama)))
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    whole = tiny(tmp_path / "whole")
+    sharded = tiny(tmp_path / "sharded", shards="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(ours(sharded)), logits(ours(whole)))
+
+
+def test_odd_sizes(tmp_path: Path) -> None:
+    tiny(tmp_path, hidden_size=60, intermediate_size=101, head_dim=14)
+    assert torch.equal(logits(ours(tmp_path)), logits(theirs(tmp_path)))
+
+
+def test_rotary_frequencies_of_long_context_models(tmp_path: Path) -> None:
+    """They are in no file: what the skeleton computes on meta has to be computed again."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 32, "rope_theta": 5e5}
+    tiny(tmp_path, rope_parameters=rope)
+    assert torch.equal(logits(ours(tmp_path)), logits(theirs(tmp_path)))
+
+
+def test_base_is_frozen_whole_and_described(llama: Path) -> None:
+    base = load_base(ModelSection(name=str(llama)), CPU)
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert not any(tensor.is_meta for tensor in [*base.model.parameters(), *base.model.buffers()])
+    assert (base.folder, base.name, base.quantization, base.double_quant) == (llama, str(llama), "nf4", True)
+    assert (base.device, base.compute_dtype) == (CPU, torch.float32)
+    assert base.model.config.use_cache
+    assert base.tokenizer.pad_token == "<pad>"
+    names = quantised_names(base.model)
+    assert len(names) == 14
+    assert "model.layers.1.self_attn.o_proj.weight" in names
+    assert load_config(ModelSection(name=str(llama))).hidden_size == 64
+
+
+def test_at_most_one_dense_tensor_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    living: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most: list[int] = []
+    read = Checkpoint.read
+
+    def counted(checkpoint: Checkpoint, name: str) -> Tensor:
+        tensor = read(checkpoint, name)
+        if tensor.dim() == 2 and "proj" in name:
+            most.append(1 + len(living))
+            living.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    for dtype in ("fp32", "bf16"):  # in bf16 nothing is cast, so a place that kept its argument would show
+        ours(llama, compute_dtype=dtype)
+        assert len(living) == 0
+    assert len(most) == 28
+    assert max(most) == 1
+
+
+def test_attention_reaches_transformers(llama: Path) -> None:
+    assert ours(llama, attention="eager").config._attn_implementation == "eager"  # type: ignore[union-attr]
+    assert ours(llama).config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(
+    llama: Path, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    load_base(ModelSection(name=str(llama)), CPU, progress=True)
+    printed = capsys.readouterr()
+    assert "Loading" in printed.err
+    assert "nf4" in printed.err.replace("\n", "")
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_prequantised_checkpoint_is_taken_as_it_is(
+    llama: Path, tmp_path: Path, quantization: str, double_quant: bool
+) -> None:
+    theirs(llama, quantization, double_quant).save_pretrained(tmp_path)  # type: ignore[operator]
+    write_tokenizer(tmp_path, eos_token="</s>")
+    base = load_base(ModelSection(name=str(tmp_path), quantization=quantization, double_quant=True), CPU)
+    assert base.double_quant == double_quant
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(base.model), logits(oracle))
+    with pytest.raises(ModelError, match=f"already quantised to {quantization}, but the recipe asks for int8"):
+        ours(tmp_path, quantization="int8")
+
+
+def test_other_prequantised_checkpoints_are_refused(copy: Path) -> None:
+    edit(copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):
+        ours(copy)
+    edit(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ModelError, match="bitsandbytes 8-bit"):
+        ours(copy)
+
+
+def edit(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change(folder: Path, act: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    act(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_missing_tensors_are_named_five_at_most(copy: Path) -> None:
+    change(copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.1" in name])
+    with pytest.raises(ModelError, match=r"lacks 9 tensors.*model\.layers\.1\..* and 4 more"):
+        ours(copy)
+
+
+def test_unexpected_tensors_are_refused(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.zeros(2)}))
+    with pytest.raises(ModelError, match=r"no place for: model\.layers\.0\.extra\.weight"):
+        ours(copy)
+
+
+def test_buffers_that_old_versions_saved_are_left_out(copy: Path) -> None:
+    before = logits(ours(copy))
+    change(copy, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
+    assert torch.equal(logits(ours(copy)), before)
+
+
+def test_wrong_shape(copy: Path) -> None:
+    change(copy, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 64)}))
+    with pytest.raises(ModelError, match=r"up_proj\.weight.*\[64, 64\].*\[144, 64\]"):
+        ours(copy)
+
+
+def test_tied_head_may_be_in_the_checkpoint_too_or_alone(tmp_path: Path) -> None:
+    tiny(tmp_path, tie_word_embeddings=True)
+    before = logits(ours(tmp_path))
+    change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(logits(ours(tmp_path)), before)
+    change(tmp_path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    assert torch.equal(logits(ours(tmp_path)), before)
+    change(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match="lacks"):
+        ours(tmp_path)
+
+
+def test_checkpoint_of_the_body_alone_gets_its_prefix(tmp_path: Path) -> None:
+    """from_pretrained loads a checkpoint saved without the ``model.`` prefix; so do we."""
+    tiny(tmp_path, tie_word_embeddings=True)
+    before = logits(ours(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(logits(ours(tmp_path)), before)
+
+
+MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    tiny(tmp_path, family, **MOE)
+    for quantization in ("nf4", "none"):
+        with pytest.raises(ModelError, match=r"model type '\w+'.*experts\.0\..*without experts"):
+            ours(tmp_path, quantization=quantization)
+
+
+def test_experts_that_are_stored_fused_are_not_left_in_16_bits(tmp_path: Path) -> None:
+    tiny(tmp_path, "Mixtral", **MOE)
+    fused = theirs(tmp_path, "none")
+    save_file({name: tensor.clone() for name, tensor in fused.state_dict().items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"stay in 16 bits: .*experts\.gate_up_proj"):
+        ours(tmp_path)
+    assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(fused))
+
+
+def test_what_is_no_linear_is_refused(tmp_path: Path) -> None:
+    tiny(tmp_path, "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    with pytest.raises(ModelError, match=r"stay in 16 bits: transformer\.h\.\d\.mlp\.c_"):
+        ours(tmp_path)
+    assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(theirs(tmp_path, "none")))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM and not a BertLMHeadModel"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "only text models"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "no causal language model"),
+        ({"model_type": "newer"}, "model type 'newer', which transformers"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "model.trust_remote_code=true"),
+    ],
+)
+def test_other_kinds_of_model_are_refused(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=sentence):
+        load_config(ModelSection(name=str(tmp_path)))
+
+
+def test_cast_of_the_model_keeps_the_packed_weights(llama: Path) -> None:
+    model = ours(llama)
+    held = sum(
+        buffer.nbytes for module in model.modules() if isinstance(module, FrozenLinear) for buffer in module.buffers()
+    )
+    model.to(torch.bfloat16)
+    assert held == sum(
+        buffer.nbytes for module in model.modules() if isinstance(module, FrozenLinear) for buffer in module.buffers()
+    )
+
+
+@pytest.mark.parametrize(
+    ("special", "padding"),
+    [
+        ({"pad_token": "w5", "eos_token": "</s>"}, "w5"),
+        ({"eos_token": "</s>"}, "<pad>"),  # in the vocabulary, though nobody named it
+        ({"pad_token": "<added>", "eos_token": "</s>"}, "<pad>"),  # its id 96 has no embedding
+    ],
+)
+def test_padding_token(special: dict[str, str], padding: str, copy: Path) -> None:
+    write_tokenizer(copy, **special)
+    assert load_tokenizer(copy).pad_token == padding
+    assert load_tokenizer(ModelSection(name=str(copy))).pad_token_id < 96
+
+
+def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
+    words = {"x": 0, "</s>": 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="x"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token == "</s>"
+    assert len(loaded) == 2
+
+
+def test_broken_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load_tokenizer(copy)

@@ -1,0 +1,124 @@
+"""The doctor: every line comes, whatever is broken, and a bad round trip is seen."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qlora.device
+import qlora.model.nf4
+from qlora import doctor
+from qlora.doctor import Finding, examine, exit_status, print_findings
+
+
+def _by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_names_what_it_looked_at() -> None:
+    found = _by_name(examine())
+    expected = {"Python", "torch", "CUDA", "bitsandbytes", "NF4 on cpu", "8-bit on cpu", "memory", "disk here", "cache"}
+    assert expected <= found.keys()
+    for name in ("Python", "torch", "transformers", "NF4 on cpu", "8-bit on cpu"):
+        assert found[name].state == "ok", found[name]
+    assert all(finding.advice for finding in found.values() if finding.state != "ok")
+    assert all("\n" not in str(finding) for finding in found.values())
+
+
+@pytest.mark.parametrize("broken", ["torch", "bitsandbytes", "packaging", "datasets"])
+def test_a_library_that_breaks_on_import_makes_wrong_lines_and_no_crash(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def breaking(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == broken or name.startswith(f"{broken}."):
+            raise OSError(f"lib{broken}.so: cannot open\nshared object file")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", breaking)
+    # Modules that were loaded before would hide the breakage. Their parents' attributes are set to what they are, so that
+    # monkeypatch puts them back too: other tests must not meet a second Linear4bit.
+    for parent, child in ((qlora, "device"), (qlora, "model"), (qlora.model, "nf4")):
+        monkeypatch.setattr(parent, child, getattr(parent, child))
+        monkeypatch.delitem(sys.modules, f"{parent.__name__}.{child}")
+    findings = examine()
+    assert exit_status(findings) == 2
+    wrong = [finding for finding in findings if finding.state == "wrong"]
+    assert any("cannot open shared object file" in finding.found for finding in wrong)
+    assert all(finding.advice for finding in wrong)
+    assert {"torch", "CUDA", "NF4 on cpu", "memory", "cache"} <= {finding.name for finding in findings}
+
+
+def test_a_library_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "accelerate":
+            raise metadata.PackageNotFoundError(name)
+        return "0.1.0" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    old, missing = doctor._library("transformers"), doctor._library("accelerate")
+    assert (old.state, missing.state) == ("wrong", "wrong")
+    assert old.found.startswith("0.1.0, needs >=5")
+    assert "pip install" in old.advice
+    assert "accelerate>=1" in missing.advice
+
+
+def test_a_round_trip_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora.model import nf4
+
+    real = nf4.dense_weight
+    monkeypatch.setattr(nf4, "dense_weight", lambda linear, dtype: real(linear, dtype).flip(0))
+    assert doctor._nf4("cpu").state == "wrong"
+    monkeypatch.setattr(nf4, "dense_weight", lambda linear, dtype: torch.full((128, 256), float("nan")))
+    assert doctor._nf4("cpu").state == "wrong"
+
+
+def test_an_8_bit_product_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora.model.nf4 import Linear8bit
+
+    real = Linear8bit.product
+    monkeypatch.setattr(Linear8bit, "product", lambda self, x: 1.1 * real(self, x))
+    assert doctor._int8("cpu").state == "wrong"
+
+
+def test_the_error_bounds_are_near_what_is_measured() -> None:
+    """A bound that nothing comes near would see nothing."""
+    numbers = [float(word.strip(",")) for word in doctor._nf4("cpu").found.split() if word[0].isdigit()]
+    typical, worst = numbers
+    assert doctor.NF4_TYPICAL / 2 < typical < doctor.NF4_TYPICAL
+    assert doctor.NF4_WORST * 0.7 < worst < doctor.NF4_WORST
+
+
+def test_disk_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "not" / "yet"
+    monkeypatch.setenv("QLORA_CACHE", str(cache))
+    assert _by_name(examine())["cache"].state in ("ok", "warning")
+    assert not cache.exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("QLORA_CACHE", str(file / "cache"))
+    found = _by_name(examine())["cache"]
+    assert found.state == "wrong"
+    assert "QLORA_CACHE" in found.advice
+    monkeypatch.setattr(doctor, "NO_DISK", 1 << 62)
+    assert doctor._disk("disk here", lambda: tmp_path).state == "wrong"
+
+
+def test_exit_status_and_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [Finding("a", "ok", "fine"), Finding("b", "warning", "[red]meh[/]", "do this")]
+    assert exit_status(findings) == 0
+    assert exit_status([*findings, Finding("c", "wrong", "bad", "do that")]) == 2
+    print_findings(findings)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["ok", "a", "fine"]
+    assert "[red]meh[/] → do this" in lines[1]
+    assert lines[2] == "1 ok, 1 warning"
