@@ -1,0 +1,77 @@
+"""Checkpoints: what a run needs to continue, written aside and renamed, the newest few kept.
+
+    checkpoints/000200/
+        adapter_config.json, adapter_model.safetensors    a PEFT adapter, usable as it is
+        optimizer.safetensors                             the moments, by parameter
+        state.json                                        step, loss scale, what is checked on resume
+
+The order of the data and the random draws follow from the seed and the step, so neither is stored. Plain data and
+safetensors only; nothing is pickled. Knows a trainer's parts; must not know a recipe or a report.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlora.errors import RunError
+from qlora.methods.files import folder_written_aside, read_adapter_tensors, save_adapter
+from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
+
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+
+
+def save(trainer: Trainer, folder: Path, keep: int) -> Path:
+    """Write ``folder/<step>`` and delete all but the ``keep`` newest. The same step is written once."""
+    place = folder / f"{trainer.step_number:06d}"
+    if not (place / STATE).is_file():
+        with folder_written_aside(place, overwrite=True) as aside:
+            save_adapter(trainer.model, aside)
+            save_file(optimizer_tensors(trainer.optimizer, trainer.parameters), aside / OPTIMIZER)
+            state = {
+                "step": trainer.step_number,
+                "total_steps": trainer.total_steps,
+                "loss_scale": trainer.loss_scale,
+                "optimizer": trainer.training.optimizer,
+            }
+            (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for old in find(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return place
+
+
+def find(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first. One that was interrupted has another name, and is not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(place for place in folder.iterdir() if place.name.isdigit() and (place / STATE).is_file())
+
+
+def load(trainer: Trainer, place: Path) -> None:
+    """Put a trainer into the state that ``save`` wrote. Raises RunError when the files are damaged or do not belong to it."""
+    try:
+        state = json.loads((place / STATE).read_text(encoding="utf-8"))
+        step, total, kind, scale = (state[key] for key in ("step", "total_steps", "optimizer", "loss_scale"))
+        tensors = load_file(place / OPTIMIZER)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"The checkpoint '{place}' is damaged or incomplete ({error}); delete it, and the one before it is used."
+        ) from None
+    if (total, kind) != (trainer.total_steps, trainer.training.optimizer):
+        raise RunError(
+            f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {trainer.total_steps} steps with "
+            f"{trainer.training.optimizer}; resume with the run's own recipe."
+        )
+    trainer.model.load_adapter_state(read_adapter_tensors(place))
+    load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
+    trainer.step_number = int(step)
+    trainer.loss_scale = float(scale)

@@ -1,0 +1,103 @@
+"""What a run says while it goes: ``metrics.jsonl`` for programs, a progress bar or plain lines for people.
+
+Knows steps as they come; must not know how they were made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from qlora.device import bytes_text
+from qlora.training.loop import Step
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one JSON object a line, flushed line by line so that a killed run loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(values)) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, and a torn last one: a resumed run writes them again."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                if isinstance(values, dict) and values["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        aside = self.path.with_name(f".{self.path.name}.writing")
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        aside.replace(self.path)
+
+
+class Progress:
+    """A Rich bar on a terminal; elsewhere a plain line now and then. Writes to standard error."""
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
+        self.total = total
+        self.quiet = quiet
+        self.bar: Bar | None = None
+        self.last_line = 0.0
+        self.console = Console(stderr=True)
+        if self.console.is_terminal and not quiet:
+            self.bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("train", total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def show(self, step: Step) -> None:
+        """Tell of one step."""
+        text = (
+            f"loss {step.loss:.3f}  lr {step.learning_rate:.1e}  {step.tokens_per_second:,.0f} tokens/s  "
+            f"{bytes_text(step.peak_memory_bytes)}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=step.number, text=text)
+        elif not self.quiet:
+            now = time.monotonic()
+            if now - self.last_line >= 5 or step.number in (1, self.total):
+                self.last_line = now
+                left = (self.total - step.number) * step.seconds
+                print(f"step {step.number}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)

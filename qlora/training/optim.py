@@ -1,0 +1,123 @@
+"""The optimizer, its schedule, and how its state is written down.
+
+Knows AdamW in torch's and bitsandbytes' forms; must not know the model, the data or the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+from qlora.config import TrainingSection
+from qlora.errors import RunError, listed
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], section: TrainingSection) -> torch.optim.Optimizer:
+    """AdamW as the recipe names it, over ``parameters``; matrices decay, vectors do not.
+
+    The moments are fp32 (or 8-bit) whatever dtype the parameters have: torch's AdamW would keep those of bf16 adapters in
+    bf16, so bitsandbytes' 32-bit AdamW serves them.
+    """
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
+    if section.optimizer == "adamw":
+        if all(p.dtype == torch.float32 for p in parameters.values()):
+            return torch.optim.AdamW(groups, **options)
+        return bitsandbytes.optim.AdamW(groups, **options, optim_bits=32)  # type: ignore[no-any-return]
+    kinds = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return kinds[section.optimizer](groups, **options)  # type: ignore[no-any-return]
+
+
+def learning_rate(section: TrainingSection, step: int, total: int) -> float:
+    """The learning rate of step ``step`` (from 0) of ``total``.
+
+    Warm-up rises from peak / w at step 0 to the peak at step w - 1; the decay begins there and would reach zero at
+    ``total``. Without warm-up this is transformers' schedule of the same name.
+    """
+    warm = round(section.warmup_fraction * total)
+    if step < warm:
+        return section.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    if section.schedule == "linear":
+        return section.learning_rate * (1 - done)
+    if section.schedule == "cosine":
+        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return section.learning_rate
+
+
+def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as plain tensors: ``<parameter name>/<what>``, such as ``….lora_A/exp_avg``.
+
+    Quantisation maps are constants of bitsandbytes and are left out; step counts become int64 or fp32 scalars.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key.startswith("qmap"):
+                continue
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensors[f"{name}/{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what ``optimizer_tensors`` gave.
+
+    bitsandbytes' own ``load_state_dict`` moves paged states to ordinary device memory (bitsandbytes#782); here its
+    buffers are made as its first step makes them, paged where it pages, and filled by copying. Raises RunError when the
+    state is of other parameters or of another optimizer.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, what = key.rpartition("/")
+        found.setdefault(name, {})[what] = tensor
+    if unknown := [name for name in found if name not in parameters]:
+        raise RunError(
+            f"The optimizer state is of other parameters: {listed(unknown)}; resume with the run's own recipe."
+        )
+    places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    for name, values in found.items():
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        if hasattr(optimizer, "init_state"):
+            if not optimizer.initialized:
+                optimizer.check_overrides()
+                optimizer.initialized = True
+            group, index = places[parameter]
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, index)
+        else:
+            state.update(
+                step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+            )
+        expected = {key for key in state if not key.startswith("qmap")}
+        if expected != set(values):
+            raise RunError(
+                f"The optimizer state holds {listed(sorted(values))} for {name}, but this optimizer keeps "
+                f"{listed(sorted(expected))}; resume with the optimizer that the run began with."
+            )
+        for key, value in values.items():
+            if isinstance(state[key], Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = type(state[key])(value.item())
+
+
+def quiet_paging() -> None:
+    """bitsandbytes warns once a run that the CPU has no paging; the plan says it already."""
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
