@@ -1,0 +1,68 @@
+"""qlora: fine-tune a large language model on the card you have.
+
+    import qlora
+    run = qlora.train(qlora.Recipe.from_yaml("recipes/quickstart.yaml"))
+
+Names are imported when they are first used, so that ``import qlora`` is quick and ``qlora doctor`` runs without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora.config import LoRA, Recipe
+    from qlora.data import Data, load_data
+    from qlora.errors import QloraError
+    from qlora.evaluation import answer, answers
+    from qlora.methods import AdaptedModel, apply_method
+    from qlora.model import Base, load_base
+    from qlora.reporting import write_report
+    from qlora.run import Plan, Run, evaluate, load_run, merge, plan, preview, resume, train
+    from qlora.training import Step, Trainer
+
+_HOMES = {
+    "config": ("LoRA", "Recipe"),
+    "data": ("Data", "load_data"),
+    "errors": ("QloraError",),
+    "evaluation": ("answer", "answers"),
+    "methods": ("AdaptedModel", "apply_method"),
+    "model": ("Base", "load_base"),
+    "reporting": ("write_report",),
+    "run": ("Plan", "Run", "evaluate", "load_run", "merge", "plan", "preview", "resume", "train"),
+    "training": ("Step", "Trainer"),
+}
+
+__all__ = [
+    "AdaptedModel",
+    "Base",
+    "Data",
+    "LoRA",
+    "Plan",
+    "QloraError",
+    "Recipe",
+    "Run",
+    "Step",
+    "Trainer",
+    "answer",
+    "answers",
+    "apply_method",
+    "evaluate",
+    "load_base",
+    "load_data",
+    "load_run",
+    "merge",
+    "plan",
+    "preview",
+    "resume",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"qlora.{home}"), name)
+    raise AttributeError(f"module 'qlora' has no attribute '{name}'")

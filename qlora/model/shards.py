@@ -202,10 +202,10 @@ def _entries(header: Any, path: Path, data: int) -> tuple[dict[str, Entry], int]
     return dict(sorted(entries.items(), key=lambda item: item[1].start)), reached
 
 
-def find_model(name: str, revision: str | None = None, progress: bool = False) -> Path:
+def find_model(name: str, revision: str | None = None, progress: bool = False, weights: bool = True) -> Path:
     """The folder of ``model.name``: a local folder, the embedded default, or a hub id, downloaded into the hub's cache.
 
-    Only safetensors, configuration and tokenizer files are downloaded. Raises ModelError, in a sentence, when there is
+    Only safetensors, configuration and tokenizer files are downloaded, and no safetensors when ``weights`` is off. Raises ModelError, in a sentence, when there is
     no such folder or repository, when access to it is not granted, or when the hub cannot be reached.
     """
     folder = Path(name).expanduser()
@@ -226,10 +226,10 @@ def find_model(name: str, revision: str | None = None, progress: bool = False) -
             f"There is no model folder '{name}'.{hint} Expected an existing folder, a hub id such as org/name, "
             f"or '{DEFAULT_MODEL}'."
         )
-    return _download(name, revision)
+    return _download(name, revision, HUB_FILES if weights else HUB_FILES[1:])
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -243,7 +243,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     at = f" at revision '{revision}'" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         problem = (
             "asks for its terms to be accepted first: do so on its page on the hub and log in with `hf auth login`"

@@ -43,7 +43,7 @@ def load_config(section: ModelSection) -> Any:
     Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
     needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
     """
-    return read_config(find_model(section.name, section.revision), section)
+    return read_config(find_model(section.name, section.revision, weights=False), section)
 
 
 def read_config(folder: Path, section: ModelSection) -> Any:
@@ -89,6 +89,18 @@ def _refuse_other_kinds(config: Any, raw: dict[str, Any], name: str, native: boo
     names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
     if made and not {item.lower() for item in made} & {item.lower() for item in names}:
         raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
+
+
+def load_skeleton(section: ModelSection, dtype: torch.dtype) -> nn.Module:
+    """The whole model on the meta device, its linears quantised as the recipe says: every shape and no weight."""
+    config = load_config(section)
+    scheme = scheme_of(config, section)
+    model: Any = empty_model(config, section, dtype)
+    empty_linears(model, Scheme(scheme.quantization, scheme.double_quant, prequantised=False), dtype, set())
+    model.tie_weights()
+    model.requires_grad_(False)
+    skeleton: nn.Module = model
+    return skeleton
 
 
 def scheme_of(config: Any, section: ModelSection) -> Scheme:

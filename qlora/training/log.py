@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,13 +34,19 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, and a torn last one: a resumed run writes them again."""
+        self._keep(lambda values: values["step"] <= step)
+
+    def rewind_held_out(self, step: int) -> None:
+        """Drop held-out evaluations after ``step`` steps, which are about to be made again."""
+        self._keep(lambda values: values["step"] < step or "held_out_loss" not in values)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.is_file():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                values = json.loads(line)
-                if isinstance(values, dict) and values["step"] <= step:
+                if wanted(json.loads(line)):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue

@@ -1,0 +1,67 @@
+"""Chat: a conversation with a trained model in the terminal.
+
+Knows a run, its chat template and generation; must not know training.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import TextStreamer
+
+from qlora.errors import RunError
+from qlora.evaluation import answer
+from qlora.run import chat_tokenizer, load_run
+
+LONGEST_ANSWER = 256
+
+
+class Conversation:
+    """A model and what has been said so far."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.tokenizer = chat_tokenizer(folder)
+        self.model = load_run(folder)
+        self.messages: list[dict[str, str]] = []
+
+    def say(self, text: str, max_new_tokens: int = LONGEST_ANSWER, streamer: Any = None) -> str:
+        """The answer to ``text``, greedy; both are remembered. A run on raw text continues the text and remembers nothing."""
+        if self.tokenizer.chat_template is None:
+            return answer(self.model, self.tokenizer(text)["input_ids"], max_new_tokens, streamer)
+        self.messages.append({"role": "user", "content": text})
+        ids = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        limit = getattr(self.model.model.config, "max_position_embeddings", None)
+        if limit and len(ids) + max_new_tokens > limit:
+            self.messages.pop()
+            raise RunError(f"The conversation has {len(ids)} tokens and the model reads {limit}; begin anew with /new.")
+        reply = answer(self.model, ids, max_new_tokens, streamer)
+        self.messages.append({"role": "assistant", "content": reply})
+        return reply
+
+
+def talk(folder: str | Path, lines: TextIO | None = None) -> None:
+    """Read questions line by line and print the answers as they come. ``/new`` forgets, ``/quit`` or end of input leaves."""
+    source = lines or sys.stdin
+    conversation = Conversation(folder)
+    terminal = source.isatty()
+    if terminal:
+        print("Ask away. /new begins a new conversation, /quit leaves.")
+    streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        line = source.readline()
+        text = line.strip()
+        if not line or text == "/quit":
+            return
+        if text == "/new":
+            conversation.messages.clear()
+        elif text:
+            try:
+                conversation.say(text, streamer=streamer)
+            except RunError as error:
+                print(error)

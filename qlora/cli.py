@@ -1,0 +1,273 @@
+"""The command line: a verb, a recipe or a run folder, and ``section.key=value`` overrides.
+
+Says what ``run`` returns, for people, and turns every error into one sentence and an exit status. Nothing heavy is
+imported before it is needed, so that ``qlora doctor`` runs where torch does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import InputError, QloraError, nearest
+
+USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
+
+  plan      RECIPE                 what it takes in memory and on disk, and whether that fits
+  preview   RECIPE [count=2]       examples as the model sees them, trained tokens marked
+  train     RECIPE                 train, evaluate, report; overwrite=true replaces an old run
+  resume    RUN                    go on from the newest checkpoint
+  evaluate  RUN                    held-out loss and answers, measured now
+  chat      RUN                    talk to the trained model
+  export    RUN merged             a plain 16-bit model [out=FOLDER base=original dtype=fp16 overwrite=true]
+  report    RUN                    write report.html from the run's files
+  doctor                           is this machine ready?
+  recipe                           every value of a recipe, with its default and meaning
+
+A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 130 and 143 signals."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("help", "--help", "-h"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    _quiet_libraries()
+    try:
+        if words[0] not in VERBS:
+            raise InputError(
+                f"'{words[0]}' is not a verb of qlora.{nearest(words[0], VERBS)} The verbs are {', '.join(VERBS)}."
+            )
+        return VERBS[words[0]](words[1:]) or 0
+    except QloraError as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("qlora: stopped; nothing that was saved is lost.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # | head
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
+        return 0
+    except OSError as error:
+        if error.errno in (28, 27, 122):  # no space, file too large, quota
+            print(f"qlora: The disk is full ({error}); make room and run qlora resume.", file=sys.stderr)
+            return 3
+        print(f"qlora: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if _is_out_of_memory(error):
+            print(
+                f"qlora: Out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size or data.max_length, "
+                "or set training.accumulation=micro_batch_major.",
+                file=sys.stderr,
+            )
+            return 3
+        traceback.print_exc()
+        print("qlora: this is a defect of qlora; please report it with the lines above.", file=sys.stderr)
+        return 1
+
+
+def _plan(words: list[str]) -> None:
+    from qlora import run
+
+    print(run.plan(_recipe("plan", words)))
+
+
+def _preview(words: list[str]) -> None:
+    from rich.console import Console
+
+    from qlora import run
+
+    count = _take(words, "count") or "2"
+    if not count.isdigit() or not int(count):
+        raise InputError(f"count is '{count}'; expected a whole number from 1.")
+    console = Console(soft_wrap=True)
+    for example in run.preview(_recipe("preview", words), int(count)):
+        console.print(example if console.is_terminal else str(example), markup=False, highlight=False)
+        console.print()
+
+
+def _train(words: list[str]) -> None:
+    from qlora import run
+
+    _summary(run.train(_recipe("train", words)))
+
+
+def _resume(words: list[str]) -> None:
+    from qlora import run
+
+    _summary(run.resume(_run("resume", words)))
+
+
+def _evaluate(words: list[str]) -> None:
+    from qlora import run
+
+    _summary(run.evaluate(_run("evaluate", words)))
+
+
+def _export(words: list[str]) -> None:
+    from qlora import run
+    from qlora.device import bytes_text
+
+    options = {name: _take(words, name) for name in ("out", "base", "dtype", "overwrite")}
+    target = words.pop(1) if len(words) > 1 else None
+    if target != "merged":
+        raise InputError(
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model. "
+            "The adapter alone is in the run folder already: RUN/adapter."
+        )
+    folder = _run("export", words)
+    for name, allowed in (
+        ("base", ("dequantized", "original")),
+        ("dtype", ("bf16", "fp16", "fp32")),
+        ("overwrite", ("true", "false")),
+    ):
+        if options[name] not in (None, *allowed):
+            raise InputError(f"{name} is '{options[name]}'; expected {' or '.join(allowed)}.")
+    chosen: dict[str, Any] = {key: value for key, value in options.items() if value and key in ("base", "dtype")}
+    merged = run.merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
+    print(
+        f"Merged model: {merged.folder} ({merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted)"
+    )
+    difference = run.compare_merged(folder, merged)
+    if difference is None:
+        print(
+            "Its logits were not compared with the adapter model's: no held-out text, or too little free memory for it."
+        )
+    else:
+        print(
+            f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
+            f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats a token, "
+            f"the same next token at {difference.same_choice:.1%} of the positions."
+        )
+
+
+def _report(words: list[str]) -> None:
+    from qlora.reporting import write_report
+
+    print(write_report(_run("report", words)))
+
+
+def _chat(words: list[str]) -> None:
+    from qlora.chat import talk
+
+    talk(_run("chat", words))
+
+
+def _doctor(words: list[str]) -> int:
+    from qlora.doctor import examine, exit_status, print_findings
+
+    if words:
+        raise InputError(f"qlora doctor takes nothing more, but found '{' '.join(words)}'.")
+    findings = examine()
+    print_findings(findings)
+    return exit_status(findings)
+
+
+def _reference(words: list[str]) -> None:
+    from qlora.config import reference
+
+    print(reference())
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    "plan": _plan,
+    "preview": _preview,
+    "train": _train,
+    "resume": _resume,
+    "evaluate": _evaluate,
+    "chat": _chat,
+    "export": _export,
+    "report": _report,
+    "doctor": _doctor,
+    "recipe": _reference,
+}
+
+
+def _recipe(verb: str, words: list[str]) -> Any:
+    from qlora.config import Recipe
+
+    if not words:
+        raise InputError(f"qlora {verb} needs a recipe: qlora {verb} recipes/quickstart.yaml")
+    path = Path(words[0])
+    if path.is_dir():
+        raise InputError(f"'{path}' is a folder; qlora {verb} takes a recipe, such as {path / 'recipe.yaml'}.")
+    return Recipe.from_yaml(path, *words[1:])
+
+
+def _run(verb: str, words: list[str]) -> Path:
+    if not words:
+        raise InputError(f"qlora {verb} needs a run folder: qlora {verb} runs/quickstart")
+    if len(words) > 1:
+        raise InputError(f"qlora {verb} takes a run folder and nothing more, but found '{' '.join(words[1:])}'.")
+    path = Path(words[0])
+    if not path.is_dir():
+        raise InputError(
+            f"There is no run folder '{path}'; expected one that qlora train made, such as runs/quickstart."
+        )
+    return path
+
+
+def _take(words: list[str], name: str) -> str | None:
+    """Remove ``name=value`` from the words and return the value."""
+    for word in words[1:]:
+        if word.startswith(f"{name}="):
+            words.remove(word)
+            return word.partition("=")[2]
+    return None
+
+
+def _summary(run: Any) -> None:
+    """What a run came to, on standard output."""
+    from qlora.device import bytes_text
+
+    print(f"\nTrainable parameters   {run.trainable_parameters:,}")
+    if run.before and run.after:
+        change = run.after.loss / run.before.loss - 1
+        print(f"Held-out loss          {run.before.loss:.4f} before, {run.after.loss:.4f} after ({change:+.1%})")
+    elif run.after:
+        print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
+    print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
+    for item in run.generations:
+        print(f"\n? {item.prompt}")
+        for name, text in (("expected", item.expected), ("before", item.before), ("after", item.after)):
+            if text is not None:
+                print(f"  {name + ':':<10}{' '.join(text.split())}")
+    print(f"\nRun folder   {run.folder}")
+    if run.report:
+        print(f"Report       {run.report}")
+    print(f"Try next     qlora chat {run.folder}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' progress bars and advice; what matters of it is said by qlora."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # bitsandbytes advises a package of faster CPU inference kernels, which training does not use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def entry() -> None:
+    """The ``qlora`` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,135 @@
+"""Memory: what a run will hold, by kind, from shapes alone, and whether that fits.
+
+    estimate(skeleton, …) → bytes by kind          check(…) → DoesNotFitError with the table
+
+Everything is counted from the model on the meta device with its method planted, so no weight is read. What is counted
+exactly: weights, adapter, gradients, optimizer, layer inputs. What is modelled: the working set of one layer, the loss
+chunk, and the runtime that torch and its libraries take for themselves.
+
+Shorthand: d hidden size, k key/value width, f intermediate size, V vocabulary, c bytes of a compute number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.config import TrainingSection
+from qlora.device import GIB, bytes_text, total_memory_bytes
+from qlora.errors import DoesNotFitError
+from qlora.methods import AdaptedModel
+from qlora.model.layers import decoder_layers
+from qlora.model.nf4 import FrozenLinear
+
+RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(0.6 * GIB)}
+"""What a process holds before the first weight: the libraries on a CPU, the CUDA context and its workspaces on a GPU."""
+
+# bytes a parameter of optimizer state: two fp32 moments, or two 8-bit ones with their scales
+OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by kind."""
+
+    quantised_weights: int
+    other_weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    layer_inputs: int
+    layer_working_set: int
+    loss_chunk: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Kinds and their ``total``."""
+        return {**vars(self), "total": self.total}
+
+    def __str__(self) -> str:
+        rows = [f"  {kind.replace('_', ' '):<20}{bytes_text(count):>12}" for kind, count in self.as_dict().items()]
+        return "\n".join(rows)
+
+
+def estimate(adapted: AdaptedModel, training: TrainingSection, length: int, device: torch.device) -> Estimate:
+    """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens."""
+    model: Any = adapted.model
+    config = model.config
+    c = adapted.base.compute_dtype.itemsize
+    trainable = adapted.trainable_parameters()
+    adapter = sum(p.numel() * p.dtype.itemsize for p in trainable.values())
+    quantised, other = weight_bytes(model, {id(p) for p in trainable.values()})
+
+    d = config.hidden_size
+    f = getattr(config, "intermediate_size", None) or 4 * d
+    heads = config.num_attention_heads
+    k = (getattr(config, "head_dim", None) or d // heads) * (getattr(config, "num_key_value_heads", None) or heads)
+    layer_major = training.gradient_checkpointing and training.accumulation == "layer_major"
+    micro = min(training.micro_batch_size, training.batch_size) * length
+    in_model = training.batch_size * length if layer_major else micro
+
+    # what autograd keeps of one layer: norms, q, k, v, attention's output, the MLP's three wide tensors
+    kept = micro * c * (8 * d + 4 * k + 4 * f)
+    dense = [
+        m.in_features * m.out_features * c for m in decoder_layers(model)[0].modules() if isinstance(m, FrozenLinear)
+    ]
+    unpacked = sum(dense) if layer_major and training.batch_size > training.micro_batch_size else max(dense, default=0)
+    if training.gradient_checkpointing:
+        inputs, working = in_model * d * c * (config.num_hidden_layers + 3), kept + micro * c * 3 * f + unpacked
+    else:
+        inputs, working = 0, kept * config.num_hidden_layers + micro * c * 3 * f + unpacked
+    targets = min(training.loss_chunk, in_model)
+    return Estimate(
+        quantised_weights=quantised,
+        other_weights=other,
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=int(sum(p.numel() for p in trainable.values()) * OPTIMIZER_BYTES[training.optimizer]),
+        layer_inputs=inputs,
+        layer_working_set=working,
+        loss_chunk=targets * config.vocab_size * (8 + c) + 2 * in_model * d * 4,
+        runtime=RUNTIME[device.type],
+    )
+
+
+def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
+    """(bytes of quantised linears with their scales, bytes of every other frozen weight); shared weights count once."""
+    quantised = other = 0
+    seen = set(trainable)
+    for module in model.modules():
+        packed = isinstance(module, FrozenLinear)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            size = tensor.numel() * tensor.dtype.itemsize
+            if packed:
+                quantised += size
+            else:
+                other += size
+    return quantised, other
+
+
+def check(needed: Estimate, device: torch.device, training: TrainingSection) -> str:
+    """One sentence that says it fits. Raises DoesNotFitError with the table and the smallest change when it does not."""
+    free, total = total_memory_bytes(device)
+    if not free:
+        return "The free memory of this device is not known, so the estimate was not checked against it."
+    place = "this GPU" if device.type == "cuda" else "this machine"
+    if needed.total > free:
+        changes = ["training.micro_batch_size=1"] if training.micro_batch_size > 1 else []
+        if training.accumulation == "layer_major":
+            changes.append("training.accumulation=micro_batch_major")
+        changes += ["data.max_length lower", "training.optimizer=paged_adamw_8bit"]
+        raise DoesNotFitError(
+            f"About {bytes_text(needed.total)} are needed, but {bytes_text(free)} of the {bytes_text(total)} of {place} "
+            f"are free:\n{needed}\nTry {', '.join(changes)}, a smaller model, or stop what else is running."
+        )
+    return f"About {bytes_text(needed.total)} of the {bytes_text(free)} that are free on {place} will be needed."

@@ -1,0 +1,625 @@
+"""The only assembler: recipe or run folder in, finished work out.
+
+    train     recipe → resolve → data → plan → base → method → evaluate → steps → adapter → evaluate → report
+    resume    run folder → the same from its newest checkpoint
+    plan, preview, evaluate, merge, chat: the parts of it that people ask for alone
+
+Every room is called from here and none calls this one. What a run leaves behind is in the README, file by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from qlora.config import Recipe
+from qlora.data import Data, Preview, Prompt, load_data
+from qlora.data.chat import ChatTemplate
+from qlora.device import (
+    bytes_text,
+    dtype_name,
+    peak_memory_bytes,
+    require_disk,
+    resolve_compute_dtype,
+    resolve_device,
+    total_memory_bytes,
+    versions,
+)
+from qlora.errors import RunError, Stopped
+from qlora.evaluation import HeldOut, answers, score
+from qlora.export import Merged
+from qlora.export import merge as merge_files
+from qlora.memory import Estimate, check, estimate
+from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.files import load_adapter, save_adapter
+from qlora.methods.lora import adapter_dtype
+from qlora.model import Base, load_base
+from qlora.model.shards import find_model
+from qlora.model.skeleton import load_skeleton
+from qlora.model.tokenizer import load_tokenizer
+from qlora.reporting import write_report
+from qlora.training import MetricsLog, Progress, Trainer
+from qlora.training import checkpoint as checkpoints
+
+RUN_FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "evaluation.json",
+    "environment.json",
+    "report.html",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A held-out prompt and its answers; ``after`` is None until training ends."""
+
+    prompt: str
+    expected: str
+    before: str | None
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, and what was measured."""
+
+    folder: Path
+    steps: int
+    trainable_parameters: int
+    before: HeldOut | None
+    after: HeldOut | None
+    generations: list[Generation] = field(default_factory=list)
+    report: Path | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes down to on this machine."""
+
+    recipe: Recipe
+    """With every ``auto`` resolved."""
+    parameters: int
+    trainable_parameters: int
+    memory: Estimate
+    checkpoint_bytes: int
+    why: list[str]
+
+    def __str__(self) -> str:
+        model, method = self.recipe.model, self.recipe.method
+        lines = [
+            f"{model.name}: {self.parameters:,} parameters, {model.quantization}, {model.compute_dtype} on "
+            f"{self.recipe.device.name}",
+            f"{method.name}: {self.trainable_parameters:,} trainable parameters "
+            f"({self.trainable_parameters / self.parameters:.2%}) in {method.adapter_dtype}",
+            str(self.memory),
+            f"  a checkpoint on disk{bytes_text(self.checkpoint_bytes):>12}",
+            *self.why,
+        ]
+        return "\n".join(lines)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Resolve a recipe and estimate what it takes, from configuration and shapes; no weight is read.
+
+    Raises DoesNotFitError, with the table, when it is more than this machine has free.
+    """
+    device = resolve_device(recipe.device.name)
+    resolved, why = resolve(recipe, device)
+    dtype = resolve_compute_dtype(device, resolved.model.compute_dtype)
+    section = resolved.model
+    model = load_skeleton(section, dtype)
+    parameters = _count_parameters(model)
+    meta = torch.device("meta")
+    base = Base(
+        model, None, Path(), section.name, section.revision, section.quantization, section.double_quant, meta, dtype
+    )
+    adapted = apply_method(base, resolved.method)
+    memory = estimate(adapted, resolved.training, resolved.data.max_length, device)
+    why.append(check(memory, device, resolved.training))
+    state = memory.adapter + memory.optimizer
+    return Plan(resolved, parameters, adapted.count_trainable(), memory, state, why)
+
+
+def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
+    """The recipe with every ``auto`` decided for ``device``, and a sentence for each decision."""
+    why = []
+    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    if recipe.device.name == "auto":
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA device was found"
+        why.append(f"device.name is {device.type}: {found}.")
+    if recipe.model.compute_dtype == "auto":
+        reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the fastest on CPUs"}
+        why.append(f"model.compute_dtype is {dtype_name(dtype)}: {reasons[dtype_name(dtype)]}.")
+    adapters = adapter_dtype(recipe.method.adapter_dtype, device, dtype)
+    if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
+        why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)}),
+            "method": recipe.method.model_copy(update={"adapter_dtype": dtype_name(adapters)}),
+            "device": recipe.device.model_copy(update={"name": str(device)}),
+        }
+    ), why
+
+
+def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
+    """The first ``count`` training examples as the model sees them."""
+    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    return [data.preview(index) for index in range(min(count, data.report.examples))]
+
+
+def train(recipe: Recipe, quiet: bool = False) -> Run:
+    """Train a recipe from the start and leave a run folder behind.
+
+    Everything that can be wrong with the input is found before the folder is made. Raises InputError, DoesNotFitError,
+    or Stopped after a signal, with a checkpoint saved.
+    """
+    begin = time.perf_counter()
+    folder = Path(recipe.folder or "runs/run")
+    _require_free(folder, recipe.overwrite)
+    _use_threads(recipe)
+    say = _speaker(quiet)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe.data, tokenizer, recipe.training.seed)
+    say(str(data.report))
+    planned = plan(recipe)
+    for sentence in planned.why:
+        say(sentence)
+    resolved = planned.recipe
+    needed = planned.checkpoint_bytes * (recipe.training.keep_checkpoints + 1) + planned.memory.adapter + 16 * 1024**2
+    require_disk(folder, needed, "The run folder")
+    model = _load_model(resolved, quiet)
+    trainer = Trainer(model, data, resolved.training, folder)
+
+    _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+    _write_json(folder / "plan.json", _plan_values(planned, data, trainer, needed))
+    _write_json(folder / "environment.json", _environment(resolved, data, model.device))
+    return _go_on(resolved, folder, model, data, trainer, begin, quiet)
+
+
+def resume(folder: str | Path, quiet: bool = False) -> Run:
+    """Continue a run from its newest checkpoint, as if it had never stopped.
+
+    Raises RunError when the folder is no run, or when its recipe or data are not those that it began with.
+    """
+    begin = time.perf_counter()
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    _use_threads(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe.data, tokenizer, recipe.training.seed)
+    if data.fingerprint != environment.get("data_fingerprint"):
+        raise RunError(
+            f"The data of '{folder}' has changed since the run began (another fingerprint), so going on would not be a "
+            "continuation. Put the old data back, or train anew into another folder."
+        )
+    say = _speaker(quiet)
+    now = versions()
+    for name in ("torch", "transformers", "bitsandbytes"):
+        if now[name] != environment.get("versions", {}).get(name):
+            say(f"{name} was {environment.get('versions', {}).get(name)} and is {now[name]}: not bit for bit any more.")
+    model = _load_model(recipe, quiet)
+    trainer = Trainer(model, data, recipe.training, folder)
+    if found := checkpoints.find(folder / "checkpoints"):
+        trainer.load(found[-1])
+    say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
+    MetricsLog(folder / "metrics.jsonl").rewind(trainer.step_number)
+    return _go_on(recipe, folder, model, data, trainer, begin, quiet)
+
+
+def _go_on(
+    recipe: Recipe, folder: Path, model: AdaptedModel, data: Data, trainer: Trainer, begin: float, quiet: bool
+) -> Run:
+    """From a trainer at any step to a finished run folder."""
+    log, settings, say = MetricsLog(folder / "metrics.jsonl"), recipe.evaluation, _speaker(quiet)
+    held_out = data.held_out[: settings.held_out_rows]
+    prompts = data.held_out_prompts(settings.prompts) if data.held_out else []
+    measured = _read_json(folder / "evaluation.json")
+    before = HeldOut(**measured["held_out"]["before"]) if measured.get("held_out", {}).get("before") else None
+    generations = [Generation(**item) for item in measured.get("generations", [])]
+
+    def held_out_now() -> HeldOut:
+        result = score(model, held_out, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+        log.write(
+            {
+                "step": trainer.step_number,
+                "held_out_loss": result.loss,
+                "held_out_perplexity": result.perplexity,
+                "held_out_target_tokens": result.target_tokens,
+            }
+        )
+        return result
+
+    if not measured and (held_out or prompts):
+        with model.disabled():
+            if held_out:
+                say("Measuring the held-out loss before training …")
+                before = held_out_now()
+                say(f"Held-out loss before: {before.loss:.4f}")
+            generations = [
+                Generation(prompt.text, prompt.answer, answer)
+                for prompt, answer in zip(prompts, _answer(model, prompts, settings.max_new_tokens), strict=True)
+            ]
+        _write_json(folder / "evaluation.json", _evaluation_values(before, None, generations))
+
+    training = recipe.training
+    with _signals() as arrived, Progress(trainer.total_steps, trainer.step_number, quiet) as progress:
+        for step in trainer:
+            log.write(step.metrics())
+            progress.show(step)
+            last = step.number == trainer.total_steps
+            if held_out and settings.every and step.number % settings.every == 0 and not last:
+                progress.say(f"Held-out loss after step {step.number}: {held_out_now().loss:.4f}")
+            if last or (training.save_every and step.number % training.save_every == 0):
+                trainer.save()
+            if arrived and not last:
+                place = trainer.save()
+                name = signal.Signals(arrived[0]).name
+                raise Stopped(
+                    f"{name} arrived after step {step.number} of {trainer.total_steps}; the state is in '{place}'. "
+                    f"Go on with: qlora resume {folder}",
+                    arrived[0],
+                )
+    _save_final_adapter(model, recipe, folder / "adapter")
+    after = None
+    if held_out:
+        say("Measuring the held-out loss after training …")
+        log.rewind_held_out(trainer.step_number)
+        after = held_out_now()
+    texts = _answer(model, prompts, settings.max_new_tokens)
+    generations = [
+        Generation(old.prompt, old.expected, old.before, text) for old, text in zip(generations, texts, strict=True)
+    ]
+    if held_out or prompts:
+        _write_json(folder / "evaluation.json", _evaluation_values(before, after, generations))
+    report = write_report(folder)
+    return Run(
+        folder=folder,
+        steps=trainer.step_number,
+        trainable_parameters=model.count_trainable(),
+        before=before,
+        after=after,
+        generations=generations,
+        report=report,
+        seconds=time.perf_counter() - begin,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+def evaluate(folder: str | Path, quiet: bool = False) -> Run:
+    """Held-out loss and answers of a run's adapter, measured now; the run folder stays as it is."""
+    begin = time.perf_counter()
+    folder = Path(folder)
+    recipe, _ = open_run(folder)
+    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    if not data.held_out:
+        raise RunError(
+            f"The recipe of '{folder}' holds nothing out; evaluate needs data.held_out or held_out_fraction."
+        )
+    model = load_run(folder, quiet)
+    rows = data.held_out[: recipe.evaluation.held_out_rows]
+    after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+    prompts = data.held_out_prompts(recipe.evaluation.prompts)
+    texts = _answer(model, prompts, recipe.evaluation.max_new_tokens)
+    generations = [Generation(p.text, p.answer, None, text) for p, text in zip(prompts, texts, strict=True)]
+    return Run(
+        folder=folder,
+        steps=0,
+        trainable_parameters=model.count_trainable(),
+        before=None,
+        after=after,
+        generations=generations,
+        seconds=time.perf_counter() - begin,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the merged model's logits are from the adapter model's, on held-out text."""
+
+    prompts: int
+    largest: float
+    """Largest absolute difference of a logit."""
+    largest_logit: float
+    divergence: float
+    """Mean Kullback-Leibler divergence a token, in nats."""
+    same_choice: float
+    """Share of positions at which both choose the same token."""
+
+
+def merge(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    base: Literal["dequantized", "original"] = "dequantized",
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    overwrite: bool = False,
+) -> Merged:
+    """Merge a run's adapter into its base: plain safetensors in ``out`` (``RUN/merged`` when left out).
+
+    One tensor in memory at a time. ``base="dequantized"`` merges into the weights that the adapter was trained beside,
+    ``"original"`` into the checkpoint's own.
+    """
+    folder = Path(folder)
+    recipe, _ = open_run(folder)
+    section = recipe.model
+    out = Path(out) if out is not None else folder / "merged"
+    merged = merge_files(
+        find_model(section.name, section.revision),
+        adapter_folder(folder),
+        out,
+        quantization=section.quantization,
+        double_quant=section.double_quant,
+        compute_dtype=section.compute_dtype,
+        base=base,
+        dtype=dtype,
+        overwrite=overwrite,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if text := _template_text(recipe):
+        (out / "chat_template.jinja").write_text(text, encoding="utf-8")
+    return merged
+
+
+def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference | None:
+    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
+
+    None when there is no held-out text, or when the merged model would take more than half of the free memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    recipe, _ = open_run(Path(folder))
+    device = resolve_device(recipe.device.name)
+    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    free, _ = total_memory_bytes(device)
+    if free and merged.bytes * dtype.itemsize / 2 > free / 2:
+        return None
+    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    prompts = [torch.tensor([prompt.ids], device=device) for prompt in data.held_out_prompts(count)]
+    if not prompts:
+        return None
+    adapted = load_run(Path(folder), quiet=True)
+    network: Any = adapted.model
+    with torch.no_grad():
+        expected = [network(ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
+    del network, adapted
+    plain: Any = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=dtype).to(device).eval()
+    largest = scale = divergence = 0.0
+    same = positions = 0
+    with torch.no_grad():
+        for ids, reference in zip(prompts, expected, strict=True):
+            logits = plain(ids, use_cache=False).logits[0].float().cpu()
+            largest = max(largest, (logits - reference).abs().max().item())
+            scale = max(scale, reference.abs().max().item())
+            ours, theirs = reference.log_softmax(-1), logits.log_softmax(-1)
+            divergence += (ours.exp() * (ours - theirs)).sum().item()
+            same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+            positions += len(reference)
+    return Difference(len(prompts), largest, scale, divergence / positions, same / positions)
+
+
+def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
+    """The base of a run with its trained adapter, or that of its newest checkpoint."""
+    folder = Path(folder)
+    recipe, _ = open_run(folder)
+    _use_threads(recipe)
+    device = resolve_device(recipe.device.name if recipe.device.name == "cpu" else "auto")
+    base = load_base(recipe.model, device, progress=not quiet)
+    return load_adapter(base, adapter_folder(folder))
+
+
+def chat_tokenizer(folder: str | Path) -> Any:
+    """The run's tokenizer with the chat template that the run was trained with; without one for a run on raw text."""
+    recipe, _ = open_run(Path(folder))
+    tokenizer = load_tokenizer(recipe.model)
+    tokenizer.chat_template = _template_text(recipe, Path(folder))
+    return tokenizer
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where a run's adapter lies: ``adapter/`` when it is finished, else its newest checkpoint."""
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
+    if found := checkpoints.find(folder / "checkpoints"):
+        return found[-1]
+    raise RunError(f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {folder}")
+
+
+def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """(recipe, environment) of a run folder. Raises RunError when it is none, or when its recipe was edited."""
+    path = folder / "recipe.yaml"
+    if not path.is_file() or not (folder / "environment.json").is_file():
+        raise RunError(
+            f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
+        )
+    environment = _read_json(folder / "environment.json")
+    if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
+        raise RunError(
+            f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {path} folder=runs/…"
+        )
+    return Recipe.from_yaml(path), environment
+
+
+def _load_model(recipe: Recipe, quiet: bool) -> AdaptedModel:
+    base = load_base(recipe.model, resolve_device(recipe.device.name), progress=not quiet)
+    return apply_method(base, recipe.method, recipe.training.seed)
+
+
+def _answer(model: AdaptedModel, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+    return answers(model, [prompt.ids for prompt in prompts], max_new_tokens)
+
+
+def _save_final_adapter(model: AdaptedModel, recipe: Recipe, folder: Path) -> None:
+    """The adapter with its tokenizer beside it, as other tools expect to find them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(model, folder)
+    if text := _template_text(recipe):
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+def _template_text(recipe: Recipe, folder: Path | None = None) -> str | None:
+    """The chat template in use, or None when the run trains on raw text."""
+    if folder is not None and _read_json(folder / "plan.json").get("data", {}).get("form") == "text":
+        return None
+    if recipe.data.form == "text":
+        return None
+    return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    """Raise RunError unless a run may be made in ``folder``."""
+    if folder.is_file():
+        raise RunError(f"'{folder}' is a file; expected the name of a new run folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RunError(
+            f"There is something in '{folder}' already. Go on with it (qlora resume {folder}), choose another place "
+            "(folder=runs/…), or replace it (overwrite=true)."
+        )
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(f"'{folder}' is not a run folder, so overwrite=true does not touch it; choose another folder.")
+
+
+def _clear(folder: Path) -> None:
+    """Delete an old run's files, and nothing else that may lie beside them."""
+    import shutil
+
+    for name in (*RUN_FILES, "merged"):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _plan_values(planned: Plan, data: Data, trainer: Trainer, disk: int) -> dict[str, Any]:
+    recipe = planned.recipe
+    return {
+        "model": {"parameters": planned.parameters, **recipe.model.model_dump(mode="json")},
+        "method": {"trainable_parameters": planned.trainable_parameters, **recipe.method.model_dump(mode="json")},
+        "data": data.report.as_dict(),
+        "steps": trainer.total_steps,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "device": recipe.device.name,
+        "memory": planned.memory.as_dict(),
+        "disk": {"checkpoint": planned.checkpoint_bytes, "total": disk},
+        "why": planned.why,
+    }
+
+
+def _environment(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "versions": versions(),
+        "device_name": name,
+        "data_fingerprint": data.fingerprint,
+        "recipe_sha256": _digest(recipe.to_yaml().encode()),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that the current folder is at, when it is in a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _evaluation_values(before: HeldOut | None, after: HeldOut | None, generations: list[Generation]) -> dict[str, Any]:
+    held_out = {key: asdict(value) for key, value in (("before", before), ("after", after)) if value is not None}
+    return {"held_out": held_out, "generations": [asdict(item) for item in generations]}
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Inside, the first SIGINT or SIGTERM is put into the list for the loop to see; a second one stops at once."""
+    arrived: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if arrived:
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+            raise KeyboardInterrupt
+        arrived.append(number)
+        print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+
+    try:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            before[kind] = signal.signal(kind, note)
+    except ValueError:  # not in the main thread: signals are somebody else's
+        before.clear()
+    try:
+        yield arrived
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _use_threads(recipe: Recipe) -> None:
+    if recipe.device.threads:
+        torch.set_num_threads(recipe.device.threads)
+
+
+def _speaker(quiet: bool) -> Any:
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _count_parameters(model: torch.nn.Module) -> int:
+    """Numbers in the model, packed ones counted one by one, shared ones once."""
+    from qlora.model.nf4 import FrozenLinear
+
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a perplexity too large for a float becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
