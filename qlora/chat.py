@@ -28,18 +28,20 @@ class Conversation:
 
     def say(self, text: str, max_new_tokens: int = LONGEST_ANSWER, streamer: Any = None) -> str:
         """The answer to ``text``, greedy; both are remembered. A run on raw text continues the text and remembers nothing."""
+        asked = [*self.messages, {"role": "user", "content": text}]
         if self.tokenizer.chat_template is None:
-            return answer(self.model, self.tokenizer(text)["input_ids"], max_new_tokens, streamer)
-        self.messages.append({"role": "user", "content": text})
-        ids = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
+        else:
+            ids = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
         limit = getattr(self.model.model.config, "max_position_embeddings", None)
         if limit and len(ids) + max_new_tokens > limit:
-            self.messages.pop()
-            raise RunError(f"The conversation has {len(ids)} tokens and the model reads {limit}; begin anew with /new.")
+            raise RunError(
+                f"That makes {len(ids)} tokens, but the model reads {limit} with its answer of up to {max_new_tokens}; "
+                "begin anew with /new, or ask in fewer words."
+            )
         reply = answer(self.model, ids, max_new_tokens, streamer)
-        self.messages.append({"role": "assistant", "content": reply})
+        if self.tokenizer.chat_template is not None:
+            self.messages = [*asked, {"role": "assistant", "content": reply}]
         return reply
 
 

@@ -6,6 +6,7 @@ imported before it is needed, so that ``qlora doctor`` runs where torch does not
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -32,6 +33,7 @@ USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
 A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
 """
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return 0
     except OSError as error:
-        if error.errno in (28, 27, 122):  # no space, file too large, quota
-            print(f"qlora: The disk is full ({error}); make room and run qlora resume.", file=sys.stderr)
-            return 3
+        if error.errno in FULL:
+            return _disk_is_full(error)
         print(f"qlora: {error}", file=sys.stderr)
         return 2
     except Exception as error:
@@ -70,53 +71,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 3
+        if any(f"(os error {number})" in str(error) for number in FULL):  # safetensors has its own exception
+            return _disk_is_full(error)
         traceback.print_exc()
         print("qlora: this is a defect of qlora; please report it with the lines above.", file=sys.stderr)
         return 1
 
 
 def _plan(words: list[str]) -> None:
+    recipe = _recipe("plan", words)  # first, here and below: a slip of the pen need not wait for torch
     from qlora import run
 
-    print(run.plan(_recipe("plan", words)))
+    print(run.plan(recipe))
 
 
 def _preview(words: list[str]) -> None:
+    count = _take(words, "count") or "2"
+    if not count.isdecimal() or not int(count):
+        raise InputError(f"count is '{count}'; expected a whole number from 1.")
+    recipe = _recipe("preview", words)
     from rich.console import Console
 
     from qlora import run
 
-    count = _take(words, "count") or "2"
-    if not count.isdigit() or not int(count):
-        raise InputError(f"count is '{count}'; expected a whole number from 1.")
     console = Console(soft_wrap=True)
-    for example in run.preview(_recipe("preview", words), int(count)):
+    for example in run.preview(recipe, int(count)):
         console.print(example if console.is_terminal else str(example), markup=False, highlight=False)
         console.print()
 
 
 def _train(words: list[str]) -> None:
+    recipe = _recipe("train", words)
     from qlora import run
 
-    _summary(run.train(_recipe("train", words)))
+    _summary(run.train(recipe))
 
 
 def _resume(words: list[str]) -> None:
+    folder = _run("resume", words)
     from qlora import run
 
-    _summary(run.resume(_run("resume", words)))
+    _summary(run.resume(folder))
 
 
 def _evaluate(words: list[str]) -> None:
+    folder = _run("evaluate", words)
     from qlora import run
 
-    _summary(run.evaluate(_run("evaluate", words)))
+    _summary(run.evaluate(folder))
 
 
 def _export(words: list[str]) -> None:
-    from qlora import run
-    from qlora.device import bytes_text
-
     options = {name: _take(words, name) for name in ("out", "base", "dtype", "overwrite")}
     target = words.pop(1) if len(words) > 1 else None
     if target != "merged":
@@ -132,6 +137,9 @@ def _export(words: list[str]) -> None:
     ):
         if options[name] not in (None, *allowed):
             raise InputError(f"{name} is '{options[name]}'; expected {' or '.join(allowed)}.")
+    from qlora import run
+    from qlora.device import bytes_text
+
     chosen: dict[str, Any] = {key: value for key, value in options.items() if value and key in ("base", "dtype")}
     merged = run.merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
     print(
@@ -157,9 +165,10 @@ def _report(words: list[str]) -> None:
 
 
 def _chat(words: list[str]) -> None:
+    folder = _run("chat", words)
     from qlora.chat import talk
 
-    talk(_run("chat", words))
+    talk(folder)
 
 
 def _doctor(words: list[str]) -> int:
@@ -245,6 +254,11 @@ def _summary(run: Any) -> None:
     if run.report:
         print(f"Report       {run.report}")
     print(f"Try next     qlora chat {run.folder}")
+
+
+def _disk_is_full(error: Exception) -> int:
+    print(f"qlora: The disk is full ({error}); make room and run qlora resume.", file=sys.stderr)
+    return 3
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,8 @@ run folder keeps. This file knows YAML and pydantic; it must not know torch, a m
 
 from __future__ import annotations
 
+import copy
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from qlora.errors import RecipeError, nearest
@@ -28,6 +30,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `epochs: true` as 1
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"is {str(value).lower()}; expected {_type_text(kind)}")
+        return value
 
 
 class ModelSection(Section):
@@ -216,13 +227,14 @@ class Recipe(Section):
         lines: dict[tuple[str, ...], int] | None = None,
     ) -> Recipe:
         """Validate plain values. ``lines`` maps a key's path to its line in ``source``, for the messages."""
-        merged = _copied(values)
+        merged = copy.deepcopy(values)  # also of YAML whose anchors refer to themselves
+        places = dict(lines or {})
         for override in overrides:
-            _override(merged, override)
+            places.pop(_override(merged, override), None)  # its value no longer stands in the file
         try:
             return cls.model_validate(merged)
         except pydantic.ValidationError as error:
-            mistakes = [_sentence(cls, item, lines or {}) for item in error.errors()]
+            mistakes = [_sentence(cls, item, places) for item in error.errors()]
             many = f"{len(mistakes)} mistakes in {source}:" if len(mistakes) > 1 else f"{source}:"
             raise RecipeError(
                 "\n  ".join([many, *mistakes]) if len(mistakes) > 1 else f"{many} {mistakes[0]}"
@@ -258,11 +270,9 @@ def reference() -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, dict)
-        else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _type_text(annotation: Any) -> str:
@@ -292,7 +302,7 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...]
     try:
         values = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
         raise RecipeError(
@@ -305,9 +315,14 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...]
     lines: dict[tuple[str, ...], int] = {}
 
     def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode) and len(path) < 8:
+        if isinstance(node, yaml.MappingNode) and len(path) < 3:  # as deep as a recipe goes
             for key, value in node.value:
                 here = (*path, str(key.value))
+                if here in lines:
+                    raise RecipeError(
+                        f"'{'.'.join(here)}' stands twice in '{source}', at lines {lines[here]} and "
+                        f"{key.start_mark.line + 1}; keep one of them."
+                    )
                 lines[here] = key.start_mark.line + 1
                 walk(value, here)
 
@@ -316,27 +331,30 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...]
     return values, lines
 
 
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, dict) else value for key, value in values.items()}
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Put one ``section.key=value`` into ``values``, in place."""
+def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put one ``section.key=value`` into ``values``, in place, and return the key's path."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
         raise RecipeError(f"'{override}' is not an override; expected section.key=value, as in training.epochs=2.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise RecipeError(f"The value in '{override}' is not valid YAML; quote it, as in {key}='\"…\"'.") from None
     place = values
     for part in path[:-1]:
-        inner = place.setdefault(part, {})
+        if place.get(part) is None:  # a section without a key reads as null
+            place[part] = {}
+        inner = place[part]
         if not isinstance(inner, dict):
             raise RecipeError(f"'{override}' goes into '{part}', which is a single value and not a section.")
         place = inner
     place[path[-1]] = value
+    return tuple(path)
+
+
+_shown = reprlib.Repr()  # bounded, whatever an anchor was repeated into
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 60, 60
 
 
 def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
@@ -365,4 +383,4 @@ def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int
         return f"'{key}' is missing; it has no default."
     if item["type"] == "value_error":
         return f"'{key}'{place} {item['ctx']['error']}."
-    return f"'{key}'{place} is {item['input']!r:.80}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+    return f"'{key}'{place} is {_shown.repr(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."

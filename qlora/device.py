@@ -31,7 +31,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = device.index or 0
+        index = int(name.partition(":")[2] or 0)  # torch.device reads 999 as -25
         if index >= count:
             raise RecipeError(
                 f"device.name is '{name}', but this machine shows {count} CUDA devices; use 'auto' or 'cpu'."

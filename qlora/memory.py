@@ -3,10 +3,10 @@
     estimate(skeleton, …) → bytes by kind          check(…) → DoesNotFitError with the table
 
 Everything is counted from the model on the meta device with its method planted, so no weight is read. What is counted
-exactly: weights, adapter, gradients, optimizer, layer inputs. What is modelled: the working set of one layer, the loss
+exactly: weights, adapter, gradients, optimizer. What is modelled: layer inputs, the working set of one layer, the loss
 chunk, and the runtime that torch and its libraries take for themselves.
 
-Shorthand: d hidden size, k key/value width, f intermediate size, V vocabulary, c bytes of a compute number.
+Shorthand: d hidden size, f intermediate size, V vocabulary, T length of a row, c bytes of a compute number.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from qlora.model.nf4 import FrozenLinear
 RUNTIME = {"cpu": int(0.45 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds before the first weight: the libraries on a CPU, the CUDA context and its workspaces on a GPU."""
 
-# bytes a parameter of optimizer state: two fp32 moments, or two 8-bit ones with their scales
-OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
+SMALL = 4096  # bitsandbytes' 8-bit optimizers keep the moments of smaller matrices in 32 bits
+
+EAGER_SCORES = 2  # attention's softmax and its gradient, [rows, heads, T, T], where no fused kernel does without them
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        """The most at one time: the loss chunk is gone when the backward of the layers begins."""
+        return sum(vars(self).values()) - min(self.layer_working_set, self.loss_chunk)
 
     def as_dict(self) -> dict[str, int]:
         """Kinds and their ``total``."""
@@ -58,8 +60,13 @@ class Estimate:
         return "\n".join(rows)
 
 
-def estimate(adapted: AdaptedModel, training: TrainingSection, length: int, device: torch.device) -> Estimate:
-    """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens."""
+def estimate(
+    adapted: AdaptedModel, training: TrainingSection, length: int, device: torch.device, packing: bool = False
+) -> Estimate:
+    """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens.
+
+    ``packing`` says that rows hold several examples, which SDPA keeps apart by a mask [rows, T, T].
+    """
     model: Any = adapted.model
     config = model.config
     c = adapted.base.compute_dtype.itemsize
@@ -69,34 +76,52 @@ def estimate(adapted: AdaptedModel, training: TrainingSection, length: int, devi
 
     d = config.hidden_size
     f = getattr(config, "intermediate_size", None) or 4 * d
-    heads = config.num_attention_heads
-    k = (getattr(config, "head_dim", None) or d // heads) * (getattr(config, "num_key_value_heads", None) or heads)
+    layers = config.num_hidden_layers
     layer_major = training.gradient_checkpointing and training.accumulation == "layer_major"
     micro = min(training.micro_batch_size, training.batch_size) * length
     in_model = training.batch_size * length if layer_major else micro
 
-    # what autograd keeps of one layer: norms, q, k, v, attention's output, the MLP's three wide tensors
-    kept = micro * c * (8 * d + 4 * k + 4 * f)
+    # what autograd keeps of one layer: both norms' outputs, q, k and v for every head, attention's output, the residual
+    # and the layer's output; gate, silu(gate), up and their product. Below fp32 the norms keep their inputs in fp32.
+    kept = micro * (c * (8 * d + 4 * f) + (8 * d if c < 4 else 0))
     dense = [
         m.in_features * m.out_features * c for m in decoder_layers(model)[0].modules() if isinstance(m, FrozenLinear)
     ]
     unpacked = sum(dense) if layer_major and training.batch_size > training.micro_batch_size else max(dense, default=0)
+    # backward holds the gradients of silu(gate) and up before it drops what they were made from
+    working = micro * c * 2 * f + unpacked
     if training.gradient_checkpointing:
-        inputs, working = in_model * d * c * (config.num_hidden_layers + 3), kept + micro * c * 3 * f + unpacked
+        # every layer's input and the last one's output; in backward that place is the gradient's, which has two
+        inputs, working = in_model * d * c * (layers + 2), working + kept
     else:
-        inputs, working = 0, kept * config.num_hidden_layers + micro * c * 3 * f + unpacked
-    targets = min(training.loss_chunk, in_model)
+        inputs = kept * layers + in_model * d * c * 2
+    attention = str(getattr(config, "_attn_implementation", None))
+    if packing and "flash" not in attention:
+        inputs += in_model * length  # one byte for every pair of positions
+        working += micro * length * c  # and what the kernel makes of it
+    if attention == "eager":
+        scores = micro * length * config.num_attention_heads
+        working += scores * EAGER_SCORES * c
+        inputs += 0 if training.gradient_checkpointing else scores * c * (layers - 1)
+    # a chunk has logits and the room of logsumexp; its predecessor's logits are still there when there was one
+    chunk = min(training.loss_chunk, in_model)
+    logits = max(8 * chunk, 4 * chunk + 8 * min(chunk, in_model - chunk)) * config.vocab_size
     return Estimate(
         quantised_weights=quantised,
         other_weights=other,
         adapter=adapter,
         gradients=adapter,
-        optimizer=int(sum(p.numel() for p in trainable.values()) * OPTIMIZER_BYTES[training.optimizer]),
+        optimizer=sum(_moments(p.numel(), training.optimizer) for p in trainable.values()),
         layer_inputs=inputs,
         layer_working_set=working,
-        loss_chunk=targets * config.vocab_size * (8 + c) + 2 * in_model * d * 4,
+        loss_chunk=logits + in_model * d * (4 + c),  # and the hidden states' gradient
         runtime=RUNTIME[device.type],
     )
+
+
+def _moments(count: int, optimizer: str) -> int:
+    """Bytes of the two moments of ``count`` parameters: in fp32, or in 8 bits with an fp32 scale for each block of 256."""
+    return 2 * count + 8 * -(-count // 256) if optimizer.endswith("8bit") and count >= SMALL else 8 * count
 
 
 def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:

@@ -133,7 +133,7 @@ def plan(recipe: Recipe) -> Plan:
         model, None, Path(), section.name, section.revision, section.quantization, section.double_quant, meta, dtype
     )
     adapted = apply_method(base, resolved.method)
-    memory = estimate(adapted, resolved.training, resolved.data.max_length, device)
+    memory = estimate(adapted, resolved.training, resolved.data.max_length, device, resolved.data.packing)
     why.append(check(memory, device, resolved.training))
     state = memory.adapter + memory.optimizer
     return Plan(resolved, parameters, adapted.count_trainable(), memory, state, why)
@@ -184,7 +184,8 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     planned = plan(recipe)
     for sentence in planned.why:
         say(sentence)
-    resolved = planned.recipe
+    # a run's own recipe must not replace the run when it is trained again
+    resolved = planned.recipe.model_copy(update={"overwrite": False})
     needed = planned.checkpoint_bytes * (recipe.training.keep_checkpoints + 1) + planned.memory.adapter + 16 * 1024**2
     require_disk(folder, needed, "The run folder")
     model = _load_model(resolved, quiet)
@@ -252,6 +253,7 @@ def _go_on(
         return result
 
     if not measured and (held_out or prompts):
+        log.rewind_held_out(trainer.step_number)  # of a run that was killed in the middle of this
         with model.disabled():
             if held_out:
                 say("Measuring the held-out loss before training …")
@@ -273,7 +275,7 @@ def _go_on(
                 progress.say(f"Held-out loss after step {step.number}: {held_out_now().loss:.4f}")
             if last or (training.save_every and step.number % training.save_every == 0):
                 trainer.save()
-            if arrived and not last:
+            if arrived:
                 place = trainer.save()
                 name = signal.Signals(arrived[0]).name
                 raise Stopped(
@@ -281,7 +283,9 @@ def _go_on(
                     f"Go on with: qlora resume {folder}",
                     arrived[0],
                 )
-    _save_final_adapter(model, recipe, folder / "adapter")
+    save_adapter(model, folder / "adapter")
+    if text := _template_text(recipe, folder):
+        (folder / "adapter" / "chat_template.jinja").write_text(text, encoding="utf-8")
     after = None
     if held_out:
         say("Measuring the held-out loss after training …")
@@ -378,7 +382,7 @@ def merge(
         overwrite=overwrite,
         trust_remote_code=section.trust_remote_code,
     )
-    if text := _template_text(recipe):
+    if text := _template_text(recipe, folder):
         (out / "chat_template.jinja").write_text(text, encoding="utf-8")
     return merged
 
@@ -455,6 +459,8 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
             f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
         )
     environment = _read_json(folder / "environment.json")
+    if "recipe_sha256" not in environment:
+        raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
     if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
         raise RunError(
             f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {path} folder=runs/…"
@@ -471,19 +477,9 @@ def _answer(model: AdaptedModel, prompts: list[Prompt], max_new_tokens: int) -> 
     return answers(model, [prompt.ids for prompt in prompts], max_new_tokens)
 
 
-def _save_final_adapter(model: AdaptedModel, recipe: Recipe, folder: Path) -> None:
-    """The adapter with its tokenizer beside it, as other tools expect to find them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(model, folder)
-    if text := _template_text(recipe):
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-
-
-def _template_text(recipe: Recipe, folder: Path | None = None) -> str | None:
-    """The chat template in use, or None when the run trains on raw text."""
-    if folder is not None and _read_json(folder / "plan.json").get("data", {}).get("form") == "text":
-        return None
-    if recipe.data.form == "text":
+def _template_text(recipe: Recipe, folder: Path) -> str | None:
+    """The chat template that the run in ``folder`` uses, or None when it trains on raw text."""
+    if "text" in (recipe.data.form, _read_json(folder / "plan.json").get("data", {}).get("form")):
         return None
     return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
 
@@ -565,7 +561,8 @@ def _signals() -> Iterator[list[int]]:
         if arrived:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            return
         arrived.append(number)
         print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ Knows transformers' generate; must not know how a prompt was made.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ def answers(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ends = _end_tokens(model)
     was_training = network.training
     network.eval()
     try:
@@ -43,12 +45,12 @@ def answers(
                 top_k=None,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=_end_tokens(network, tokenizer),
+                eos_token_id=ends or None,
                 streamer=streamer,
             )
     finally:
         network.train(was_training)
-    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in output]
+    return [tokenizer.decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
 
 
 def answer(model: AdaptedModel, prompt: Sequence[int], max_new_tokens: int = 256, streamer: Any = None) -> str:
@@ -56,13 +58,22 @@ def answer(model: AdaptedModel, prompt: Sequence[int], max_new_tokens: int = 256
     return answers(model, [prompt], max_new_tokens, streamer)[0]
 
 
-def _end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the checkpoint's own list, and the tokenizer's end token."""
-    listed = getattr(getattr(network, "generation_config", None), "eos_token_id", None)
-    ends = set(listed if isinstance(listed, list) else [listed] if listed is not None else [])
-    if tokenizer.eos_token_id is not None:
-        ends.add(tokenizer.eos_token_id)
-    return sorted(ends)
+def _end_tokens(model: AdaptedModel) -> list[int]:
+    """Every token that ends an answer: the checkpoint's own in config.json and generation_config.json, and the tokenizer's.
+
+    Gemma's end of a turn, for example, stands in generation_config.json alone.
+    """
+    network: Any = model.model
+    found = [model.tokenizer.eos_token_id, network.config.eos_token_id]
+    path = model.base.folder / "generation_config.json"
+    if path.is_file():
+        found.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    return sorted({end for item in found for end in (item if isinstance(item, list) else [item]) if end is not None})
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """``ids`` before the first end token: what follows is padding, which need not be a special token."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from qlora.data import Row, collate
 from qlora.errors import DataError
 from qlora.methods import AdaptedModel
-from qlora.model.loss import batch_loss
+from qlora.model.loss import batch_loss, packs_one_row
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
 
     Rows of like length share a batch, so that little is padded; the sum does not depend on it.
     """
+    if packs_one_row(model.model) and any(len(row.examples) > 1 for row in rows):
+        rows_at_once = 1
     pad = getattr(model.tokenizer, "pad_token_id", None)
     was_training = model.model.training
     model.model.eval()

@@ -26,7 +26,7 @@ class LoraLinear(nn.Module):
     """A frozen linear with an adapter beside it.
 
     ``base`` is the frozen linear; ``lora_A`` [r, in] and ``lora_B`` [out, r] train. While ``enabled`` is off, the base
-    answers alone.
+    answers alone. While ``unread`` is on, nobody reads the answer but its gradient is wanted (see ``model/layers.py``).
     """
 
     def __init__(self, base: Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
@@ -38,6 +38,7 @@ class LoraLinear(nn.Module):
         self.scaling = scaling
         self.dropout = dropout
         self.enabled = True
+        self.unread = False
 
     @classmethod
     def from_base(
@@ -57,7 +58,7 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             return self.base(x)
         dropout = self.dropout if self.training else 0.0
-        return _AdaptedLinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout)
+        return _AdaptedLinear.apply(x, self.lora_A, self.lora_B, self, dropout)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -89,17 +90,18 @@ class _AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, base: nn.Module, scaling: float, dropout: float
-    ) -> Tensor:
-        y = base(x)
+    def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, linear: LoraLinear, dropout: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         kept = None
         if dropout > 0:
             rows, kept = torch.native_dropout(rows, dropout, True)
         low = rows @ lora_A.to(x.dtype).t()
-        y.view(-1, y.shape[-1]).addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling)
-        ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
+        if linear.unread:
+            y = x.new_zeros(*x.shape[:-1], linear.out_features)
+        else:
+            y = linear.base(x)
+            y.view(-1, y.shape[-1]).addmm_(low, lora_B.to(x.dtype).t(), alpha=linear.scaling)
+        ctx.linear, ctx.dropout = linear, dropout
         ctx.save_for_backward(x, lora_A, lora_B, low, kept)
         return y
 
@@ -111,7 +113,7 @@ class _AdaptedLinear(torch.autograd.Function):
         stretch = 1 / (1 - ctx.dropout)  # what dropout leaves is stretched to keep the mean
         grad_x = grad_A = grad_B = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_low = (grad @ lora_B.to(grad.dtype)).mul_(ctx.scaling)
+            grad_low = (grad @ lora_B.to(grad.dtype)).mul_(ctx.linear.scaling)
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, x.shape[-1])
             if kept is not None:
@@ -119,9 +121,9 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
             del rows
         if ctx.needs_input_grad[2]:
-            grad_B = (grad.t() @ low).mul_(ctx.scaling).to(lora_B.dtype)
+            grad_B = (grad.t() @ low).mul_(ctx.linear.scaling).to(lora_B.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dense_weight(ctx.base, grad.dtype)
+            grad_x = grad @ dense_weight(ctx.linear.base, grad.dtype)
             if kept is None:
                 grad_x.addmm_(grad_low, lora_A.to(grad.dtype))
             else:

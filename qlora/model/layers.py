@@ -7,6 +7,9 @@ Given all R rows of a step at once, every layer is visited twice a step however 
 frozen weights are dequantised once a visit (layer-major accumulation). Given one micro-batch it is plain gradient
 checkpointing (Chen et al. 2016, arXiv:1604.06174).
 
+The recompute leaves out the layer's last product where nothing but the output reads it (``unread_linears``): nobody
+reads that output again.
+
 Three facts decide the form. A KV cache would be appended to a second time by the recompute, so there is none here.
 Parameters inside the layer get their gradients by an inner backward, straight into ``.grad``. Everything with a row for
 each row of the batch (masks, positions, rotary tables) must be cut along with the rows.
@@ -36,12 +39,15 @@ class RecomputedLayer(nn.Module):
         self.layer = layer
         self.rows = rows
         """Rows that go through the layer at once."""
+        self.unread: list[nn.Module] | None = None
+        """Linears whose products the recompute may leave out; None until the first recompute has found them."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[R, T, D] → [R, T, D]"""
         if not (torch.is_grad_enabled() and self.training):
             return self.layer(hidden, *args, **kwargs)
-        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+        trains = any(parameter.requires_grad for parameter in self.layer.parameters())
+        anchor = torch.empty(0, device=hidden.device, requires_grad=trains)
         return _Recompute.apply(hidden, anchor, self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +64,8 @@ class RecomputedLayer(nn.Module):
 
 
 class _Recompute(torch.autograd.Function):
-    """``anchor`` needs a gradient so that there is a graph even below the first layer, whose input needs none."""
+    """``anchor`` needs a gradient where the layer trains, so that there is a graph even though the first layer's input
+    needs none. Below the lowest layer that trains there is no graph, and nothing is recomputed."""
 
     @staticmethod
     def forward(
@@ -92,7 +99,10 @@ class _Recompute(torch.autograd.Function):
                     set_rng_state(ctx.random[number], hidden.device)
                 rows = hidden.detach()
                 inputs = rows[part].requires_grad_(grad_hidden is not None)
-                output = _run(boundary.layer, inputs, part, ctx.args, ctx.kwargs, len(rows))
+                with _left_out(boundary.unread or []):
+                    output = _run(boundary.layer, inputs, part, ctx.args, ctx.kwargs, len(rows))
+                if boundary.unread is None:
+                    boundary.unread = unread_linears(output)
                 torch.autograd.backward(output, grad[part])
                 if grad_hidden is not None:
                     grad_hidden[part] = inputs.grad
@@ -118,10 +128,10 @@ def wrap_layers(model: Any, rows: int) -> None:
 
 def unwrap_layers(model: Any) -> None:
     """Take the boundary away again; the model's paths are as they were."""
-    layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
-        if isinstance(layer, RecomputedLayer):
-            layers[index] = layer.layer
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RecomputedLayer):
+                setattr(parent, name, child.layer)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -134,6 +144,53 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         f"No list of {depth} decoder layers was found in this {model.config.model_type} model; "
         "set training.gradient_checkpointing=false."
     )
+
+
+def unread_linears(output: Tensor) -> list[nn.Module]:
+    """The linears whose products are added to something to give ``output``, and are read nowhere else.
+
+    Most families end a layer in ``residual + down_proj(…)``. No gradient depends on the values of a sum's terms, so a
+    recompute that is after the gradients alone need not multiply them out: a twelfth of a step's arithmetic in Llama.
+    The autograd graph is the proof: the product's node is a direct term of the sum and has no other reader, and its
+    linear is used once. A family that normalises after it (Gemma 2 and 3) has another node between, so nothing is left
+    out. A linear takes part by having a flag ``unread`` and by being ``ctx.linear`` of its autograd function.
+    """
+    total: Any = output.grad_fn
+    if type(total).__name__ != "AddBackward0":
+        return []
+    readers: dict[Any, int] = {total: 0}
+    waiting = [total]
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in readers:
+                readers[node] = 0
+                waiting.append(node)
+            if node is not None:
+                readers[node] += 1
+    uses = [getattr(node, "linear", None) for node in readers]
+    found: list[nn.Module] = []
+    for node, _ in total.next_functions:
+        linear = getattr(node, "linear", None)
+        if (
+            isinstance(linear, nn.Module)
+            and hasattr(linear, "unread")
+            and readers[node] == 1
+            and sum(use is linear for use in uses) == 1
+        ):
+            found.append(linear)
+    return found
+
+
+@contextmanager
+def _left_out(linears: list[nn.Module]) -> Iterator[None]:
+    """Inside, these linears answer zeros where their product would stand; their gradients are right all the same."""
+    for linear in linears:
+        linear.unread = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.unread = False  # type: ignore[assignment]
 
 
 @contextmanager

@@ -33,13 +33,13 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits in fp32, [N, V], before nothing else than what the model itself does to them."""
-        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        """Logits [N, V] in fp32. Only the product has the head's dtype: a model that caps in bf16 rounds twice more."""
+        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
         if self.multiplier != 1.0:
             logits_NV = logits_NV * self.multiplier
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        return logits_NV.float()
+        return logits_NV
 
 
 def head_of(model: Any) -> Head:
@@ -134,16 +134,28 @@ def check_loss_path(model: Any, ids: list[int]) -> None:
         )
 
 
+def packs_one_row(model: Any) -> bool:
+    """Whether packed rows must go through a layer one at a time.
+
+    With FlashAttention transformers looks for positions that restart in batches of one row only; in larger ones packed
+    examples see each other, without a word.
+    """
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
+
+
 @torch.no_grad()
-def check_packing(model: Any, ids: list[int]) -> None:
-    """Raise ModelError unless a packed example is blind to its neighbour: same hidden states packed as alone."""
+def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
+    """Raise ModelError unless a packed example is blind to its neighbour: same hidden states packed as alone.
+
+    ``rows`` is how many rows go through a layer at once in training.
+    """
     half = max(2, len(ids[:16]) // 2)
     second = ids[half : 2 * half]
     if len(second) < 2:
         return
     device = next(model.parameters()).device
     positions = [*range(half), *range(len(second))]
-    packed = {"input_ids": [ids[:half] + second], "position_ids": [positions]}
+    packed = {"input_ids": [ids[:half] + second] * rows, "position_ids": [positions] * rows}
     alone = {"input_ids": [second], "position_ids": [list(range(len(second)))]}
     states = [
         hidden_states(model, {key: torch.tensor(value, device=device) for key, value in batch.items()}).float()
@@ -153,5 +165,6 @@ def check_packing(model: Any, ids: list[int]) -> None:
     if not difference <= 2e-2 * max(1.0, states[1].abs().max().item()):
         raise ModelError(
             f"Packed examples see each other in this {model.config.model_type} model (hidden states differ by "
-            f"{difference:.3g} from the example alone); set data.packing=false."
+            f"{difference:.3g} from the example alone, {rows} rows at once); set data.packing=false"
+            + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
         )

@@ -45,6 +45,7 @@ class FrozenLinear(nn.Module):
         values = torch.empty(out_features, dtype=compute_dtype, device="meta")
         self.bias = nn.Parameter(values, requires_grad=False) if bias else None
         self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
+        self.unread = False  # on while nobody reads the product but its gradient is wanted (layers.py)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in], made anew."""
@@ -77,7 +78,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        return linear.product(x)
+        return x.new_zeros(*x.shape[:-1], linear.out_features) if linear.unread else linear.product(x)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qlora.errors import RunError
+from qlora.errors import MethodError, RunError
 from qlora.methods.files import folder_written_aside, read_adapter_tensors, save_adapter
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
 
@@ -53,7 +53,8 @@ def find(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first. One that was interrupted has another name, and is not among them."""
     if not folder.is_dir():
         return []
-    return sorted(place for place in folder.iterdir() if place.name.isdigit() and (place / STATE).is_file())
+    whole = [place for place in folder.iterdir() if place.name.isdecimal() and (place / STATE).is_file()]
+    return sorted(whole, key=lambda place: int(place.name))
 
 
 def load(trainer: Trainer, place: Path) -> None:
@@ -62,7 +63,8 @@ def load(trainer: Trainer, place: Path) -> None:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         step, total, kind, scale = (state[key] for key in ("step", "total_steps", "optimizer", "loss_scale"))
         tensors = load_file(place / OPTIMIZER)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        adapter = read_adapter_tensors(place)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, MethodError) as error:
         raise RunError(
             f"The checkpoint '{place}' is damaged or incomplete ({error}); delete it, and the one before it is used."
         ) from None
@@ -71,7 +73,7 @@ def load(trainer: Trainer, place: Path) -> None:
             f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {trainer.total_steps} steps with "
             f"{trainer.training.optimizer}; resume with the run's own recipe."
         )
-    trainer.model.load_adapter_state(read_adapter_tensors(place))
+    trainer.model.load_adapter_state(adapter)
     load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
     trainer.step_number = int(step)
     trainer.loss_scale = float(scale)

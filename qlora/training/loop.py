@@ -27,7 +27,7 @@ from qlora.data import Data, Row, collate, step_rows, steps_per_epoch
 from qlora.device import peak_memory_bytes
 from qlora.errors import DataError, NonFiniteError, listed
 from qlora.methods import AdaptedModel
-from qlora.model.layers import wrap_layers
+from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss, check_loss_path, check_packing
 from qlora.training import checkpoint
 from qlora.training.optim import learning_rate, make_optimizer, quiet_paging
@@ -97,6 +97,8 @@ class Trainer:
         self._check()
         if self.training.gradient_checkpointing:
             wrap_layers(model.model, self.training.micro_batch_size)
+        else:
+            unwrap_layers(model.model)  # an earlier trainer may have left its boundary
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -108,6 +110,11 @@ class Trainer:
         begin = time.perf_counter()
         places = step_rows(len(self.rows), self.training.batch_size, self.step_number, self.training.seed)
         rows = [self.rows[place] for place in places]
+        if not any(row.target_tokens for row in rows):
+            raise DataError(
+                f"Step {self.step_number + 1} would train on nothing: its rows {listed(places, 8)} hold no target token; "
+                "leave such rows out."
+            )
         loss, target_tokens = self._gradients(rows)
         norm = self._clip(loss, places)
         rate = learning_rate(self.training, self.step_number, self.total_steps)
@@ -208,9 +215,14 @@ class Trainer:
     def _check(self) -> None:
         """Two quick forwards before anything is spent: is the loss the model's own, and are packed examples apart?"""
         ids = [int(token) for token in self.rows[0].ids[:16]]
-        check_loss_path(self.model.model, ids)
-        if any(len(row.examples) > 1 for row in self.rows):
-            check_packing(self.model.model, ids)
+        was_training = self.model.model.training
+        self.model.model.eval()  # dropout would tell two equal forwards apart
+        try:
+            check_loss_path(self.model.model, ids)
+            if any(len(row.examples) > 1 for row in self.rows):
+                check_packing(self.model.model, ids, self.training.micro_batch_size)
+        finally:
+            self.model.model.train(was_training)
 
 
 @contextmanager

@@ -92,6 +92,7 @@ def load_optimizer_tensors(
             f"The optimizer state is of other parameters: {listed(unknown)}; resume with the run's own recipe."
         )
     places = {p: (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
+    optimizer.state.clear()
     for name, values in found.items():
         parameter = parameters[name]
         state = optimizer.state[parameter]
@@ -113,6 +114,11 @@ def load_optimizer_tensors(
             )
         for key, value in values.items():
             if isinstance(state[key], Tensor):
+                if state[key].shape != value.shape:
+                    raise RunError(
+                        f"The optimizer state {key} of {name} has the shape {list(value.shape)} instead of "
+                        f"{list(state[key].shape)}; resume with the run's own recipe."
+                    )
                 state[key].copy_(value)
             else:
                 state[key] = type(state[key])(value.item())

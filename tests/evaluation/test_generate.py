@@ -1,0 +1,150 @@
+"""The law of answers: a batch of prompts of different length = one by one; they end where the model ends them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from qlora.evaluation import answer, answers
+from qlora.methods import AdaptedModel
+from qlora.model.layers import unwrap_layers, wrap_layers
+from qlora.model.nf4 import FrozenLinear
+from tests.training.tiny import tiny_model
+
+PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 10, 11], [40, 41, 42], [77, 3]]
+LENGTH = 12
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def one_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.5)
+
+
+@pytest.fixture
+def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
+    yield one_model
+    unwrap_layers(one_model.model)
+    one_model.model.eval()
+    one_model.tokenizer.pad_token, one_model.tokenizer.eos_token = "w0", "w2"
+    one_model.model.config.eos_token_id = 2
+    (one_model.base.folder / "generation_config.json").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def continuation(model: AdaptedModel, prompt: list[int], length: int = LENGTH) -> list[int]:
+    """Greedy by hand: the whole text through the model again for each token, no cache, no padding, no end."""
+    ids = list(prompt)
+    for _ in range(length):
+        logits = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def text(ids: list[int]) -> str:
+    """What the tokenizer makes of ids that are no special tokens."""
+    return " ".join(f"w{token}" for token in ids if token > 2)
+
+
+def until(ids: list[int], *ends: int) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def test_a_batch_is_one_by_one_and_greedy_by_hand(model: AdaptedModel) -> None:
+    expected = [text(until(continuation(model, prompt), 2)) for prompt in PROMPTS]
+    assert len(set(expected)) == len(PROMPTS)
+    assert answers(model, PROMPTS, LENGTH) == expected
+    assert [answer(model, prompt, LENGTH) for prompt in PROMPTS] == expected
+    assert answers(model, PROMPTS[::-1], LENGTH) == expected[::-1]
+
+
+def test_no_prompts_no_answers(model: AdaptedModel) -> None:
+    assert answers(model, [], 5) == []
+
+
+def ending(model: AdaptedModel) -> tuple[int, int, list[list[int]]]:
+    """A token that some answer holds and another does not, and its place there."""
+    ways = [continuation(model, prompt) for prompt in PROMPTS]
+    for way in ways:
+        for place, token in enumerate(way):
+            if place and token > 3 and token not in way[:place] and any(token not in other for other in ways):
+                return token, place, ways
+    raise AssertionError("no such token")
+
+
+@pytest.mark.parametrize("where", ["config", "generation_config", "list", "tokenizer"])
+def test_every_end_token_ends_an_answer(model: AdaptedModel, where: str) -> None:
+    """One row ends early, the others go on; what is padded behind it is not part of the answer."""
+    token, _, ways = ending(model)
+    model.model.config.eos_token_id = None
+    if where == "config":
+        model.model.config.eos_token_id = token
+    elif where == "tokenizer":
+        model.tokenizer.eos_token = f"w{token}"
+    else:
+        value: Any = token if where == "generation_config" else [2, token]
+        (model.base.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    expected = [text(until(way, token, 2)) for way in ways]
+    assert expected != [text(until(way, 2)) for way in ways]
+    assert answers(model, PROMPTS, LENGTH) == expected
+
+
+def test_padding_that_is_no_special_token_stays_out(model: AdaptedModel) -> None:
+    token, _, ways = ending(model)
+    model.model.config.eos_token_id = token
+    model.tokenizer.pad_token = None
+    expected = [text(until(way, token, 2)) for way in ways]
+    assert answers(model, PROMPTS, LENGTH) == expected
+
+
+def test_the_length_is_bounded(model: AdaptedModel) -> None:
+    model.model.config.eos_token_id = None
+    model.tokenizer.eos_token = None
+    for length in (1, 5):
+        assert [len(found.split()) for found in answers(model, PROMPTS, length)] == [
+            len(text(continuation(model, prompt, length)).split()) for prompt in PROMPTS
+        ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(model: AdaptedModel, training: bool) -> None:
+    expected = answers(model, PROMPTS, 5)
+    wrap_layers(model.model, 1)
+    model.model.train(training)
+    state = torch.get_rng_state()
+    assert answers(model, PROMPTS, 5) == expected
+    assert all(module.training == training for module in model.model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.kept is None for module in model.model.modules() if isinstance(module, FrozenLinear))
+
+
+def test_with_little_memory_the_answer_is_the_same(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense copies are kept for the time of an answer, but only where they take a small part of what is free."""
+    calls: list[int] = []
+    linear = next(module for module in model.model.modules() if isinstance(module, FrozenLinear))
+    dequantise = type(linear).dequantise
+    monkeypatch.setattr(type(linear), "dequantise", lambda self, dtype: calls.append(1) or dequantise(self, dtype))
+    expected = answer(model, PROMPTS[1], 5)
+    linears = sum(isinstance(module, FrozenLinear) for module in model.model.modules())
+    assert len(calls) == linears
+    monkeypatch.setattr("qlora.evaluation.generate.total_memory_bytes", lambda device: (1000, 1000))
+    calls.clear()
+    assert answer(model, PROMPTS[1], 5) == expected
+    assert len(calls) > linears
+
+
+def test_a_streamer_gets_the_tokens(model: AdaptedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    found = answer(model, PROMPTS[2], 6, streamer)
+    assert found
+    assert capsys.readouterr().out.split() == found.split()
+
+
+def test_the_adapter_counts(model: AdaptedModel) -> None:
+    adapted = answers(model, PROMPTS, LENGTH)
+    with model.disabled():
+        assert answers(model, PROMPTS, LENGTH) != adapted

@@ -1,0 +1,119 @@
+"""The law of scoring: packed = unpacked = any batch size, and the model is left as it was."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+
+from qlora.data import IGNORE_INDEX, Row, collate
+from qlora.data.examples import Example
+from qlora.data.packing import make_rows
+from qlora.errors import DataError
+from qlora.evaluation import score
+from qlora.methods import AdaptedModel
+from qlora.model.layers import decoder_layers, unwrap_layers, wrap_layers
+from tests.methods.tiny import VOCABULARY
+from tests.model.test_loss import LargestLogits
+from tests.training.tiny import random_rows, tiny_model
+
+MODULE = sys.modules["qlora.evaluation.score"]  # by attribute that name is the function
+UNPACKED = random_rows(23, packing=False, seed=8)
+PACKED = make_rows([Example(row.ids, row.labels) for row in UNPACKED], 40, True)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def one_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.5)
+
+
+@pytest.fixture
+def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
+    yield one_model
+    unwrap_layers(one_model.model)
+    one_model.model.eval()
+
+
+@torch.no_grad()
+def truth(model: AdaptedModel) -> tuple[float, int]:
+    """One example at a time, torch's own cross-entropy on the model's own logits."""
+    total, count = 0.0, 0
+    for row in UNPACKED:
+        batch = collate([row], 0)
+        logits = model.model(input_ids=batch["input_ids"], use_cache=False).logits.double()
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum").item()
+        count += row.target_tokens
+    return total / count, count
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 50])
+@pytest.mark.parametrize("rows", [UNPACKED, PACKED, PACKED[::-1]], ids=["unpacked", "packed", "reversed"])
+def test_neither_packing_nor_batches_nor_order_matter(model: AdaptedModel, rows: list[Row], rows_at_once: int) -> None:
+    assert len(PACKED) < len(UNPACKED) / 2
+    loss, count = truth(model)
+    found = score(model, rows, rows_at_once, chunk=7)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found.target_tokens == count
+
+
+def test_the_adapter_counts(model: AdaptedModel) -> None:
+    with model.disabled():
+        base = score(model, PACKED)
+    assert abs(score(model, PACKED).loss - base.loss) > 1e-3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(model: AdaptedModel, training: bool) -> None:
+    """Dropout is off while it measures, whatever the mode; nothing is drawn, no gradient is made."""
+    wrap_layers(model.model, 1)
+    expected = score(model, PACKED)
+    model.model.train(training)
+    state = torch.get_rng_state()
+    assert score(model, PACKED) == expected
+    assert all(module.training == training for module in model.model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(values.grad is None for values in model.trainable_parameters().values())
+
+
+def test_without_targets_there_is_nothing_to_measure(model: AdaptedModel) -> None:
+    silent = [Row(row.ids, numpy.full_like(row.labels, IGNORE_INDEX), row.positions, row.examples) for row in PACKED]
+    model.model.train()
+    for rows in (silent, []):
+        with pytest.raises(DataError, match="no target token"):
+            score(model, rows)
+    assert model.model.training
+    half = [*silent, *PACKED]
+    assert score(model, half).loss == pytest.approx(score(model, PACKED).loss, rel=1e-6)
+
+
+def test_full_logits_never_exist(model: AdaptedModel) -> None:
+    with LargestLogits(VOCABULARY) as watched:
+        found = score(model, PACKED, 50, chunk=8)
+    allowed = 64 * VOCABULARY  # a chunk of 8, or the head itself, transposed
+    assert 8 * VOCABULARY <= watched.largest <= allowed < found.target_tokens * VOCABULARY
+
+
+def test_an_endless_perplexity_is_infinite(one_model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "batch_loss", lambda *_: (torch.tensor(8000.0), 10))
+    assert score(one_model, PACKED[:1]).perplexity == math.inf
+
+
+def test_flash_attention_gets_packed_rows_one_by_one(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for packed examples in FlashAttention batches of one row only; more would see each other."""
+    sizes: list[int] = []
+    handle = decoder_layers(model.model)[0].register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    score(model, PACKED, 4)
+    assert max(sizes) == 4
+    monkeypatch.setattr(MODULE, "packs_one_row", lambda _: True)
+    sizes.clear()
+    score(model, PACKED, 4)
+    assert set(sizes) == {1}
+    sizes.clear()
+    score(model, UNPACKED, 4)
+    handle.remove()
+    assert max(sizes) == 4

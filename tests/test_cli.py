@@ -1,0 +1,356 @@
+"""The command line: every kind of bad input is one message and the right exit status, with nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from qlora import cli, memory, run
+from qlora.cli import main
+from tests.conftest import conversations, tiny_values, write_lines
+
+Spoil = Callable[[dict[str, Any], Path], None]
+
+
+def refused(capfd: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
+    """Run a command that must fail, and return its message: the last thing on standard error."""
+    capfd.readouterr()
+    assert main(list(words)) == status
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert errors.count("qlora: ") == 1, errors
+    message = errors[errors.index("qlora: ") :].strip()
+    assert len(message) < 2000
+    return message
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+RECIPES = {
+    "not YAML": ("model: [", "not valid YAML at line"),
+    "a tab": ("model:\n\tname: x", "not valid YAML at line 2"),
+    "an impossible date": ("folder: 2024-13-45", "not valid YAML"),
+    "nothing": ("", "holds nothing"),
+    "a list": ("- a\n- b", "holds list"),
+    "a sentence": ("hello", "holds str"),
+    "no data": ("model: {name: x}", "'data' is missing"),
+    "an unknown key": ("data: {train: x}\nmethod:\n  alhpa: 8", "'method.alhpa' (line 3) is not a known key. Did you mean 'alpha'?"),
+    "a wrong type": ("data: {train: x}\ntraining:\n  epochs: many", "'training.epochs' (line 3) is 'many'; expected"),
+    "a truth for a number": ("data: {train: x}\ntraining: {epochs: true}", "'training.epochs' (line 2) is true; expected whole number"),
+    "out of range": ("data: {train: x}\nmethod: {r: 257}", "'method.r' (line 2) is 257; expected"),
+    "not a number": ("data: {train: x}\ntraining: {learning_rate: .nan}", "finite number"),
+    "a key twice": ("data: {train: x}\ntraining: {seed: 1}\ntraining: {epochs: 2}", "'training' stands twice"),
+    "numbers as keys": ("data: {train: x}\n1: 2", "1"),
+    "an anchor in itself": ("data: &a {train: x, columns: *a}", "data.columns"),
+    "a recipe in itself": ("&a\ndata: {train: x}\nmodel: *a", "'model.data'"),
+    "a list in itself": ("data:\n  train: &a [*a]", "data.train"),
+    "anchors that explode": (
+        "a: &a [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 8)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True))
+        + "data: {train: x, limit: *i}",
+        "mistakes in",
+    ),
+    "both ways to hold out": ("data: {train: x, held_out: y, held_out_fraction: 0.5}", "both held_out and held_out_fraction"),
+    "Python": ("data: !!python/object:os.system {}", "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bad_recipe(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, expected = RECIPES[name]
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert expected in refused(capfd, "train", str(path))
+    assert [item.name for item in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_recipe_that_cannot_be_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "There is no recipe" in refused(capfd, "train", str(tmp_path / "none.yaml"))
+    assert "is a folder" in refused(capfd, "train", str(tmp_path))
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"folder: \xe9")
+    assert "UTF-8" in refused(capfd, "train", str(latin))
+
+
+def test_bad_overrides(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = str(recipe_file)
+    assert "expected section.key=value" in refused(capfd, "train", recipe, "epochs")
+    assert "Did you mean 'epochs'?" in refused(capfd, "train", recipe, "training.epoch=2")
+    assert "goes into 'name'" in refused(capfd, "train", recipe, "model.name.x=2")
+    assert "not valid YAML" in refused(capfd, "train", recipe, "training.epochs=[")
+    assert "not valid YAML" in refused(capfd, "train", recipe, "folder=2024-13-45")
+    # the mistake is on the command line, so no line of the file is blamed
+    assert "(line" not in refused(capfd, "train", recipe, "training.steps=x")
+    both = refused(capfd, "train", recipe, "training.steps=x", "method.r=0")
+    assert both.startswith("qlora: 2 mistakes in")
+    assert not (tmp_path / "run").exists()
+
+
+# --- the words -------------------------------------------------------------------------------------------------------
+
+
+def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    assert capfd.readouterr().out == cli.USAGE
+    assert main([]) == 2
+    assert "Did you mean 'train'?" in refused(capfd, "trian")
+    assert all(f"\n  {verb} " in cli.USAGE for verb in cli.VERBS)
+    for verb in ("plan", "preview", "train"):
+        assert f"qlora {verb} needs a recipe" in refused(capfd, verb)
+    for verb in ("resume", "evaluate", "chat", "report"):
+        assert f"qlora {verb} needs a run folder" in refused(capfd, verb)
+        assert "There is no run folder" in refused(capfd, verb, str(tmp_path / "none"))
+        assert "nothing more" in refused(capfd, verb, str(tmp_path), "more")
+        assert str(tmp_path) in refused(capfd, verb, str(tmp_path))  # a folder, but no run
+    for count in ("0", "-1", "x", "²"):
+        assert "whole number from 1" in refused(capfd, "preview", str(recipe_file), f"count={count}")
+    assert "expected 'merged'" in refused(capfd, "export", str(tmp_path))
+    assert "expected 'merged'" in refused(capfd, "export", str(tmp_path), "gguf")
+    assert "dtype is 'int3'" in refused(capfd, "export", str(tmp_path), "merged", "dtype=int3")
+    assert "no run folder" in refused(capfd, "export", str(tmp_path), "merged")
+    assert "nothing more" in refused(capfd, "doctor", "now")
+
+
+def test_recipe_verb_prints_the_reference(capfd: pytest.CaptureFixture[str]) -> None:
+    from qlora.config import reference
+
+    assert main(["recipe"]) == 0
+    assert capfd.readouterr().out.strip() == reference().strip()
+
+
+def test_preview_marks_what_is_trained(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(recipe_file), "count=3"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("<|start|>assistant") == 3
+    assert "example 2 of 32" in printed
+
+
+# --- the model, the data, the method ---------------------------------------------------------------------------------
+
+
+def _edit_shard(folder: Path, edit: Callable[[bytes], bytes]) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def _drop_tensors(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pickles_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "There is no model folder"),
+    "without safetensors": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "pickles only": (_pickles_only, "pickled weights only (pytorch_model.bin)"),
+    "truncated": (lambda folder: _edit_shard(folder, lambda b: b[:-100]), "is truncated"),
+    "empty shard": (lambda folder: _edit_shard(folder, lambda b: b""), "is damaged"),
+    "corrupt header": (lambda folder: _edit_shard(folder, lambda b: b[:8] + b"\xff" * 9 + b[17:]), "is damaged"),
+    "missing tensors": (_drop_tensors, "lacks 9 tensors"),
+    "without config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json' is not a valid JSON file"),
+    "without tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bad_model(
+    name: str, tiny_model: Path, chat_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil, expected = MODELS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    spoil(folder)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_values(folder, chat_data, tmp_path / "run")), encoding="utf-8")
+    message = refused(capfd, "train", str(recipe))
+    assert expected in message
+    if name == "missing tensors":
+        assert message.count("model.layers.1.") == 5
+    assert not (tmp_path / "run").exists()
+
+
+def _turns(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+GOOD = json.dumps(conversations(1)[0]).encode() + b"\n"
+DATA: dict[str, tuple[bytes | list[dict[str, Any]], str]] = {
+    "empty": (b"", "is empty"),
+    "not UTF-8": (GOOD + b'{"messages": "\xe9"}', "is not UTF-8"),
+    "broken JSON": (GOOD + GOOD + b'{"messages": [}\n', 'broken JSON at line 3 (Expecting value): {"messages": [}'),
+    "other fields": ([{"question": "a", "reply": "b"}], "no known form"),
+    "fields missing later": ([*conversations(2), {"chat": []}], "Line 3 of"),
+    "assistant first": (
+        [_turns(("assistant", "Hi"), ("user", "Hi"), ("assistant", "Hi"))],
+        "begins with the assistant",
+    ),
+    "empty turn": ([_turns(("user", " "), ("assistant", "Hi"))], "has an empty turn (turn 1, user)"),
+    "no answer": ([_turns(("user", "Hi"))], "No token of the data carries loss"),
+    "not records": (b"[1, 2]\n", "Line 1 of"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data(name: str, recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content, expected = DATA[name]
+    path = tmp_path / "bad.jsonl"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_lines(path, content)
+    assert expected in refused(capfd, "train", str(recipe_file), f"data.train={path}", "data.held_out_fraction=0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_missing_or_too_long(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = str(recipe_file)
+    missing = refused(capfd, "train", recipe, f"data.train={tmp_path / 'none.jsonl'}")
+    assert "none.jsonl" in missing
+    assert "longer than data.max_length=8" in refused(
+        capfd, "train", recipe, "data.max_length=8", "data.too_long=drop", "data.held_out_fraction=0"
+    )
+    refused(capfd, "train", recipe, "data.max_length=8", "data.held_out_fraction=0")  # truncated to questions alone
+    refused(capfd, "train", recipe, "data.held_out_fraction=0.999")
+    refused(capfd, "train", recipe, f"data.chat_template={tmp_path / 'none.jinja'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_method_and_device(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = str(recipe_file)
+    message = refused(capfd, "train", recipe, "method.target_modules=[q_prj]")
+    assert "Did you mean 'q_proj'?" in message
+    assert "down_proj, gate_proj, k_proj" in message
+    assert "method.r is 64" in refused(capfd, "train", recipe, "method.r=64")
+    if not torch.cuda.is_available():
+        assert "0 CUDA devices" in refused(capfd, "train", recipe, "device.name=cuda:999")
+    assert "device.name" in refused(capfd, "train", recipe, "device.name=tpu")
+    assert not (tmp_path / "run").exists()
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_existing_folder_is_refused_unless_told(
+    recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("dear")
+    assert "overwrite=true" in refused(capfd, "train", str(recipe_file))
+    # told, but what is there was never a run
+    assert "is not a run folder" in refused(capfd, "train", str(recipe_file), "overwrite=true")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in refused(capfd, "train", str(recipe_file), f"folder={file}")
+    assert str(file) in refused(capfd, "train", str(recipe_file), f"folder={file}/run")
+
+
+def test_resume_of_no_run(tmp_path: Path, recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "is no run folder" in refused(capfd, "resume", str(tmp_path))
+    assert "There is no run folder" in refused(capfd, "resume", str(recipe_file))
+    assert "There is no run folder" in refused(capfd, "resume", str(tmp_path / "none"))
+
+
+def test_diverging_run_is_named(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A step that is not finite is refused with its number and rows."""
+    message = refused(capfd, "train", str(recipe_file), "method.alpha=1e38", "evaluation.prompts=0")
+    assert "No step was taken" in message
+    assert "on rows" in message
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_full_disk_is_found_first(
+    recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=2**30, used=2**30, free=1000))
+    message = refused(capfd, "train", str(recipe_file), status=3)
+    assert "but 1000 B are free" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_found_first(
+    recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda device: (2**20, 2**30))
+    for verb in ("plan", "train"):
+        message = refused(capfd, verb, str(recipe_file), status=3)
+        assert "1.0 MiB of the 1.00 GiB of this machine are free" in message
+        assert "layer working set" in message
+        assert "training.micro_batch_size=1" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, "Permission denied"),
+        (MemoryError("no room"), 3, "Out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 3, "Out of memory"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_errors_of_the_system(
+    error: BaseException,
+    status: int,
+    words: str,
+    recipe_file: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "train", fail)
+    assert words in refused(capfd, "train", str(recipe_file), status=status)
+
+
+def test_defect_shows_where_it_is(
+    recipe_file: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "train", lambda recipe: 1 / 0)
+    assert main(["train", str(recipe_file)]) == 1
+    errors = capfd.readouterr().err
+    assert "ZeroDivisionError" in errors
+    assert "defect of qlora" in errors
+
+
+def test_command_in_a_process(tmp_path: Path) -> None:
+    """What a shell sees: the status and one line, from ``python -m`` as from the installed command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora.cli", "train", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("qlora: There is no recipe")
+    assert done.stderr.count("\n") == 1

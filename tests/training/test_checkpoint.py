@@ -1,0 +1,231 @@
+"""The law of checkpoints: 10 steps = 6 + a fresh process's trainer + 4 steps, bitwise; nothing half-written is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.config import TrainingSection
+from qlora.errors import RunError
+from qlora.methods import AdaptedModel
+from qlora.methods.files import read_adapter_tensors
+from qlora.model.layers import unwrap_layers
+from qlora.model.nf4 import FrozenLinear
+from qlora.training import Trainer, checkpoint
+from tests.methods.tiny import TOKENS, logits_of, stir, tiny_checkpoint
+from tests.training.tiny import adapter_bytes, random_rows, tiny_model
+
+ROWS = random_rows(30, seed=1)[:14]  # by 4: steps of 4, 4, 4 and 2 rows an epoch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def fresh(base: Path, folder: Path, optimizer: str = "adamw", rank: int = 4, **values: Any) -> Trainer:
+    """As a new process would begin: the base loaded again, the adapter at its first values."""
+    targets = ("q_proj", "o_proj", "down_proj")
+    model = tiny_model(base, stirred=False, dropout=0.1, r=rank, target_modules=targets)
+    training: dict[str, Any] = {
+        "batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 1e-2, "optimizer": optimizer,
+        "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1,
+    }  # fmt: skip
+    return Trainer(model, ROWS, TrainingSection(**{**training, **values}), folder)
+
+
+def take(trainer: Trainer, count: int) -> list[tuple[float, float, float, float]]:
+    steps = [next(trainer) for _ in range(count)]
+    return [(step.loss, step.grad_norm, step.learning_rate, step.epoch) for step in steps]
+
+
+@pytest.fixture
+def saved(base: Path, tmp_path: Path) -> tuple[Trainer, Path]:
+    trainer = fresh(base, tmp_path)
+    take(trainer, 2)
+    return trainer, trainer.save()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_ten_steps_are_six_and_four(base: Path, tmp_path: Path, optimizer: str) -> None:
+    """Six steps end in the middle of the second epoch; the four after it cross into the third. Rank 64 makes matrices
+    of 4,096 values and more, which have 8-bit state."""
+    whole = fresh(base, tmp_path / "whole", optimizer, 64)
+    steps = take(whole, 10)
+    first = fresh(base, tmp_path / "cut", optimizer, 64)
+    assert take(first, 6) == steps[:6]
+    place = first.save()
+    torch.manual_seed(99)
+    second = fresh(base, tmp_path / "cut", optimizer, 64)
+    second.load(place)
+    assert second.step_number == 6
+    assert take(second, 4) == steps[6:]
+    assert adapter_bytes(second.model) == adapter_bytes(whole.model)
+    if "8bit" in optimizer:
+        assert any(tensor.dtype == torch.uint8 for tensor in load_file(place / checkpoint.OPTIMIZER).values())
+
+
+@pytest.mark.parametrize("step", [0, 4, 9, 10])
+def test_at_the_edges_too(base: Path, tmp_path: Path, step: int) -> None:
+    """Before the first step, at the end of an epoch, before the last step and after it."""
+    whole = fresh(base, tmp_path)
+    steps = take(whole, step)
+    place = whole.save()
+    steps += take(whole, 10 - step)
+    again = fresh(base, tmp_path)
+    again.load(place)
+    assert take(again, 10 - step) == steps[step:]
+    assert next(again, None) is None
+    assert adapter_bytes(again.model) == adapter_bytes(whole.model)
+
+
+def test_a_trainer_can_go_back(base: Path, tmp_path: Path) -> None:
+    trainer = fresh(base, tmp_path)
+    take(trainer, 3)
+    place = trainer.save()
+    later = take(trainer, 3)
+    trainer.load(place)
+    assert take(trainer, 3) == later
+
+
+def test_what_lies_in_a_checkpoint(saved: tuple[Trainer, Path]) -> None:
+    trainer, place = saved
+    assert place.name == "000002"
+    assert sorted(path.name for path in place.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json",
+    ]  # fmt: skip
+    assert [path.name for path in place.parent.iterdir()] == ["000002"]
+    assert json.loads((place / "state.json").read_text()) == {
+        "step": 2, "total_steps": 10, "loss_scale": 1.0, "optimizer": "adamw",
+    }  # fmt: skip
+    state = trainer.model.adapter_state()
+    assert all(torch.equal(values, state[key]) for key, values in read_adapter_tensors(place).items())
+
+
+def test_peft_loads_a_checkpoint(saved: tuple[Trainer, Path], base: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    trainer, place = saved
+    stir(trainer.model)  # what PEFT loads must be what was saved, not what is here now
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    unwrap_layers(trainer.model.model)
+    for path, module in trainer.model.model.named_modules():
+        if isinstance(module, FrozenLinear):
+            plain.get_submodule(path.removesuffix(".base")).weight.data.copy_(module.dequantise(torch.float32))
+    theirs = peft.PeftModel.from_pretrained(plain, place).eval()
+    trainer.model.load_adapter_state(read_adapter_tensors(place))
+    with torch.no_grad():
+        found = theirs(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, logits_of(trainer.model.model), rtol=1e-4, atol=1e-5)
+    with trainer.model.disabled():
+        assert not torch.allclose(found, logits_of(trainer.model.model), rtol=1e-3)
+
+
+def test_the_loss_scale_goes_round(base: Path, tmp_path: Path) -> None:
+    trainer = fresh(base, tmp_path)
+    take(trainer, 1)
+    trainer.loss_scale = 512.0
+    again = fresh(base, tmp_path)
+    again.load(trainer.save())
+    assert again.loss_scale == 512.0
+
+
+def test_the_newest_are_kept_and_others_are_left_alone(base: Path, tmp_path: Path) -> None:
+    trainer = fresh(base, tmp_path, keep_checkpoints=2)
+    folder = tmp_path / "checkpoints"
+    (folder / "notes").mkdir(parents=True)
+    for _ in range(4):
+        take(trainer, 1)
+        trainer.save()
+    assert [place.name for place in checkpoint.find(folder)] == ["000003", "000004"]
+    assert sorted(path.name for path in folder.iterdir()) == ["000003", "000004", "notes"]
+
+
+def test_they_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for name in ("1000000", "999999", "000007"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / checkpoint.STATE).write_text("{}")
+    assert [place.name for place in checkpoint.find(tmp_path)] == ["000007", "999999", "1000000"]
+    assert checkpoint.find(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("at", ["save_adapter", "save_file", "fsync"])
+def test_an_interrupted_one_is_not_found(saved: tuple[Trainer, Path], monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    trainer, place = saved
+    take(trainer, 1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    target: Any = os if at == "fsync" else checkpoint
+    with monkeypatch.context() as patched:
+        patched.setattr(target, at, fail)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.save()
+    assert checkpoint.find(place.parent) == [place]
+    newest = trainer.save()
+    assert checkpoint.find(place.parent) == [place, newest]
+
+
+def test_one_that_was_killed_is_not_found(saved: tuple[Trainer, Path]) -> None:
+    """No code ran after the kill: what stands there is whatever was written aside, under another name."""
+    _, place = saved
+    shutil.copytree(place, place.with_name(".000003.writing-1"))
+    (place.with_name("000004")).mkdir()
+    shutil.copy(place / checkpoint.OPTIMIZER, place.with_name("000004"))
+    assert checkpoint.find(place.parent) == [place]
+
+
+def test_the_same_step_is_written_once(saved: tuple[Trainer, Path]) -> None:
+    trainer, place = saved
+    before = (place / checkpoint.STATE).stat().st_mtime_ns
+    assert trainer.save() == place
+    assert (place / checkpoint.STATE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
+def test_a_damaged_one_is_refused_and_changes_nothing(
+    saved: tuple[Trainer, Path], base: Path, tmp_path: Path, file: str, damage: str
+) -> None:
+    _, place = saved
+    if damage == "gone":
+        (place / file).unlink()
+    else:
+        content = (place / file).read_bytes()
+        (place / file).write_bytes(content[: len(content) // 2] if damage == "cut" else b"[1, 2]" * 9)
+    trainer = fresh(base, tmp_path)
+    before = adapter_bytes(trainer.model)
+    with pytest.raises(RunError, match=r"000002' is damaged or incomplete .* the one before it is used"):
+        trainer.load(place)
+    assert adapter_bytes(trainer.model) == before
+    assert trainer.step_number == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [({"optimizer": "adamw_8bit"}, "with adamw, not"), ({"steps": 11}, "10 steps")]
+)
+def test_another_runs_checkpoint_is_refused(
+    saved: tuple[Trainer, Path], base: Path, tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    trainer = fresh(base, tmp_path, **values)
+    with pytest.raises(RunError, match=words):
+        trainer.load(saved[1])
+
+
+def test_nothing_is_unpickled(saved: tuple[Trainer, Path]) -> None:
+    assert not [path for path in saved[1].rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+def test_saving_works_behind_the_boundary_with_unchanged_names(saved: tuple[Trainer, Path], base: Path) -> None:
+    bare: AdaptedModel = tiny_model(base, target_modules=saved[0].model.method.target_modules)
+    assert "layers.0.self_attn" in "".join(bare.adapter_state())
+    assert read_adapter_tensors(saved[1]).keys() == bare.adapter_state().keys()

@@ -1,0 +1,352 @@
+"""The laws of the loop: 1×8 = 2×4 = 8×1 micro-batches; nothing in between changes a run; nothing broken is stepped on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from qlora.config import TrainingSection
+from qlora.data import IGNORE_INDEX, Row, collate, step_rows
+from qlora.errors import DataError, ModelError, NonFiniteError
+from qlora.evaluation import answers, score
+from qlora.methods import AdaptedModel
+from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
+from qlora.model.loss import batch_loss
+from qlora.training import Trainer, learning_rate
+from tests.methods.tiny import difference, stir
+from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
+
+ROWS = random_rows(80, seed=1)[:19]
+WAYS = [(size, way) for size in (1, 2, 4, 8) for way in ("layer_major", "micro_batch_major", "resident")]
+
+
+def section(**values: Any) -> TrainingSection:
+    return TrainingSection(**{"batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-2, **values})
+
+
+@pytest.fixture(scope="module")
+def one_model(tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    return tiny_model(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+@pytest.fixture
+def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
+    stir(one_model, 0.05)
+    for layer in one_model.planted.values():
+        layer.dropout = 0.0
+    yield one_model
+    unwrap_layers(one_model.model)
+    for values in one_model.trainable_parameters().values():
+        values.grad = None
+
+
+@pytest.fixture
+def dropping(model: AdaptedModel) -> AdaptedModel:
+    for layer in model.planted.values():
+        layer.dropout = 0.2
+    return model
+
+
+def gradients_of(model: AdaptedModel, rows: list[Row], size: int, way: str) -> tuple[float, dict[str, torch.Tensor]]:
+    how: dict[str, Any] = {"gradient_checkpointing": way != "resident"}
+    if way != "resident":
+        how["accumulation"] = way
+    trainer = Trainer(model, rows, section(micro_batch_size=size, **how))
+    loss, targets = trainer._gradients(rows)
+    assert targets == sum(row.target_tokens for row in rows)
+    return loss, gradients(model)
+
+
+def test_the_rows_are_awkward() -> None:
+    assert len(ROWS) == 19
+    assert len({row.target_tokens for row in ROWS}) > 5
+    assert len({len(row.ids) for row in ROWS}) > 2
+    assert any(len(row.examples) > 1 for row in ROWS)
+
+
+@pytest.mark.parametrize("count", [8, 7, 3])
+def test_the_split_into_micro_batches_changes_nothing(model: AdaptedModel, count: int) -> None:
+    """Eight rows, and the short last window of an epoch, against torch's own cross-entropy over all of them at once."""
+    rows = ROWS[:count]
+    batch = collate(rows, 0)
+    logits = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    mean = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    mean.backward()
+    expected = gradients(model)
+    for size, way in WAYS:
+        loss, found = gradients_of(model, rows, size, way)
+        assert loss == pytest.approx(mean.item(), rel=1e-6), (size, way)
+        worst = max(difference(found[name], expected[name]) for name in expected)
+        assert worst <= 1e-5, (size, way, worst)
+
+
+def test_means_of_micro_batches_would_be_wrong_here(model: AdaptedModel) -> None:
+    """The rows above can tell: dividing each micro-batch by its own targets gives another loss (transformers#34191)."""
+    true, _ = gradients_of(model, ROWS[:8], 1, "layer_major")
+    with torch.no_grad():
+        parts = [batch_loss(model.model, collate([row], 0)) for row in ROWS[:8]]
+    wrong = sum(float(loss) / count for loss, count in parts) / 8
+    assert abs(wrong - true) > 1e-3
+
+
+def test_a_step_tells_what_it_did(model: AdaptedModel) -> None:
+    training = section(schedule="cosine", warmup_fraction=0.4, epochs=2)
+    trainer = Trainer(model, ROWS, training)
+    assert (trainer.total_steps, trainer.steps_per_epoch) == (6, 3)
+    steps = list(trainer)
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.epoch for step in steps] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert [step.learning_rate for step in steps] == [learning_rate(training, number, 6) for number in range(6)]
+    for number, step in enumerate(steps):
+        rows = [ROWS[place] for place in step_rows(19, 8, number, 0)]
+        assert step.tokens == sum(len(row.ids) for row in rows)
+        assert step.target_tokens == sum(row.target_tokens for row in rows)
+        assert step.tokens_per_second == pytest.approx(step.tokens / step.seconds)
+        assert step.peak_memory_bytes > 0
+        assert step.metrics()["step"] == step.number
+        assert f"step {step.number} " in str(step)
+    assert list(steps[0].metrics()) == [
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "target_tokens", "tokens", "tokens_per_second",
+        "peak_memory_bytes", "seconds",
+    ]  # fmt: skip
+    assert next(trainer, None) is None
+    assert not model.model.training
+
+
+def test_it_learns(model: AdaptedModel) -> None:
+    """Each row again and again: the loss must fall far below that of a guess."""
+    losses = [step.loss for step in Trainer(model, ROWS[:4], section(batch_size=4, steps=30, learning_rate=2e-2))]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e9, None])
+def test_clipping_is_torchs(model: AdaptedModel, limit: float | None) -> None:
+    trainer = Trainer(model, ROWS, section(max_grad_norm=limit))
+    loss, _ = trainer._gradients(ROWS[:8])
+    before = {name: value.grad.clone() for name, value in trainer.parameters.items() if value.grad is not None}
+    norm = trainer._clip(loss, list(range(8)))
+    found = gradients(model)
+    for name, value in trainer.parameters.items():
+        value.grad = before[name].clone()
+    expected = float(torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), math.inf if limit is None else limit))
+    assert norm == pytest.approx(expected)
+    after = gradients(model)
+    assert all(torch.allclose(found[name], after[name], rtol=1e-6) for name in after)
+    assert (limit == 0.05) == any(not torch.equal(found[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_what_happens_between_steps_changes_nothing(dropping: AdaptedModel, optimizer: Any, tmp_path: Path) -> None:
+    """Scoring, answering, saving, drawing random numbers, and a different state of torch's own generator."""
+    training = section(optimizer=optimizer, epochs=2)
+    torch.manual_seed(1)
+    plain = [(step.loss, step.grad_norm) for step in Trainer(dropping, ROWS, training)]
+    expected = adapter_bytes(dropping)
+    stir(dropping, 0.05)
+    torch.manual_seed(2)
+    trainer = Trainer(dropping, ROWS, training, tmp_path)
+    busy = []
+    for step in trainer:
+        busy.append((step.loss, step.grad_norm))
+        score(dropping, ROWS[:3])
+        answers(dropping, [[5, 6, 7]], 3)
+        trainer.save()
+        torch.rand(3)
+        dropping.model.train(bool(step.number % 2))
+    assert busy == plain
+    assert adapter_bytes(dropping) == expected
+    dropping.model.eval()
+
+
+def test_steps_leave_torchs_random_state_alone_and_seeds_matter(dropping: AdaptedModel) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = next(Trainer(dropping, ROWS[:8], section()))
+    assert torch.equal(torch.get_rng_state(), state)
+    stir(dropping, 0.05)
+    again = next(Trainer(dropping, ROWS[:8], section()))
+    stir(dropping, 0.05)
+    other = next(Trainer(dropping, ROWS[:8], section(seed=1)))
+    assert first.loss == again.loss
+    assert abs(first.loss - other.loss) > 1e-4
+
+
+def test_dropout_draws_anew_each_step(dropping: AdaptedModel) -> None:
+    trainer = Trainer(dropping, ROWS[:8], section(learning_rate=1e-12, steps=3))
+    losses = [step.loss for step in trainer]
+    assert len(set(losses)) == 3
+
+
+def state_of(trainer: Trainer) -> tuple[Any, ...]:
+    from qlora.training.optim import optimizer_tensors
+
+    moments = {
+        name: value.numpy().tobytes()
+        for name, value in optimizer_tensors(trainer.optimizer, trainer.parameters).items()
+    }
+    return adapter_bytes(trainer.model), moments, trainer.step_number
+
+
+@pytest.mark.parametrize("way", ["layer_major", "micro_batch_major", "resident"])
+def test_a_row_that_gives_nan_is_refused_by_name(model: AdaptedModel, way: str) -> None:
+    how: dict[str, Any] = {"gradient_checkpointing": way != "resident"}
+    if way != "resident":
+        how["accumulation"] = way
+    bad = 95
+    rows = [row if bad not in row.ids else Row(numpy.where(row.ids == bad, 5, row.ids), row.labels, row.positions, row.examples) for row in ROWS]  # fmt: skip
+    place = step_rows(len(rows), 8, 1, 0)[3]
+    ids = rows[place].ids.copy()
+    ids[1] = bad
+    rows[place] = Row(ids, rows[place].labels, rows[place].positions, rows[place].examples)
+    trainer = Trainer(model, rows, section(**how))
+    next(trainer)
+    embedding = model.model.get_input_embeddings().weight
+    kept = embedding[bad].clone()
+    embedding.data[bad] = torch.nan
+    try:
+        before = state_of(trainer)
+        for _ in range(2):  # and again, should someone go on
+            with pytest.raises(
+                NonFiniteError, match=rf"Step 2 gave loss nan .* on rows .*\b{place}\b.*No step was taken"
+            ):
+                next(trainer)
+            assert state_of(trainer) == before
+            assert all(value.grad is None for value in trainer.parameters.values())
+            assert not model.model.training
+    finally:
+        embedding.data[bad] = kept
+    assert next(trainer).number == 2
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name(model: AdaptedModel) -> None:
+    trainer = Trainer(model, ROWS, section())
+    name = "model.layers.1.mlp.down_proj.lora_B"
+    handle = trainer.parameters[name].register_hook(lambda grad: grad * math.inf)
+    before = state_of(trainer)
+    with pytest.raises(NonFiniteError, match=f"gradient norm (inf|nan) .*{name}"):
+        next(trainer)
+    handle.remove()
+    assert state_of(trainer) == before
+
+
+def test_an_interrupted_step_leaves_no_gradients(model: AdaptedModel) -> None:
+    trainer = Trainer(model, ROWS, section(accumulation="micro_batch_major"))
+    calls = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = decoder_layers(model.model)[1].register_forward_hook(interrupt)
+    before = state_of(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        next(trainer)
+    handle.remove()
+    assert state_of(trainer) == before
+    assert all(value.grad is None for value in trainer.parameters.values())
+    assert not model.model.training
+
+
+def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping: AdaptedModel) -> None:
+    """The scale itself is a power of two: with or without it, and with overflows in between, the step is the same."""
+    plain = next(Trainer(dropping, ROWS, section()))
+    expected = adapter_bytes(dropping)
+    stir(dropping, 0.05)
+    trainer = Trainer(dropping, ROWS, section())
+    trainer.loss_scale = 2.0**14
+    overflows = iter([True, True])
+    parameter = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"]
+
+    def overflow(value: torch.Tensor) -> None:
+        assert value.grad is not None
+        if next(overflows, False):
+            value.grad.fill_(math.inf)
+
+    handle = parameter.register_post_accumulate_grad_hook(overflow)
+    step = next(trainer)
+    handle.remove()
+    # layer-major with micro-batches of 2: both overflows fall into the first try
+    assert trainer.loss_scale == 2.0**13
+    assert (step.loss, step.grad_norm) == (plain.loss, plain.grad_norm)
+    assert adapter_bytes(dropping) == expected
+
+
+def test_an_overflow_that_no_scale_cures_is_refused(model: AdaptedModel) -> None:
+    trainer = Trainer(model, ROWS[:2], section(batch_size=2))
+    trainer.loss_scale = 8.0
+    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    before = state_of(trainer)
+    with pytest.raises(NonFiniteError, match="Step 1"):
+        next(trainer)
+    handle.remove()
+    assert trainer.loss_scale == 1.0
+    assert state_of(trainer) == before
+
+
+def test_fp16_bases_start_with_a_loss_scale(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Trainer(model, ROWS, section()).loss_scale == 1.0
+    monkeypatch.setattr(model.base, "compute_dtype", torch.float16)
+    assert Trainer(model, ROWS, section()).loss_scale == 2.0**14
+
+
+def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:
+    weight = model.trainable_parameters()["model.layers.0.self_attn.q_proj.lora_A"]
+    plain_loss, plain = gradients_of(model, ROWS[:8], 2, "layer_major")
+    turns: list[tuple[int, int]] = []
+    model.penalty, model.after_step = lambda: weight.square().sum(), lambda *numbers: turns.append(numbers)
+    try:
+        loss, found = gradients_of(model, ROWS[:8], 2, "layer_major")
+        assert loss == pytest.approx(plain_loss + weight.detach().square().sum().item(), rel=1e-6)
+        for name in plain:
+            extra = 2 * weight.detach() if name.endswith("layers.0.self_attn.q_proj.lora_A") else 0
+            torch.testing.assert_close(found[name], plain[name] + extra)
+        list(Trainer(model, ROWS, section(steps=2)))
+    finally:
+        model.penalty, model.after_step = lambda: None, lambda step, total: None
+    assert turns == [(1, 2), (2, 2)]
+
+
+def test_nothing_to_train_on_is_refused(model: AdaptedModel) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        Trainer(model, [])
+    silent = [Row(row.ids, numpy.full_like(row.labels, IGNORE_INDEX), row.positions, row.examples) for row in ROWS[:2]]
+    trainer = Trainer(model, silent, section())
+    with pytest.raises(DataError, match=r"Step 1 .* rows [01], [01] hold no target token"):
+        next(trainer)
+    with pytest.raises(DataError, match="folder"):
+        trainer.save()
+
+
+def test_a_model_that_leaks_is_refused_before_anything_is_spent(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = model.model.model
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda input_ids, position_ids, **kw: forward(input_ids=input_ids, **kw))
+    with pytest.raises(ModelError, match="see each other"):
+        Trainer(model, ROWS, section())
+    Trainer(model, random_rows(8, packing=False), section())
+
+
+def test_the_checks_do_not_mind_dropout_or_training_mode(dropping: AdaptedModel) -> None:
+    stir(dropping, 0.3)
+    dropping.model.train()
+    state = torch.get_rng_state()
+    Trainer(dropping, ROWS, section())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert dropping.model.training
+    dropping.model.eval()
+
+
+def test_the_boundary_follows_the_recipe(model: AdaptedModel) -> None:
+    Trainer(model, ROWS, section(micro_batch_size=4))
+    assert [layer.rows for layer in decoder_layers(model.model)] == [4, 4]
+    Trainer(model, ROWS, section(gradient_checkpointing=False))
+    assert not any(isinstance(module, RecomputedLayer) for module in model.model.modules())
