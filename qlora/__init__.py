@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from qlora.evaluation import answer, answers
     from qlora.methods import AdaptedModel, apply_method
     from qlora.model import Base, load_base
+    from qlora.planner import Plan, plan
     from qlora.reporting import write_report
-    from qlora.run import Plan, Run, evaluate, load_run, merge, plan, preview, resume, train
+    from qlora.run import Run, evaluate, load_run, merge, preview, resume, train
     from qlora.training import Step, Trainer
 
 _HOMES = {
@@ -30,7 +31,8 @@ _HOMES = {
     "methods": ("AdaptedModel", "apply_method"),
     "model": ("Base", "load_base"),
     "reporting": ("write_report",),
-    "run": ("Plan", "Run", "evaluate", "load_run", "merge", "plan", "preview", "resume", "train"),
+    "planner": ("Plan", "plan"),
+    "run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
     "training": ("Step", "Trainer"),
 }
 

@@ -7,7 +7,6 @@ imported before it is needed, so that ``qlora doctor`` runs where torch does not
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import traceback
@@ -80,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(words: list[str]) -> None:
     recipe = _recipe("plan", words)  # first, here and below: a slip of the pen need not wait for torch
-    from qlora import run
+    from qlora.planner import plan
 
-    print(run.plan(recipe))
+    print(plan(recipe))
 
 
 def _preview(words: list[str]) -> None:
@@ -273,8 +272,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # bitsandbytes advises a package of faster CPU inference kernels, which training does not use
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -158,8 +158,8 @@ class TrainingSection(Section):
     """Target positions whose logits exist at the same time."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the adapter's initial values, the order of the rows and dropout."""
-    save_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 saves the last step only."""
+    save_every: int = Field(100, ge=0)
+    """Steps between checkpoints, which is what a killed run loses at most; 0 saves the last step only."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
 

@@ -6,13 +6,11 @@ Knows torch and the operating system; must not know a model, a recipe's other se
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
@@ -24,8 +22,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: str = "auto") -> torch.device:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → the device. One device only; others are left alone.
 
-    Raises RecipeError when a CUDA device is asked for and there is none by that number.
+    Raises RecipeError when a CUDA device is asked for and there is none by that number, and in one of several processes.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise RecipeError(
+            f"A launcher started this as one of {processes} processes (WORLD_SIZE), but a run has one process and one "
+            "device; start it without the launcher, and choose a GPU by device.name=cuda:1 or CUDA_VISIBLE_DEVICES."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -59,13 +63,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {value: key for key, value in DTYPES.items()}[dtype]
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (CPU and all CUDA devices)."""
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """torch's random state, as byte tensors: ``cpu`` and, on a GPU, ``cuda``."""
     state = {"cpu": torch.get_rng_state()}
@@ -85,6 +82,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # Linux; its ru_maxrss is inherited from the process that started this one
+        return _fields("/proc/self/status")["VmHWM"]
+    except (OSError, KeyError, ValueError):
+        pass
     try:
         import resource
     except ImportError:  # Windows keeps no such count
@@ -94,15 +95,45 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def total_memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the device: the GPU's memory, or the machine's. (0, 0) where the system does not tell."""
+    """(free, total) bytes of the device: the GPU's memory, or the machine's. (0, 0) where the system does not tell.
+
+    A container's limit counts where it is lower than the machine's memory.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024, int(fields["MemTotal"].split()[0]) * 1024
+        fields = _fields("/proc/meminfo")
+        free, total = fields["MemAvailable"], fields["MemTotal"]
     except (OSError, KeyError, ValueError):
         return 0, 0
+    limit, used = _container()
+    return (min(free, max(0, limit - used)), min(total, limit)) if limit else (free, total)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The sizes that a file of ``name: count kB`` lines gives, in bytes."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
+
+
+def _container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """(limit, used) bytes of the control group that a container runs in, version 2 or 1; (0, 0) without a limit.
+
+    Files that the kernel can drop are not counted as used.
+    """
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, held = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            if most.isdecimal() and int(most) < 2**60:  # version 1 says "none" by a number near 2**63
+                return int(most), max(0, held - int(counts.get(cache, 0)))
+        except (OSError, ValueError):
+            continue
+    return 0, 0
 
 
 def bytes_text(count: float) -> str:

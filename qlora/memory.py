@@ -84,9 +84,8 @@ def estimate(
     # what autograd keeps of one layer: both norms' outputs, q, k and v for every head, attention's output, the residual
     # and the layer's output; gate, silu(gate), up and their product. Below fp32 the norms keep their inputs in fp32.
     kept = micro * (c * (8 * d + 4 * f) + (8 * d if c < 4 else 0))
-    dense = [
-        m.in_features * m.out_features * c for m in decoder_layers(model)[0].modules() if isinstance(m, FrozenLinear)
-    ]
+    one = decoder_layers(model)[0] if training.gradient_checkpointing else model
+    dense = [m.in_features * m.out_features * c for m in one.modules() if isinstance(m, FrozenLinear)]
     unpacked = sum(dense) if layer_major and training.batch_size > training.micro_batch_size else max(dense, default=0)
     # backward holds the gradients of silu(gate) and up before it drops what they were made from
     working = micro * c * 2 * f + unpacked
@@ -103,9 +102,8 @@ def estimate(
         scores = micro * length * config.num_attention_heads
         working += scores * EAGER_SCORES * c
         inputs += 0 if training.gradient_checkpointing else scores * c * (layers - 1)
-    # a chunk has logits and the room of logsumexp; its predecessor's logits are still there when there was one
-    chunk = min(training.loss_chunk, in_model)
-    logits = max(8 * chunk, 4 * chunk + 8 * min(chunk, in_model - chunk)) * config.vocab_size
+    # a chunk has logits and the room of logsumexp
+    logits = 8 * min(training.loss_chunk, in_model) * config.vocab_size
     return Estimate(
         quantised_weights=quantised,
         other_weights=other,

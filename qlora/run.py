@@ -9,18 +9,11 @@ Every room is called from here and none calls this one. What a run leaves behind
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from signal import Signals as Signal
 from typing import Any, Literal
 
 import torch
@@ -29,8 +22,6 @@ from qlora.config import Recipe
 from qlora.data import Data, Preview, Prompt, load_data
 from qlora.data.chat import ChatTemplate
 from qlora.device import (
-    bytes_text,
-    dtype_name,
     peak_memory_bytes,
     require_disk,
     resolve_compute_dtype,
@@ -42,28 +33,17 @@ from qlora.errors import RunError, Stopped
 from qlora.evaluation import HeldOut, answers, score
 from qlora.export import Merged
 from qlora.export import merge as merge_files
-from qlora.memory import Estimate, check, estimate
+from qlora.folder import adapter_folder, clear, environment_of, open_run, read_json, require_free, write_json
 from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.files import load_adapter, save_adapter
-from qlora.methods.lora import adapter_dtype
-from qlora.model import Base, load_base
+from qlora.model import load_base
 from qlora.model.shards import find_model
-from qlora.model.skeleton import load_skeleton
 from qlora.model.tokenizer import load_tokenizer
+from qlora.planner import Plan, plan
 from qlora.reporting import write_report
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
-
-RUN_FILES = (
-    "recipe.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "adapter",
-    "evaluation.json",
-    "environment.json",
-    "report.html",
-)
+from qlora.training.stopping import Signals, stoppable
 
 
 @dataclass(frozen=True)
@@ -91,76 +71,6 @@ class Run:
     peak_memory_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe comes down to on this machine."""
-
-    recipe: Recipe
-    """With every ``auto`` resolved."""
-    parameters: int
-    trainable_parameters: int
-    memory: Estimate
-    checkpoint_bytes: int
-    why: list[str]
-
-    def __str__(self) -> str:
-        model, method = self.recipe.model, self.recipe.method
-        lines = [
-            f"{model.name}: {self.parameters:,} parameters, {model.quantization}, {model.compute_dtype} on "
-            f"{self.recipe.device.name}",
-            f"{method.name}: {self.trainable_parameters:,} trainable parameters "
-            f"({self.trainable_parameters / self.parameters:.2%}) in {method.adapter_dtype}",
-            str(self.memory),
-            f"  a checkpoint on disk{bytes_text(self.checkpoint_bytes):>12}",
-            *self.why,
-        ]
-        return "\n".join(lines)
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Resolve a recipe and estimate what it takes, from configuration and shapes; no weight is read.
-
-    Raises DoesNotFitError, with the table, when it is more than this machine has free.
-    """
-    device = resolve_device(recipe.device.name)
-    resolved, why = resolve(recipe, device)
-    dtype = resolve_compute_dtype(device, resolved.model.compute_dtype)
-    section = resolved.model
-    model = load_skeleton(section, dtype)
-    parameters = _count_parameters(model)
-    meta = torch.device("meta")
-    base = Base(
-        model, None, Path(), section.name, section.revision, section.quantization, section.double_quant, meta, dtype
-    )
-    adapted = apply_method(base, resolved.method)
-    memory = estimate(adapted, resolved.training, resolved.data.max_length, device, resolved.data.packing)
-    why.append(check(memory, device, resolved.training))
-    state = memory.adapter + memory.optimizer
-    return Plan(resolved, parameters, adapted.count_trainable(), memory, state, why)
-
-
-def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
-    """The recipe with every ``auto`` decided for ``device``, and a sentence for each decision."""
-    why = []
-    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
-    if recipe.device.name == "auto":
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA device was found"
-        why.append(f"device.name is {device.type}: {found}.")
-    if recipe.model.compute_dtype == "auto":
-        reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the fastest on CPUs"}
-        why.append(f"model.compute_dtype is {dtype_name(dtype)}: {reasons[dtype_name(dtype)]}.")
-    adapters = adapter_dtype(recipe.method.adapter_dtype, device, dtype)
-    if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
-        why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)}),
-            "method": recipe.method.model_copy(update={"adapter_dtype": dtype_name(adapters)}),
-            "device": recipe.device.model_copy(update={"name": str(device)}),
-        }
-    ), why
-
-
 def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
     """The first ``count`` training examples as the model sees them."""
     data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
@@ -175,7 +85,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     """
     begin = time.perf_counter()
     folder = Path(recipe.folder or "runs/run")
-    _require_free(folder, recipe.overwrite)
+    require_free(folder, recipe.overwrite)
     _use_threads(recipe)
     say = _speaker(quiet)
     tokenizer = load_tokenizer(recipe.model)
@@ -191,12 +101,13 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     model = _load_model(resolved, quiet)
     trainer = Trainer(model, data, resolved.training, folder)
 
-    _clear(folder)
+    clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    _write_json(folder / "plan.json", _plan_values(planned, data, trainer, needed))
-    _write_json(folder / "environment.json", _environment(resolved, data, model.device))
-    return _go_on(resolved, folder, model, data, trainer, begin, quiet)
+    write_json(folder / "plan.json", _plan_values(planned, data, trainer, needed))
+    write_json(folder / "environment.json", environment_of(resolved, data, model.device))
+    with stoppable(f"qlora resume {folder}") as signals:
+        return _go_on(resolved, folder, model, data, trainer, signals, begin, quiet)
 
 
 def resume(folder: str | Path, quiet: bool = False) -> Run:
@@ -226,17 +137,25 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
         trainer.load(found[-1])
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
     MetricsLog(folder / "metrics.jsonl").rewind(trainer.step_number)
-    return _go_on(recipe, folder, model, data, trainer, begin, quiet)
+    with stoppable(f"qlora resume {folder}") as signals:
+        return _go_on(recipe, folder, model, data, trainer, signals, begin, quiet)
 
 
 def _go_on(
-    recipe: Recipe, folder: Path, model: AdaptedModel, data: Data, trainer: Trainer, begin: float, quiet: bool
+    recipe: Recipe,
+    folder: Path,
+    model: AdaptedModel,
+    data: Data,
+    trainer: Trainer,
+    signals: Signals,
+    begin: float,
+    quiet: bool,
 ) -> Run:
     """From a trainer at any step to a finished run folder."""
     log, settings, say = MetricsLog(folder / "metrics.jsonl"), recipe.evaluation, _speaker(quiet)
     held_out = data.held_out[: settings.held_out_rows]
     prompts = data.held_out_prompts(settings.prompts) if data.held_out else []
-    measured = _read_json(folder / "evaluation.json")
+    measured = read_json(folder / "evaluation.json")
     before = HeldOut(**measured["held_out"]["before"]) if measured.get("held_out", {}).get("before") else None
     generations = [Generation(**item) for item in measured.get("generations", [])]
 
@@ -263,10 +182,11 @@ def _go_on(
                 Generation(prompt.text, prompt.answer, answer)
                 for prompt, answer in zip(prompts, _answer(model, prompts, settings.max_new_tokens), strict=True)
             ]
-        _write_json(folder / "evaluation.json", _evaluation_values(before, None, generations))
+        write_json(folder / "evaluation.json", _evaluation_values(before, None, generations))
 
     training = recipe.training
-    with _signals() as arrived, Progress(trainer.total_steps, trainer.step_number, quiet) as progress:
+    signals.wait = True
+    with Progress(trainer.total_steps, trainer.step_number, quiet) as progress:
         for step in trainer:
             log.write(step.metrics())
             progress.show(step)
@@ -275,14 +195,14 @@ def _go_on(
                 progress.say(f"Held-out loss after step {step.number}: {held_out_now().loss:.4f}")
             if last or (training.save_every and step.number % training.save_every == 0):
                 trainer.save()
-            if arrived:
+            if signals.arrived:
                 place = trainer.save()
-                name = signal.Signals(arrived[0]).name
                 raise Stopped(
-                    f"{name} arrived after step {step.number} of {trainer.total_steps}; the state is in '{place}'. "
-                    f"Go on with: qlora resume {folder}",
-                    arrived[0],
+                    f"{Signal(signals.arrived).name} arrived before step {step.number} of {trainer.total_steps} ended; the "
+                    f"state is in '{place}'. Go on with: qlora resume {folder}",
+                    signals.arrived,
                 )
+    signals.wait = False
     save_adapter(model, folder / "adapter")
     if text := _template_text(recipe, folder):
         (folder / "adapter" / "chat_template.jinja").write_text(text, encoding="utf-8")
@@ -296,7 +216,7 @@ def _go_on(
         Generation(old.prompt, old.expected, old.before, text) for old, text in zip(generations, texts, strict=True)
     ]
     if held_out or prompts:
-        _write_json(folder / "evaluation.json", _evaluation_values(before, after, generations))
+        write_json(folder / "evaluation.json", _evaluation_values(before, after, generations))
     report = write_report(folder)
     return Run(
         folder=folder,
@@ -393,6 +313,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     None when there is no held-out text, or when the merged model would take more than half of the free memory.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     recipe, _ = open_run(Path(folder))
     device = resolve_device(recipe.device.name)
@@ -409,6 +330,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     with torch.no_grad():
         expected = [network(ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
     del network, adapted
+    logging.disable_progress_bar()
     plain: Any = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=dtype).to(device).eval()
     largest = scale = divergence = 0.0
     same = positions = 0
@@ -442,32 +364,6 @@ def chat_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def adapter_folder(folder: Path) -> Path:
-    """Where a run's adapter lies: ``adapter/`` when it is finished, else its newest checkpoint."""
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return folder / "adapter"
-    if found := checkpoints.find(folder / "checkpoints"):
-        return found[-1]
-    raise RunError(f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {folder}")
-
-
-def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """(recipe, environment) of a run folder. Raises RunError when it is none, or when its recipe was edited."""
-    path = folder / "recipe.yaml"
-    if not path.is_file() or not (folder / "environment.json").is_file():
-        raise RunError(
-            f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
-        )
-    environment = _read_json(folder / "environment.json")
-    if "recipe_sha256" not in environment:
-        raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
-    if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
-        raise RunError(
-            f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {path} folder=runs/…"
-        )
-    return Recipe.from_yaml(path), environment
-
-
 def _load_model(recipe: Recipe, quiet: bool) -> AdaptedModel:
     base = load_base(recipe.model, resolve_device(recipe.device.name), progress=not quiet)
     return apply_method(base, recipe.method, recipe.training.seed)
@@ -479,36 +375,9 @@ def _answer(model: AdaptedModel, prompts: list[Prompt], max_new_tokens: int) -> 
 
 def _template_text(recipe: Recipe, folder: Path) -> str | None:
     """The chat template that the run in ``folder`` uses, or None when it trains on raw text."""
-    if "text" in (recipe.data.form, _read_json(folder / "plan.json").get("data", {}).get("form")):
+    if "text" in (recipe.data.form, read_json(folder / "plan.json").get("data", {}).get("form")):
         return None
     return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
-
-
-def _require_free(folder: Path, overwrite: bool) -> None:
-    """Raise RunError unless a run may be made in ``folder``."""
-    if folder.is_file():
-        raise RunError(f"'{folder}' is a file; expected the name of a new run folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise RunError(
-            f"There is something in '{folder}' already. Go on with it (qlora resume {folder}), choose another place "
-            "(folder=runs/…), or replace it (overwrite=true)."
-        )
-    if not (folder / "recipe.yaml").is_file():
-        raise RunError(f"'{folder}' is not a run folder, so overwrite=true does not touch it; choose another folder.")
-
-
-def _clear(folder: Path) -> None:
-    """Delete an old run's files, and nothing else that may lie beside them."""
-    import shutil
-
-    for name in (*RUN_FILES, "merged"):
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _plan_values(planned: Plan, data: Data, trainer: Trainer, disk: int) -> dict[str, Any]:
@@ -526,56 +395,9 @@ def _plan_values(planned: Plan, data: Data, trainer: Trainer, disk: int) -> dict
     }
 
 
-def _environment(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "versions": versions(),
-        "device_name": name,
-        "data_fingerprint": data.fingerprint,
-        "recipe_sha256": _digest(recipe.to_yaml().encode()),
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit that the current folder is at, when it is in a git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
 def _evaluation_values(before: HeldOut | None, after: HeldOut | None, generations: list[Generation]) -> dict[str, Any]:
     held_out = {key: asdict(value) for key, value in (("before", before), ("after", after)) if value is not None}
     return {"held_out": held_out, "generations": [asdict(item) for item in generations]}
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Inside, the first SIGINT or SIGTERM is put into the list for the loop to see; a second one stops at once."""
-    arrived: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if arrived:
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
-            signal.raise_signal(number)
-            return
-        arrived.append(number)
-        print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
-
-    try:
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            before[kind] = signal.signal(kind, note)
-    except ValueError:  # not in the main thread: signals are somebody else's
-        before.clear()
-    try:
-        yield arrived
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _use_threads(recipe: Recipe) -> None:
@@ -585,38 +407,3 @@ def _use_threads(recipe: Recipe) -> None:
 
 def _speaker(quiet: bool) -> Any:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
-
-
-def _count_parameters(model: torch.nn.Module) -> int:
-    """Numbers in the model, packed ones counted one by one, shared ones once."""
-    from qlora.model.nf4 import FrozenLinear
-
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-    return packed + sum(p.numel() for p in model.parameters())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a perplexity too large for a float becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

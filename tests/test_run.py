@@ -23,7 +23,8 @@ from qlora import run
 from qlora.chat import talk
 from qlora.cli import main
 from qlora.errors import RunError
-from qlora.training import MetricsLog
+from qlora.folder import RUN_FILES, write_json
+from qlora.training import MetricsLog, checkpoint
 from tests.conftest import conversations, tiny_values, write_lines
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +38,8 @@ DRIVER = """
 import json, os, sys
 import qlora.run
 from qlora.cli import main
-from qlora.training import MetricsLog
+from qlora.folder import RUN_FILES, write_json
+from qlora.training import MetricsLog, checkpoint
 write = MetricsLog.write
 for recipe, number, last in json.loads(sys.argv[1]):
     def wounded(self, values):
@@ -110,6 +112,7 @@ def wounded(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPath
         "interrupted": (signal.SIGINT, 4),
         "terminated": (signal.SIGTERM, 5),
         "interrupted at the last step": (signal.SIGINT, 10),
+        "terminated while measuring": (signal.SIGTERM, 0),
     }
     places = {name: tmp_path_factory.mktemp("wounded") for name in hits}
     orders = []
@@ -136,7 +139,7 @@ def wounded(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == set(run.RUN_FILES)
+    assert {path.name for path in finished.iterdir()} == set(RUN_FILES)
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["000009", "000010"]
 
     steps = [line for line in lines_of(finished) if "loss" in line]
@@ -319,7 +322,15 @@ def test_signal_saves_and_says_how_to_resume(
     assert len(message) == 1
     assert f"qlora resume {hit.folder}" in message[0]
     assert "Traceback" not in hit.errors
-    assert run.checkpoints.find(hit.folder / "checkpoints")[-1].name == f"{step:06d}"
+    assert checkpoint.find(hit.folder / "checkpoints")[-1].name == f"{step:06d}"
+    assert main(["resume", str(hit.folder)]) == 0
+    assert_same_run(hit.folder, finished)
+
+
+def test_signal_before_the_first_step_says_how_to_resume(wounded: dict[str, Wounded], finished: Path) -> None:
+    hit = wounded["terminated while measuring"]
+    assert hit.status == 143, hit.errors
+    assert hit.errors.splitlines()[-1].endswith(f"Go on with: qlora resume {hit.folder}")
     assert main(["resume", str(hit.folder)]) == 0
     assert_same_run(hit.folder, finished)
 
@@ -366,36 +377,8 @@ def test_resume_refuses_another_recipe_or_other_data(finished: Path, tmp_path: P
         run.resume(copy, quiet=True)
 
 
-def test_second_signal_stops_at_once() -> None:
-    def twice() -> None:
-        with run._signals() as arrived:
-            signal.raise_signal(signal.SIGINT)
-            assert arrived == [signal.SIGINT]
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        twice()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_signals_outside_of_the_main_thread_are_left_alone() -> None:
-    import threading
-
-    before = signal.getsignal(signal.SIGINT)
-    seen: list[object] = []
-
-    def body() -> None:
-        with run._signals():
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert seen == [before]
-
-
 def test_json_files_hold_no_infinity(tmp_path: Path) -> None:
-    run._write_json(tmp_path / "a.json", {"a": [float("inf"), (1.5, float("nan"))]})
+    write_json(tmp_path / "a.json", {"a": [float("inf"), (1.5, float("nan"))]})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"a": [None, [1.5, None]]}
     log = MetricsLog(tmp_path / "m.jsonl")
     log.write({"step": 1, "loss": 2.0})

@@ -104,6 +104,7 @@ class _TokenLoss(torch.autograd.Function):
             if head.multiplier != 1.0:
                 grad_NV *= head.multiplier
             grad_ND[rows] = (grad_NV.to(head.weight_VD.dtype) @ head.weight_VD).float()
+            del logits_NV, grad_NV, slope_NV  # before the next chunk's are made
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)
         ctx.dtype = hidden_ND.dtype

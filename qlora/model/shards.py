@@ -205,8 +205,9 @@ def _entries(header: Any, path: Path, data: int) -> tuple[dict[str, Entry], int]
 def find_model(name: str, revision: str | None = None, progress: bool = False, weights: bool = True) -> Path:
     """The folder of ``model.name``: a local folder, the embedded default, or a hub id, downloaded into the hub's cache.
 
-    Only safetensors, configuration and tokenizer files are downloaded, and no safetensors when ``weights`` is off. Raises ModelError, in a sentence, when there is
-    no such folder or repository, when access to it is not granted, or when the hub cannot be reached.
+    Only safetensors, configuration and tokenizer files are downloaded, and no safetensors when ``weights`` is off.
+    Raises ModelError, in a sentence, when there is no such folder or repository, when access to it is not granted, or
+    when the hub cannot be reached.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

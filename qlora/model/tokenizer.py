@@ -30,7 +30,8 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
     so no embedding is resized. Raises ModelError for missing or damaged tokenizer files.
     """
     if isinstance(source, ModelSection):
-        folder, trust_remote_code = find_model(source.name, source.revision), source.trust_remote_code
+        folder = find_model(source.name, source.revision, weights=False)  # previewing data needs none
+        trust_remote_code = source.trust_remote_code
     else:
         folder = Path(source)
     if not any(path for pattern in FILES for path in folder.glob(pattern)):

@@ -31,9 +31,9 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def save(trainer: Trainer, folder: Path, keep: int) -> Path:
-    """Write ``folder/<step>`` and delete all but the ``keep`` newest. The same step is written once."""
+    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What this trainer wrote or read is not written again."""
     place = folder / f"{trainer.step_number:06d}"
-    if not (place / STATE).is_file():
+    if place != trainer.saved:
         with folder_written_aside(place, overwrite=True) as aside:
             save_adapter(trainer.model, aside)
             save_file(optimizer_tensors(trainer.optimizer, trainer.parameters), aside / OPTIMIZER)
@@ -44,6 +44,7 @@ def save(trainer: Trainer, folder: Path, keep: int) -> Path:
                 "optimizer": trainer.training.optimizer,
             }
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        trainer.saved = place
     for old in find(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -77,3 +78,4 @@ def load(trainer: Trainer, place: Path) -> None:
     load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
     trainer.step_number = int(step)
     trainer.loss_scale = float(scale)
+    trainer.saved = place

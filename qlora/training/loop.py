@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from qlora.config import TrainingSection
 from qlora.data import Data, Row, collate, step_rows, steps_per_epoch
@@ -31,6 +32,9 @@ from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss, check_loss_path, check_packing
 from qlora.training import checkpoint
 from qlora.training.optim import learning_rate, make_optimizer, quiet_paging
+
+LARGEST_SCALE = 2.0**14  # what the loss is multiplied with under fp16, at first
+SCALE_GROWTH = 500  # steps after which a scale that fell is doubled
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,12 @@ class Trainer:
             raise DataError("There are no rows to train on; give data with at least one example.")
         self.step_number = 0
         """Steps done."""
+        self.saved: Path | None = None
+        """The checkpoint that holds this trainer's newest saved state."""
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
-        self.loss_scale = 2.0**14 if model.base.compute_dtype == torch.float16 else 1.0
+        self.scaled = model.base.compute_dtype == torch.float16
+        self.loss_scale = LARGEST_SCALE if self.scaled else 1.0
         pad = getattr(model.tokenizer, "pad_token_id", None)
         self.pad_id = 0 if pad is None else int(pad)
         self.parameters = model.trainable_parameters()
@@ -160,19 +167,18 @@ class Trainer:
         """Fill ``.grad`` with the step's mean gradient; return (mean loss, target tokens).
 
         Under fp16 the loss is scaled up so that small gradients do not vanish. When that overflows, the scale is halved
-        and the same rows are run again with the same random draws: no data is skipped.
+        and the same rows are run again with the same random draws: no data is skipped. Now and then it is doubled again.
         """
         target_tokens = sum(row.target_tokens for row in rows)
+        if self.scaled and self.step_number % SCALE_GROWTH == SCALE_GROWTH - 1:
+            self.loss_scale = min(2 * self.loss_scale, LARGEST_SCALE)
         while True:
             total = 0.0
             self.model.model.train()
             try:
                 with _random_draws(self.training.seed, self.step_number, self.model.device):
                     for micro_batch in self._micro_batches(rows):
-                        batch = {
-                            key: value.to(self.model.device, non_blocking=True)
-                            for key, value in collate(list(micro_batch), self.pad_id).items()
-                        }
+                        batch = send_to_device(collate(list(micro_batch), self.pad_id), self.model.device)
                         loss, _ = batch_loss(self.model.model, batch, self.training.loss_chunk)
                         (loss * (self.loss_scale / target_tokens)).backward()
                         total += loss.item()

@@ -70,7 +70,7 @@ def test_linears_without_adapter_went_through_quantisation_too(tmp_path: Path) -
 def test_original_adds_to_the_weights_before_quantisation(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
     model = trained(base, tmp_path / "adapter")
-    merge(base, tmp_path / "adapter", tmp_path / "out", base="original", dtype="fp32")
+    merge(base, tmp_path / "adapter", tmp_path / "out", base="original", dtype="fp32", compute_dtype="fp32")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     expected = before[f"{name}.weight"] + model.planted[name].delta()
@@ -116,7 +116,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     (base / "tokenizer.model").write_bytes(b"sentencepiece")
     (base / "pytorch_model.bin").write_bytes(b"pickle")
     trained(base, tmp_path / "adapter")
-    merge(base, tmp_path / "adapter", tmp_path / "out")
+    merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
     assert "pytorch_model.bin" not in names
@@ -139,7 +139,7 @@ def test_a_prequantised_base_becomes_plain(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
     with pytest.raises(ModelError, match="itself quantised"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", base="original")
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", base="original", compute_dtype="fp32")
 
 
 @pytest.mark.parametrize("problem", ["missing", "unknown", "shape", "nan"])
@@ -160,7 +160,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_written(tmp_path: P
         tensors[name][0] = math.nan
     save_file(tensors, file)
     with pytest.raises(MethodError, match=name):
-        merge(base, tmp_path / "adapter", tmp_path / "out")
+        merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -170,7 +170,7 @@ def test_fp16_overflow_is_refused_and_nothing_written(tmp_path: Path) -> None:
     model.trainable_parameters()["model.layers.1.mlp.up_proj.lora_B"].data.fill_(1e6)
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(MethodError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*65504"):
-        merge(base, tmp_path / "adapter", tmp_path / "out", dtype="fp16")
+        merge(base, tmp_path / "adapter", tmp_path / "out", dtype="fp16", compute_dtype="fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -180,16 +180,16 @@ def test_a_taken_folder_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(RunError, match="not empty"):
-        merge(base, tmp_path / "adapter", tmp_path / "out")
+        merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     for place in (base, tmp_path):
         with pytest.raises(RunError, match="being merged"):
-            merge(base, tmp_path / "adapter", place, overwrite=True)
-    merge(base, tmp_path / "adapter", tmp_path / "out", overwrite=True)
+            merge(base, tmp_path / "adapter", place, overwrite=True, compute_dtype="fp32")
+    merge(base, tmp_path / "adapter", tmp_path / "out", overwrite=True, compute_dtype="fp32")
     assert not (tmp_path / "out" / "mine").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(DoesNotFitError, match="merged model"):
-        merge(base, tmp_path / "adapter", tmp_path / "other")
+        merge(base, tmp_path / "adapter", tmp_path / "other", compute_dtype="fp32")
 
 
 PEAK = """

@@ -95,6 +95,21 @@ def test_a_trainer_can_go_back(base: Path, tmp_path: Path) -> None:
     assert take(trainer, 3) == later
 
 
+def test_an_older_runs_checkpoint_of_the_same_step_is_replaced(base: Path, tmp_path: Path) -> None:
+    older = fresh(base, tmp_path, learning_rate=0.05)
+    take(older, 2)
+    stale = older.save()
+    newer = fresh(base, tmp_path)
+    take(newer, 2)
+    place = newer.save()
+    assert place == stale
+    state = newer.model.adapter_state()
+    assert all(torch.equal(values, state[key]) for key, values in read_adapter_tensors(place).items())
+    written = (place / "state.json").stat().st_ino
+    assert newer.save() == place
+    assert (place / "state.json").stat().st_ino == written  # once is enough
+
+
 def test_what_lies_in_a_checkpoint(saved: tuple[Trainer, Path]) -> None:
     trainer, place = saved
     assert place.name == "000002"

@@ -18,7 +18,7 @@ from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel
 from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.model.loss import batch_loss
-from qlora.training import Trainer, learning_rate
+from qlora.training import Trainer, learning_rate, loop
 from tests.methods.tiny import difference, stir
 from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
 
@@ -294,6 +294,16 @@ def test_fp16_bases_start_with_a_loss_scale(model: AdaptedModel, monkeypatch: py
     assert Trainer(model, ROWS, section()).loss_scale == 1.0
     monkeypatch.setattr(model.base, "compute_dtype", torch.float16)
     assert Trainer(model, ROWS, section()).loss_scale == 2.0**14
+
+
+def test_a_scale_that_fell_rises_again(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SCALE_GROWTH", 3)
+    plain = Trainer(model, ROWS, section(steps=9))
+    assert [next(plain).number and plain.loss_scale for _ in range(4)] == [1.0] * 4
+    trainer = Trainer(model, ROWS, section(steps=9))
+    trainer.scaled, trainer.loss_scale = True, loop.LARGEST_SCALE / 2
+    scales = [next(trainer).number and trainer.loss_scale for _ in range(6)]
+    assert [scale / loop.LARGEST_SCALE for scale in scales] == [0.5, 0.5, 1, 1, 1, 1]
 
 
 def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:

@@ -1,0 +1,134 @@
+"""The run folder: what lies in it, by which names, and how it is opened, cleared and written.
+
+What each file holds is in the README. Knows files; must not know models or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.config import Recipe
+from qlora.data import Data
+from qlora.device import versions
+from qlora.errors import RunError
+from qlora.training import checkpoint as checkpoints
+
+RUN_FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "evaluation.json",
+    "environment.json",
+    "report.html",
+)
+
+
+def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """(recipe, environment) of a run folder. Raises RunError when it is none, or when its recipe was edited."""
+    path = folder / "recipe.yaml"
+    if not path.is_file() or not (folder / "environment.json").is_file():
+        raise RunError(
+            f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
+        )
+    environment = read_json(folder / "environment.json")
+    if "recipe_sha256" not in environment:
+        raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
+    if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
+        raise RunError(
+            f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {path} folder=runs/…"
+        )
+    return Recipe.from_yaml(path), environment
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where a run's adapter lies: ``adapter/`` when it is finished, else its newest checkpoint."""
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
+    if found := checkpoints.find(folder / "checkpoints"):
+        return found[-1]
+    raise RunError(f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {folder}")
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise RunError unless a run may be made in ``folder``."""
+    if folder.is_file():
+        raise RunError(f"'{folder}' is a file; expected the name of a new run folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RunError(
+            f"There is something in '{folder}' already. Go on with it (qlora resume {folder}), choose another place "
+            "(folder=runs/…), or replace it (overwrite=true)."
+        )
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(f"'{folder}' is not a run folder, so overwrite=true does not touch it; choose another folder.")
+
+
+def clear(folder: Path) -> None:
+    """Delete an old run's files, and nothing else that may lie beside them."""
+    for name in (*RUN_FILES, "merged"):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def environment_of(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Any]:
+    """What ``environment.json`` holds: versions, device, and the fingerprints that ``resume`` compares."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "versions": versions(),
+        "device_name": name,
+        "data_fingerprint": data.fingerprint,
+        "recipe_sha256": _digest(recipe.to_yaml().encode()),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that the current folder is at, when it is in a git checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write aside and rename, so that the file is whole or absent."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a perplexity too large for a float becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none or it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,215 @@
+"""The laws that a CUDA device can break: ``make gpu-check``. Without one they are skipped.
+
+The tests of the rooms prove the same laws on the CPU; here are those whose kernels, dtypes or allocator differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.config import LoRA, ModelSection, TrainingSection
+from qlora.data import IGNORE_INDEX, Row
+from qlora.device import bytes_text
+from qlora.evaluation import answers
+from qlora.memory import estimate
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import load_base
+from qlora.training import Trainer
+from tests.conftest import write_model
+from tests.methods.tiny import difference, stir
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DEVICE = torch.device("cuda", 0)
+IDS = torch.arange(3, 51).reshape(2, 24)
+BF16 = 2e-2  # two roundings of the largest logit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cuda") / "model", hidden_size=128, intermediate_size=256)
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def adapted(folder: Path, dtype: str = "bf16", dropout: float = 0.0, **section: Any) -> AdaptedModel:
+    base = load_base(ModelSection(name=str(folder), compute_dtype=dtype, **section), DEVICE)  # type: ignore[arg-type]
+    model = apply_method(base, LoRA(r=64, dropout=dropout))
+    stir(model, 0.02)
+    return model
+
+
+def rows(count: int, length: int, vocabulary: int, packed: bool = False) -> list[Row]:
+    made = []
+    for number in range(count):
+        ids = numpy.random.default_rng(number).integers(3, vocabulary, length).astype(numpy.int32)
+        positions = numpy.arange(length, dtype=numpy.int32) % (length // 2 if packed else length)
+        labels = numpy.where(positions == 0, IGNORE_INDEX, ids).astype(numpy.int32)
+        made.append(Row(ids, labels, positions, (2 * number, 2 * number + 1) if packed else (number,)))
+    return made
+
+
+def settings(**values: Any) -> TrainingSection:
+    defaults = {"batch_size": 4, "micro_batch_size": 2, "steps": 10, "learning_rate": 1e-3, "schedule": "constant"}
+    return TrainingSection(**{**defaults, **values})
+
+
+def vocabulary(model: AdaptedModel) -> int:
+    return int(model.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+
+
+def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, gradients) of one step that moves nothing."""
+    trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(**values))
+    loss, _ = trainer._gradients(trainer.rows)
+    found = {
+        name: values.grad.float().clone() for name, values in trainer.parameters.items() if values.grad is not None
+    }
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return loss, found
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_logits_are_those_of_transformers(folder: Path, quantization: str) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    ours = load_base(ModelSection(name=str(folder), quantization=quantization, compute_dtype="bf16"), DEVICE).model  # type: ignore[arg-type]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": DEVICE}
+    ).eval()
+    with torch.no_grad():
+        found, expected = (model(input_ids=IDS.to(DEVICE), use_cache=False).logits for model in (ours, theirs))
+    assert torch.equal(found, expected)
+
+
+def test_adapters_and_their_states_have_their_dtypes(folder: Path) -> None:
+    for dtype, expected in (("bf16", torch.bfloat16), ("fp16", torch.float32), ("fp32", torch.float32)):
+        model = adapted(folder, dtype)
+        assert {values.dtype for values in model.trainable_parameters().values()} == {expected}
+        trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings())
+        next(trainer)
+        for values in trainer.parameters.values():
+            state = trainer.optimizer.state[values]
+            assert {t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 1} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_recomputed_and_layer_major_gradients_are_the_plain_ones(folder: Path, dtype: str) -> None:
+    model = adapted(folder, dtype)
+    loss, plain = gradients_of(model, gradient_checkpointing=False)
+    tolerance = BF16 if dtype == "bf16" else 1e-4
+    for accumulation in ("layer_major", "micro_batch_major"):
+        other, found = gradients_of(model, accumulation=accumulation)
+        assert other == pytest.approx(loss, rel=tolerance)
+        assert max(difference(found[name], plain[name]) for name in plain) < tolerance
+
+
+def test_gradients_are_those_on_the_dequantised_weights(folder: Path) -> None:
+    from qlora.model.nf4 import FrozenLinear
+
+    four_bit = adapted(folder, "fp32")
+    dense = adapted(folder, "fp32", quantization="none")
+    packed = {name: module for name, module in four_bit.model.named_modules() if isinstance(module, FrozenLinear)}
+    weights = dict(dense.model.named_parameters())
+    for name, module in packed.items():
+        weights[f"{name}.weight"].data.copy_(module.dequantise(torch.float32))
+    (loss, expected), (other, found) = gradients_of(four_bit), gradients_of(dense)
+    assert other == pytest.approx(loss, rel=1e-4)
+    assert max(difference(found[name], expected[name]) for name in expected) < 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_ten_steps_are_six_and_four(folder: Path, tmp_path: Path, optimizer: str, deterministic: None) -> None:
+    """Paged states come back paged; bitsandbytes' own ``load_state_dict`` un-pages them (bitsandbytes#782)."""
+
+    def fresh(place: Path) -> Trainer:
+        model = adapted(folder, dropout=0.1)
+        return Trainer(model, rows(14, 33, vocabulary(model)), settings(optimizer=optimizer), place)
+
+    whole = fresh(tmp_path / "whole")
+    losses = [next(whole).loss for _ in range(10)]
+    first = fresh(tmp_path / "cut")
+    assert [next(first).loss for _ in range(6)] == losses[:6]
+    second = fresh(tmp_path / "cut")
+    second.load(first.save())
+    assert [next(second).loss for _ in range(4)] == losses[6:]
+    for name, values in whole.parameters.items():
+        assert torch.equal(values, second.parameters[name])
+    if optimizer.startswith("paged"):
+        states = [t for state in second.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        assert any(getattr(tensor, "is_paged", False) for tensor in states)
+    saved = load_file(first.save() / "optimizer.safetensors")
+    assert all(tensor.device.type == "cpu" for tensor in saved.values())
+
+
+def test_fp16_trains(folder: Path) -> None:
+    model = adapted(folder, "fp16")
+    trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(steps=20, learning_rate=5e-3))
+    steps = list(trainer)
+    assert all(numpy.isfinite([step.loss, step.grad_norm]).all() for step in steps)
+    assert steps[-1].loss < 0.9 * steps[0].loss
+    assert trainer.loss_scale > 1
+
+
+def test_packed_examples_are_apart(folder: Path) -> None:
+    """Whatever attention the device chooses; Trainer itself refuses a model in which they are not."""
+    model = adapted(folder)
+    packed = Trainer(model, rows(4, 32, vocabulary(model), packed=True), settings())
+    loss, _ = packed._gradients(packed.rows)
+    packed.optimizer.zero_grad(set_to_none=True)
+    halves = [
+        Row(row.ids[part], row.labels[part], numpy.arange(16, dtype=numpy.int32), (0,))
+        for row in packed.rows
+        for part in (slice(0, 16), slice(16, 32))
+    ]
+    alone = Trainer(model, halves, settings(batch_size=8))
+    expected, _ = alone._gradients(halves)
+    assert loss == pytest.approx(expected, rel=BF16)
+
+
+def test_generation_is_the_argmax_of_the_logits(folder: Path) -> None:
+    model = adapted(folder, "fp32")
+    prompt = IDS[0, :9].tolist()
+    text = answers(model, [prompt], 1)[0]
+    with torch.no_grad():
+        choice = model.model(input_ids=torch.tensor([prompt], device=DEVICE)).logits[0, -1].argmax()
+    assert text == model.tokenizer.decode([int(choice)], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("accumulation", ["layer_major", "micro_batch_major"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_planned_memory_is_the_measured_peak(tmp_path: Path, accumulation: str, packed: bool) -> None:
+    """A shape at which the rounding of the allocator is small: 12 layers of 1,024."""
+    model = adapted(
+        write_model(tmp_path / "m", hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+                    num_key_value_heads=8, vocab_size=32000, max_position_embeddings=2048)
+    )  # fmt: skip
+    training = settings(accumulation=accumulation, steps=3, micro_batch_size=1)
+    trainer = Trainer(model, rows(4, 1024, 32000, packed), training)
+    next(trainer)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    next(trainer)
+    measured = torch.cuda.max_memory_allocated(DEVICE)
+    planned = estimate(model, training, 1024, DEVICE, packed)
+    total = planned.total - planned.runtime
+    print(f"{accumulation}, packed {packed}: planned {bytes_text(total)}, measured {bytes_text(measured)}")
+    assert 0.9 < total / measured < 1.25
