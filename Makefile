@@ -33,8 +33,11 @@ lint: $(INSTALLED)  ## format, lint, types and layering
 test: lint  ## lint, then all tests
 	$(BIN)/python -m pytest
 
-gpu-check: $(INSTALLED)  ## the tests that need a CUDA device; without one they are skipped and say so
-	$(BIN)/python -m pytest -m gpu -rs
+gpu-check: $(INSTALLED)  ## laws, planned against measured memory and the benchmark on a CUDA device; skipped without one
+	$(BIN)/python -m pytest -m gpu -rsP
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python recipes/quickstart_data.py && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8; \
+	else echo "No CUDA device: nothing was measured."; fi
 
 # setuptools is installed first and used in place, so that the pinned one builds, not the newest.
 $(INSTALLED): pyproject.toml constraints.txt

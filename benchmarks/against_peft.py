@@ -1,11 +1,11 @@
-"""Side by side with PEFT and the Hugging Face Trainer, on the CPU: speed, peak memory, and the two loss curves.
+"""Side by side with PEFT and the Hugging Face Trainer: speed, peak memory, and the two loss curves.
 
-    python benchmarks/against_peft.py --steps 30 --repeats 3
+    python benchmarks/against_peft.py --steps 30 --repeats 3 [--device cuda]
 
 Same rows      the same packed rows in the same order through both: tokens/s, peak memory, largest loss difference
 Real chat      the same conversations, packed here and padded to the longest there: useful tokens/s, padding left out
 
-Both sides train the same base (NF4, double quantisation, fp32 compute) with the same adapter (its initial values are
+Both sides train the same base (NF4, double quantisation; fp32 compute on a CPU, bf16 on a GPU) with the same adapter (its initial values are
 written by ours and loaded by PEFT), batch, learning rates, AdamW and clipping. Every measurement is a process of its
 own, so that its peak memory is its own; repeats alternate the sides, so that a busy machine slows all of them alike. The
 Hugging Face side imports nothing of qlora. Needs ``peft``.
@@ -59,6 +59,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--data", default="data/quickstart/train.jsonl", help="chat data, such as oasst's train.jsonl")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each side, alternating")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -70,11 +71,11 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        "cpu": cpu_name(),
+        "cpu": cpu_name() if options.device == "cpu" else gpu_name(),
         "threads": options.threads,
         "load_before": os.getloadavg(),
     }
-    shared = {"model": options.model, "rows": options.rows, "micro": options.micro}
+    shared = {"model": options.model, "rows": options.rows, "micro": options.micro, "device": options.device}
     cases = {
         "same": {**shared, "data": options.same, "max_length": options.max_length, "steps": options.steps},
         "chat": {**shared, "data": options.data, "max_length": options.chat_max_length, "steps": options.chat_steps},
@@ -85,22 +86,25 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         folder = work / case
         folder.mkdir()
         (folder / "settings.json").write_text(json.dumps(settings))
-        results["versions"] = run_worker("prepare", folder, options.threads)
+        results["versions"] = run_worker("prepare", folder, options)
         sides = SAME_ROWS if case == "same" else CHAT
         runs: dict[str, list[Any]] = {side: [] for side in sides}
         for repeat in range(options.repeats):
             for side in sides:
                 print(f"{case}: {side}, {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
-                runs[side].append(run_worker(side, folder, options.threads))
+                runs[side].append(run_worker(side, folder, options))
         results[case] = {"settings": settings, "runs": runs}
     results["load_after"] = os.getloadavg()
     return results
 
 
-def run_worker(what: str, folder: Path, threads: int) -> Any:
+def run_worker(what: str, folder: Path, options: argparse.Namespace) -> Any:
     """Run ``worker`` in a process of its own and read what it measured."""
-    command = [sys.executable, __file__, "--worker", what, "--work", str(folder), "--threads", str(threads)]
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    threads = str(options.threads)
+    command = [sys.executable, __file__, "--worker", what, "--work", str(folder), "--threads", threads]
+    quiet = {"OMP_NUM_THREADS": threads, "TRANSFORMERS_VERBOSITY": "error"}
+    if options.device == "cpu":
+        quiet["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{what} failed:\n{done.stderr[-4000:]}")
@@ -128,9 +132,10 @@ def recipe(settings: dict[str, Any]) -> Any:
     """The quickstart's settings, written out."""
     from qlora.config import Recipe
 
+    dtype = "fp32" if settings["device"] == "cpu" else "bf16"
     return Recipe.from_dict(
         {
-            "model": {"name": settings["model"], "quantization": "nf4", "double_quant": True, "compute_dtype": "fp32"},
+            "model": {"name": settings["model"], "quantization": "nf4", "double_quant": True, "compute_dtype": dtype},
             "method": {"name": "lora", "r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
             "data": {"train": settings["data"], "max_length": settings["max_length"]},
             "training": {
@@ -142,7 +147,7 @@ def recipe(settings: dict[str, Any]) -> Any:
                 "warmup_fraction": 0.05,
                 "gradient_checkpointing": True,
             },
-            "device": {"name": "cpu"},
+            "device": {"name": settings["device"]},
         }
     )
 
@@ -213,9 +218,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.loaded_bytes = peak_bytes()
-        self.marks = [(time.perf_counter(), time.process_time())]
+        self.marks: list[tuple[float, float]] = []
+        self.mark()
 
     def mark(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def result(self, losses: list[float], useful: list[int], threads: int) -> dict[str, Any]:
@@ -234,7 +244,11 @@ class Clock:
 
 
 def peak_bytes() -> int:
-    """The most memory this process ever had resident. (``ru_maxrss`` would begin with the parent's.)"""
+    """The most memory allocated on the GPU, or this process ever had resident. (``ru_maxrss`` begins with the parent's.)"""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -288,17 +302,19 @@ def train_peft(settings: dict[str, Any], folder: Path, *, padded: bool, checkpoi
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
     plan = json.loads((folder / "plan.json").read_text())
+    on_cpu = settings["device"] == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
     training, rates, pad_id = plan["training"], plan["learning_rates"], plan["pad_id"]
     model = AutoModelForCausalLM.from_pretrained(
         plan["model_folder"],
-        dtype=torch.float32,
+        dtype=dtype,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=dtype,
         ),
-        device_map={"": "cpu"},
+        device_map={"": settings["device"]},
     )
     model.config.use_cache = False
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
@@ -375,7 +391,8 @@ def train_peft(settings: dict[str, Any], folder: Path, *, padded: bool, checkpoi
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=on_cpu,
+            bf16=not on_cpu,
         ),
         train_dataset=rows,
         data_collator=collate,
@@ -434,7 +451,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         "tokens/s: of the median step, padding left out; the median of the repeats. Peak memory: of the whole process, "
-        "imports and loading included. Processor share: how much of its threads' time a side got; both ran on the same "
+        "imports and loading included, on a CPU; allocated on a GPU. Processor share: how much of its threads' time a side got; both ran on the same "
         "machine in turns.",
     ]
     return "\n".join(lines) + "\n"
@@ -448,6 +465,12 @@ def speed(runs: list[Any]) -> float:
 
 def peak(runs: list[Any]) -> float:
     return statistics.median(run["peak_bytes"] for run in runs)
+
+
+def gpu_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def cpu_name() -> str:

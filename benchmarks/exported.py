@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora import run
 from qlora.data import load_data
 from qlora.device import DTYPES, resolve_device
+from qlora.folder import adapter_folder, open_run
 from qlora.model.shards import find_model
 from qlora.model.tokenizer import load_tokenizer
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     options = parser.parse_args()
 
-    recipe, _ = run.open_run(options.run)
+    recipe, _ = open_run(options.run)
     data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
     device = resolve_device(recipe.device.name)
     prompts = [torch.tensor([prompt.ids], device=device) for prompt in data.held_out_prompts(options.prompts)]
@@ -47,7 +48,7 @@ def main() -> None:
             bnb_4bit_compute_dtype=dtype,
         ),
     )
-    adapter = run.adapter_folder(options.run)
+    adapter = adapter_folder(options.run)
     peft: Any = PeftModel.from_pretrained(base, adapter)
     left = set_peft_model_state_dict(peft, load_peft_weights(str(adapter)))
     assert not left.unexpected_keys, f"PEFT did not consume {left.unexpected_keys[:5]}"

@@ -8,6 +8,7 @@ Names are imported when they are first used, so that ``import qlora`` is quick a
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from qlora.reporting import write_report
     from qlora.run import Run, evaluate, load_run, merge, preview, resume, train
     from qlora.training import Step, Trainer
+
+# While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "config": ("LoRA", "Recipe"),

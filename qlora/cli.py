@@ -183,7 +183,7 @@ def _doctor(words: list[str]) -> int:
 def _reference(words: list[str]) -> None:
     from qlora.config import reference
 
-    print(reference())
+    print(reference(), end="")
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {

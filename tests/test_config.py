@@ -36,7 +36,7 @@ def test_reference_gives_defaults_as_yaml_has_them() -> None:
     rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
     assert rows["dropout"].startswith("| `dropout` | `0.0` |")
     assert rows["epochs"].startswith("| `epochs` | `1` |")
-    assert rows["save_every"].startswith("| `save_every` | `0` |")
+    assert rows["save_every"].startswith("| `save_every` | `100` |")
     assert rows["double_quant"].startswith("| `double_quant` | `true` |")
     assert rows["steps"].startswith("| `steps` | `null` |")
     assert rows["betas"].startswith("| `betas` | `[0.9, 0.999]` |")

@@ -12,7 +12,6 @@ all state is plain buffers, and the backward asks the module again.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -25,9 +24,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
-
-# it advises a package of faster CPU inference kernels, which training does not use
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 BLOCK = 64  # weights that share one scale (QLoRA paper, section 3)
 NESTED_BLOCK = 256  # scales that share one scale of their own under double quantisation
