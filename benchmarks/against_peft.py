@@ -50,8 +50,11 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps on the same rows")
     parser.add_argument("--chat-steps", type=int, default=8, help="optimizer steps on the chat data; 0 leaves it out")
-    parser.add_argument("--rows", type=int, default=8, help="rows an optimizer step")
-    parser.add_argument("--micro", type=int, default=2, help="rows that go through the model at once")
+    parser.add_argument("--rows", type=int, default=4, help="rows an optimizer step, same rows")
+    parser.add_argument("--micro", type=int, default=4, help="rows that go through the model at once, same rows")
+    parser.add_argument(
+        "--chat-rows", type=int, default=8, help="rows a step and at once, chat data; Trainer's default"
+    )
     parser.add_argument("--max-length", type=int, default=256, help="tokens a row, same rows")
     parser.add_argument("--chat-max-length", type=int, default=512, help="tokens a row, chat data")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="the default model, a folder or a hub id")
@@ -75,10 +78,24 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "threads": options.threads,
         "load_before": os.getloadavg(),
     }
-    shared = {"model": options.model, "rows": options.rows, "micro": options.micro, "device": options.device}
+    shared = {"model": options.model, "device": options.device}
     cases = {
-        "same": {**shared, "data": options.same, "max_length": options.max_length, "steps": options.steps},
-        "chat": {**shared, "data": options.data, "max_length": options.chat_max_length, "steps": options.chat_steps},
+        "same": {
+            **shared,
+            "data": options.same,
+            "max_length": options.max_length,
+            "steps": options.steps,
+            "rows": options.rows,
+            "micro": options.micro,
+        },
+        "chat": {
+            **shared,
+            "data": options.data,
+            "max_length": options.chat_max_length,
+            "steps": options.chat_steps,
+            "rows": options.chat_rows,
+            "micro": options.chat_rows,
+        },
     }
     for case, settings in cases.items():
         if not settings["steps"]:
