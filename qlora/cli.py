@@ -6,7 +6,6 @@ imported before it is needed, so that ``qlora doctor`` runs where torch does not
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import InputError, QloraError, nearest
+from qlora.errors import InputError, QloraError, disk_is_full, nearest
 
 USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
@@ -32,7 +31,6 @@ USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
 A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
 """
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,20 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return 0
     except OSError as error:
-        if error.errno in FULL:
-            return _disk_is_full(error)
+        if disk_is_full(error):
+            return _full(error)
         print(f"qlora: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if _is_out_of_memory(error):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(
-                f"qlora: Out of memory ({str(error).splitlines()[0]}); lower training.micro_batch_size or data.max_length, "
-                "or set training.accumulation=micro_batch_major.",
+                f"qlora: Out of memory ({reason}); lower training.micro_batch_size or data.max_length, or set "
+                "training.accumulation=micro_batch_major.",
                 file=sys.stderr,
             )
             return 3
-        if any(f"(os error {number})" in str(error) for number in FULL):  # safetensors has its own exception
-            return _disk_is_full(error)
+        if disk_is_full(error):  # safetensors has an exception of its own
+            return _full(error)
         traceback.print_exc()
         print("qlora: this is a defect of qlora; please report it with the lines above.", file=sys.stderr)
         return 1
@@ -144,17 +143,16 @@ def _export(words: list[str]) -> None:
     print(
         f"Merged model: {merged.folder} ({merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted)"
     )
-    difference = run.compare_merged(folder, merged)
-    if difference is None:
-        print(
-            "Its logits were not compared with the adapter model's: no held-out text, or too little free memory for it."
-        )
-    else:
-        print(
-            f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
-            f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats a token, "
-            f"the same next token at {difference.same_choice:.1%} of the positions."
-        )
+    try:
+        difference = run.compare_merged(folder, merged)
+    except QloraError as error:  # the export is done and whole; only the comparison is not
+        print(f"Its logits were not compared with the adapter model's: {error}")
+        return
+    print(
+        f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
+        f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats a token, "
+        f"the same next token at {difference.same_choice:.1%} of the positions."
+    )
 
 
 def _report(words: list[str]) -> None:
@@ -181,6 +179,8 @@ def _doctor(words: list[str]) -> int:
 
 
 def _reference(words: list[str]) -> None:
+    if words:
+        raise InputError(f"qlora recipe takes nothing more, but found '{' '.join(words)}'.")
     from qlora.config import reference
 
     print(reference(), end="")
@@ -252,11 +252,24 @@ def _summary(run: Any) -> None:
     print(f"\nRun folder   {run.folder}")
     if run.report:
         print(f"Report       {run.report}")
-    print(f"Try next     qlora chat {run.folder}")
+    print(f"Try next     {_command()} chat {run.folder}")
 
 
-def _disk_is_full(error: Exception) -> int:
-    print(f"qlora: The disk is full ({error}); make room and run qlora resume.", file=sys.stderr)
+def _command() -> str:
+    """How this command is called from here: by its name, or by its path where the shell would not find it."""
+    import shutil
+
+    called = Path(sys.argv[0])
+    if called.name != "qlora" or shutil.which("qlora"):
+        return "qlora"
+    return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)
+
+
+def _full(error: Exception) -> int:
+    print(
+        f"qlora: The disk is full ({error}); make room and go on with qlora resume RUN, or begin again.",
+        file=sys.stderr,
+    )
     return 3
 
 

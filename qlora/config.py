@@ -91,7 +91,9 @@ class DataSection(Section):
     held_out: str | None = None
     """A file or hub id that is never trained on; loss and answers are measured on it."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
-    """Part of `train` to hold out when there is no `held_out` file, drawn by `training.seed`."""
+    """Part of `train` to hold out when there is no `held_out` file, drawn by `training.seed`: whole records, or, of raw
+    text in too few documents for that (fewer than 1 / held_out_fraction, as a single .txt is), pieces of at most
+    `max_length` tokens. No token is in both parts."""
     subset: str | None = None
     """A hub data set's configuration name."""
     split: str = "train"
@@ -182,7 +184,7 @@ class DeviceSection(Section):
 
     name: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; all cores when left out."""
 
 
@@ -246,7 +248,7 @@ class Recipe(Section):
 
 
 def reference() -> str:
-    """Every field with its type, default and documentation, as Markdown tables: the README's and ``qlora --help``'s source."""
+    """Every field with its type, default and documentation, as Markdown tables: ``qlora recipe`` and docs/recipe.md."""
     lines: list[str] = []
     top = [(name, field) for name, field in Recipe.model_fields.items() if not _section_of(field)]
     for title, model, fields in [

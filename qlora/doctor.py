@@ -34,6 +34,9 @@ NF4_WORST = 0.3038 / 2 * 1.05
 NF4_TYPICAL = 0.12  # root mean square error over that of normally distributed weights: 0.09 to 0.10 is what comes out
 INT8_TYPICAL = 0.02
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -54,6 +57,7 @@ def examine() -> list[Finding]:
         *_isolated("Python", "install qlora with 'pip install -e .'", _python),
         *_isolated("torch", "install it with 'pip install torch', see pytorch.org/get-started", _torch),
         *_isolated("CUDA", "see 'nvidia-smi' and pytorch.org/get-started for a build that suits the driver", _cuda),
+        *_isolated("bf16", "set model.compute_dtype=fp32, or reinstall torch", _bf16),
     ]
     for name in LIBRARIES:
         findings += _isolated(name, f"install it with 'pip install --upgrade {name}'", _library, name)
@@ -158,16 +162,49 @@ def _cuda_device(index: int) -> Finding:
         return Finding(
             f"cuda:{index}", "wrong", f"{properties.name}: a matrix product came out wrong", "test the device"
         )
-    with torch.cuda.device(index):
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     found = (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{bytes_text(free)} of {bytes_text(total)} free, "
-        + ("bf16" if bf16 else "no bf16 in hardware: fp16 with loss scaling is used")
+        f"{bytes_text(free)} of {bytes_text(total)} free"
     )
     if free < 0.5 * total:
         return Finding(f"cuda:{index}", "warning", found, "end what else uses the device: see 'nvidia-smi'")
     return Finding(f"cuda:{index}", "ok", found)
+
+
+def _bf16() -> Finding:
+    """Whether bf16 is supported and fast, and what ``model.compute_dtype=auto`` is here. Slow is no fault: auto avoids it."""
+    import torch
+
+    leave = "leave model.compute_dtype at auto"
+    without = []
+    for index in range(_cuda_count()):
+        with torch.cuda.device(index):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                without.append(f"cuda:{index}")
+    if without:
+        found = f"not in the hardware of {', '.join(without)}, where fp16 with loss scaling is the default"
+        return Finding("bf16", "ok", found, leave)
+    if _cuda_count():
+        return Finding("bf16", "ok", "in hardware, and the default")
+    ones = torch.ones(8, 8, dtype=torch.bfloat16)
+    if float((ones @ ones).sum()) != 8.0**3:
+        return Finding("bf16", "wrong", "a matrix product came out wrong", "set model.compute_dtype=fp32")
+    flags, default = _cpu_flags(), "fp32 is the default on a CPU"
+    if flags is None:
+        return Finding("bf16", "ok", f"supported, this system does not tell how fast; {default}", leave)
+    if fast := [flag for flag in BF16_FLAGS if flag in flags]:
+        advice = "to use it, set model.compute_dtype=bf16"
+        return Finding("bf16", "ok", f"supported and fast ({', '.join(fast)}); {default}", advice)
+    return Finding("bf16", "ok", f"supported but slow (neither {' nor '.join(BF16_FLAGS)}); {default}", leave)
+
+
+def _cpu_flags() -> set[str] | None:
+    """The instruction sets of an x86 CPU where Linux tells them; None elsewhere."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), None)
 
 
 def _driver() -> str | None:

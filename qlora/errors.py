@@ -17,6 +17,7 @@ A message is one or two sentences: what was found, what was expected, what to do
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -68,6 +69,20 @@ class Stopped(QloraError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signal_number
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_is_full(error: BaseException | str) -> bool:
+    """Whether an exception, or what another process printed of one, comes from a full disk.
+
+    The libraries in Rust have exceptions without a number and put it into the text.
+    """
+    text = str(error)
+    return getattr(error, "errno", None) in DISK_FULL or any(
+        mark in text for number in DISK_FULL for mark in (f"[Errno {number}]", f"(os error {number})")
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -17,10 +17,15 @@ import torch
 
 from qlora.config import Recipe
 from qlora.data import Data
-from qlora.device import versions
-from qlora.errors import RunError
+from qlora.data.chat import ChatTemplate
+from qlora.device import resolve_device, versions
+from qlora.errors import RecipeError, RunError
+from qlora.methods.files import clear_leftovers
+from qlora.model.shards import find_model, fingerprint
+from qlora.model.tokenizer import load_tokenizer
 from qlora.training import checkpoint as checkpoints
 
+TEMPLATE = "chat_template.jinja"
 RUN_FILES = (
     "recipe.yaml",
     "plan.json",
@@ -50,6 +55,47 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     return Recipe.from_yaml(path), environment
 
 
+def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
+    """Raise RunError when the data are not those that the run in ``folder`` began with."""
+    if data.fingerprint != environment.get("data_fingerprint"):
+        raise RunError(
+            f"The data of '{folder}' has changed since the run began (another fingerprint): going on would be no "
+            "continuation, and what was held out may have been trained on. Put the old data back, or train anew into "
+            "another folder."
+        )
+
+
+def check_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Path:
+    """The base's folder. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
+    base = find_model(
+        recipe.model.name, recipe.model.revision, progress=True, trust_remote_code=recipe.model.trust_remote_code
+    )
+    if fingerprint(base) != environment.get("base_fingerprint"):
+        raise RunError(
+            f"The model in '{base}' is not the one that '{folder}' was trained on (other configuration, tokenizer or "
+            "tensors), so its adapter means nothing there. Put the old model back, or train anew."
+        )
+    return base
+
+
+def device_here(recipe: Recipe) -> torch.device:
+    """The run's device, or the one that ``auto`` means where this machine has no such device."""
+    try:
+        return resolve_device(recipe.device.name)
+    except RecipeError:
+        return resolve_device("auto")
+
+
+def template_of(recipe: Recipe, folder: Path) -> str | None:
+    """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
+    if "text" in (recipe.data.form, read_json(folder / "plan.json").get("data", {}).get("form")):
+        return None
+    kept = folder / "adapter" / TEMPLATE
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
+
+
 def adapter_folder(folder: Path) -> Path:
     """Where a run's adapter lies: ``adapter/`` when it is finished, else its newest checkpoint."""
     if (folder / "adapter" / "adapter_config.json").is_file():
@@ -76,6 +122,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Delete an old run's files, and nothing else that may lie beside them."""
+    clear_leftovers(folder)
     for name in (*RUN_FILES, "merged"):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -84,13 +131,14 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def environment_of(recipe: Recipe, data: Data, device: torch.device) -> dict[str, Any]:
+def environment_of(recipe: Recipe, data: Data, base: Path, device: torch.device) -> dict[str, Any]:
     """What ``environment.json`` holds: versions, device, and the fingerprints that ``resume`` compares."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "versions": versions(),
         "device_name": name,
         "data_fingerprint": data.fingerprint,
+        "base_fingerprint": fingerprint(base),
         "recipe_sha256": _digest(recipe.to_yaml().encode()),
         "git_commit": _git_commit(),
     }

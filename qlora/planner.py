@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from qlora.config import Recipe
-from qlora.device import bytes_text, dtype_name, resolve_compute_dtype, resolve_device
+from qlora.device import bytes_text, dtype_name, require_disk, resolve_compute_dtype, resolve_device
 from qlora.memory import Estimate, check, estimate
 from qlora.methods import apply_method
 from qlora.methods.lora import adapter_dtype
 from qlora.model import Base
 from qlora.model.nf4 import FrozenLinear
+from qlora.model.shards import commit_of, find_model
 from qlora.model.skeleton import load_skeleton
+
+REST = 16 * 1024**2  # metrics, evaluation and report
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Plan:
     trainable_parameters: int
     memory: Estimate
     checkpoint_bytes: int
+    disk_bytes: int
+    """What the run folder will hold at most."""
     why: list[str]
 
     def __str__(self) -> str:
@@ -40,7 +45,7 @@ class Plan:
             f"{method.name}: {self.trainable_parameters:,} trainable parameters "
             f"({self.trainable_parameters / self.parameters:.2%}) in {method.adapter_dtype}",
             str(self.memory),
-            f"  a checkpoint on disk{bytes_text(self.checkpoint_bytes):>12}",
+            f"  on disk{bytes_text(self.disk_bytes):>25}, {bytes_text(self.checkpoint_bytes)} a checkpoint",
             *self.why,
         ]
         return "\n".join(lines)
@@ -49,7 +54,7 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Resolve a recipe and estimate what it takes, from configuration and shapes; no weight is read.
 
-    Raises DoesNotFitError, with the table, when it is more than this machine has free.
+    Raises DoesNotFitError, with the table, when it is more than this machine has free, in memory or on the disk.
     """
     device = resolve_device(recipe.device.name)
     resolved, why = resolve(recipe, device)
@@ -65,7 +70,9 @@ def plan(recipe: Recipe) -> Plan:
     memory = estimate(adapted, resolved.training, resolved.data.max_length, device, resolved.data.packing)
     why.append(check(memory, device, resolved.training))
     state = memory.adapter + memory.optimizer
-    return Plan(resolved, parameters, adapted.count_trainable(), memory, state, why)
+    disk = state * (resolved.training.keep_checkpoints + 1) + memory.adapter + REST
+    require_disk(Path(resolved.folder or "."), disk, "The run folder")
+    return Plan(resolved, parameters, adapted.count_trainable(), memory, state, disk, why)
 
 
 def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
@@ -78,12 +85,17 @@ def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
     if recipe.model.compute_dtype == "auto":
         reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the fastest on CPUs"}
         why.append(f"model.compute_dtype is {dtype_name(dtype)}: {reasons[dtype_name(dtype)]}.")
+    section = recipe.model
+    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
+    commit = commit_of(folder)
     adapters = adapter_dtype(recipe.method.adapter_dtype, device, dtype)
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"compute_dtype": dtype_name(dtype)}),
+            "model": recipe.model.model_copy(
+                update={"compute_dtype": dtype_name(dtype), "revision": commit or recipe.model.revision}
+            ),
             "method": recipe.method.model_copy(update={"adapter_dtype": dtype_name(adapters)}),
             "device": recipe.device.model_copy(update={"name": str(device)}),
         }

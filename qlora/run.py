@@ -20,10 +20,10 @@ import torch
 
 from qlora.config import Recipe
 from qlora.data import Data, Preview, Prompt, load_data
-from qlora.data.chat import ChatTemplate
 from qlora.device import (
+    bytes_text,
+    dtype_name,
     peak_memory_bytes,
-    require_disk,
     resolve_compute_dtype,
     resolve_device,
     total_memory_bytes,
@@ -33,11 +33,23 @@ from qlora.errors import RunError, Stopped
 from qlora.evaluation import HeldOut, answers, score
 from qlora.export import Merged
 from qlora.export import merge as merge_files
-from qlora.folder import adapter_folder, clear, environment_of, open_run, read_json, require_free, write_json
+from qlora.folder import (
+    TEMPLATE,
+    adapter_folder,
+    check_base,
+    check_data,
+    clear,
+    device_here,
+    environment_of,
+    open_run,
+    read_json,
+    require_free,
+    template_of,
+    write_json,
+)
 from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.files import load_adapter, save_adapter
 from qlora.model import load_base
-from qlora.model.shards import find_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.planner import Plan, plan
 from qlora.reporting import write_report
@@ -74,7 +86,7 @@ class Run:
 def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
     """The first ``count`` training examples as the model sees them."""
     data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
-    return [data.preview(index) for index in range(min(count, data.report.examples))]
+    return [data.preview(index) for index in range(min(count, data.report.train.examples))]
 
 
 def train(recipe: Recipe, quiet: bool = False) -> Run:
@@ -84,7 +96,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     or Stopped after a signal, with a checkpoint saved.
     """
     begin = time.perf_counter()
-    folder = Path(recipe.folder or "runs/run")
+    folder = Path(recipe.folder or "runs/run").expanduser()
     require_free(folder, recipe.overwrite)
     _use_threads(recipe)
     say = _speaker(quiet)
@@ -96,16 +108,14 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
         say(sentence)
     # a run's own recipe must not replace the run when it is trained again
     resolved = planned.recipe.model_copy(update={"overwrite": False})
-    needed = planned.checkpoint_bytes * (recipe.training.keep_checkpoints + 1) + planned.memory.adapter + 16 * 1024**2
-    require_disk(folder, needed, "The run folder")
-    model = _load_model(resolved, quiet)
+    model = _load_model(resolved, resolve_device(resolved.device.name), quiet)
     trainer = Trainer(model, data, resolved.training, folder)
 
     clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    write_json(folder / "plan.json", _plan_values(planned, data, trainer, needed))
-    write_json(folder / "environment.json", environment_of(resolved, data, model.device))
+    write_json(folder / "plan.json", _plan_values(planned, data, trainer))
+    write_json(folder / "environment.json", environment_of(resolved, data, model.base.folder, model.device))
     with stoppable(f"qlora resume {folder}") as signals:
         return _go_on(resolved, folder, model, data, trainer, signals, begin, quiet)
 
@@ -121,17 +131,16 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
     _use_threads(recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe.data, tokenizer, recipe.training.seed)
-    if data.fingerprint != environment.get("data_fingerprint"):
-        raise RunError(
-            f"The data of '{folder}' has changed since the run began (another fingerprint), so going on would not be a "
-            "continuation. Put the old data back, or train anew into another folder."
-        )
-    say = _speaker(quiet)
+    check_data(data, environment, folder)
+    check_base(recipe, environment, folder)
+    say, device = _speaker(quiet), device_here(recipe)
+    if str(device) != recipe.device.name:
+        say(f"The run began on {recipe.device.name} and goes on on {device}: not bit for bit any more.")
     now = versions()
     for name in ("torch", "transformers", "bitsandbytes"):
         if now[name] != environment.get("versions", {}).get(name):
             say(f"{name} was {environment.get('versions', {}).get(name)} and is {now[name]}: not bit for bit any more.")
-    model = _load_model(recipe, quiet)
+    model = _load_model(recipe, device, quiet)
     trainer = Trainer(model, data, recipe.training, folder)
     if found := checkpoints.find(folder / "checkpoints"):
         trainer.load(found[-1])
@@ -156,14 +165,15 @@ def _go_on(
     held_out = data.held_out[: settings.held_out_rows]
     prompts = data.held_out_prompts(settings.prompts) if data.held_out else []
     measured = read_json(folder / "evaluation.json")
-    before = HeldOut(**measured["held_out"]["before"]) if measured.get("held_out", {}).get("before") else None
-    generations = [Generation(**item) for item in measured.get("generations", [])]
+    before, generations = _read_evaluation(measured, folder)
+    if measured and len(generations) != len(prompts):
+        raise _damaged(folder)
 
-    def held_out_now() -> HeldOut:
+    def held_out_now(step: int) -> HeldOut:
         result = score(model, held_out, recipe.training.micro_batch_size, recipe.training.loss_chunk)
         log.write(
             {
-                "step": trainer.step_number,
+                "step": step,
                 "held_out_loss": result.loss,
                 "held_out_perplexity": result.perplexity,
                 "held_out_target_tokens": result.target_tokens,
@@ -172,11 +182,11 @@ def _go_on(
         return result
 
     if not measured and (held_out or prompts):
-        log.rewind_held_out(trainer.step_number)  # of a run that was killed in the middle of this
+        log.rewind_held_out(0)  # of a run that was killed in the middle of this
         with model.disabled():
             if held_out:
                 say("Measuring the held-out loss before training …")
-                before = held_out_now()
+                before = held_out_now(0)
                 say(f"Held-out loss before: {before.loss:.4f}")
             generations = [
                 Generation(prompt.text, prompt.answer, answer)
@@ -192,7 +202,7 @@ def _go_on(
             progress.show(step)
             last = step.number == trainer.total_steps
             if held_out and settings.every and step.number % settings.every == 0 and not last:
-                progress.say(f"Held-out loss after step {step.number}: {held_out_now().loss:.4f}")
+                progress.say(f"Held-out loss after step {step.number}: {held_out_now(step.number).loss:.4f}")
             if last or (training.save_every and step.number % training.save_every == 0):
                 trainer.save()
             if signals.arrived:
@@ -204,13 +214,13 @@ def _go_on(
                 )
     signals.wait = False
     save_adapter(model, folder / "adapter")
-    if text := _template_text(recipe, folder):
-        (folder / "adapter" / "chat_template.jinja").write_text(text, encoding="utf-8")
+    if data.template is not None:
+        (folder / "adapter" / TEMPLATE).write_text(data.template.text, encoding="utf-8")
     after = None
     if held_out:
         say("Measuring the held-out loss after training …")
         log.rewind_held_out(trainer.step_number)
-        after = held_out_now()
+        after = held_out_now(trainer.step_number)
     texts = _answer(model, prompts, settings.max_new_tokens)
     generations = [
         Generation(old.prompt, old.expected, old.before, text) for old, text in zip(generations, texts, strict=True)
@@ -235,8 +245,9 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
     """Held-out loss and answers of a run's adapter, measured now; the run folder stays as it is."""
     begin = time.perf_counter()
     folder = Path(folder)
-    recipe, _ = open_run(folder)
+    recipe, environment = open_run(folder)
     data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    check_data(data, environment, folder)
     if not data.held_out:
         raise RunError(
             f"The recipe of '{folder}' holds nothing out; evaluate needs data.held_out or held_out_fraction."
@@ -287,13 +298,12 @@ def merge(
     ``"original"`` into the checkpoint's own.
     """
     folder = Path(folder)
-    recipe, _ = open_run(folder)
+    recipe, environment = open_run(folder)
     section = recipe.model
-    out = Path(out) if out is not None else folder / "merged"
-    merged = merge_files(
-        find_model(section.name, section.revision),
+    return merge_files(
+        check_base(recipe, environment, folder),
         adapter_folder(folder),
-        out,
+        Path(out).expanduser() if out is not None else folder / "merged",
         quantization=section.quantization,
         double_quant=section.double_quant,
         compute_dtype=section.compute_dtype,
@@ -301,71 +311,77 @@ def merge(
         dtype=dtype,
         overwrite=overwrite,
         trust_remote_code=section.trust_remote_code,
+        chat_template=template_of(recipe, folder),
     )
-    if text := _template_text(recipe, folder):
-        (out / "chat_template.jinja").write_text(text, encoding="utf-8")
-    return merged
 
 
-def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference | None:
+def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
     """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
 
-    None when there is no held-out text, or when the merged model would take more than half of the free memory.
+    Raises RunError, with the reason, where that cannot be measured here.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    recipe, _ = open_run(Path(folder))
-    device = resolve_device(recipe.device.name)
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    check_data(data, environment, folder)
+    prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
+    if not prompts:
+        raise RunError("the run has no held-out text.")
+    device = device_here(recipe)
     dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
     free, _ = total_memory_bytes(device)
     if free and merged.bytes * dtype.itemsize / 2 > free / 2:
-        return None
-    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
-    prompts = [torch.tensor([prompt.ids], device=device) for prompt in data.held_out_prompts(count)]
-    if not prompts:
-        return None
-    adapted = load_run(Path(folder), quiet=True)
-    network: Any = adapted.model
-    with torch.no_grad():
-        expected = [network(ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
-    del network, adapted
+        raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
+
+    def logits_of(network: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            batches = [torch.tensor([ids], device=device) for ids in prompts]
+            return [network(ids, use_cache=False).logits[0].float().cpu() for ids in batches]
+
+    expected = logits_of(load_run(folder, quiet=True).model)
     logging.disable_progress_bar()
-    plain: Any = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=dtype).to(device).eval()
+    try:
+        plain: Any = AutoModelForCausalLM.from_pretrained(
+            merged.folder, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except Exception as error:
+        raise RunError(f"transformers does not load '{merged.folder}': {error}") from error
+    found = logits_of(plain.to(device).eval())
     largest = scale = divergence = 0.0
     same = positions = 0
-    with torch.no_grad():
-        for ids, reference in zip(prompts, expected, strict=True):
-            logits = plain(ids, use_cache=False).logits[0].float().cpu()
-            largest = max(largest, (logits - reference).abs().max().item())
-            scale = max(scale, reference.abs().max().item())
-            ours, theirs = reference.log_softmax(-1), logits.log_softmax(-1)
-            divergence += (ours.exp() * (ours - theirs)).sum().item()
-            same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-            positions += len(reference)
+    for logits, reference in zip(found, expected, strict=True):
+        largest = max(largest, (logits - reference).abs().max().item())
+        scale = max(scale, reference.abs().max().item())
+        ours, theirs = reference.log_softmax(-1), logits.log_softmax(-1)
+        divergence += (ours.exp() * (ours - theirs)).sum().item()
+        same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+        positions += len(reference)
     return Difference(len(prompts), largest, scale, divergence / positions, same / positions)
 
 
 def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
     """The base of a run with its trained adapter, or that of its newest checkpoint."""
     folder = Path(folder)
-    recipe, _ = open_run(folder)
+    recipe, environment = open_run(folder)
+    adapter = adapter_folder(folder)
     _use_threads(recipe)
-    device = resolve_device(recipe.device.name if recipe.device.name == "cpu" else "auto")
-    base = load_base(recipe.model, device, progress=not quiet)
-    return load_adapter(base, adapter_folder(folder))
+    check_base(recipe, environment, folder)
+    return load_adapter(_load_model(recipe, device_here(recipe), quiet), adapter)
 
 
 def chat_tokenizer(folder: str | Path) -> Any:
     """The run's tokenizer with the chat template that the run was trained with; without one for a run on raw text."""
     recipe, _ = open_run(Path(folder))
     tokenizer = load_tokenizer(recipe.model)
-    tokenizer.chat_template = _template_text(recipe, Path(folder))
+    tokenizer.chat_template = template_of(recipe, Path(folder))
     return tokenizer
 
 
-def _load_model(recipe: Recipe, quiet: bool) -> AdaptedModel:
-    base = load_base(recipe.model, resolve_device(recipe.device.name), progress=not quiet)
+def _load_model(recipe: Recipe, device: torch.device, quiet: bool) -> AdaptedModel:
+    base = load_base(recipe.model, device, progress=not quiet)
     return apply_method(base, recipe.method, recipe.training.seed)
 
 
@@ -373,14 +389,22 @@ def _answer(model: AdaptedModel, prompts: list[Prompt], max_new_tokens: int) -> 
     return answers(model, [prompt.ids for prompt in prompts], max_new_tokens)
 
 
-def _template_text(recipe: Recipe, folder: Path) -> str | None:
-    """The chat template that the run in ``folder`` uses, or None when it trains on raw text."""
-    if "text" in (recipe.data.form, read_json(folder / "plan.json").get("data", {}).get("form")):
-        return None
-    return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
+def _read_evaluation(values: dict[str, Any], folder: Path) -> tuple[HeldOut | None, list[Generation]]:
+    """(held out before, generations) from ``evaluation.json``; (None, []) before it is written."""
+    try:
+        before = values.get("held_out", {}).get("before")
+        generations = [Generation(**item) for item in values.get("generations", [])]
+        return (HeldOut(**before) if before else None), generations
+    except (AttributeError, TypeError):
+        raise _damaged(folder) from None
 
 
-def _plan_values(planned: Plan, data: Data, trainer: Trainer, disk: int) -> dict[str, Any]:
+def _damaged(folder: Path) -> RunError:
+    place = folder / "evaluation.json"
+    return RunError(f"'{place}' is damaged; delete it, and what it holds is measured again, or train the run anew.")
+
+
+def _plan_values(planned: Plan, data: Data, trainer: Trainer) -> dict[str, Any]:
     recipe = planned.recipe
     return {
         "model": {"parameters": planned.parameters, **recipe.model.model_dump(mode="json")},
@@ -390,7 +414,7 @@ def _plan_values(planned: Plan, data: Data, trainer: Trainer, disk: int) -> dict
         "steps_per_epoch": trainer.steps_per_epoch,
         "device": recipe.device.name,
         "memory": planned.memory.as_dict(),
-        "disk": {"checkpoint": planned.checkpoint_bytes, "total": disk},
+        "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
         "why": planned.why,
     }
 

@@ -312,6 +312,7 @@ def test_too_little_memory_is_found_first(
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), 2, "Permission denied"),
         (MemoryError("no room"), 3, "Out of memory"),
+        (MemoryError(), 3, "Out of memory (MemoryError)"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 3, "Out of memory"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,18 @@ def _by_name(findings: list[Finding]) -> dict[str, Finding]:
 
 def test_names_what_it_looked_at() -> None:
     found = _by_name(examine())
-    expected = {"Python", "torch", "CUDA", "bitsandbytes", "NF4 on cpu", "8-bit on cpu", "memory", "disk here", "cache"}
+    expected = {
+        "Python",
+        "torch",
+        "CUDA",
+        "bf16",
+        "bitsandbytes",
+        "NF4 on cpu",
+        "8-bit on cpu",
+        "memory",
+        "disk here",
+        "cache",
+    }
     assert expected <= found.keys()
     for name in ("Python", "torch", "transformers", "NF4 on cpu", "8-bit on cpu"):
         assert found[name].state == "ok", found[name]
@@ -70,6 +82,46 @@ def test_a_library_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -
     assert old.found.startswith("0.1.0, needs >=5")
     assert "pip install" in old.advice
     assert "accelerate>=1" in missing.advice
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "says", "advice"),
+    [
+        ("flags\t: fpu avx512_bf16 amx_tile amx_bf16", "fast (avx512_bf16, amx_bf16)", "set model.compute_dtype=bf16"),
+        ("flags\t: fpu avx512f avx512_bf16", "fast (avx512_bf16)", "set model.compute_dtype=bf16"),
+        ("flags\t: fpu avx2\nbugs\t: amx_bf16", "slow (neither avx512_bf16 nor amx_bf16)", "compute_dtype at auto"),
+        ("Features\t: fp asimd", "does not tell how fast", "compute_dtype at auto"),
+        (None, "does not tell how fast", "compute_dtype at auto"),
+    ],
+)
+def test_bf16_on_a_cpu(
+    cpuinfo: str | None, says: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_cuda_count", lambda: 0)
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
+    found = doctor._bf16()
+    assert found.state == "ok"
+    assert found.found.startswith("supported")
+    assert says in found.found
+    assert "fp32 is the default" in found.found
+    assert advice in found.advice
+
+
+@pytest.mark.parametrize(
+    ("has", "says"),
+    [
+        ([True, True], "in hardware, and the default"),
+        ([True, False], "not in the hardware of cuda:1, where fp16 with loss scaling is the default"),
+    ],
+)
+def test_bf16_on_gpus(has: list[bool], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter(has)
+    monkeypatch.setattr(doctor, "_cuda_count", lambda: len(has))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: next(asked))
+    assert doctor._bf16().found == says
 
 
 def test_a_round_trip_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

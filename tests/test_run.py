@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import qlora
 from qlora import run
 from qlora.chat import talk
 from qlora.cli import main
+from qlora.config import Recipe
 from qlora.errors import RunError
 from qlora.folder import RUN_FILES, write_json
 from qlora.training import MetricsLog, checkpoint
@@ -375,6 +377,97 @@ def test_resume_refuses_another_recipe_or_other_data(finished: Path, tmp_path: P
     (copy / "environment.json").write_text("{", encoding="utf-8")
     with pytest.raises(RunError, match=r"environment\.json' is damaged"):
         run.resume(copy, quiet=True)
+
+
+def test_another_base_under_a_run_is_noticed(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    copy, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished, copy)
+    shutil.copytree(tiny_model, model)
+    recipe = (copy / "recipe.yaml").read_text(encoding="utf-8").replace(str(tiny_model), str(model))
+    (copy / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    environment = json.loads((copy / "environment.json").read_text(encoding="utf-8"))
+    environment["recipe_sha256"] = hashlib.sha256(recipe.encode()).hexdigest()
+    (copy / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    run.load_run(copy, quiet=True)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 1e6}), encoding="utf-8")
+    for work in (run.load_run, run.resume, run.merge, run.evaluate):
+        with pytest.raises(RunError, match="is not the one that"):
+            work(copy)
+    assert not (copy / "merged").exists()
+
+
+def test_evaluation_refuses_data_that_changed(finished: Path, tmp_path: Path) -> None:
+    data = Path(yaml.safe_load((finished / "recipe.yaml").read_text(encoding="utf-8"))["data"]["train"])
+    kept = data.read_bytes()
+    try:
+        write_lines(data, conversations(41))
+        with pytest.raises(RunError, match="may have been trained on"):
+            run.evaluate(finished, quiet=True)
+    finally:
+        data.write_bytes(kept)
+
+
+def test_damaged_evaluation_is_said_and_measured_again(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for text in (
+        '{"held_out": 3}',
+        '{"held_out": {"before": {"x": 1}}}',
+        '{"generations": [{}]}',
+        '{"generations": []}',
+    ):
+        (copy / "evaluation.json").write_text(text, encoding="utf-8")
+        with pytest.raises(RunError, match=r"evaluation\.json' is damaged"):
+            run.resume(copy, quiet=True)
+    (copy / "evaluation.json").unlink()
+    run.resume(copy, quiet=True)
+    assert evaluation_of(copy) == evaluation_of(finished)
+    assert [line["step"] for line in lines_of(copy) if "held_out_loss" in line].count(0) == 1
+
+
+def test_export_stands_when_it_cannot_be_compared(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    data = Path(yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))["data"]["train"])
+    data.rename(data.with_suffix(".away"))
+    try:
+        assert main(["export", str(copy), "merged"]) == 0
+    finally:
+        data.with_suffix(".away").rename(data)
+    printed = capsys.readouterr().out
+    assert "were not compared" in printed
+    assert str(data) in printed
+    assert (copy / "merged/model.safetensors").is_file()
+
+
+def test_run_of_a_device_that_is_not_here_goes_on(
+    wounded: dict[str, Wounded], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(wounded["interrupted"].folder, copy)
+    recipe = (copy / "recipe.yaml").read_text(encoding="utf-8").replace("name: cpu", "name: cuda:7")
+    (copy / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    environment = json.loads((copy / "environment.json").read_text(encoding="utf-8"))
+    environment["recipe_sha256"] = hashlib.sha256(recipe.encode()).hexdigest()
+    (copy / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    assert main(["resume", str(copy)]) == 0
+    assert "began on cuda:7 and goes on on" in capsys.readouterr().err
+
+
+def test_a_home_in_the_folders_name_is_the_home(
+    tiny_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    values = tiny_values(tiny_model, chat_data, tmp_path)
+    values["training"] = {"steps": 1, "batch_size": 2}
+    values["evaluation"] = {"prompts": 0, "held_out_rows": 1}
+    done = run.train(Recipe.from_dict({**values, "folder": "~/runs/mine"}), quiet=True)
+    assert done.folder == tmp_path / "home/runs/mine"
+    assert not (tmp_path / "~").exists()
 
 
 def test_json_files_hold_no_infinity(tmp_path: Path) -> None:

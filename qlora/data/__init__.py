@@ -2,13 +2,14 @@
 
     sources     files, hub data sets                  → records              (read_records)
     formats     records                               → conversations, texts (parse)
+    split       records, or pieces of few texts       → train, held out      (split_records, split_pieces)
     dialect     conversations                         → the template's words (Dialect.speak)
     chat        conversations                         → ids + mask           (ChatTemplate.encode)
     examples    texts → pieces; every example         → at most max_length   (text_examples, fit)
     packing     examples                              → rows                 (make_rows)
     batches     rows, step number                     → tensors              (step_rows, collate)
 
-``load_data`` runs them in this order and returns ``Data``: rows to train on, rows held out, and a report in which every
+``load_data`` runs them in this order (pieces are drawn once the texts are cut) and returns ``Data``: rows to train on, rows held out, and a report in which every
 token is accounted for. This room knows tokenizers; it must not know a model or a method.
 """
 
@@ -19,17 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
 from qlora.config import DataSection
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import IGNORE_INDEX, Example, fit, text_examples
-from qlora.data.formats import Parsed, parse
+from qlora.data.formats import Conversation, Parsed, parse
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.report import Counts, Report
-from qlora.data.sources import Record, read_records
+from qlora.data.sources import read_records
+from qlora.data.split import needs_pieces, split_pieces, split_records
 from qlora.errors import DataError
 
 __all__ = [
@@ -53,12 +53,10 @@ class Prompt:
     """A held-out question: what the model is asked, and the answer that the data gives."""
 
     text: str
-    """For people: the last user turn of a conversation, or the beginning of a text."""
+    """For people: the last user turn of a conversation, or the beginning of a piece of text."""
     ids: list[int]
     """What the model reads, ending in the template's generation prompt."""
     answer: str
-    messages: list[dict[str, Any]] | None = None
-    """The conversation up to the answer; None for raw text."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ class Data:
     template: ChatTemplate | None
     """The chat template in use; None for raw text."""
     max_length: int
-    held_out_parsed: Parsed
+    held_out_conversations: list[Conversation]
+    """Those with an answer; none for raw text."""
 
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
@@ -89,31 +88,32 @@ class Data:
         )
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
-        """At most ``count`` held-out prompts, spread evenly over the held-out records; the same ones every time.
+        """At most ``count`` held-out prompts, spread evenly over what is held out; the same ones every time.
 
-        A conversation asks its first question. A text gives its first half, at most 64 tokens, and asks for as many
-        more. Prompts that leave no room below ``max_length`` are passed over.
+        A conversation asks its first question. A piece of text gives its first half, at most 64 tokens, and asks for as
+        many more. Prompts that leave no room below ``max_length`` are passed over.
         """
-        parsed = self.held_out_parsed
-        total = len(parsed.texts or parsed.conversations)
+        pieces = [] if self.template else _in_order(self.held_out)
+        total = len(pieces or self.held_out_conversations)
         order = [place * total // count for place in range(min(count, total))] if count < total else list(range(total))
-        order += [index for index in range(total) if index not in set(order)]
+        chosen = set(order)
+        order += [index for index in range(total) if index not in chosen]
         prompts: list[Prompt] = []
         for index in order:
             if len(prompts) == count:
                 break
-            prompt = self._text_prompt(parsed.texts[index]) if parsed.texts else self._question(index)
+            prompt = self._continuation(pieces[index]) if pieces else self._question(self.held_out_conversations[index])
             if 0 < len(prompt.ids) < self.max_length:
                 prompts.append(prompt)
         return prompts
 
-    def _question(self, index: int) -> Prompt:
+    def _question(self, conversation: Conversation) -> Prompt:
         assert self.template is not None
-        messages, ids, answer = self.template.prompt(self.held_out_parsed.conversations[index])
-        return Prompt(messages[-1]["content"], ids, answer, messages)
+        messages, ids, answer = self.template.prompt(conversation)
+        return Prompt(messages[-1]["content"], ids, answer)
 
-    def _text_prompt(self, text: str) -> Prompt:
-        ids = self.tokenizer(text, verbose=False)["input_ids"][:128]
+    def _continuation(self, piece: list[int]) -> Prompt:
+        ids = piece[:128]
         half = (len(ids) + 1) // 2
         begin, rest = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[half:]))
         return Prompt(begin, ids[:half], rest)
@@ -127,43 +127,46 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0) -> Data:
     form, or that would train on nothing.
     """
     records = read_records(section.train, section.subset, section.split, section.limit)
-    if section.held_out is not None:
-        held = read_records(section.held_out, section.subset, section.held_out_split)
-    else:
-        records, held = _split(records, section.held_out_fraction, seed)
     parsed = parse(records, section.form, section.columns)
-    held_parsed = parse(held, parsed.form, section.columns) if held else Parsed(parsed.form)
+    held = Parsed(parsed.form)
+    in_pieces = needs_pieces(parsed, section.held_out_fraction)
+    if section.held_out is not None:
+        given = read_records(section.held_out, section.subset, section.held_out_split)
+        held = parse(given, parsed.form, section.columns)
+    elif section.held_out_fraction and not in_pieces:
+        parsed, held = split_records(parsed, section.held_out_fraction, seed)
     train_on = _resolve_train_on(section.train_on, parsed.form)
     template = ChatTemplate(tokenizer, section.chat_template) if parsed.form != "text" else None
 
-    train, counts = _rows(parsed, tokenizer, template, train_on, section)
-    held_out, held_counts = _rows(held_parsed, tokenizer, template, train_on, section)
-    if held and not held_out:
+    examples, held_examples = (_examples(part, tokenizer, template, train_on, section) for part in (parsed, held))
+    if in_pieces:
+        examples, held_examples = split_pieces(examples, section.held_out_fraction, seed)
+    train, counts = _rows(parsed, examples, tokenizer, section)
+    held_out, held_counts = _rows(held, held_examples, tokenizer, section)
+    if held_counts.records and not held_out:
         raise DataError(
-            f"None of the {len(held)} held-out records leaves a token to measure ({'; '.join(held_counts.losses())}); "
-            "give others, or raise data.max_length."
+            f"None of the {held_counts.records} held-out records leaves a token to measure "
+            f"({'; '.join(held_counts.losses())}); give others, or raise data.max_length."
         )
-    notes = tuple(template.dialect.notes) if template else ()
-    report = Report(parsed.form, train_on, template.name if template else None, counts, held_counts, notes)
+    notes = list(template.dialect.notes) if template else []
+    if in_pieces:
+        few = "one document is" if len(parsed) == 1 else f"{len(parsed):,} documents are"
+        notes.append(
+            f"pieces of text are held out, not whole documents: {few} too few for "
+            f"held_out_fraction={section.held_out_fraction:g}"
+        )
+    report = Report(parsed.form, train_on, template.name if template else None, counts, held_counts, tuple(notes))
     _require_targets(report, section)
     return Data(
-        train, held_out, report, _fingerprint(train, held_out), tokenizer, template, section.max_length, held_parsed
+        train,
+        held_out,
+        report,
+        _fingerprint(train, held_out),
+        tokenizer,
+        template,
+        section.max_length,
+        held.conversations,
     )
-
-
-def _split(records: list[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """(train, held out): whole records, drawn by ``seed``, each part in the order of the data."""
-    if not fraction:
-        return records, []
-    count = max(1, round(len(records) * fraction))
-    if count >= len(records):
-        raise DataError(
-            f"data.held_out_fraction={fraction} of {len(records)} records leaves none to train on; "
-            "give a data.held_out file instead."
-        )
-    drawn = set(numpy.random.Generator(numpy.random.PCG64(seed)).permutation(len(records))[:count].tolist())
-    train = [record for index, record in enumerate(records) if index not in drawn]
-    return train, [records[index] for index in sorted(drawn)]
 
 
 def _resolve_train_on(train_on: str, form: str) -> str:
@@ -178,22 +181,24 @@ def _resolve_train_on(train_on: str, form: str) -> str:
     return train_on
 
 
-def _rows(
+def _examples(
     parsed: Parsed, tokenizer: Any, template: ChatTemplate | None, train_on: str, section: DataSection
-) -> tuple[list[Row], Counts]:
-    """One part of the data as rows, with its counts."""
-    split = 0
+) -> list[list[Example]]:
+    """The examples of each text, or of each conversation with an answer."""
     if template is None:
-        examples = text_examples(parsed.texts, tokenizer, section.max_length)
-    else:
-        encoded = template.encode(parsed.conversations, train_on)
-        examples = [example for several in encoded for example in several]
-        split = sum(len(several) > 1 for several in encoded)
-    fitted = fit(examples, section.max_length, section.too_long)
+        return text_examples(parsed.texts, tokenizer, section.max_length)
+    return template.encode(parsed.conversations, train_on)
+
+
+def _rows(
+    parsed: Parsed, examples: Sequence[list[Example]], tokenizer: Any, section: DataSection
+) -> tuple[list[Row], Counts]:
+    """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part."""
+    fitted = fit([example for several in examples for example in several], section.max_length, section.too_long)
     rows = make_rows(fitted.examples, section.max_length, section.packing)
     left_off = [turn for one in (*parsed.conversations, *parsed.skipped) for turn in one.unanswered]
     counts = Counts(
-        records=len(parsed),
+        records=sum(map(bool, examples)) + len(parsed.skipped),
         examples=len(fitted.examples),
         rows=len(rows),
         tokens=sum(len(row.ids) for row in rows),
@@ -205,7 +210,7 @@ def _rows(
         skipped=len(parsed.skipped),
         unanswered_turns=len(left_off),
         unanswered_tokens=sum(map(len, tokenizer(left_off, add_special_tokens=False)["input_ids"])) if left_off else 0,
-        split_conversations=split,
+        split_conversations=0 if parsed.form == "text" else sum(len(several) > 1 for several in examples),
     )
     return rows, counts
 
@@ -229,6 +234,16 @@ def _require_targets(report: Report, section: DataSection) -> None:
             f"Every token of this {report.form} data would be trained, the questions too: the chat template "
             f"({report.template}) marks everything as the assistant's. Correct the template, or set data.train_on=all."
         )
+
+
+def _in_order(rows: Sequence[Row]) -> list[list[int]]:
+    """The ids of every example in these rows, in the order of the data."""
+    found = {
+        index: row.ids[begin:end].tolist()
+        for row in rows
+        for index, (begin, end) in zip(row.examples, row.spans(), strict=True)
+    }
+    return [found[index] for index in sorted(found)]
 
 
 def _fingerprint(*parts: Sequence[Row]) -> str:

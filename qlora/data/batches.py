@@ -35,17 +35,14 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(numpy.random.Generator(numpy.random.PCG64([seed, epoch])).permutation(count).tolist())
 
 
-def collate(rows: list[Row], pad_id: int, length: int | None = None) -> dict[str, Tensor]:
-    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is ``length`` or the longest row.
+def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
+    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length.
 
     Padding stands on the right: ids ``pad_id``, labels ``IGNORE_INDEX`` by position, whatever id the pad is, and
     positions that count on, since a restart would look like one more packed example. The causal mask already keeps
     real tokens from seeing what is to their right, so there is no attention mask.
     """
-    longest = max(len(row.ids) for row in rows)
-    width = longest if length is None else length
-    if width < longest:
-        raise ValueError(f"a row of {longest} tokens does not fit a batch of length {width}")
+    width = max(len(row.ids) for row in rows)
     ids = numpy.full((len(rows), width), pad_id, dtype=numpy.int64)
     labels = numpy.full((len(rows), width), IGNORE_INDEX, dtype=numpy.int64)
     positions = numpy.empty((len(rows), width), dtype=numpy.int64)

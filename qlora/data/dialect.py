@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora.data.formats import Conversation
+from qlora.data.values import Mistake, function_calls, json_inside
 from qlora.errors import DataError
 
 TOOLS_INTRODUCTION = "You can call these functions. To call one, answer with a JSON object of its name and arguments."
@@ -81,7 +82,7 @@ class Dialect:
         if self.calls:
             return message
         self._note("function calls stand as JSON text, since the chat template has no place for them")
-        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message["tool_calls"]]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
         return {"role": "assistant", "content": "\n".join(part for part in (message["content"], *calls) if part)}
 
     def _result(self, message: dict[str, Any], number: int) -> dict[str, Any]:
@@ -99,18 +100,15 @@ class Dialect:
 def _calls(content: str, number: int, place: str) -> list[dict[str, Any]]:
     """``{"name": …, "arguments": {…}}``, or a list of those, as `tool_calls`."""
     try:
-        found = json.loads(content)
-        calls = found if isinstance(found, list) else [found]
-        functions = []
-        for call in calls:
-            arguments = call.get("arguments", {})
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            functions.append({"name": call["name"], "arguments": arguments})
-    except (ValueError, KeyError, AttributeError):
+        found = json_inside(content, "a function call")
+        calls = function_calls(found if isinstance(found, list) else [found], "a function call")
+    except Mistake:
+        calls = []
+    if not calls:
         raise DataError(
             f"{place[:1].upper()}{place[1:]} has a function call that is not a JSON object with name and arguments: {content[:60]}"
-        ) from None
-    return [{"id": f"call{number:05d}", "type": "function", "function": function} for function in functions]
+        )
+    return [{"id": f"call{number:05d}", **call} for call in calls]
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

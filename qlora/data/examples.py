@@ -44,18 +44,18 @@ def make_example(ids: Sequence[int] | NDArray[Any], trained: Sequence[bool] | ND
     return Example(array, labels)
 
 
-def text_examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
-    """Raw text: each document becomes pieces of at most ``max_length`` tokens, all trained, nothing cut off.
+def text_examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[Example]]:
+    """Raw text: the pieces of each document, of at most ``max_length`` tokens, all trained, nothing cut off.
 
     A document is tokenised with the special tokens that the tokenizer itself adds (a bos token, where it has that
     habit) and ends in the eos token, so that the model learns where texts end. Documents are never joined.
     """
-    examples: list[Example] = []
+    examples: list[list[Example]] = []
     for start in range(0, len(texts), _BATCH):
         for ids in tokenizer(list(texts[start : start + _BATCH]), verbose=False)["input_ids"]:
             if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
                 ids = [*ids, tokenizer.eos_token_id]
-            examples += [make_example(piece, numpy.ones(len(piece))) for piece in _pieces(ids, max_length)]
+            examples.append([make_example(piece, numpy.ones(len(piece))) for piece in _pieces(ids, max_length)])
     return examples
 
 
@@ -73,8 +73,6 @@ class Fitted:
     """What ``fit`` returns: the examples that stay, and what was lost, in examples and in tokens."""
 
     examples: list[Example]
-    kept: list[int]
-    """For each example that stays, its index among those that came in."""
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: int = 0
@@ -88,9 +86,8 @@ def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
     nothing. Tokens in = tokens of the examples returned + ``truncated_tokens`` + ``dropped_tokens``.
     """
     stay: list[Example] = []
-    kept: list[int] = []
     truncated = truncated_tokens = dropped = dropped_tokens = 0
-    for index, example in enumerate(examples):
+    for example in examples:
         length = len(example.ids)
         if length > max_length and too_long == "truncate":
             example = Example(example.ids[:max_length].copy(), example.labels[:max_length].copy())
@@ -100,5 +97,4 @@ def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
         if length > max_length:
             truncated, truncated_tokens = truncated + 1, truncated_tokens + length - max_length
         stay.append(example)
-        kept.append(index)
-    return Fitted(stay, kept, truncated, truncated_tokens, dropped, dropped_tokens)
+    return Fitted(stay, truncated, truncated_tokens, dropped, dropped_tokens)

@@ -13,12 +13,13 @@ tokenizer or a template. *New data format* → one function here and one line in
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.data.sources import Record
+from qlora.data.values import Mistake, function_calls, kind, objects, text
 from qlora.errors import DataError, listed, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,30 +41,38 @@ class Conversation:
     """Messages in the shape that chat templates take, the last one the assistant's; ``place`` names the record."""
 
     messages: tuple[dict[str, Any], ...]
-    """``{"role", "content"}``, role one of ``ROLES``. An assistant message may hold ``tool_calls``; one from ShareGPT's
-    function_call holds the call as its content and ``is_call: True``, for the chat room to put as the template likes."""
+    """``{"role", "content"}``, role one of ``ROLES``. An assistant message may hold ``tool_calls``, each with a function of
+    name and arguments; one from ShareGPT's function_call holds the call as its content and ``is_call: True``, for the chat
+    room to put as the template likes."""
     tools: tuple[dict[str, Any], ...] = ()
     place: str = ""
     unanswered: tuple[str, ...] = ()
     """The contents of the turns after the last answer, which were left off: nobody learns from them."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parsed:
-    """What ``parse`` returns: the form, and the records as conversations, or as texts where the form is ``text``."""
+    """What ``parse`` returns: the form, and the records in their order, as texts where the form is ``text``."""
 
     form: str
-    conversations: list[Conversation] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    skipped: list[Conversation] = field(default_factory=list)
-    """Conversations without a single answer: nothing to train on."""
+    records: list[Conversation | str] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [record for record in self.records if isinstance(record, str)]
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """Those with an answer."""
+        return [record for record in self.records if isinstance(record, Conversation) and record.messages]
+
+    @property
+    def skipped(self) -> list[Conversation]:
+        """Conversations without a single answer: nothing to train on."""
+        return [record for record in self.records if isinstance(record, Conversation) and not record.messages]
 
     def __len__(self) -> int:
-        return len(self.texts) + len(self.conversations) + len(self.skipped)
-
-
-class _Mistake(Exception):
-    """What is wrong with one record, as the end of a sentence that begins with its place."""
+        return len(self.records)
 
 
 def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
@@ -81,11 +90,10 @@ def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, s
         try:
             _require_form(record, form, renamed[0].place)
             if form == "text":
-                parsed.texts.append(_string(record.fields, "text"))
-                continue
-            conversation = _answered(_FORMS[form].read(record.fields), record.place)
-            (parsed.conversations if conversation.messages else parsed.skipped).append(conversation)
-        except _Mistake as mistake:
+                parsed.records.append(_string(record.fields, "text"))
+            else:
+                parsed.records.append(_answered(_FORMS[form].read(record.fields), record.place))
+        except Mistake as mistake:
             mistakes.append(f"{_capital(record.place)} {mistake}.")
     if mistakes:
         others = len(mistakes) - 1
@@ -95,8 +103,12 @@ def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, s
 
 
 def detect_form(fields: Mapping[str, Any]) -> str | None:
-    """The first form whose fields are all there, in the order of the table above; None when none is."""
-    return next((name for name, form in _FORMS.items() if form.matches(fields)), None)
+    """The first form whose fields are all there, in the order of the table above; None when none is.
+
+    One whose turns are of another kind is named only when no form matches, so that it can be said what is wrong.
+    """
+    there = [name for name, form in _FORMS.items() if fields.keys() >= set(form.needs)]
+    return next((name for name in there if _FORMS[name].matches(fields)), there[0] if there else None)
 
 
 def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
@@ -143,11 +155,13 @@ def _require_form(record: Record, form: str, first: str) -> None:
         return
     missing = [name for name in wanted.needs if name not in fields]
     other = detect_form(fields)
-    if other is not None:
-        raise _Mistake(f"has the form {other}, but {first} was read as {form}; put one form in a data set")
-    if not missing:
-        raise _Mistake(f"has {_kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected {wanted.shape}")
-    raise _Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
+    if other not in (None, form):
+        raise Mistake(f"has the form {other}, but {first} was read as {form}; put one form in a data set")
+    if not missing:  # turns, but none of this form: no list, or one of objects with other fields
+        turns = fields[wanted.needs[0]]
+        found = f"a list of {{{listed(turns[0])}}}" if isinstance(turns, list) else kind(turns)
+        raise Mistake(f"has {found} in '{wanted.needs[0]}'; expected {wanted.shape}")
+    raise Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
 
 
 # --- one function a form ---------------------------------------------------------------------------------------------
@@ -157,12 +171,17 @@ def _messages(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[di
     messages = []
     for number, turn in enumerate(fields["messages"], start=1):
         if not isinstance(turn, dict) or "role" not in turn:
-            raise _Mistake(f"has a turn without role and content (turn {number}: {str(turn)[:40]})")
+            raise Mistake(f"has a turn without role and content (turn {number}: {_shown(turn)})")
         role = "system" if turn["role"] == "developer" else _known_role(turn["role"], ROLES, number)
         message: dict[str, Any] = {"role": role, "content": _content(turn.get("content"), number)}
-        for name in ("tool_calls", "reasoning_content", "name", "tool_call_id"):
-            if turn.get(name):
-                message[name] = turn[name]
+        calls = function_calls(turn.get("tool_calls"), f"'tool_calls' of turn {number}")
+        if calls and role != "assistant":
+            raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
+        if calls:
+            message["tool_calls"] = calls
+        for name in ("reasoning_content", "name", "tool_call_id"):
+            if turn.get(name) is not None and (value := text(turn[name], f"'{name}' of turn {number}")):
+                message[name] = value
         messages.append(message)
     return messages, _tools(fields.get("tools"))
 
@@ -173,7 +192,7 @@ def _sharegpt(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[di
         messages.append({"role": "system", "content": _string(fields, "system")})
     for number, turn in enumerate(fields["conversations"], start=1):
         if not isinstance(turn, dict) or "from" not in turn:
-            raise _Mistake(f"has a turn without from and value (turn {number}: {str(turn)[:40]})")
+            raise Mistake(f"has a turn without from and value (turn {number}: {_shown(turn)})")
         role = _SHAREGPT_ROLES[_known_role(turn["from"], _SHAREGPT_ROLES, number)]
         content = _content(turn.get("value"), number)
         if role == "function_call":
@@ -230,22 +249,25 @@ def _answered(read: tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]], pla
     """Check the order of a conversation and leave off what follows its last answer."""
     messages, tools = read
     if not messages:
-        raise _Mistake("has no turns")
+        raise Mistake("has no turns")
     for number, message in enumerate(messages, start=1):
         if not message["content"].strip() and not message.get("tool_calls"):
-            raise _Mistake(f"has an empty turn (turn {number}, {message['role']})")
+            raise Mistake(f"has an empty turn (turn {number}, {message['role']})")
     first = next((message["role"] for message in messages if message["role"] != "system"), "system")
     if first in ("assistant", "tool"):
-        raise _Mistake(f"begins with the {first}; expected a user's turn first")
+        raise Mistake(f"begins with the {first}; expected a user's turn first")
     last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     rest = tuple(message["content"] for message in messages[last + 1 :])
     return Conversation(tuple(messages[: last + 1]), tools, place, rest)
 
 
 def _known_role(role: object, known: Sequence[str] | Mapping[str, str], number: int) -> str:
-    if not isinstance(role, str) or role not in known:
-        raise _Mistake(
-            f"has an unknown role {role!r} in turn {number};{nearest(str(role), known).lower()} expected {listed(known, 9)}"
+    if not isinstance(role, str):
+        raise Mistake(f"has {kind(role)} as the role of turn {number}; expected {listed(known, 9)}")
+    if role not in known:
+        raise Mistake(
+            f"has an unknown role {_shown(role)!r} in turn {number};{nearest(_shown(role), known).lower()} "
+            f"expected {listed(known, 9)}"
         )
     return role
 
@@ -257,37 +279,29 @@ def _content(content: object, number: int) -> str:
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise _Mistake(f"has {_kind(content)} as the content of turn {number}; expected text")
-    return content
+        content = "".join(part["text"] for part in content)
+    return text(content, f"the content of turn {number}")
 
 
 def _string(fields: Mapping[str, Any], name: str, needed: bool = True) -> str:
     value = fields.get(name)
     if value is None and not needed:
         return ""
-    if not isinstance(value, str):
-        raise _Mistake(f"has {_kind(value)} in '{name}'; expected text")
+    value = text(value, f"'{name}'")
     if needed and not value.strip() and name == "text":
-        raise _Mistake("has an empty 'text'")
+        raise Mistake("has an empty 'text'")
     return value
 
 
 def _tools(value: object) -> tuple[dict[str, Any], ...]:
     """The functions a conversation may call: a list of JSON schemas, or that list as a JSON string."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except json.JSONDecodeError as error:
-            raise _Mistake(f"has a 'tools' field that is not JSON ({error.msg})") from None
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _Mistake("has a 'tools' field that is not a list of JSON objects")
-    return tuple(value)
+    tools = objects(value, "'tools'")
+    for tool in tools:
+        if not isinstance(tool.get("function", {}), dict):
+            raise Mistake(f"has a tool with {kind(tool['function'])} as its 'function'; expected an object")
+    return tuple(tools)
 
 
-def _kind(value: object) -> str:
-    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), f"a number ({value})")
+def _shown(value: object) -> str:
+    """The beginning of a value of any size and depth."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:40]

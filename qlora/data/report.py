@@ -14,6 +14,7 @@ class Counts:
     """One part of the data, training or held-out. Tokens that came in = ``tokens`` + truncated + dropped tokens."""
 
     records: int = 0
+    """A document that has pieces in both parts counts in both."""
     examples: int = 0
     """Conversations, pairs, or pieces of text that are kept."""
     rows: int = 0
@@ -68,31 +69,7 @@ class Report:
     train: Counts
     held_out: Counts
     notes: tuple[str, ...] = ()
-    """Sentences about what was put in other words for the template's sake."""
-
-    @property
-    def records(self) -> int:
-        return self.train.records
-
-    @property
-    def examples(self) -> int:
-        return self.train.examples
-
-    @property
-    def tokens(self) -> int:
-        return self.train.tokens
-
-    @property
-    def target_tokens(self) -> int:
-        return self.train.target_tokens
-
-    @property
-    def truncated(self) -> int:
-        return self.train.truncated
-
-    @property
-    def dropped(self) -> int:
-        return self.train.dropped
+    """Sentences about what was put in other words for the template's sake, and how text was held out."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: form, train_on, template, train and held_out counts, notes."""

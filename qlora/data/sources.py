@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import DataError, listed, nearest
+from qlora.data.values import json_fault, kind
+from qlora.errors import DataError, DoesNotFitError, disk_is_full, listed, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +107,14 @@ def _json_lines(path: Path, source: str) -> Iterator[Record]:
     for number, line in enumerate(_text(path, source).split("\n"), start=1):
         if not line.strip():
             continue
-        yield Record(
-            _object(_parsed(line, source, number, line), f"line {number} of '{source}'"), source, "line", number
-        )
+        yield Record(_object(_parsed(line, source, number), f"line {number} of '{source}'"), source, "line", number)
 
 
 def _json(path: Path, source: str) -> Iterator[Record]:
     text = _text(path, source)
     if not text.strip():
         return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[: error.pos].count("\n") == text[: error.pos].rstrip().count("\n") + 1:
-            raise DataError(f"'{source}' holds one JSON object a line; rename it to end in .jsonl.") from None
-        line = text.split("\n")[error.lineno - 1]
-        values = _parsed(text, source, error.lineno, line)
+    values = _parsed(text, source)
     if isinstance(values, dict):
         inner = values.get("data")
         if not isinstance(inner, list):
@@ -131,32 +124,33 @@ def _json(path: Path, source: str) -> Iterator[Record]:
             )
         values = inner
     if not isinstance(values, list):
-        raise DataError(f"'{source}' holds {_kind(values)}; expected a list of records.")
+        raise DataError(f"'{source}' holds {kind(values)}; expected a list of records.")
     for number, value in enumerate(values, start=1):
         yield Record(_object(value, f"record {number} of '{source}'"), source, "record", number)
 
 
-def _parsed(text: str, source: str, number: int, line: str) -> Any:
-    """``json.loads``, with the line number and the start of the line in the message."""
+def _parsed(text: str, source: str, number: int | None = None) -> Any:
+    """What the JSON ``text`` holds: line ``number`` of the file, or all of it."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        start = line.strip()
+    except (ValueError, RecursionError) as error:
+        fault = json_fault(error)
+        if number is None and isinstance(error, json.JSONDecodeError):
+            before = text[: error.pos]
+            if error.msg == "Extra data" and before.count("\n") == before.rstrip().count("\n") + 1:
+                raise DataError(f"'{source}' holds one JSON object a line; rename it to end in .jsonl.") from None
+            number, text = error.lineno, text.split("\n")[error.lineno - 1]
+        if number is None:
+            raise DataError(f"'{source}' cannot be read as JSON: {fault}; expected a list of plain records.") from None
+        start = text.strip()
         shown = start if len(start) <= 60 else start[:60] + "…"
-        raise DataError(f"'{source}' has broken JSON at line {number} ({error.msg}): {shown}") from None
-    except RecursionError:
-        raise DataError(f"'{source}' is nested too deeply at line {number}; expected plain records.") from None
+        raise DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}") from None
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place[0].upper()}{place[1:]} is {_kind(value)}; expected an object with named fields.")
+        raise DataError(f"{place[0].upper()}{place[1:]} is {kind(value)}; expected an object with named fields.")
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "a string", list: "a list", bool: "true or false", type(None): "null", dict: "an object"}
-    return kinds.get(type(value), "a number")
 
 
 def _plain_text(path: Path, source: str) -> Iterator[Record]:
@@ -219,7 +213,10 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
 
 @contextmanager
 def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Run the `datasets` library without progress bars, and say its failures in a sentence."""
+    """Run the `datasets` library without progress bars, and say its failures in a sentence.
+
+    A full disk is no fault of the data: it goes on as it is, also from inside the error that the library wraps it in.
+    """
     import datasets
 
     bars = datasets.is_progress_bar_enabled()
@@ -233,7 +230,14 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
     except known:
         raise
     except Exception as error:
+        if (full := _full_disk(error)) is not None:
+            raise full from None
         cause = error.__cause__ or error  # the library wraps the reason: "An error occurred while generating …"
+        if isinstance(cause, OSError) and "Not enough disk space" in str(cause):  # it looks before a large download
+            raise DoesNotFitError(
+                f"'{source}' does not fit on the disk ({_first_line(cause).split(' (')[0]}); make room, or name a folder "
+                "on another disk in HF_HOME."
+            ) from None
         raise DataError(
             f"'{source}' cannot be read ({_first_line(cause)}); is it whole, and what its name says?"
         ) from None
@@ -242,6 +246,15 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
         hub.setLevel(hub_level)
         if bars:
             datasets.enable_progress_bars()
+
+
+def _full_disk(error: BaseException | None) -> BaseException | None:
+    """The one among an error and its causes that says that the disk is full. Rust's say so in their text alone."""
+    while error is not None:
+        if disk_is_full(error):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ Knows transformers' generate; must not know how a prompt was made.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,15 +58,9 @@ def answer(model: AdaptedModel, prompt: Sequence[int], max_new_tokens: int = 256
 
 
 def _end_tokens(model: AdaptedModel) -> list[int]:
-    """Every token that ends an answer: the checkpoint's own in config.json and generation_config.json, and the tokenizer's.
-
-    Gemma's end of a turn, for example, stands in generation_config.json alone.
-    """
+    """Every token that ends an answer: the checkpoint's own in config.json and generation_config.json, and the tokenizer's."""
     network: Any = model.model
-    found = [model.tokenizer.eos_token_id, network.config.eos_token_id]
-    path = model.base.folder / "generation_config.json"
-    if path.is_file():
-        found.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    found = [model.tokenizer.eos_token_id, network.config.eos_token_id, list(model.base.end_tokens)]
     return sorted({end for item in found for end in (item if isinstance(item, list) else [item]) if end is not None})
 
 

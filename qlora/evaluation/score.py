@@ -14,7 +14,8 @@ import torch
 from qlora.data import Row, collate
 from qlora.errors import DataError
 from qlora.methods import AdaptedModel
-from qlora.model.loss import batch_loss, packs_one_row
+from qlora.model.checks import packs_one_row
+from qlora.model.loss import batch_loss
 
 
 @dataclass(frozen=True)

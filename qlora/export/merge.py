@@ -30,7 +30,7 @@ from qlora.methods.base import PREFIX, check_adapter
 from qlora.methods.files import folder_written_aside, read_adapter_config, read_adapter_tensors
 from qlora.methods.lora import add_delta
 from qlora.methods.targets import choose_targets
-from qlora.model.load import match_names, quantised_names
+from qlora.model.load import match_names, packed_parts, quantised_names
 from qlora.model.nf4 import dense_weight
 from qlora.model.shards import INDEX, Checkpoint, open_checkpoint
 from qlora.model.skeleton import empty_linears, empty_model, read_config, scheme_of
@@ -66,18 +66,21 @@ def merge(
     device: torch.device | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    chat_template: str | None = None,
 ) -> Merged:
     """Write base + adapter into the new folder ``out`` as plain safetensors in ``dtype``, with config and tokenizer.
 
     ``quantization``, ``double_quant`` and ``compute_dtype`` say what the adapter was trained on; ``base="original"`` adds
-    it to the weights as they were before quantisation instead. The files are split as the source's are. Nothing is at
-    ``out`` before everything is written.
+    it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own. The
+    files are split as the source's are. Nothing is at ``out`` before everything is written.
 
     Raises ModelError or MethodError for a base or an adapter that cannot be read or do not belong together, RunError
-    when ``out`` is taken (``overwrite`` replaces it), DoesNotFitError when the disk is too small.
+    when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
     """
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
     _keep_apart(out, base_folder, adapter_folder)
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
     source = _Source(
         base_folder,
         ModelSection(
@@ -110,6 +113,8 @@ def merge(
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(aside / "config.json", source.plain_config(dtype))
         _copy_beside(base_folder, aside)
+        if chat_template is not None:
+            (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,
@@ -144,7 +149,9 @@ class _Source:
         # A packed weight says nothing of its shape; the skeleton does, before its linears become packed ones too.
         self.shapes = {name: tuple(values.shape) for name, values in self.model.state_dict().items()}
         self.pairs = _pairs(adapter, self.model, method, section.name)
-        packed = {self.names[name].removesuffix(".weight") for name in self.names if self._parts(name)}
+        packed = {
+            self.names[name].removesuffix(".weight") for name in self.names if packed_parts(name, self.checkpoint)
+        }
         empty_linears(self.model, scheme, self.compute_dtype, packed)
         self.quantised = quantised_names(self.model)
 
@@ -156,7 +163,7 @@ class _Source:
             entry = self.checkpoint.entries[name]
             plain = entry.dtype.is_floating_point or target in self.quantised
             shape = self.shapes[target]
-            if entry.shape != shape and not self._parts(name):
+            if entry.shape != shape and not packed_parts(name, self.checkpoint):
                 raise ModelError(
                     f"'{name}' in '{self.checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
                     f"{list(shape)}."
@@ -185,7 +192,7 @@ class _Source:
     def _requantised(self, name: str, target: str) -> Tensor:
         """The dense values that the quantised linear stood for while the adapter was trained."""
         linear = self.model.get_submodule(target.removesuffix(".weight"))
-        if parts := self._parts(name):
+        if parts := packed_parts(name, self.checkpoint):
             stem = name.removesuffix("weight")
             linear.place_quantised(
                 {part.removeprefix(stem): self.checkpoint.read(part) for part in [name, *parts]}, self.device
@@ -196,12 +203,6 @@ class _Source:
         values = dense_weight(linear, self.compute_dtype)
         linear.to("meta")  # drops the packed copy
         return values
-
-    def _parts(self, name: str) -> list[str]:
-        """The scales and codes that belong to a packed 4-bit weight on disk; empty for any other tensor."""
-        if not self.prequantised or not name.endswith(".weight"):
-            return []
-        return [part for part in self.checkpoint.entries if part.startswith(f"{name}.")]
 
     def plain_config(self, dtype: str) -> dict[str, Any]:
         """The source's config.json without quantisation, in ``dtype``, tying embeddings only if the files do."""

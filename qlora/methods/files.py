@@ -7,6 +7,7 @@ and answers wrongly. Knows the two files; must not know formulas or training.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -182,6 +183,7 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
         raise RunError(f"'{folder}' is there already and not empty; choose another folder or delete it first.")
     aside = folder.absolute().with_name(f".{folder.absolute().name}.writing-{os.getpid()}")
     old = aside.with_name(f".{folder.absolute().name}.old-{os.getpid()}")
+    clear_leftovers(aside.parent, folder.absolute().name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -199,6 +201,35 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
         raise
     _sync(folder.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(parent: str | Path, name: str = "*") -> None:
+    """Delete what a killed ``folder_written_aside`` left in ``parent`` for the folder ``name``, or for any folder.
+
+    An old folder that was moved out of the way, and has no successor, is put back. Living writers are left alone.
+    """
+    for path in Path(parent).glob(f".{name if name == '*' else glob.escape(name)}.*-*"):
+        whole, _, number = path.name.rpartition("-")
+        stem, _, kind = whole[1:].rpartition(".")
+        if not path.is_dir() or not number.isdecimal() or kind not in ("writing", "old") or _lives(int(number)):
+            continue
+        if kind == "old" and not path.with_name(stem).exists():
+            path.rename(path.with_name(stem))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process by that number (other than this one, which knows what it writes)."""
+    if os.name == "nt":  # signal 0 is Ctrl-C there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        pass
+    return True
 
 
 @contextmanager

@@ -8,7 +8,7 @@ nf4 (the linears) ─────────┘       tokenizer ─────
 from __future__ import annotations
 
 from qlora.model.load import Base, load_base, quantised_names
-from qlora.model.nf4 import Linear4bit, Linear8bit, bytes_per_parameter, dense_cached, dense_weight, is_linear
+from qlora.model.nf4 import Linear4bit, Linear8bit, dense_cached, dense_weight, is_linear
 from qlora.model.shards import Checkpoint, find_model, open_checkpoint
 from qlora.model.skeleton import load_config
 from qlora.model.tokenizer import load_tokenizer
@@ -18,7 +18,6 @@ __all__ = [
     "Checkpoint",
     "Linear4bit",
     "Linear8bit",
-    "bytes_per_parameter",
     "dense_cached",
     "dense_weight",
     "find_model",

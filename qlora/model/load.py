@@ -27,11 +27,16 @@ from qlora.config import ModelSection
 from qlora.device import bytes_text, resolve_compute_dtype, resolve_device
 from qlora.errors import ModelError, listed
 from qlora.model.nf4 import FrozenLinear, Linear4bit
-from qlora.model.shards import Checkpoint, find_model, open_checkpoint
+from qlora.model.shards import Checkpoint, find_model, open_checkpoint, read_json
 from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linears, empty_model, fp32_names, read_config, scheme_of
 from qlora.model.tokenizer import load_tokenizer
 
-PACKED = ".weight.quant_state.bitsandbytes__"  # the name of the tensor that marks a 4-bit weight on disk
+# What bitsandbytes writes beside a weight that it packed: P.weight and P.weight.absmax, … in 4 bits, P.SCB, … in 8.
+FOUR_BIT_PARTS = (
+    "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+    *(f"weight.quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT),
+)  # fmt: skip
+EIGHT_BIT_PARTS = ("SCB", "weight_format")
 INITIALISED = "_is_hf_initialized"  # transformers' mark on tensors and modules that its initialisation must leave alone
 
 
@@ -48,6 +53,8 @@ class Base:
     double_quant: bool
     device: torch.device
     compute_dtype: torch.dtype
+    end_tokens: tuple[int, ...] = ()
+    """What ends an answer by the checkpoint's generation_config.json."""
 
 
 def load_base(section: ModelSection, device: torch.device | None = None, progress: bool = False) -> Base:
@@ -58,14 +65,15 @@ def load_base(section: ModelSection, device: torch.device | None = None, progres
     """
     device = resolve_device() if device is None else torch.device(device)
     dtype = resolve_compute_dtype(device, section.compute_dtype)
-    folder = find_model(section.name, section.revision, progress)
+    folder = find_model(section.name, section.revision, progress, trust_remote_code=section.trust_remote_code)
     config = read_config(folder, section)
     checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(folder, section.trust_remote_code)
+    ends = _end_tokens(folder)
     scheme = scheme_of(config, section)
     model = empty_model(config, section, dtype)
     names = match_names(model, checkpoint, scheme, section.name)
-    packed = {names[name].removesuffix(".weight") for name in checkpoint.entries if _is_packed(name, checkpoint)}
+    packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     expected = set(model.state_dict())
     empty_linears(model, scheme, dtype, packed)
     with _shown(section.name, scheme.quantization, checkpoint, progress) as advance:
@@ -75,7 +83,9 @@ def load_base(section: ModelSection, device: torch.device | None = None, progres
     double = scheme.double_quant
     if packed:  # config.json may not tell the truth about its weights; they do
         double = any(linear.double_quant for linear in model.modules() if isinstance(linear, Linear4bit))
-    return Base(model, tokenizer, folder, section.name, section.revision, scheme.quantization, double, device, dtype)
+    return Base(
+        model, tokenizer, folder, section.name, section.revision, scheme.quantization, double, device, dtype, ends
+    )
 
 
 def quantised_names(model: nn.Module) -> set[str]:
@@ -86,9 +96,10 @@ def quantised_names(model: nn.Module) -> set[str]:
 def match_names(model: Any, checkpoint: Checkpoint, scheme: Scheme, name: str) -> dict[str, str]:
     """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``.
 
-    Follows transformers 5, which renames some old checkpoints on load. The parts of a packed 4-bit weight (its scales
-    and codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
-    several tensors (experts fused into one parameter), and for tensors that have no place in the model.
+    Follows transformers 5, which renames some old checkpoints on load. The parts of a packed weight (its scales and
+    codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
+    several tensors (experts fused into one parameter), for tensors that have no place in the model, and for integers
+    that nobody could scale back to weights.
     """
     expected = model.state_dict()
     transforms = get_model_conversion_mapping(model)
@@ -96,8 +107,10 @@ def match_names(model: Any, checkpoint: Checkpoint, scheme: Scheme, name: str) -
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     names: dict[str, str] = {}
     unexpected: list[str] = []
+    kinds = EIGHT_BIT_PARTS if scheme.quantization == "int8" else FOUR_BIT_PARTS
+    parts = tuple(f".{part}" for part in kinds) if scheme.prequantised else ()
     for source in checkpoint.entries:
-        if scheme.prequantised and ".weight." in source:
+        if source.endswith(parts):
             continue
         target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and source in expected:
@@ -119,6 +132,17 @@ def match_names(model: Any, checkpoint: Checkpoint, scheme: Scheme, name: str) -
         )
     if doubled := [target for target, count in Counter(names.values()).items() if count > 1]:
         raise ModelError(f"'{name}' holds several tensors for {listed(doubled)}; fetch the checkpoint again.")
+    if whole := [
+        source
+        for source, target in names.items()
+        if expected[target].is_floating_point()
+        and not checkpoint.entries[source].dtype.is_floating_point
+        and not packed_parts(source, checkpoint)
+    ]:
+        raise ModelError(
+            f"'{name}' holds whole numbers without their scales in {listed(whole)}; expected floating-point weights, or "
+            "such as bitsandbytes packed. Fetch the checkpoint again."
+        )
     found = set(names.values())
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     allowed = getattr(model, "_keys_to_ignore_on_load_missing", None)
@@ -145,9 +169,28 @@ def _ignored(model: Any, name: str) -> bool:
     )
 
 
-def _is_packed(name: str, checkpoint: Checkpoint) -> bool:
-    stem = name.removesuffix(".weight")
-    return name.endswith(".weight") and any(f"{stem}{PACKED}{kind}" in checkpoint.entries for kind in FOUR_BIT)
+def packed_parts(name: str, checkpoint: Checkpoint) -> list[str]:
+    """What bitsandbytes wrote beside the weight ``name`` when it packed it; nothing beside a dense weight.
+
+    Example: ``P.weight`` → ``P.weight.absmax``, ``P.weight.quant_map``, …, or ``P.SCB`` and ``P.weight_format``
+    """
+    stem = name.removesuffix("weight")
+    return [f"{stem}{part}" for part in (*FOUR_BIT_PARTS, *EIGHT_BIT_PARTS) if f"{stem}{part}" in checkpoint.entries]
+
+
+def _end_tokens(folder: Path) -> tuple[int, ...]:
+    """The end tokens of generation_config.json; Gemma's end of a turn, for example, stands there alone."""
+    name = "generation_config.json"
+    if not (folder / name).exists():
+        return ()
+    found = read_json(folder, name, "a generation configuration").get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(end) is not int for end in ends):
+        raise ModelError(
+            f"'{folder / name}' has the eos_token_id {found!r}; expected a token's number or a list of them. Correct it, "
+            "or fetch it again."
+        )
+    return tuple(ends)
 
 
 def _fill(
@@ -163,9 +206,10 @@ def _fill(
     for source, target in names.items():
         owner, _, key = target.rpartition(".")
         module = model.get_submodule(owner)
-        if isinstance(module, Linear4bit) and key == "weight" and _is_packed(source, checkpoint):
-            parts = [name for name in checkpoint.entries if name.startswith(f"{source}.")]
-            tensors = {f"weight{name.removeprefix(source)}": checkpoint.read(name) for name in [source, *parts]}
+        entry = checkpoint.entries[source]
+        if _packs(module, key) and (parts := packed_parts(source, checkpoint)):
+            stem = source.removesuffix("weight")
+            tensors = {name.removeprefix(stem): checkpoint.read(name) for name in [source, *parts]}
             try:
                 module.place_quantised(tensors, device)
             except ModelError as error:
@@ -173,10 +217,10 @@ def _fill(
             advance(sum(checkpoint.entries[name].bytes for name in [source, *parts]))
             continue
         shape = (module.out_features, module.in_features) if _packs(module, key) else tuple(getattr(module, key).shape)
-        if checkpoint.entries[source].shape != shape:
+        if entry.shape != shape:
             raise ModelError(
-                f"'{source}' in '{checkpoint.folder}' has the shape {list(checkpoint.entries[source].shape)}; its "
-                f"config.json asks for {list(shape)}."
+                f"'{source}' in '{checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
+                f"{list(shape)}."
             )
         if _packs(module, key):
             # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
@@ -184,7 +228,7 @@ def _fill(
         else:
             wanted = torch.float32 if _matches_any(target, [re.escape(part) for part in in_fp32]) else None
             _put(module, key, checkpoint.read(source).to(device), wanted)
-        advance(checkpoint.entries[source].bytes)
+        advance(entry.bytes)
 
 
 def _packs(module: nn.Module, key: str) -> bool:

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.errors import ModelError
-
 IGNORE_INDEX = -100
 
 
@@ -114,58 +112,3 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = ctx.saved_tensors
         return (grad_ND * grad).to(ctx.dtype), None, None, None, None
-
-
-@torch.no_grad()
-def check_loss_path(model: Any, ids: list[int]) -> None:
-    """Raise ModelError unless our head gives the model's own logits on a few tokens.
-
-    A family may do something to its logits that ``head_of`` does not know; its loss would then be wrong in silence.
-    """
-    input_ids = torch.tensor([ids[:8]], device=next(model.parameters()).device)
-    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
-    ours = head_of(model).logits(hidden_states(model, {"input_ids": input_ids, "position_ids": position_ids}))
-    difference = (theirs - ours).abs().max().item()
-    if not difference <= 1e-2 * max(1.0, theirs.abs().max().item()):
-        raise ModelError(
-            f"The logits of this {model.config.model_type} model differ from its hidden states times its head by "
-            f"{difference:.3g}: it does something to them that qlora does not know, so its loss would be wrong. "
-            "Take another model, or report the model type."
-        )
-
-
-def packs_one_row(model: Any) -> bool:
-    """Whether packed rows must go through a layer one at a time.
-
-    With FlashAttention transformers looks for positions that restart in batches of one row only; in larger ones packed
-    examples see each other, without a word.
-    """
-    return "flash" in str(getattr(model.config, "_attn_implementation", None))
-
-
-@torch.no_grad()
-def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
-    """Raise ModelError unless a packed example is blind to its neighbour: same hidden states packed as alone.
-
-    ``rows`` is how many rows go through a layer at once in training.
-    """
-    half = max(2, len(ids[:16]) // 2)
-    second = ids[half : 2 * half]
-    if len(second) < 2:
-        return
-    device = next(model.parameters()).device
-    positions = [*range(half), *range(len(second))]
-    packed = {"input_ids": [ids[:half] + second] * rows, "position_ids": [positions] * rows}
-    alone = {"input_ids": [second], "position_ids": [list(range(len(second)))]}
-    states = [
-        hidden_states(model, {key: torch.tensor(value, device=device) for key, value in batch.items()}).float()
-        for batch in (packed, alone)
-    ]
-    difference = (states[0][:, half:] - states[1]).abs().max().item()
-    if not difference <= 2e-2 * max(1.0, states[1].abs().max().item()):
-        raise ModelError(
-            f"Packed examples see each other in this {model.config.model_type} model (hidden states differ by "
-            f"{difference:.3g} from the example alone, {rows} rows at once); set data.packing=false"
-            + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
-        )

@@ -246,6 +246,34 @@ class Linear8bit(FrozenLinear):
         """Quantise a dense [out, in] tensor on ``device``, through fp16 as bitsandbytes does, and keep the result."""
         self.weight, self.scales, _ = int8_vectorwise_quant(weight.to(device, torch.float16).contiguous())
 
+    def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over a weight that bitsandbytes quantised before.
+
+        ``tensors`` holds what its checkpoint has for this weight: ``weight`` int8 [out, in], ``SCB`` [out], the largest
+        number of each row, and mostly ``weight_format``, 0 for the only arrangement that is still written. Raises
+        ModelError where these do not fit together.
+        """
+        if not {"weight", "SCB"} <= tensors.keys():
+            raise ModelError(
+                f"An 8-bit weight of this checkpoint comes with {sorted(tensors)}; expected weight, SCB and perhaps "
+                "weight_format, as bitsandbytes writes them."
+            )
+        layout = tensors["weight_format"].flatten().tolist() if "weight_format" in tensors else [0]
+        if layout != [0]:
+            raise ModelError(
+                f"An 8-bit weight of this checkpoint is arranged for one kind of GPU (weight_format {layout}); only plain "
+                "rows (0) are supported, so take the 16-bit checkpoint that it was made from."
+            )
+        weight, scales = tensors["weight"], tensors["SCB"]
+        expected = (self.out_features, self.in_features)
+        if weight.dtype != torch.int8 or tuple(weight.shape) != expected or scales.numel() != self.out_features:
+            raise ModelError(
+                f"An 8-bit weight of this checkpoint is {str(weight.dtype).removeprefix('torch.')} "
+                f"{list(weight.shape)} with {scales.numel()} scales; the model's configuration expects int8 {list(expected)}."
+            )
+        self.weight = weight.to(device).contiguous()
+        self.scales = scales.to(device, torch.float32).reshape(-1).contiguous()
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype).mul_(self.scales.unsqueeze(1).mul(1.0 / 127.0))
 
@@ -292,13 +320,3 @@ def dense_cached(layer: nn.Module) -> Iterator[None]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a method may put an adapter on ``module``: a quantised linear or a plain one."""
     return isinstance(module, FrozenLinear | nn.Linear)
-
-
-def bytes_per_parameter(quantization: str, double_quant: bool, compute_dtype: torch.dtype = torch.bfloat16) -> float:
-    """Bytes that one weight of a frozen linear takes: 0.516 in NF4 with double quantisation, 0.5625 without.
-
-    ``compute_dtype`` matters for ``none`` alone. The scale per row of ``int8`` (4 bytes a row) is not in the 1.0.
-    """
-    if quantization in ("nf4", "fp4"):
-        return 0.5 + (1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK) if double_quant else 4 / BLOCK)
-    return 1.0 if quantization == "int8" else float(compute_dtype.itemsize)

@@ -1,6 +1,6 @@
 """The files of a checkpoint: find its folder, check its safetensors headers, read one tensor at a time.
 
-    model.name → folder → headers → (name, tensor), (name, tensor), …
+    model.name → folder → headers → one tensor, another, …
 
 Knows the safetensors format and the hub's client; must not know a model's architecture or quantisation. Reads
 safetensors alone: a pickle runs code when it is loaded, so none is ever opened.
@@ -11,9 +11,10 @@ The files are read and not mapped. Mapped pages count as this process's memory u
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,18 @@ import torch
 from torch import Tensor
 
 from qlora.config import DEFAULT_MODEL
-from qlora.errors import ModelError, listed, nearest
+from qlora.device import require_disk
+from qlora.errors import ModelError, disk_is_full, listed, nearest
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What a run reads of a hub repository: the weights, the configuration and every kind of tokenizer file.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+# What a run reads of a hub repository: the configuration, every kind of tokenizer file, the weights, and code with leave.
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+HUB_WEIGHTS = ["*.safetensors"]
+HUB_CODE = ["*.py"]
+# The same weights once more, as Mistral itself arranges them, and other models in folders below (``*`` matches ``/`` too).
+HUB_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
+SAMPLES, SAMPLE = 64, 4096  # of a file's weights that its fingerprint covers: how many, and bytes each
 MAX_HEADER = 100 * 1000**2  # the bound that the safetensors library itself sets
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,10 +65,7 @@ class Checkpoint:
     config: dict[str, Any]
     shards: tuple[Path, ...]
     entries: dict[str, Entry]
-
-    def names(self) -> dict[str, Entry]:
-        """Every tensor's (dtype, shape, file, start), by its name in the checkpoint, in the order on disk."""
-        return dict(self.entries)
+    """Every tensor by its name in the checkpoint, file by file in the order on disk."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own. Raises ModelError when its file changed or went away."""
@@ -76,11 +80,6 @@ class Checkpoint:
         if count != entry.bytes:
             raise ModelError(f"'{entry.file}' became shorter while '{name}' was read; fetch the checkpoint again.")
         return raw.view(entry.dtype).reshape(entry.shape)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every tensor, file by file; none is kept here when the next one is read."""
-        for name in self.entries:
-            yield name, self.read(name)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -99,6 +98,50 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 raise ModelError(f"'{entries[name].file.name}' and '{shard.name}' in '{folder}' both hold '{name}'.")
             entries[name] = entry
     return Checkpoint(folder, config, shards, entries)
+
+
+def fingerprint(folder: Path) -> str:
+    """A SHA-256 that tells one base from another without reading all of its weights, in milliseconds.
+
+    Over config.json, tokenizer.json where there is one, and of every safetensors file of the checkpoint its name, size,
+    header, and 64 samples of 4 KiB spread evenly over its weights. Notices another model, configuration or vocabulary,
+    a tensor that was added, dropped, cast or has another shape, and weights that were trained on. Does not notice a
+    change of a few numbers between the samples, nor the other tokenizer files, the chat template or the checkpoint's
+    Python code. The same weights in other files have another fingerprint.
+
+    Raises ModelError where a file is missing or cannot be read.
+    """
+    folder = Path(folder)
+    read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    digest = hashlib.sha256()
+    try:
+        for path in (folder / "config.json", folder / "tokenizer.json"):
+            if path.is_file():
+                _digest(digest, path.name, path.stat().st_size, path.read_bytes())
+        for path in _shards(folder):
+            with path.open("rb") as file:
+                length = file.read(8)
+                header = file.read(min(int.from_bytes(length, "little"), MAX_HEADER))
+                size = path.stat().st_size
+                _digest(digest, path.name, size, header)
+                for number in range(SAMPLES):
+                    file.seek(max(file.tell(), size * number // SAMPLES))
+                    digest.update(file.read(SAMPLE))
+    except OSError as error:
+        raise ModelError(
+            f"'{folder}' cannot be read ({error}); make its files readable, or fetch them again."
+        ) from None
+    return digest.hexdigest()
+
+
+def _digest(digest: Any, name: str, size: int, content: bytes) -> None:
+    digest.update(f"{name} {size} {len(content)}\n".encode() + content)  # lengths, so that no bytes can change sides
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder that is a snapshot in the hub's cache, ``…/snapshots/<40 hex>``; None for any other."""
+    place = Path(folder).resolve()
+    return place.name if place.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", place.name) else None
 
 
 def read_json(folder: Path, name: str, expected: str) -> dict[str, Any]:
@@ -202,12 +245,21 @@ def _entries(header: Any, path: Path, data: int) -> tuple[dict[str, Entry], int]
     return dict(sorted(entries.items(), key=lambda item: item[1].start)), reached
 
 
-def find_model(name: str, revision: str | None = None, progress: bool = False, weights: bool = True) -> Path:
+def find_model(
+    name: str,
+    revision: str | None = None,
+    progress: bool = False,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+) -> Path:
     """The folder of ``model.name``: a local folder, the embedded default, or a hub id, downloaded into the hub's cache.
 
-    Only safetensors, configuration and tokenizer files are downloaded, and no safetensors when ``weights`` is off.
+    Only safetensors, configuration and tokenizer files are downloaded: no safetensors when ``weights`` is off, and the
+    repository's Python files too with ``trust_remote_code``.
+
     Raises ModelError, in a sentence, when there is no such folder or repository, when access to it is not granted, or
-    when the hub cannot be reached.
+    when the download fails; DoesNotFitError when the disk is too small for the weights, and OSError when it is full
+    before they have arrived.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -227,14 +279,16 @@ def find_model(name: str, revision: str | None = None, progress: bool = False, w
             f"There is no model folder '{name}'.{hint} Expected an existing folder, a hub id such as org/name, "
             f"or '{DEFAULT_MODEL}'."
         )
-    return _download(name, revision, HUB_FILES if weights else HUB_FILES[1:])
+    patterns = HUB_FILES + (HUB_WEIGHTS if weights else []) + (HUB_CODE if trust_remote_code else [])
+    if weights:
+        _require_room(name, revision, patterns)
+    return _download(name, revision, patterns)
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -244,7 +298,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
     at = f" at revision '{revision}'" if revision else ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except GatedRepoError:
         problem = (
             "asks for its terms to be accepted first: do so on its page on the hub and log in with `hf auth login`"
@@ -258,8 +312,42 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     except HFValidationError:
         problem = "is neither a local folder nor a valid hub id (org/name)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        problem = "is not in the local cache, and the hub cannot be reached; connect, or name a local folder"
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"could not be downloaded ({reason}); try again, or name a local folder"
+        problem = "is not wholly in the local cache, and the hub cannot be reached; connect, or name a local folder"
+    except Exception as error:  # those of the HTTP and storage clients are of every kind, few of them an OSError
+        if disk_is_full(error):
+            raise
+        problem = f"could not be downloaded: {first_line(error)}; try again, or name a local folder"
     raise ModelError(f"The model '{name}'{at} {problem}.")
+
+
+def _require_room(name: str, revision: str | None, patterns: list[str]) -> None:
+    """Raise DoesNotFitError when what is still to be downloaded is more than the disk of the hub's cache has free.
+
+    Where the hub does not tell sizes nothing is checked; the download itself then says what is wrong.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        info = model_info(name, revision=revision, files_metadata=True, timeout=10)  # seconds
+    except Exception:
+        return
+    cache = Path(HF_HUB_CACHE)
+    kept = cache / repo_folder_name(repo_id=name, repo_type="model")
+    files = filter_repo_objects(
+        info.siblings or [], allow_patterns=patterns, ignore_patterns=HUB_IGNORED, key=lambda file: file.rfilename
+    )
+    missing = 0
+    for file in files:
+        # a blob, which commits share, is called by its SHA-256 or git's own hash; without symbolic links there is none
+        blob = kept / "blobs" / str(file.lfs.sha256 if file.lfs else file.blob_id)
+        if not blob.exists() and not (kept / "snapshots" / str(info.sha) / file.rfilename).exists():
+            missing += file.size or 0
+    require_disk(cache, missing, f"The model '{name}'")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's complaint without its full stop, or the exception's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from qlora.config import ModelSection
 from qlora.errors import ModelError, listed
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
-from qlora.model.shards import find_model, read_json
+from qlora.model.shards import find_model, first_line, read_json
 
 FOUR_BIT = ("nf4", "fp4")
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
@@ -43,7 +43,8 @@ def load_config(section: ModelSection) -> Any:
     Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
     needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
     """
-    return read_config(find_model(section.name, section.revision, weights=False), section)
+    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
+    return read_config(folder, section)
 
 
 def read_config(folder: Path, section: ModelSection) -> Any:
@@ -64,7 +65,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # a configuration class may raise anything over values it does not like
-        raise ModelError(f"The configuration in '{folder}' is not valid: {_first_line(error)}.") from error
+        raise ModelError(f"The configuration in '{folder}' is not valid: {first_line(error)}.") from error
     _refuse_other_kinds(config, raw, section.name, native)
     return config
 
@@ -104,25 +105,31 @@ def load_skeleton(section: ModelSection, dtype: torch.dtype) -> nn.Module:
 
 
 def scheme_of(config: Any, section: ModelSection) -> Scheme:
-    """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint."""
+    """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
+
+    How they are multiplied with is the recipe's and ours to say: a compute dtype or an outlier threshold that the
+    checkpoint names is not taken over.
+    """
     found = getattr(config, "quantization_config", None)
     if not found:
         return Scheme(section.quantization, section.double_quant, prequantised=False)
     values = found if isinstance(found, dict) else found.to_dict()
-    method = str(values.get("quant_method", "unknown")).rpartition(".")[2].lower()
-    if method != "bitsandbytes" or not values.get("load_in_4bit"):
-        kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method
+    four, eight = bool(values.get("load_in_4bit")), bool(values.get("load_in_8bit"))
+    # the oldest 8-bit checkpoints do not name their method
+    named = values.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
+    method = str(named).rpartition(".")[2].lower()
+    if method != "bitsandbytes" or not (four or eight):
         raise ModelError(
-            f"'{section.name}' is already quantised ({kind}); only bitsandbytes 4-bit checkpoints and unquantised ones "
-            "can be loaded. Name the 16-bit checkpoint that it was made from."
+            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints and "
+            "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
         )
-    kind = str(values.get("bnb_4bit_quant_type", "fp4"))
+    kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
     if section.quantization != kind:
         raise ModelError(
             f"'{section.name}' is already quantised to {kind}, but the recipe asks for {section.quantization}; set "
             f"model.quantization={kind}, or name the 16-bit checkpoint that it was made from."
         )
-    return Scheme(kind, bool(values.get("bnb_4bit_use_double_quant")), prequantised=True)
+    return Scheme(kind, four and bool(values.get("bnb_4bit_use_double_quant")), prequantised=True)
 
 
 def empty_model(config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
@@ -138,19 +145,25 @@ def empty_model(config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Mo
     except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"transformers {transformers.__version__} cannot build '{section.name}' with attention "
-            f"'{section.attention}': {_first_line(error)}."
+            f"'{section.attention}': {first_line(error)}."
         ) from error
     return model
 
 
-def empty_linears(model: nn.Module, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
+def empty_linears(model: Any, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
     """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers.
 
-    ``prequantised`` names the linears that the checkpoint holds in 4 bits; given any, exactly those are replaced.
-    Raises ModelError when much of a 4-bit model would stay in 16 bits (experts in 3-D parameters, GPT-2's Conv1D).
+    ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced.
+    Raises ModelError when it holds none, and when much of a 4-bit model would stay in 16 bits (experts in 3-D
+    parameters, GPT-2's Conv1D).
     """
     if scheme.quantization == "none":
         return
+    if scheme.prequantised and not prequantised:
+        raise ModelError(
+            f"The config.json of this {model.config.model_type} model says that its weights are quantised to "
+            f"{scheme.quantization}, but none is; if they are whole, take quantization_config out of it."
+        )
     kept = _dense_modules(model)
     for name, module in list(model.named_modules()):
         wanted = name in prequantised if scheme.prequantised else not _matches(name, kept)
@@ -213,7 +226,3 @@ def _refuse_mostly_dense(model: Any, quantization: str) -> None:
             f"quantised; these would stay in 16 bits: {listed(largest)}. Set model.quantization=none to load it unquantised "
             f"instead of {quantization}, or take another model."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

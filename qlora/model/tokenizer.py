@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from qlora.config import ModelSection
 from qlora.errors import ModelError
-from qlora.model.shards import find_model, read_json
+from qlora.model.shards import find_model, first_line, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
@@ -30,8 +30,9 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
     so no embedding is resized. Raises ModelError for missing or damaged tokenizer files.
     """
     if isinstance(source, ModelSection):
-        folder = find_model(source.name, source.revision, weights=False)  # previewing data needs none
         trust_remote_code = source.trust_remote_code
+        # previewing data needs no weights
+        folder = find_model(source.name, source.revision, weights=False, trust_remote_code=trust_remote_code)
     else:
         folder = Path(source)
     if not any(path for pattern in FILES for path in folder.glob(pattern)):
@@ -39,8 +40,9 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception over a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelError(f"The tokenizer in '{folder}' cannot be loaded: {reason}. Fetch its files again.") from error
+        raise ModelError(
+            f"The tokenizer in '{folder}' cannot be loaded: {first_line(error)}. Fetch its files again."
+        ) from error
     if len(tokenizer) == 0:
         raise ModelError(f"The tokenizer in '{folder}' has an empty vocabulary; fetch its files again.")
     _choose_padding(tokenizer, _rows(folder))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import MethodError, RunError
-from qlora.methods.files import folder_written_aside, read_adapter_tensors, save_adapter
+from qlora.methods.files import clear_leftovers, folder_written_aside, read_adapter_tensors, save_adapter
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def save(trainer: Trainer, folder: Path, keep: int) -> Path:
     """Write ``folder/<step>`` and delete all but the ``keep`` newest. What this trainer wrote or read is not written again."""
     place = folder / f"{trainer.step_number:06d}"
     if place != trainer.saved:
+        clear_leftovers(folder)
         with folder_written_aside(place, overwrite=True) as aside:
             save_adapter(trainer.model, aside)
             save_file(optimizer_tensors(trainer.optimizer, trainer.parameters), aside / OPTIMIZER)
@@ -62,7 +63,8 @@ def load(trainer: Trainer, place: Path) -> None:
     """Put a trainer into the state that ``save`` wrote. Raises RunError when the files are damaged or do not belong to it."""
     try:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
-        step, total, kind, scale = (state[key] for key in ("step", "total_steps", "optimizer", "loss_scale"))
+        total, kind = state["total_steps"], state["optimizer"]
+        step, scale = int(state["step"]), float(state["loss_scale"])
         tensors = load_file(place / OPTIMIZER)
         adapter = read_adapter_tensors(place)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, MethodError) as error:
@@ -76,6 +78,6 @@ def load(trainer: Trainer, place: Path) -> None:
         )
     trainer.model.load_adapter_state(adapter)
     load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
-    trainer.step_number = int(step)
-    trainer.loss_scale = float(scale)
+    trainer.step_number = step
+    trainer.loss_scale = scale
     trainer.saved = place

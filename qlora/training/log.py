@@ -37,8 +37,8 @@ class MetricsLog:
         self._keep(lambda values: values["step"] <= step)
 
     def rewind_held_out(self, step: int) -> None:
-        """Drop held-out evaluations after ``step`` steps, which are about to be made again."""
-        self._keep(lambda values: values["step"] < step or "held_out_loss" not in values)
+        """Drop the held-out evaluation after ``step`` steps, which is about to be made again."""
+        self._keep(lambda values: values["step"] != step or "held_out_loss" not in values)
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.is_file():

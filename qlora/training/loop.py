@@ -28,8 +28,9 @@ from qlora.data import Data, Row, collate, step_rows, steps_per_epoch
 from qlora.device import peak_memory_bytes
 from qlora.errors import DataError, NonFiniteError, listed
 from qlora.methods import AdaptedModel
+from qlora.model.checks import check_boundary, check_loss_path, check_packing, position_limit
 from qlora.model.layers import unwrap_layers, wrap_layers
-from qlora.model.loss import batch_loss, check_loss_path, check_packing
+from qlora.model.loss import batch_loss
 from qlora.training import checkpoint
 from qlora.training.optim import learning_rate, make_optimizer, quiet_paging
 
@@ -101,11 +102,12 @@ class Trainer:
         self.parameters = model.trainable_parameters()
         quiet_paging()
         self.optimizer = make_optimizer(self.parameters, self.training)
-        self._check()
+        self._check_rows()
         if self.training.gradient_checkpointing:
             wrap_layers(model.model, self.training.micro_batch_size)
         else:
             unwrap_layers(model.model)  # an earlier trainer may have left its boundary
+        self._check()
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -218,17 +220,49 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm, device=self.model.device))
         return norm
 
+    def _check_rows(self) -> None:
+        """One look at every row: has each token an embedding, and each position a place in the model?"""
+        network: Any = self.model.model
+        embeddings, positions = len(network.get_input_embeddings().weight), position_limit(network)
+        for number, row in enumerate(self.rows):
+            largest, longest = int(row.ids.max()), int(row.positions.max()) + 1
+            if largest >= embeddings:
+                raise DataError(
+                    f"Row {number} holds token {largest}, but this {network.config.model_type} model has embeddings for tokens "
+                    f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
+                    "were resized for the tokens added to this one."
+                )
+            if positions is not None and longest > positions:
+                raise DataError(
+                    f"Row {number} holds an example of {longest} tokens, but this {network.config.model_type} model has "
+                    f"{positions} positions; set data.max_length={positions}."
+                )
+
     def _check(self) -> None:
-        """Two quick forwards before anything is spent: is the loss the model's own, and are packed examples apart?"""
+        """A few short forwards before anything is spent: is the loss the model's own, are packed examples apart, and does
+        the boundary change nothing?"""
+        network, at_once = self.model.model, self.training.micro_batch_size
         ids = [int(token) for token in self.rows[0].ids[:16]]
-        was_training = self.model.model.training
-        self.model.model.eval()  # dropout would tell two equal forwards apart
+        packed = any(len(row.examples) > 1 for row in self.rows)
+        was_training = network.training
+        network.eval()  # dropout would tell two equal forwards apart
         try:
-            check_loss_path(self.model.model, ids)
-            if any(len(row.examples) > 1 for row in self.rows):
-                check_packing(self.model.model, ids, self.training.micro_batch_size)
+            check_loss_path(network, ids)
+            if packed:
+                check_packing(network, ids, at_once)
+            if self.training.gradient_checkpointing:
+                for rows in self._rows_together():
+                    check_boundary(network, ids, rows, at_once, packed)
         finally:
-            self.model.model.train(was_training)
+            network.train(was_training)
+
+    def _rows_together(self) -> list[int]:
+        """How many rows enter the model together: in a whole step, and in the one that ends an epoch and may be short."""
+        ends = {0, min(self.total_steps, self.steps_per_epoch) - 1}
+        batch_size, seed = self.training.batch_size, self.training.seed
+        steps = [step_rows(len(self.rows), batch_size, step, seed) for step in ends]
+        together = {len(self._micro_batches([self.rows[place] for place in places])[0]) for places in steps}
+        return sorted(together, reverse=True)
 
 
 @contextmanager

@@ -147,11 +147,46 @@ def test_tools_are_passed_to_a_template_that_knows_them_and_written_out_for_othe
         ((example,),) = ChatTemplate(plain).encode(parsed.conversations, "assistant")
         assert '[{"name": "tip", "parameters": {}}]' in plain.decode(example.ids)
         assert trained_runs(plain, example) == [call["value"] + "<|end|>", "Twenty<|end|>"]
-    refused = {**fields, "conversations": [fields["conversations"][0], {"from": "function_call", "value": "tip(50)"}]}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "tip(50)",
+        "3",
+        "null",
+        "[]",
+        "[null]",
+        '{"arguments": {}}',
+        '{"name": 3, "arguments": {}}',
+        '{"name": "tip", "arguments": [50]}',
+        '{"name": "tip", "arguments": "50"}',
+        '{"name": "tip", "arguments": {"bill": "\\ud83d"}}',
+        '{"name": "tip", "arguments": {"bill": %s}}' % ("9" * 5000),
+        '{"name": "tip", "arguments": %s}' % ("[" * 100_000),
+    ],
+)
+def test_a_function_call_that_is_none_is_refused_where_the_template_needs_one(call: str) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": call}]
+    talk = parse([Record({"conversations": turns}, "a.jsonl", "line", 1)]).conversations
     with pytest.raises(
-        DataError, match=r"Line 1 of 'a.jsonl' has a function call that is not a JSON object.*tip\(50\)"
+        DataError, match=r"^Line 1 of 'a.jsonl' has a function call that is not a JSON object with name"
     ):
-        ChatTemplate(knows).encode(parse([Record(refused, "a.jsonl", "line", 1)]).conversations, "assistant")
+        ChatTemplate(make_tokenizer(families.TOOLS)).encode(talk, "assistant")
+    plain = make_tokenizer(families.CHATML)
+    ((example,),) = ChatTemplate(plain).encode(talk, "assistant")
+    assert trained_runs(plain, example) == [call + "<|end|>"]  # elsewhere it is text as any other
+
+
+def test_tool_calls_reach_every_template() -> None:
+    function = {"name": "tip", "arguments": {"bill": 50}}
+    calls = [{"id": "call1", "type": "function", "function": function}]
+    result = {"role": "tool", "content": "20", "tool_call_id": "call1"}
+    talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": calls}, result, TALK[1]]
+    for template, text in ((families.TOOLS, '<call>tip{"bill": 50}'), (families.CHATML, json.dumps(function))):
+        tokenizer = make_tokenizer(template)
+        (example,) = encode(tokenizer, talk)
+        assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
 
 
 def test_a_date_in_the_template_does_not_change_with_the_day() -> None:

@@ -26,7 +26,8 @@ def test_packed_and_unpacked_hold_the_same_tokens_and_targets(write: Any, tokeni
     path = write("a.jsonl", PAIRS)
     packed, alone = load(path, tokenizer), load(path, tokenizer, packing=False)
     assert len(packed.train) < len(alone.train) == 40
-    assert (packed.report.tokens, packed.report.target_tokens) == (alone.report.tokens, alone.report.target_tokens)
+    assert packed.report.train.tokens == alone.report.train.tokens
+    assert packed.report.train.target_tokens == alone.report.train.target_tokens
     by_example = {row.examples[0]: row for row in alone.train}
     for row in packed.train:
         for index, (begin, end) in zip(row.examples, row.spans(), strict=True):
@@ -39,7 +40,7 @@ def test_the_held_out_part_is_drawn_by_seed_and_shares_no_record(write: Any, tok
     path = write("a.jsonl", PAIRS)
     one, same, other = (load(path, tokenizer, seed, held_out_fraction=0.1) for seed in (0, 0, 1))
     assert one.report.held_out.records == 4
-    assert one.report.records == 36
+    assert one.report.train.records == 36
     assert one.fingerprint == same.fingerprint != other.fingerprint
     shown = [str(one.preview(index)).split("\n", 1)[1] for index in range(36)]
     held = [prompt.text for prompt in one.held_out_prompts(4)]
@@ -53,7 +54,7 @@ def test_the_held_out_part_is_drawn_by_seed_and_shares_no_record(write: Any, tok
 def test_a_held_out_file_is_never_trained_on_and_read_in_the_same_form(write: Any, tokenizer: Any) -> None:
     path, held = write("a.jsonl", PAIRS), write("h.jsonl", PAIRS[:5])
     data = load(path, tokenizer, held_out=held, limit=10)
-    assert (data.report.records, data.report.held_out.records) == (10, 5)
+    assert (data.report.train.records, data.report.held_out.records) == (10, 5)
     with pytest.raises(DataError, match=r"Line 1 of '.*t.jsonl' lacks prompt, completion|has the form text"):
         load(path, tokenizer, held_out=write("t.jsonl", [{"text": "a"}]))
 
@@ -77,7 +78,7 @@ def test_raw_text_is_split_not_cut_and_prompts_with_its_beginning(write: Any, to
     }
     assert tokenizer.decode(numpy.concatenate([ids[index] for index in sorted(ids)])) == text + "</s>"
     assert data.report.train.losses() == []
-    assert data.report.target_tokens == data.report.tokens - data.report.examples
+    assert data.report.train.target_tokens == data.report.train.tokens - data.report.train.examples
     with pytest.raises(DataError, match="raw text without turns"):
         load(write("b.txt", text), tokenizer, train_on="assistant")
     (prompt,) = load(write("c.txt", text), tokenizer, held_out=write("h.txt", text)).held_out_prompts(1)
@@ -125,7 +126,7 @@ def test_training_on_every_token_of_a_chat_is_refused_unless_asked_for(write: An
     with pytest.raises(DataError, match="Every token of this prompt_completion data would be trained"):
         load(path, tokenizer)
     data = load(path, tokenizer, train_on="all")
-    assert data.report.target_tokens == data.report.tokens - data.report.examples
+    assert data.report.train.target_tokens == data.report.train.tokens - data.report.train.examples
 
 
 def test_the_fingerprint_changes_with_a_token_a_label_or_the_packing(write: Any, tokenizer: Any) -> None:

@@ -79,7 +79,7 @@ def test_no_token_is_lost_unreported(shapes: list[tuple[int, int]], limit: int, 
 def test_truncation_to_no_target_is_a_drop() -> None:
     fitted = fit([example(12, trained_from=9), example(12, trained_from=4)], 8, "truncate")
     assert (fitted.dropped, fitted.dropped_tokens, fitted.truncated, fitted.truncated_tokens) == (1, 12, 1, 4)
-    assert fitted.kept == [1]
+    assert [one.labels.tolist() for one in fitted.examples] == [[-100] * 4 + [14, 15, 16, 17]]
 
 
 @pytest.mark.parametrize("length", range(1, 40))
@@ -87,7 +87,7 @@ def test_a_text_is_cut_into_pieces_without_loss(tokenizer: Any, length: int) -> 
     ids = list(range(20, 20 + length))
     text = tokenizer.decode(ids)
     whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    pieces = text_examples([text], tokenizer, 8)
+    (pieces,) = text_examples([text], tokenizer, 8)
     assert [token for piece in pieces for token in piece.ids.tolist()] == whole
     assert all(2 <= len(piece.ids) <= 8 for piece in pieces)
     assert all((piece.labels[1:] == piece.ids[1:]).all() for piece in pieces)
@@ -95,7 +95,7 @@ def test_a_text_is_cut_into_pieces_without_loss(tokenizer: Any, length: int) -> 
 
 def test_texts_are_not_joined_and_begin_with_bos_where_the_tokenizer_says_so() -> None:
     tokenizer = make_tokenizer(None, adds_bos=True)
-    one, two = text_examples(["Hello there", "Fine"], tokenizer, 64)
+    (one,), (two,) = text_examples(["Hello there", "Fine"], tokenizer, 64)
     assert tokenizer.decode(one.ids) == "<s>Hello there</s>"
     assert tokenizer.decode(two.ids) == "<s>Fine</s>"
     assert one.labels[-1] == tokenizer.eos_token_id

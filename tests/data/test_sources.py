@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora.data.sources import read_records
-from qlora.errors import DataError
+from qlora.errors import DataError, DoesNotFitError
 
 PAIRS = [{"prompt": "null", "completion": "007"}, {"prompt": 'b\u2028, "c"\nd', "completion": ""}]
 
@@ -65,8 +67,20 @@ def test_records_know_their_line_over_several_files_and_a_limit(write: Any) -> N
         ("a.json", '[{"a": 1},\n {"a" 2}]', r"broken JSON at line 2 \(.*\): \{\"a\" 2\}\]"),
         ("a.json", '{"a": 1}\n{"a": 2}', r"one JSON object a line; rename it to end in .jsonl"),
         ("a.json", '{"rows": []}', r"one JSON object with the fields rows; expected a list"),
-        ("a.json", "3", "holds a number; expected a list"),
+        ("a.json", "3", r"holds a number \(3\); expected a list"),
         ("a.jsonl", '{"a": 1}\n["a"]\n', r"Line 2 of '.*' is a list; expected an object"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": ' + "9" * 5000 + "}",
+            r"line 2 \(it has an integer of more than 4,300 digits\): {",
+        ),
+        ("a.jsonl", '{"a": 1}\n' + "[" * 100_000, r"broken JSON at line 2 \(it is nested too deeply\): \[\["),
+        (
+            "a.json",
+            "[" + "9" * 5000 + "]",
+            "cannot be read as JSON: it has an integer of more than 4,300 digits; expected",
+        ),
+        ("a.json", "[" * 100_000, "cannot be read as JSON: it is nested too deeply; expected a list of plain records"),
         ("a.json", '[{"a": 1}, null]', r"Record 2 of '.*' is null; expected an object"),
         ("a.csv", "a,b\n1,2\n3,4,5\n", r"Row 2 of '.*' has 3 fields where the header has 2 \(a, b\)"),
         ("a.csv", "a,a\n1,2\n", "names a column twice"),
@@ -118,6 +132,43 @@ def test_hub_data_sets_go_through_the_library(monkeypatch: pytest.MonkeyPatch) -
         read_records("org/far")
     with pytest.raises(DataError, match=r"hub data set 'org/name' cannot be read: Unknown split \"tset\""):
         read_records("org/name", split="tset")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_not_the_datas_fault(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    import datasets
+
+    full = OSError(number, os.strerror(number))
+
+    def load(name: str, subset: str | None, split: str) -> Any:
+        if name == "org/wrapped":
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from full
+        if name == "org/rust":
+            raise RuntimeError(f"Data processing error: (os error {number})")
+        raise full
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name in ("org/plain", "org/wrapped"):
+        with pytest.raises(OSError) as caught:
+            read_records(name)
+        assert caught.value is full
+    with pytest.raises(RuntimeError, match="os error"):  # the command line knows these words
+        read_records("org/rust")
+
+
+def test_a_download_that_cannot_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load(name: str, subset: str | None, split: str) -> Any:
+        if name == "org/large":
+            raise OSError("Not enough disk space. Needed: 3.00 TiB (download: 1.00 TiB, generated: 2.00 TiB")
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DoesNotFitError, match=r"'org/large' does not fit on the disk \(.* 3.00 TiB\); make room"):
+        read_records("org/large")
+    with pytest.raises(DataError, match="'org/locked' cannot be read"):
+        read_records("org/locked")
 
 
 def test_local_files_never_touch_the_network(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +30,7 @@ def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
     one_model.model.eval()
     one_model.tokenizer.pad_token, one_model.tokenizer.eos_token = "w0", "w2"
     one_model.model.config.eos_token_id = 2
-    (one_model.base.folder / "generation_config.json").unlink(missing_ok=True)
+    one_model.base.end_tokens = ()
 
 
 @torch.no_grad()
@@ -86,8 +84,7 @@ def test_every_end_token_ends_an_answer(model: AdaptedModel, where: str) -> None
     elif where == "tokenizer":
         model.tokenizer.eos_token = f"w{token}"
     else:
-        value: Any = token if where == "generation_config" else [2, token]
-        (model.base.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        model.base.end_tokens = (token,) if where == "generation_config" else (2, token)
     expected = [text(until(way, token, 2)) for way in ways]
     assert expected != [text(until(way, 2)) for way in ways]
     assert answers(model, PROMPTS, LENGTH) == expected

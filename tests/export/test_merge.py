@@ -23,6 +23,9 @@ from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base,
 
 SECTION = config.LoRA(r=4, alpha=8)
 
+FOUR_BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+EIGHT_BIT = BitsAndBytesConfig(load_in_8bit=True)
+
 
 def trained(
     folder: Path, adapter: Path, quantization: str = "nf4", section: config.LoRA = SECTION, **model: Any
@@ -128,18 +131,19 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(talk, tokenize=False) == "w5 w6"
 
 
-def test_a_prequantised_base_becomes_plain(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantised", [FOUR_BIT, EIGHT_BIT], ids=["nf4", "int8"])
+def test_a_prequantised_base_becomes_plain(tmp_path: Path, quantised: BitsAndBytesConfig) -> None:
     source = tiny_checkpoint(tmp_path / "source")
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     packed = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=quantised).train()
     packed.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "base")
-    model = trained(tmp_path / "base", tmp_path / "adapter")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32")
+    options: dict[str, Any] = {"compute_dtype": "fp32", "quantization": "int8" if quantised.load_in_8bit else "nf4"}
+    model = trained(tmp_path / "base", tmp_path / "adapter", options["quantization"])
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp32", **options)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
     with pytest.raises(ModelError, match="itself quantised"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", base="original", compute_dtype="fp32")
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", base="original", **options)
 
 
 @pytest.mark.parametrize("problem", ["missing", "unknown", "shape", "nan"])
@@ -182,6 +186,10 @@ def test_a_taken_folder_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match="not empty"):
         merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+    with pytest.raises(RunError, match="holds no model"):
+        merge(base, tmp_path / "adapter", tmp_path / "out", overwrite=True, compute_dtype="fp32")
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    (tmp_path / "out" / "config.json").write_text("{}")
     for place in (base, tmp_path):
         with pytest.raises(RunError, match="being merged"):
             merge(base, tmp_path / "adapter", place, overwrite=True, compute_dtype="fp32")

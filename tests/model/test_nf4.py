@@ -18,7 +18,6 @@ from qlora.model.nf4 import (
     FrozenLinear,
     Linear4bit,
     Linear8bit,
-    bytes_per_parameter,
     dense_cached,
     dense_weight,
     is_linear,
@@ -234,6 +233,46 @@ def test_int8_weight_and_product_are_those_of_bitsandbytes(dtype: torch.dtype) -
     assert torch.equal(linear(x), theirs(x))
 
 
+def packed_by_bitsandbytes(weight: Tensor) -> dict[str, Tensor]:
+    """What bitsandbytes' own 8-bit linear saves."""
+    theirs = bitsandbytes.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False)
+    theirs.load_state_dict({"weight": weight})
+    return dict(theirs.to("cpu").state_dict())
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16])
+@pytest.mark.parametrize("named", [True, False], ids=["with-format", "without"])
+def test_prequantised_int8_weight_is_taken_over(named: bool, scales: torch.dtype) -> None:
+    weight = torch.randn(48, 64)
+    tensors = packed_by_bitsandbytes(weight)
+    assert tensors.keys() == {"weight", "SCB", "weight_format"}
+    tensors["SCB"] = tensors["SCB"].to(scales)
+    if not named:
+        del tensors["weight_format"]  # from before bitsandbytes wrote it
+    ours, expected = (Linear8bit.empty(64, 48, bias=False, compute_dtype=torch.float32) for _ in range(2))
+    ours.place_quantised(tensors, CPU)
+    expected.place(weight, CPU)
+    assert torch.equal(ours.weight, expected.weight)
+    assert ours.scales.dtype == torch.float32
+    torch.testing.assert_close(ours.scales, expected.scales, rtol=0 if scales == torch.float32 else 1e-3, atol=0)
+
+
+def test_prequantised_int8_weight_that_does_not_fit_is_refused() -> None:
+    linear = Linear8bit.empty(64, 48, bias=False, compute_dtype=torch.float32)
+    good = packed_by_bitsandbytes(torch.randn(48, 64))
+    with pytest.raises(ModelError, match=r"int8 \[64, 48\].*expects int8 \[48, 64\]"):
+        linear.place_quantised(packed_by_bitsandbytes(torch.randn(64, 48)), CPU)
+    with pytest.raises(ModelError, match="47 scales"):
+        linear.place_quantised(good | {"SCB": good["SCB"][:-1]}, CPU)
+    with pytest.raises(ModelError, match=r"float32 \[48, 64\]"):
+        linear.place_quantised(good | {"weight": torch.randn(48, 64)}, CPU)
+    with pytest.raises(ModelError, match=r"\['weight', 'weight_format'\]; expected weight, SCB"):
+        linear.place_quantised({key: value for key, value in good.items() if key != "SCB"}, CPU)
+    with pytest.raises(ModelError, match=r"weight_format \[1\]"):
+        linear.place_quantised(good | {"weight_format": torch.tensor(1, dtype=torch.uint8)}, CPU)
+    assert linear.weight.is_meta
+
+
 def test_which_modules_are_linears_and_what_they_take() -> None:
     plain = nn.Linear(64, 64)
     assert is_linear(plain)
@@ -241,13 +280,3 @@ def test_which_modules_are_linears_and_what_they_take() -> None:
     assert not is_linear(nn.Embedding(4, 4))
     assert dense_weight(plain, torch.bfloat16).dtype == torch.bfloat16
     assert not dense_weight(plain, torch.float32).requires_grad
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_bytes_per_parameter_is_what_the_buffers_take(double_quant: bool) -> None:
-    linear = make(torch.randn(1024, 1024), double_quant=double_quant)
-    tables = {"code", "nested_code", "offset"}  # a fixed size, whatever the weight
-    held = sum(buffer.nbytes for name, buffer in linear.named_buffers() if name not in tables)
-    assert held / 1024**2 == bytes_per_parameter("nf4", double_quant)
-    assert bytes_per_parameter("int8", True) == 1
-    assert bytes_per_parameter("none", True, torch.float32) == 4

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import shutil
 import sys
 import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora.config import DEFAULT_MODEL
-from qlora.errors import ModelError
-from qlora.model.shards import HUB_FILES, INDEX, find_model, open_checkpoint
+from qlora.errors import DoesNotFitError, ModelError
+from qlora.model.shards import (
+    HUB_FILES,
+    INDEX,
+    Checkpoint,
+    commit_of,
+    find_model,
+    fingerprint,
+    open_checkpoint,
+)
+from qlora.model.tokenizer import FILES
 
 TENSORS = {
     "a.weight": torch.randn(3, 5),
@@ -49,27 +64,30 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def every_tensor(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: checkpoint.read(name) for name in checkpoint.entries}
+
+
 @pytest.mark.parametrize("kind", ["folder", "sharded"])
 def test_every_tensor_is_read_as_it_was_written(kind: str, request: pytest.FixtureRequest) -> None:
     checkpoint = open_checkpoint(request.getfixturevalue(kind))
-    read = dict(checkpoint)
+    read = every_tensor(checkpoint)
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
-        entry = checkpoint.names()[name]
+        entry = checkpoint.entries[name]
         assert (entry.dtype, entry.shape, entry.bytes) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
         assert entry.file in checkpoint.shards
     assert len(checkpoint.shards) == (1 if kind == "folder" else 2)
 
 
-def test_one_tensor_at_a_time(folder: Path) -> None:
-    earlier: weakref.ref[Tensor] | None = None
-    for _, tensor in open_checkpoint(folder):
+def test_no_tensor_is_kept(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    for name in checkpoint.entries:
+        earlier = weakref.ref(checkpoint.read(name))
         gc.collect()
-        assert earlier is None or earlier() is None
-        earlier = weakref.ref(tensor)
-        del tensor
+        assert earlier() is None
 
 
 def test_a_tensor_has_memory_of_its_own(folder: Path) -> None:
@@ -188,7 +206,7 @@ def test_file_that_shrinks_while_it_is_read(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     _truncate(folder)
     with pytest.raises(ModelError, match=r"became shorter"):
-        dict(checkpoint)
+        every_tensor(checkpoint)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -220,17 +238,71 @@ def test_file_instead_of_folder(folder: Path) -> None:
         find_model(str(folder / "config.json"))
 
 
-def test_hub_id_takes_safe_files_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, object] = {}
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+# What a repository may hold, and what a run takes of it: always, with the weights, and with leave to run code.
+ALWAYS = [
+    "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "spiece.model", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "own.tiktoken", "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+]  # fmt: skip
+WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+CODE = ["modeling_own.py"]
+NEVER = [
+    "consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "vision/model.safetensors",
+    "checkpoint-100/model-00001-of-00002.safetensors", "pytorch_model.bin", "original/consolidated.00.pth",
+    "model-q4.gguf", "README.md", "training_args.bin",
+]  # fmt: skip
 
-    def snapshot_download(name: str, **options: object) -> str:
-        asked.update(options, name=name)
-        return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert find_model("org/name", "v1") == folder
-    assert asked == {"name": "org/name", "revision": "v1", "allow_patterns": HUB_FILES}
-    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in HUB_FILES)
+class Hub:
+    """Stands in for the hub's client: hands out a folder or an error, lists a repository, and counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.answer: Path | Exception = folder
+        self.listed: Any = ConnectionError("no network in tests")
+        self.downloads: list[dict[str, Any]] = []
+        self.lists: list[dict[str, Any]] = []
+
+    def snapshot_download(self, name: str, **options: Any) -> str:
+        self.downloads.append({"name": name, **options})
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+    def model_info(self, name: str, **options: Any) -> Any:
+        self.lists.append({"name": name, **options})
+        if isinstance(self.listed, Exception):
+            raise self.listed
+        return self.listed
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", stand_in.snapshot_download)
+    monkeypatch.setattr("huggingface_hub.model_info", stand_in.model_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    return stand_in
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("code", [True, False])
+def test_hub_id_takes_what_a_run_reads(hub: Hub, folder: Path, weights: bool, code: bool) -> None:
+    assert find_model("org/name", "v1", weights=weights, trust_remote_code=code) == folder
+    (asked,) = hub.downloads
+    assert (asked.pop("name"), asked.pop("revision")) == ("org/name", "v1")
+    taken = set(filter_repo_objects([*ALWAYS, *WEIGHTS, *CODE, *NEVER], **asked))
+    assert taken == {*ALWAYS, *(WEIGHTS if weights else []), *(CODE if code else [])}
+
+
+def test_no_code_is_taken_unless_asked_for(hub: Hub) -> None:
+    find_model("org/name")
+    assert not any(pattern.endswith(".py") for pattern in hub.downloads[0]["allow_patterns"])
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_every_kind_of_tokenizer_is_downloaded(pattern: str) -> None:
+    assert list(filter_repo_objects([pattern.replace("*", "own")], allow_patterns=HUB_FILES))
 
 
 @pytest.mark.parametrize(
@@ -240,18 +312,166 @@ def test_hub_id_takes_safe_files_only(folder: Path, monkeypatch: pytest.MonkeyPa
         ("GatedRepoError", "terms"),
         ("RevisionNotFoundError", "no such revision"),
         ("LocalEntryNotFoundError", "cannot be reached"),
+        ("IncompleteSnapshotError", "not wholly in the local cache"),
         ("OfflineModeIsEnabled", "cannot be reached"),
-        ("HfHubHTTPError", "could not be downloaded"),
+        ("HfHubHTTPError", "could not be downloaded: HfHubHTTPError; try again"),
     ],
 )
-def test_hub_failures_are_sentences(error: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failures_are_sentences(error: str, sentence: str, hub: Hub) -> None:
     import huggingface_hub.errors
 
     kind = getattr(huggingface_hub.errors, error)
-
-    def snapshot_download(name: str, **options: object) -> str:
-        raise kind.__new__(kind)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hub.answer = kind.__new__(kind)
     with pytest.raises(ModelError, match=f"'org/name' at revision 'v9'.*{sentence}"):
         find_model("org/name", "v9")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (httpx2.RemoteProtocolError("peer closed connection.\nFor more, see …"), "peer closed connection;"),
+        (httpx2.ReadTimeout("The read operation timed out"), "The read operation timed out;"),
+        (httpx2.ReadError(""), "ReadError;"),
+        (RuntimeError("Data processing error: CAS service error"), "Data processing error: CAS service error;"),
+        (OSError(errno.EACCES, "Permission denied"), r"\[Errno 13\] Permission denied;"),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_download_that_breaks_off_is_a_sentence(error: Exception, reason: str, hub: Hub) -> None:
+    """Most exceptions of the hub's HTTP client are no OSError."""
+    hub.answer = error
+    with pytest.raises(ModelError, match=f"^The model 'org/name' could not be downloaded: {reason} try again"):
+        find_model("org/name")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, "full") for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_full_disk_is_no_mistake_of_the_recipe(error: Exception, hub: Hub) -> None:
+    hub.answer = error
+    with pytest.raises(type(error)) as caught:
+        find_model("org/name")
+    assert caught.value is error
+
+
+@pytest.fixture
+def repository(hub: Hub) -> int:
+    """A repository with two files of weights, one of them in the cache already; what is left to download, in bytes."""
+    kept = Path(hub.answer if isinstance(hub.answer, Path) else "") / "hub" / "models--org--name"
+    files = [
+        *(RepoSibling(name, 10, name) for name in ALWAYS),
+        *(RepoSibling(name, 5000, "pointer", BlobLfsInfo(5000, f"sha-{name}", 100)) for name in WEIGHTS),
+        *(RepoSibling(name, 10**9, name) for name in NEVER),
+    ]
+    (kept / "blobs").mkdir(parents=True)
+    (kept / "blobs" / f"sha-{WEIGHTS[0]}").touch()  # of an earlier commit
+    (kept / "snapshots" / COMMIT).mkdir(parents=True)
+    (kept / "snapshots" / COMMIT / "config.json").touch()  # where there are no symbolic links
+    hub.listed = types.SimpleNamespace(sha=COMMIT, siblings=files)
+    return 5000 + 10 * (len(ALWAYS) - 1)
+
+
+@pytest.mark.parametrize("short", [1, 0], ids=["short-of-a-byte", "enough"])
+def test_room_is_asked_for_before_a_download(
+    hub: Hub, repository: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=repository - short))
+    if short:
+        with pytest.raises(DoesNotFitError, match=r"The model 'org/name' needs 5\.0 KiB under '.*hub'"):
+            find_model("org/name", "v1")
+    else:
+        find_model("org/name", "v1")
+    assert len(hub.downloads) == 1 - short
+    assert hub.lists == [{"name": "org/name", "revision": "v1", "files_metadata": True, "timeout": 10}]
+
+
+def test_room_is_not_asked_for_without_weights_or_sizes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=0))
+    find_model("org/name", weights=False)
+    assert hub.lists == []
+    find_model("org/name")  # the list raises: the hub is not reached
+    hub.listed = types.SimpleNamespace(sha=None, siblings=None)
+    find_model("org/name")
+    assert len(hub.downloads) == 3
+
+
+def _other_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama" }')
+
+
+def _other_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def _cast(folder: Path) -> None:
+    save_file(TENSORS | {"a.weight": TENSORS["a.weight"].double()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def _reshape(folder: Path) -> None:
+    tensors = TENSORS | {"a.weight": TENSORS["a.weight"].T.contiguous()}  # the size of the file stays
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _rename(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+
+
+def _other_numbers(folder: Path) -> None:
+    save_file(TENSORS | {"a.weight": TENSORS["a.weight"] + 1}, folder / "model.safetensors", {"format": "pt"})
+
+
+def _other_files(folder: Path) -> None:
+    (folder / "README.md").write_text("news")
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("act", "noticed"),
+    [
+        (_other_config, True),
+        (_other_vocabulary, True),
+        (_cast, True),
+        (_reshape, True),
+        (_append, True),
+        (_rename, True),
+        (_other_numbers, True),
+        (_other_files, False),
+    ],
+)
+def test_fingerprint_notices_what_it_says(folder: Path, act: Callable[[Path], None], noticed: bool) -> None:
+    before = fingerprint(folder)
+    assert (len(before), fingerprint(folder)) == (64, before)
+    act(folder)
+    assert (fingerprint(folder) != before) == noticed
+
+
+def test_fingerprint_does_not_know_where_the_folder_is(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    copy = shutil.copytree(sharded, tmp_path_factory.mktemp("copy") / "model")
+    assert fingerprint(copy) == fingerprint(sharded)
+    last = sorted(copy.glob("*.safetensors"))[-1]
+    save_file({name: tensor for name, tensor in TENSORS.items() if name > "b.weight"}, last, {"format": "pt"})
+    assert fingerprint(copy) != fingerprint(sharded)
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [(_no_config, "has no config"), (_no_weights, "has no weights")])
+def test_fingerprint_of_no_checkpoint(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    damage(folder)
+    with pytest.raises(ModelError, match=sentence):
+        fingerprint(folder)
+
+
+def test_commit_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert commit_of(snapshot) == commit_of(tmp_path / "link") == COMMIT
+    monkeypatch.chdir(snapshot)
+    assert commit_of(Path()) == COMMIT
+    assert commit_of(snapshot.with_name("main")) is None
+    assert commit_of(snapshot.with_name(f"{COMMIT}0")) is None
+    assert commit_of(tmp_path / COMMIT) is None

@@ -110,6 +110,16 @@ def test_an_older_runs_checkpoint_of_the_same_step_is_replaced(base: Path, tmp_p
     assert (place / "state.json").stat().st_ino == written  # once is enough
 
 
+def test_a_state_of_the_wrong_shape_is_damage(saved: tuple[Trainer, Path], base: Path, tmp_path: Path) -> None:
+    _, place = saved
+    path = place / "state.json"
+    whole = json.loads(path.read_text())
+    for broken in ({**whole, "step": None}, {**whole, "loss_scale": "x"}, {"step": 1}, []):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(RunError, match="damaged or incomplete"):
+            fresh(base, tmp_path).load(place)
+
+
 def test_what_lies_in_a_checkpoint(saved: tuple[Trainer, Path]) -> None:
     trainer, place = saved
     assert place.name == "000002"

@@ -16,10 +16,12 @@ from qlora.data import IGNORE_INDEX, Row, collate, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel
+from qlora.model import layers
 from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.model.loss import batch_loss
 from qlora.training import Trainer, learning_rate, loop
-from tests.methods.tiny import difference, stir
+from tests.methods.tiny import VOCABULARY, difference, stir
+from tests.model.test_layers import small_model
 from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
@@ -360,3 +362,114 @@ def test_the_boundary_follows_the_recipe(model: AdaptedModel) -> None:
     assert [layer.rows for layer in decoder_layers(model.model)] == [4, 4]
     Trainer(model, ROWS, section(gradient_checkpointing=False))
     assert not any(isinstance(module, RecomputedLayer) for module in model.model.modules())
+
+
+def short_rows(count: int) -> list[Row]:
+    return random_rows(count, packing=False, seed=4)
+
+
+@pytest.mark.parametrize("name", ["falcon", "gptj"])
+def test_families_with_tuples_train(tmp_path: Path, name: str) -> None:
+    model = small_model(name, tmp_path)
+    rows = ROWS if name == "gptj" else short_rows(19)  # Falcon does not look for positions that restart
+    losses = []
+    for how in ({}, {"accumulation": "micro_batch_major"}, {"gradient_checkpointing": False}):
+        stir(model, 0.05)
+        losses.append([step.loss for step in Trainer(model, rows, section(steps=3, **how))])
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+
+def test_what_cannot_be_cut_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    """Bloom gives its layers a bias for each row and head, in one dimension."""
+    model = small_model("bloom", tmp_path)
+    rows = short_rows(8)
+    with pytest.raises(
+        ModelError, match=r"bloom .*8 rows, 2 at once.*accumulation=micro_batch_major, or .*checkpointing=false"
+    ):
+        Trainer(model, rows, section())
+    assert not model.model.training
+    plain = next(Trainer(model, rows, section(gradient_checkpointing=False))).loss
+    for how in ({"accumulation": "micro_batch_major"}, {"micro_batch_size": 8}):
+        stir(model, 0.05)
+        assert next(Trainer(model, rows, section(**how))).loss == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(("count", "size"), [(4, 1), (12, 1), (20, 2)])
+def test_a_wrong_cut_is_refused_in_whole_and_in_short_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, size: int
+) -> None:
+    """MPT's bias has 4 heads: steps of 4 rows are where it may be taken for rows, without an error for 1 row at once."""
+    model = small_model("mpt", tmp_path)
+    rows = short_rows(count)
+    Trainer(model, rows, section(micro_batch_size=size))
+    monkeypatch.setattr(layers, "_has_rows", lambda value, count, tokens: value.dim() > 1 and len(value) == count)
+    with pytest.raises(ModelError, match=f"4 rows, {size} at once: .*gradient_checkpointing=false"):
+        Trainer(model, rows, section(micro_batch_size=size))
+    Trainer(model, rows, section(micro_batch_size=size, gradient_checkpointing=False))
+    Trainer(model, rows, section(micro_batch_size=size, accumulation="micro_batch_major"))
+    if count > 8:
+        Trainer(model, rows, section(micro_batch_size=size, steps=1))  # never gets to the short step
+
+
+@pytest.mark.parametrize(("count", "last"), [(16, []), (19, [(1, 8), (3, 8)])])
+def test_the_checks_are_quick(model: AdaptedModel, count: int, last: list[tuple[int, int]]) -> None:
+    """A step of 8 rows in micro-batches of 2, and the 3 that end an epoch: each once through the boundary, once plain."""
+    shapes: list[tuple[int, ...]] = []
+    embedding = model.model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
+    Trainer(model, ROWS[:count], section())
+    handle.remove()
+    loss_path, packing, boundary = shapes[:2], shapes[2:4], shapes[4:]
+    assert loss_path == [(1, 8), (1, 8)]
+    assert packing == [(2, 16), (1, 8)]
+    assert boundary == [(2, 9), (8, 9), *last]
+
+
+def changed(row: Row, **arrays: Any) -> Row:
+    return Row(**{"ids": row.ids, "labels": row.labels, "positions": row.positions, "examples": row.examples, **arrays})
+
+
+def test_a_token_without_an_embedding_is_refused(model: AdaptedModel) -> None:
+    """A tokenizer with tokens added to it, and a model that was never resized for them."""
+    rows = list(ROWS)
+    for token in (VOCABULARY - 1, VOCABULARY):
+        ids = rows[7].ids.copy()
+        ids[-1] = token
+        rows[7] = changed(rows[7], ids=ids)
+        if token < VOCABULARY:
+            Trainer(model, rows, section())
+    with pytest.raises(
+        DataError, match=r"Row 7 holds token 96, but this qwen2 model has embeddings for tokens 0 to 95"
+    ):
+        Trainer(model, rows, section())
+
+
+def test_a_text_beyond_the_models_positions_is_refused(model: AdaptedModel) -> None:
+    """64 positions: for one example, not for a packed row."""
+
+    def row(*lengths: int) -> Row:
+        ids = numpy.arange(sum(lengths), dtype=numpy.int32) % 90 + 3
+        positions = numpy.concatenate([numpy.arange(length, dtype=numpy.int32) for length in lengths])
+        return Row(ids, ids.copy(), positions, tuple(range(len(lengths))))
+
+    Trainer(model, [row(64, 30), row(10, 64)], section())
+    with pytest.raises(
+        DataError, match=r"Row 1 holds an example of 65 tokens, .* has 64 positions; set data.max_length=64"
+    ):
+        Trainer(model, [row(64), row(65, 5)], section())
+
+
+def test_rows_need_not_be_a_list(model: AdaptedModel) -> None:
+    class Lazy:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, place: int) -> Row:
+            if place >= 5:
+                raise IndexError(place)
+            return ROWS[place]
+
+    expected = next(Trainer(model, ROWS[:5], section())).loss
+    stir(model, 0.05)
+    assert next(Trainer(model, Lazy(), section())).loss == expected  # type: ignore[arg-type]

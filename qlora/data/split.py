@@ -1,0 +1,55 @@
+"""Split: which part of the training data is held out, drawn by a seed.
+
+    conversations, pairs            whole records
+    raw text, documents enough      whole documents: one of them is no more than the fraction asked for
+    raw text, too few documents     pieces of at most max_length tokens, as examples.py cuts them
+
+A single .txt file is one document, so its pieces are drawn: the document is then in both parts, each of its tokens in one.
+Both parts keep the order of the data. Knows records and examples by their number; must not know what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+
+from qlora.data.examples import Example
+from qlora.data.formats import Parsed
+from qlora.errors import DataError
+
+
+def needs_pieces(parsed: Parsed, fraction: float) -> bool:
+    """Whether whole documents would be more than the fraction, or all there is."""
+    wanted = len(parsed) * fraction
+    return parsed.form == "text" and fraction > 0 and (wanted < 1 or round(wanted) >= len(parsed))
+
+
+def split_records(parsed: Parsed, fraction: float, seed: int) -> tuple[Parsed, Parsed]:
+    """(train, held out) in whole records."""
+    held = _drawn(len(parsed), fraction, seed, "records")
+    train = [record for index, record in enumerate(parsed.records) if index not in held]
+    return Parsed(parsed.form, train), Parsed(parsed.form, [parsed.records[index] for index in sorted(held)])
+
+
+def split_pieces(
+    documents: Sequence[list[Example]], fraction: float, seed: int
+) -> tuple[list[list[Example]], list[list[Example]]]:
+    """(train, held out), each with the pieces that it has of every document; of some it may have none."""
+    held = _drawn(sum(map(len, documents)), fraction, seed, "pieces of text")
+    parts: tuple[list[list[Example]], list[list[Example]]] = ([[] for _ in documents], [[] for _ in documents])
+    pieces = ((document, piece) for document, several in enumerate(documents) for piece in several)
+    for index, (document, piece) in enumerate(pieces):
+        parts[index in held][document].append(piece)
+    return parts
+
+
+def _drawn(count: int, fraction: float, seed: int, unit: str) -> set[int]:
+    """The numbers of those of ``count`` that are held out: at least one, and never all."""
+    held = max(1, round(count * fraction))
+    if held >= count:
+        raise DataError(
+            f"data.held_out_fraction={fraction} of {count} {unit} leaves none to train on; "
+            "give a data.held_out file instead."
+        )
+    return set(numpy.random.Generator(numpy.random.PCG64(seed)).permutation(count)[:held].tolist())

@@ -1,0 +1,121 @@
+"""Values: what stands inside a record, checked before anybody relies on it.
+
+    text              is text that UTF-8 can hold: half of an emoji cut in two is no character
+    JSON inside text  is JSON that Python takes
+    tools and calls   are lists of objects that hold JSON values alone; a call names its function
+
+Knows JSON; must not know a form, a template, or where a record stands: a ``Mistake`` is the end of a sentence that begins
+with that place.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+DEEPEST = 64
+"""Levels of lists and objects inside a field: above any function's schema, and far below the depth at which Python gives
+up, which moves with the caller and with the version."""
+
+
+class Mistake(Exception):
+    """What is wrong with one record, as the end of a sentence that begins with its place."""
+
+
+def kind(value: object) -> str:
+    """What a value is, in words: ``text``, ``a list``, ``a number (3)``."""
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    other = f"a number ({str(value)[:40]})" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return kinds.get(type(value), other)
+
+
+def text(value: object, where: str) -> str:
+    """``value``, which must be text. ``where`` is the field, as in ``'text'`` or ``the content of turn 2``."""
+    if not isinstance(value, str):
+        raise Mistake(f"has {kind(value)} in {where}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Mistake(
+            f"has a lone surrogate (U+{ord(value[error.start]):04X}, half of an emoji cut in two, at character "
+            f"{error.start + 1}) in {where}; expected text that UTF-8 can hold, so mend it or leave it out"
+        ) from None
+    return value
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Why ``json.loads`` failed. It raises JSONDecodeError, and also what Python's own limits raise."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"it has an integer of more than {sys.get_int_max_str_digits():,} digits"
+
+
+def json_inside(value: str, where: str) -> Any:
+    """What the JSON text in a field holds."""
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"has broken JSON in {where} ({json_fault(error)})") from None
+    _check(found, where)  # the escape \ud83d is text that UTF-8 can hold; what it stands for is not
+    return found
+
+
+def objects(value: object, where: str) -> list[dict[str, Any]]:
+    """A list of JSON objects, or that list as JSON text; none for null and for blank text."""
+    if isinstance(value, str):
+        value = json_inside(value, where) if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Mistake(f"has {kind(value)} in {where}; expected a list of objects")
+    for item in value:
+        if not isinstance(item, dict):
+            raise Mistake(f"has a list with {kind(item)} in {where}; expected a list of objects")
+    _check(value, where)
+    return value
+
+
+def function_calls(value: object, where: str) -> list[dict[str, Any]]:
+    """Calls as chat templates take them: ``{"type": "function", "function": {"name": "f", "arguments": {}}}``.
+
+    Also taken: a call without that frame, ``{"name": "f", "arguments": {}}``; arguments as JSON text, which is how OpenAI
+    writes them; and none, for a function without parameters.
+    """
+    calls = []
+    for call in objects(value, where):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Mistake(f"has a call without its function's name in {where}; expected name and arguments")
+        frame = call if "function" in call else {"type": "function"}
+        calls.append({**frame, "function": {**function, "arguments": _arguments(function.get("arguments"), where)}})
+    return calls
+
+
+def _arguments(value: object, where: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = json_inside(value, f"the arguments of {where}") if value.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise Mistake(f"has {kind(value)} as the arguments of {where}; expected an object")
+    return value
+
+
+def _check(value: object, where: str, level: int = 0) -> None:
+    """Refuse what JSON or UTF-8 cannot hold, at any level."""
+    if level > DEEPEST:
+        raise Mistake(f"is nested more than {DEEPEST} levels deep in {where}; expected plain values")
+    if isinstance(value, str):
+        text(value, where)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check(key, where, level + 1)
+            _check(inner, where, level + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check(inner, where, level + 1)
+    elif not (value is None or isinstance(value, int | float)):  # Parquet also has dates and bytes
+        raise Mistake(f"has {kind(value)} in {where}; expected JSON values")

@@ -1,0 +1,133 @@
+"""Checks of a model before a run spends anything: two or more quick forwards, each held against another way to the same.
+
+    its own logits      against   hidden states times its head
+    packed examples     against   each of them alone
+    the boundary        against   the plain layers
+
+A family may do something that this package does not know; without a check the run would go wrong in silence. Knows a
+model, its loss and the boundary around its layers; must not know adapters, optimizers or where batches come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qlora.errors import ModelError, QloraError
+from qlora.model.layers import recomputing
+from qlora.model.loss import head_of, hidden_states
+
+
+@torch.no_grad()
+def check_loss_path(model: Any, ids: list[int]) -> None:
+    """Raise ModelError unless our head gives the model's own logits on a few tokens.
+
+    A family may do something to its logits that ``head_of`` does not know; its loss would then be wrong in silence.
+    """
+    input_ids = torch.tensor([ids[:8]], device=next(model.parameters()).device)
+    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+    ours = head_of(model).logits(hidden_states(model, {"input_ids": input_ids, "position_ids": position_ids}))
+    difference = (theirs - ours).abs().max().item()
+    if not difference <= 1e-2 * max(1.0, theirs.abs().max().item()):
+        raise ModelError(
+            f"The logits of this {model.config.model_type} model differ from its hidden states times its head by "
+            f"{difference:.3g}: it does something to them that qlora does not know, so its loss would be wrong. "
+            "Take another model, or report the model type."
+        )
+
+
+def packs_one_row(model: Any) -> bool:
+    """Whether packed rows must go through a layer one at a time.
+
+    With FlashAttention transformers looks for positions that restart in batches of one row only; in larger ones packed
+    examples see each other, without a word.
+    """
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions a text may have in this model; None where its configuration sets no bound.
+
+    Where rotary tables are stretched, ``max_position_embeddings`` may still name the length before: Qwen2.5 with YaRN
+    has 32,768 there and reaches 4 times as far.
+    """
+    named = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(named, int) or named < 1:
+        return None
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    # Gemma 3 has a table for each kind of layer
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
+    return max(named, *(int(positions) for positions in reach))
+
+
+@torch.no_grad()
+def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
+    """Raise ModelError unless a packed example is blind to its neighbour: same hidden states packed as alone.
+
+    ``rows`` is how many rows go through a layer at once in training.
+    """
+    half = max(2, len(ids[:16]) // 2)
+    second = ids[half : 2 * half]
+    if len(second) < 2:
+        return
+    device = next(model.parameters()).device
+    positions = [*range(half), *range(len(second))]
+    packed = {"input_ids": [ids[:half] + second] * rows, "position_ids": [positions] * rows}
+    alone = {"input_ids": [second], "position_ids": [list(range(len(second)))]}
+    states = [
+        hidden_states(model, {key: torch.tensor(value, device=device) for key, value in batch.items()}).float()
+        for batch in (packed, alone)
+    ]
+    difference = (states[0][:, half:] - states[1]).abs().max().item()
+    if not difference <= 2e-2 * max(1.0, states[1].abs().max().item()):
+        raise ModelError(
+            f"Packed examples see each other in this {model.config.model_type} model (hidden states differ by "
+            f"{difference:.3g} from the example alone, {rows} rows at once); set data.packing=false"
+            + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
+        )
+
+
+def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: bool) -> None:
+    """Raise ModelError unless the recompute boundary changes no hidden state of a model in eval mode.
+
+    ``rows`` short rows go through it as in training, ``at_once`` at once; the last of these micro-batches is compared with
+    itself through the plain layers. A layer may get something that the boundary cuts wrongly, or should cut and does not
+    know (see ``_cut`` in ``layers.py``). All rows differ, and with ``packed`` each restarts its positions elsewhere.
+    """
+    device = next(model.parameters()).device
+    length = 9 if rows == 8 else 8  # a square table that all rows share is not to look like one with a row for each
+    restarts = [1 + row % (length - 1) if packed else length for row in range(rows)]
+    batch = {
+        "input_ids": [[ids[(row + at) % len(ids)] for at in range(length)] for row in range(rows)],
+        "position_ids": [[*range(restart), *range(length - restart)] for restart in restarts],
+    }
+    whole = {key: torch.tensor(value, device=device) for key, value in batch.items()}
+    last = slice((rows - 1) // at_once * at_once, rows)
+    with torch.no_grad():
+        plain = hidden_states(model, {key: value[last] for key, value in whole.items()}).float()
+    try:
+        with torch.enable_grad(), recomputing(model):
+            found = hidden_states(model, whole)[last].detach().float()
+    except (QloraError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a tensor of the wrong shape fails wherever the family's code first meets it
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise _boundary_error(model, rows, at_once, f"{type(error).__name__}: {reason}") from error
+    difference, largest = (found - plain).abs().max().item(), plain.abs().max().item()
+    coarsest = max(torch.finfo(values.dtype).eps for values in model.parameters() if values.is_floating_point())
+    if not difference <= max(1e-3, 4 * coarsest) * largest:
+        raise _boundary_error(model, rows, at_once, f"hidden states of up to {largest:.3g} differ by {difference:.3g}")
+
+
+def _boundary_error(model: Any, rows: int, at_once: int, found: str) -> ModelError:
+    """``found`` with what it means and what to do. Rows that fit at once are not cut, which is the cheaper way out."""
+    do = "training.gradient_checkpointing=false"
+    if rows > at_once:
+        do = f"training.accumulation=micro_batch_major, or {do} if that is refused too"
+    return ModelError(
+        f"The layers of this {model.config.model_type} model do not answer behind the recompute boundary as they do alone "
+        f"({rows} rows, {at_once} at once: {found}), so its gradients would be wrong; set {do}."
+    )
