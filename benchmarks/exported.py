@@ -39,7 +39,7 @@ def main() -> None:
 
     dtype = DTYPES[recipe.model.compute_dtype]
     base = AutoModelForCausalLM.from_pretrained(
-        find_model(recipe.model.name, recipe.model.revision),
+        find_model(recipe.model.name, recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code),
         dtype=dtype,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
