@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import InputError, QloraError, disk_is_full, nearest
+from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest
 
 USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
@@ -62,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Exception as error:
         if _is_out_of_memory(error):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(
-                f"qlora: Out of memory ({reason}); lower training.micro_batch_size or data.max_length, or set "
+                f"qlora: Out of memory ({first_line(error)}); lower training.micro_batch_size or data.max_length, or set "
                 "training.accumulation=micro_batch_major.",
                 file=sys.stderr,
             )

@@ -85,6 +85,11 @@ def disk_is_full(error: BaseException | str) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's complaint without its full stop, or the exception's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string when none is close.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.values import json_fault, kind
-from qlora.errors import DataError, DoesNotFitError, disk_is_full, listed, nearest
+from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,9 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
             f"'{name}' is not a file here, and the hub cannot be reached for a data set.{missing}"
         ) from None
     except ValueError as error:  # an unknown subset or split; the library's message lists those that exist
-        raise DataError(f"The hub data set '{name}' cannot be read: {_first_line(error)}") from None
+        raise DataError(
+            f"The hub data set '{name}' cannot be read: {first_line(error)}; set data.subset and data.split to what it has."
+        ) from None
     for number, row in enumerate(table, start=1):
         yield Record(dict(row), name, "row", number)
 
@@ -235,11 +237,11 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
         cause = error.__cause__ or error  # the library wraps the reason: "An error occurred while generating …"
         if isinstance(cause, OSError) and "Not enough disk space" in str(cause):  # it looks before a large download
             raise DoesNotFitError(
-                f"'{source}' does not fit on the disk ({_first_line(cause).split(' (')[0]}); make room, or name a folder "
+                f"'{source}' does not fit on the disk ({first_line(cause).split(' (')[0]}); make room, or name a folder "
                 "on another disk in HF_HOME."
             ) from None
         raise DataError(
-            f"'{source}' cannot be read ({_first_line(cause)}); is it whole, and what its name says?"
+            f"'{source}' cannot be read ({first_line(cause)}); is it whole, and what its name says?"
         ) from None
     finally:
         datasets.logging.set_verbosity(level)
@@ -255,10 +257,6 @@ def _full_disk(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 _READERS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora.errors import ModelError, QloraError
+from qlora.errors import ModelError, QloraError, first_line
 from qlora.model.layers import recomputing
 from qlora.model.loss import head_of, hidden_states
 
@@ -114,8 +114,7 @@ def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: 
     except (QloraError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a tensor of the wrong shape fails wherever the family's code first meets it
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        raise _boundary_error(model, rows, at_once, f"{type(error).__name__}: {reason}") from error
+        raise _boundary_error(model, rows, at_once, f"{type(error).__name__}: {first_line(error)}") from error
     difference, largest = (found - plain).abs().max().item(), plain.abs().max().item()
     coarsest = max(torch.finfo(values.dtype).eps for values in model.parameters() if values.is_floating_point())
     if not difference <= max(1e-3, 4 * coarsest) * largest:

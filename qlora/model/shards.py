@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qlora.config import DEFAULT_MODEL
 from qlora.device import require_disk
-from qlora.errors import ModelError, disk_is_full, listed, nearest
+from qlora.errors import ModelError, disk_is_full, first_line, listed, nearest
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -346,8 +346,3 @@ def _require_room(name: str, revision: str | None, patterns: list[str]) -> None:
         if not blob.exists() and not (kept / "snapshots" / str(info.sha) / file.rfilename).exists():
             missing += file.size or 0
     require_disk(cache, missing, f"The model '{name}'")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's complaint without its full stop, or the exception's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

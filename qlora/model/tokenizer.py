@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qlora.config import ModelSection
-from qlora.errors import ModelError
-from qlora.model.shards import find_model, first_line, read_json
+from qlora.errors import ModelError, first_line
+from qlora.model.shards import find_model, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.

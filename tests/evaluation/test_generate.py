@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import TextStreamer
 
 from qlora.evaluation import answer, answers
 from qlora.methods import AdaptedModel
-from qlora.model.layers import unwrap_layers, wrap_layers
+from qlora.model.layers import wrap_layers
 from qlora.model.nf4 import FrozenLinear
-from tests.training.tiny import tiny_model
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 10, 11], [40, 41, 42], [77, 3]]
 LENGTH = 12
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
-def one_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
-    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.5)
-
-
-@pytest.fixture
-def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
-    yield one_model
-    unwrap_layers(one_model.model)
-    one_model.model.eval()
-    one_model.tokenizer.pad_token, one_model.tokenizer.eos_token = "w0", "w2"
-    one_model.model.config.eos_token_id = 2
-    one_model.base.end_tokens = ()
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -16,26 +15,14 @@ from qlora.data.packing import make_rows
 from qlora.errors import DataError
 from qlora.evaluation import score
 from qlora.methods import AdaptedModel
-from qlora.model.layers import decoder_layers, unwrap_layers, wrap_layers
+from qlora.model.layers import decoder_layers, wrap_layers
 from tests.methods.tiny import VOCABULARY
 from tests.model.test_loss import LargestLogits
-from tests.training.tiny import random_rows, tiny_model
+from tests.training.tiny import random_rows
 
 MODULE = sys.modules["qlora.evaluation.score"]  # by attribute that name is the function
 UNPACKED = random_rows(23, packing=False, seed=8)
 PACKED = make_rows([Example(row.ids, row.labels) for row in UNPACKED], 40, True)
-
-
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
-def one_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
-    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.5)
-
-
-@pytest.fixture
-def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
-    yield one_model
-    unwrap_layers(one_model.model)
-    one_model.model.eval()
 
 
 @torch.no_grad()
