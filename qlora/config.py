@@ -9,36 +9,71 @@ from __future__ import annotations
 
 import copy
 import reprlib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from qlora.errors import RecipeError, nearest
+from qlora.method_sections import (
+    IA3,
+    AdaLoRA,
+    AnyMethod,
+    BitFit,
+    Bottleneck,
+    Combined,
+    DoRA,
+    Full,
+    LoRA,
+    LowRankSection,
+    MethodSection,
+    Modules,
+    NewTokens,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    TargetedSection,
+    named,
+    parts_of,
+)
+from qlora.schema import Section, type_text
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "IA3",
+    "AdaLoRA",
+    "AnyMethod",
+    "BitFit",
+    "Bottleneck",
+    "Combined",
+    "DataSection",
+    "DeviceSection",
+    "DoRA",
+    "EvaluationSection",
+    "Full",
+    "LoRA",
+    "LowRankSection",
+    "MethodSection",
+    "ModelSection",
+    "Modules",
+    "NewTokens",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Recipe",
+    "Section",
+    "TargetedSection",
+    "TrainingSection",
+    "named",
+    "parts_of",
+    "reference",
+]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-
-
-class Section(BaseModel):
-    """What every section shares: frozen, complete, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read `epochs: true` as 1
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"is {str(value).lower()}; expected {_type_text(kind)}")
-        return value
 
 
 class ModelSection(Section):
@@ -58,29 +93,6 @@ class ModelSection(Section):
     """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Leave it off unless you have read that code."""
-
-
-class LoRA(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on frozen linears."""
-
-    name: Literal["lora"] = "lora"
-    """The method's name, which selects this section."""
-    r: int = Field(16, ge=1, le=256)
-    """Rank of the update."""
-    alpha: float = Field(32, gt=0)
-    """The update is scaled by alpha / r."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear of attention and MLP, not the head), or names such as `[q_proj, v_proj]`."""
-    adapter_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """The dtype that the adapter is kept in. `auto`: bf16 on CUDA with bf16 compute, fp32 elsewhere."""
-
-    @model_validator(mode="after")
-    def _names(self) -> Self:
-        if isinstance(self.target_modules, tuple) and not self.target_modules:
-            raise ValueError("is an empty list; expected 'all-linear' or at least one module name")
-        return self
 
 
 class DataSection(Section):
@@ -192,7 +204,7 @@ class Recipe(Section):
     """One run, whole."""
 
     model: ModelSection = ModelSection()
-    method: LoRA = LoRA()
+    method: AnyMethod = LoRA()
     data: DataSection
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -201,6 +213,11 @@ class Recipe(Section):
     """The run folder; `runs/` and the recipe file's name when left out."""
     overwrite: bool = False
     """Delete an existing run folder first; without it an existing one is refused."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_by_default(cls, value: Any) -> Any:
+        return named(value)
 
     @classmethod
     def from_yaml(cls, path: str | Path, *overrides: str) -> Recipe:
@@ -250,15 +267,17 @@ class Recipe(Section):
 def reference() -> str:
     """Every field with its type, default and documentation, as Markdown tables: ``qlora recipe`` and docs/recipe.md."""
     lines: list[str] = []
-    top = [(name, field) for name, field in Recipe.model_fields.items() if not _section_of(field)]
-    for title, model, fields in [
-        *((n, s, list(s.model_fields.items())) for n, f in Recipe.model_fields.items() if (s := _section_of(f))),
-        ("(top level)", Recipe, top),
-    ]:
+    top = [(name, field) for name, field in Recipe.model_fields.items() if not _sections_of(field.annotation)]
+    tables: list[tuple[str, type[Section], list[tuple[str, FieldInfo]]]] = []
+    for name, field in Recipe.model_fields.items():
+        for tag, section in _sections_of(field.annotation).items():
+            fields = sorted(section.model_fields.items(), key=lambda item: item[0] != "name")
+            tables.append((f"{name}: {tag}" if tag else name, section, fields))
+    for title, model, fields in [*tables, ("(top level)", Recipe, top)]:
         lines += [
             f"### `{title}`",
             "",
-            (model.__doc__ or "").strip(),
+            " ".join((model.__doc__ or "").split()),
             "",
             "| key | default | meaning |",
             "|---|---|---|",
@@ -266,7 +285,7 @@ def reference() -> str:
         for name, field in fields:
             default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
             meaning = " ".join((field.description or "").split())
-            lines.append(f"| `{name}` | {default} | {meaning} Type: {_type_text(field.annotation)}. |")
+            lines.append(f"| `{name}` | {default} | {meaning} Type: {type_text(field.annotation)}. |")
         lines.append("")
     return "\n".join(lines)
 
@@ -277,26 +296,16 @@ def _plain(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _type_text(annotation: Any) -> str:
-    """``Literal['a', 'b'] | None`` → ``a, b or null``."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(part) for part in typing.get_args(annotation))
-    if origin is tuple:
-        return "list of " + _type_text(typing.get_args(annotation)[0])
-    if origin is Annotated:
-        return _type_text(typing.get_args(annotation)[0])
-    if origin is dict:
-        return "mapping of text to text"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+def _sections_of(annotation: Any) -> dict[str, type[Section]]:
+    """The sections that a field may hold: ``{"": DataSection}``, ``{"lora": LoRA, …}`` where a name tells them apart."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {"": annotation}
+    found: dict[str, type[Section]] = {}
+    for part in typing.get_args(annotation):
+        for section in _sections_of(part).values():
+            if "name" in section.model_fields:
+                found[str(section.model_fields["name"].default)] = section
+    return found
 
 
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -343,16 +352,28 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise RecipeError(f"The value in '{override}' is not valid YAML; quote it, as in {key}='\"…\"'.") from None
-    place = values
+    place: Any = values
     for part in path[:-1]:
-        if place.get(part) is None:  # a section without a key reads as null
+        if isinstance(place, dict) and place.get(part) is None:  # a section without a key reads as null
             place[part] = {}
-        inner = place[part]
-        if not isinstance(inner, dict):
+        place = _inside(place, part, override)
+        if not isinstance(place, dict | list):
             raise RecipeError(f"'{override}' goes into '{part}', which is a single value and not a section.")
-        place = inner
-    place[path[-1]] = value
+    if isinstance(place, list):
+        _inside(place, path[-1], override)
+        place[int(path[-1])] = value
+    else:
+        place[path[-1]] = value
     return tuple(path)
+
+
+def _inside(place: Any, part: str, override: str) -> Any:
+    """The value ``part`` of a section, or, by its number from 0, of a list such as several methods."""
+    if isinstance(place, dict):
+        return place[part]
+    if not part.isdecimal() or int(part) >= len(place):
+        raise RecipeError(f"'{override}' names '{part}' in a list of {len(place)}; expected a number from 0.")
+    return place[int(part)]
 
 
 _shown = reprlib.Repr()  # bounded, whatever an anchor was repeated into
@@ -361,28 +382,50 @@ _shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 60, 60
 
 def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
     """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
-    # pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') → data.train
-    section: type[Section] | None = recipe
-    path: list[str] = []
-    for part in item["loc"]:
-        if section is None:
-            if isinstance(part, int):
-                path.append(str(part))
-            continue
-        path.append(str(part))
-        field = section.model_fields.get(str(part))
-        section = _section_of(field) if field else None
+    path, owner = _place(recipe, item["loc"])
     key = ".".join(path) or "the recipe"
     line = lines.get(tuple(path))
     place = f" (line {line})" if line else ""
     if item["type"] == "extra_forbidden":
-        owner: type[Section] = recipe
-        for part in path[:-1]:
-            owner = _section_of(owner.model_fields[part]) or owner
         hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
         return f"'{key}'{place} is not a known key.{hint}"
+    if item["type"] == "union_tag_invalid":
+        known = [tag for tag in _sections_of(Recipe.model_fields["method"].annotation) if tag != "combined"]
+        tag = str(item["ctx"]["tag"])
+        return f"'{key}.name' is '{tag:.60}'; expected one of {', '.join(known)}.{nearest(tag, known)}"
+    if item["type"] == "union_tag_not_found":
+        return f"'{key}'{place} is {_shown.repr(item['input'])}; expected a section with a name, or a list of such."
     if item["type"] == "missing":
         return f"'{key}' is missing; it has no default."
     if item["type"] == "value_error":
         return f"'{key}'{place} {item['ctx']['error']}."
     return f"'{key}'{place} is {_shown.repr(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _place(recipe: type[Section], loc: tuple[Any, ...]) -> tuple[list[str], type[Section]]:
+    """pydantic's place of a mistake → (the key's path in the recipe, the section that it stands in).
+
+    pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') is data.train, and ('method',
+    'combined', 'parts', 0, 'lora', 'r') is method.0.r.
+    """
+    path: list[str] = []
+    owner, inside = recipe, {"": recipe}
+    for part in loc:
+        if path == ["method"] and part == "one":
+            continue
+        if len(inside) > 1 and str(part) in inside:  # a union's tag
+            inside = {"": inside[str(part)]}
+            continue
+        section = inside.get("")
+        if section is None:
+            if isinstance(part, int):
+                path.append(str(part))
+            continue
+        if path == ["method"] and part == "parts":
+            inside = _sections_of(section.model_fields["parts"].annotation)
+            continue
+        owner = section
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        inside = _sections_of(field.annotation) if field else {}
+    return path, owner

@@ -8,28 +8,36 @@ from typing import Any
 import pydantic
 import pytest
 
+from qlora import method_sections
 from qlora.config import LoRA, Recipe, Section, reference
 from qlora.errors import RecipeError
 
 MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
 
 
-def sections() -> list[tuple[str, type[Section]]]:
-    found = [("", Recipe)]
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found.append((f"{name}.", field.annotation))
-    return found
+def sections() -> dict[str, type[Section]]:
+    """Each section of a recipe by its heading in the reference; a method's has the method's name in it."""
+    kinds = [field.annotation for field in Recipe.model_fields.values()]
+    methods = [kind for kind in vars(method_sections).values() if isinstance(kind, type) and "name" in fields_of(kind)]
+    return {
+        **{name: kind for name, kind in zip(Recipe.model_fields, kinds, strict=True) if fields_of(kind)},
+        **{f"method: {kind.model_fields['name'].default}": kind for kind in methods},
+    }
+
+
+def fields_of(kind: Any) -> dict[str, Any]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
 
 
 def test_every_field_is_documented_and_in_the_reference() -> None:
-    text = reference()
-    assert len(sections()) == 7
-    for prefix, section in sections():
+    tables = {part.split("`")[0]: part for part in reference().split("### `")[1:]}
+    assert tables.keys() == sections().keys() | {"(top level)"}
+    assert len(tables) == 5 + 13 + 1
+    for heading, section in {**sections(), "(top level)": Recipe}.items():
         for name, field in section.model_fields.items():
-            if prefix or f"{name}." not in dict(sections()):
-                assert field.description, f"{prefix}{name} has no text under it"
-                assert f"\n| `{name}` | " in text, f"{prefix}{name} is not in the reference"
+            if section is not Recipe or name not in ("method", *sections()):
+                assert field.description, f"{heading} {name} has no text under it"
+                assert f"\n| `{name}` | " in tables[heading], f"{heading} {name} is not in the reference"
 
 
 def test_reference_gives_defaults_as_yaml_has_them() -> None:
