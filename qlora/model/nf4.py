@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import ModelError
 
@@ -211,7 +212,19 @@ class Linear4bit(FrozenLinear):
         )
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_4bit(self.weight.view(-1, 1), self.quant_state(dtype))
+        state = self.quant_state(dtype)
+        if not self.weight.is_cpu or self.in_features % self.block == 0:
+            return dequantize_4bit(self.weight.view(-1, 1), state)
+        # bitsandbytes 0.50.2 on a CPU with AVX-512 takes the wrong scale, and says nothing, where a block reaches over the
+        # end of a row whose length is a multiple of 16 (96, say, in blocks of 64). So here a row is a block, and the last
+        # one is filled up. CUDA's kernel does not look at rows; no such fault of it is known.
+        count = self.out_features * self.in_features
+        state.shape = torch.Size((state.absmax.numel(), self.block))
+        packed = self.weight.view(-1)
+        missing = state.shape.numel() // 2 - packed.numel()
+        if missing:  # F.pad copies even where there is nothing to add
+            packed = F.pad(packed, (0, missing))
+        return dequantize_4bit(packed.view(-1, 1), state).view(-1)[:count].view(self.out_features, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
         few = x.is_cuda and self.kept is None and x.numel() <= FUSED_ROWS * self.in_features
@@ -293,7 +306,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if not isinstance(linear, FrozenLinear):
         weight = linear.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().to(dtype)
+        return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(dtype)
     if linear.kept is None:
         return linear.dequantise(dtype)
     if dtype not in linear.kept:
@@ -318,5 +331,20 @@ def dense_cached(layer: nn.Module) -> Iterator[None]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a method may put an adapter on ``module``: a quantised linear or a plain one."""
-    return isinstance(module, FrozenLinear | nn.Linear)
+    """Whether ``module`` is a linear map with one weight: quantised, plain, or GPT-2's Conv1D, which is one in spite of its name."""
+    # torch's MultiheadAttention reads the weight of its out_proj and never calls it, so nothing can be planted there
+    return isinstance(module, FrozenLinear | nn.Linear | Conv1D) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the weight lies as [in, out], as GPT-2's Conv1D has it; every other linear's is [out, in]."""
+    return isinstance(linear, Conv1D)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear."""
+    if isinstance(linear, Conv1D):
+        return int(linear.weight.shape[1]), int(linear.weight.shape[0])
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
