@@ -3,6 +3,7 @@
     its own logits      against   hidden states times its head
     packed examples     against   each of them alone
     the boundary        against   the plain layers
+    rows to read        against   its embeddings and positions
 
 A family may do something that this package does not know; without a check the run would go wrong in silence. Knows a
 model, its loss and the boundary around its layers; must not know adapters, optimizers or where batches come from.
@@ -10,11 +11,12 @@ model, its loss and the boundary around its layers; must not know adapters, opti
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from qlora.errors import ModelError, QloraError, first_line
+from qlora.errors import DataError, ModelError, QloraError, first_line
 from qlora.model.layers import recomputing
 from qlora.model.loss import head_of, hidden_states
 
@@ -61,6 +63,40 @@ def position_limit(model: Any) -> int | None:
     tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
     reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
     return max(named, *(int(positions) for positions in reach))
+
+
+class HasIds(Protocol):
+    """A row of the data, as far as a model is concerned: int arrays [n] of token ids and positions."""
+
+    @property
+    def ids(self) -> Any: ...
+
+    @property
+    def positions(self) -> Any: ...
+
+
+def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int = 0, what: str = "Row") -> None:
+    """Raise DataError unless every token of ``rows`` has an embedding in ``model``, and every position a place.
+
+    ``first``: positions taken before every text; ``virtual``: how many of these are tokens of the stream. ``what`` is what
+    a message calls a row.
+    """
+    embeddings, positions = model.get_input_embeddings().num_embeddings, position_limit(model)
+    for number, row in enumerate(rows):
+        largest, longest = int(row.ids.max()), first + int(row.positions.max()) + 1
+        if largest >= embeddings:
+            raise DataError(
+                f"{what} {number} holds token {largest}, but this {model.config.model_type} model has embeddings for tokens "
+                f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
+                "were resized for the tokens added to this one."
+            )
+        if positions is not None and longest > positions:
+            behind = f" behind the method's {first} virtual tokens" if first else ""
+            room = positions - first + virtual  # max_length counts those of the stream
+            raise DataError(
+                f"{what} {number} holds an example of {longest - first} tokens{behind}, but this "
+                f"{model.config.model_type} model has {positions} positions; set data.max_length={room}."
+            )
 
 
 @torch.no_grad()

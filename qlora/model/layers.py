@@ -225,11 +225,16 @@ def _visit(boundary: RecomputedLayer, count: int) -> Iterator[None]:
 
 
 def _draws(layer: nn.Module) -> bool:
-    """Whether the layer may draw random numbers in training, so that the recompute must draw the same ones."""
+    """Whether the layer may draw random numbers in training, so that the recompute must draw the same ones.
+
+    Chances are those of dropout modules and whatever else is called so: ``attention_dropout``, Bloom's ``hidden_dropout``,
+    ``attn_pdrop``. One that is never drawn with costs no more than a look at the generator.
+    """
     for module in layer.modules():
-        chance = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-        chance = chance or getattr(module, "attention_dropout", 0.0)
-        if isinstance(chance, float) and chance > 0:
+        chances = [value for name, value in vars(module).items() if "dropout" in name or "pdrop" in name]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            chances.append(module.p)
+        if any(isinstance(chance, float) and chance > 0 for chance in chances):
             return True
     return False
 

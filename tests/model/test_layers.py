@@ -18,7 +18,7 @@ from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
-from qlora.model.layers import RecomputedLayer, _cut, decoder_layers, recomputing, unwrap_layers, wrap_layers
+from qlora.model.layers import RecomputedLayer, _cut, _draws, decoder_layers, recomputing, unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from tests.methods.tiny import TOKENS, difference, stir
@@ -398,3 +398,29 @@ def test_what_only_looks_like_rows_is_not_cut(shape: tuple[int, ...]) -> None:
     """Four rows of three tokens: a bias for 4 heads, one for 4 heads of each row, tables of another length."""
     value = torch.rand(shape)
     assert _cut(value, slice(1, 3), 4, 3) is value
+
+
+def test_blooms_own_dropout_is_drawn_again(tmp_path: Path) -> None:
+    """It is a float called ``hidden_dropout``, beside a dropout module of the attention that drops nothing."""
+    model = small_model("bloom", tmp_path)
+    for module in model.model.modules():
+        if "hidden_dropout" in vars(module):
+            module.hidden_dropout = 0.3
+    resident = step_gradients(model)
+    wrap_layers(model.model, 7)
+    assert_equal(step_gradients(model), resident)
+    with pytest.raises(AssertionError):
+        assert_equal(step_gradients(model, seed=6), resident, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["dropout", "hidden_dropout", "attention_dropout", "attn_pdrop", "activation_dropout"])
+def test_every_chance_of_dropout_counts(name: str) -> None:
+    layer = nn.ModuleDict({"inner": nn.Linear(2, 2), "dropout": nn.Dropout(0.0)})
+    inner: Any = layer["inner"]
+    if name != "dropout":
+        inner.dropout = nn.Dropout(0.0)  # as where a module and a float of one layer are both called so
+    setattr(inner, name, 0.0)
+    assert not _draws(layer)
+    setattr(inner, name, 0.1)
+    assert _draws(layer)
+    assert _draws(nn.Sequential(nn.Dropout(0.1)))

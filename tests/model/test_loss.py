@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -45,10 +48,18 @@ def random_model(family: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def random_head(bias: bool = False, **options: Any) -> Head:
+def random_head(bias: bool = False, trained: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Head:
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(50, 16, generator=generator)
-    return Head(weight, torch.randn(50, generator=generator) if bias else None, **options)
+    linear = nn.Linear(16, 50, bias=bias)
+    with torch.no_grad():
+        for values in linear.parameters():
+            values.normal_(generator=generator)
+    return Head(linear.to(dtype).requires_grad_(trained), **options)
+
+
+def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    """The same head with its values rounded to ``dtype``."""
+    return dataclasses.replace(head, module=copy.deepcopy(head.module).to(dtype))
 
 
 def random_batch(rows: int, length: int, seed: int = 2) -> tuple[Tensor, Tensor]:
@@ -62,7 +73,7 @@ def random_batch(rows: int, length: int, seed: int = 2) -> tuple[Tensor, Tensor]
 
 def plain_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """What everyone writes: all logits, then cross-entropy in fp32 or better."""
-    logits = F.linear(hidden, head.weight_VD, head.bias_V) * head.multiplier
+    logits = head.module(hidden) * head.multiplier
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -131,10 +142,8 @@ def test_low_precision_errs_no_more_than_the_plain_path(kind: str, dtype: torch.
     Where both round the same things, sums in another order leave a tie that is off by 0.1 % of the error. One rounding
     more than the plain path's costs 1 % without a cap and 30 % with one.
     """
-    full = random_head(**HEADS[kind])
-    bias = None if full.bias_V is None else full.bias_V.to(dtype)
-    head = Head(full.weight_VD.to(dtype), bias, full.multiplier, full.softcap)
-    truth_head = Head(head.weight_VD.double(), None if bias is None else bias.double(), full.multiplier, full.softcap)
+    head = in_dtype(random_head(**HEADS[kind]), dtype)
+    truth_head = in_dtype(head, torch.float64)
     errors = torch.zeros(2, 2, dtype=torch.float64)  # ours, plain × value, gradient
     for seed in range(20):
         hidden, labels = random_batch(3, 33, seed)
@@ -175,37 +184,171 @@ def test_granite_and_cohere_are_scaled() -> None:
 
 
 class LargestLogits(TorchDispatchMode):
-    """Remembers the most elements that any tensor whose last side is the vocabulary has."""
+    """Remembers the most elements that any tensor (of a dtype) whose last side is the vocabulary has."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.dtype = dtype
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+            if not isinstance(tensor, Tensor) or self.dtype not in (None, tensor.dtype):
+                continue
+            if tensor.dim() and tensor.shape[-1] == self.vocabulary:
                 self.largest = max(self.largest, tensor.numel())
         return output
 
 
-def test_full_logits_never_exist() -> None:
-    model = random_model("Gemma2", vocab_size=101)
+def head_gradients(loss: Any, hidden: Tensor, head: Head, labels: Tensor, *args: Any) -> dict[str, Tensor]:
+    """The gradients of the hidden states and of the head's parameters, by name."""
+    parameters = dict(head.module.named_parameters())
+    for values in parameters.values():
+        values.grad = None
+    found = {"hidden": value_and_gradient(loss, hidden, head, labels, *args)[1]}
+    for name, values in parameters.items():
+        assert values.grad is not None
+        found[name] = values.grad
+    return found
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_a_head_that_trains_gets_plain_autograds_gradients(kind: str, chunk: int) -> None:
+    head = random_head(trained=True, **HEADS[kind])
+    hidden, labels = random_batch(3, 7)
+    found = head_gradients(token_loss, hidden, head, labels, chunk)
+    expected = head_gradients(plain_loss, hidden, head, labels)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.any()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+    frozen = value_and_gradient(token_loss, hidden, random_head(**HEADS[kind]), labels, chunk)[1]
+    torch.testing.assert_close(found["hidden"], frozen, rtol=1e-5, atol=1e-6)
+
+
+def plain_loss_in_parts(hidden: Tensor, head: Head, labels: Tensor, chunk: int) -> dict[str, Tensor]:
+    """The head's gradients by plain autograd, ``chunk`` targets a backward, summed up in ``.grad``."""
+    head.module.zero_grad()
+    flat, wanted = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    for rows in (wanted != IGNORE_INDEX).nonzero().squeeze(1).split(chunk):
+        logits = head.scaled(head.module(flat[rows]))
+        (F.cross_entropy(logits, wanted[rows], reduction="sum") * 0.5).backward()
+    return {name: values.grad for name, values in head.module.named_parameters() if values.grad is not None}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_bf16_head_that_trains_errs_no_more_than_the_plain_path(kind: str) -> None:
+    """As for a frozen head. In one chunk the head's gradient is plain autograd's; in several, whose parts each are
+    rounded to bf16, it errs less than plain autograd that goes in such parts, because their sum is kept in fp32."""
+    head = random_head(trained=True, dtype=torch.bfloat16, **HEADS[kind])
+    truth_head = in_dtype(head, torch.float64)
+    errors: dict[str, float] = collections.defaultdict(float)
+    for seed in range(20):
+        hidden, labels = random_batch(3, 33, seed)
+        hidden = hidden.to(torch.bfloat16)
+        truth = head_gradients(plain_loss, hidden.double(), truth_head, labels)
+        ways = {
+            "ours": head_gradients(token_loss, hidden, head, labels, 256),
+            "plain": head_gradients(plain_loss, hidden, head, labels),
+            "ours in parts": head_gradients(token_loss, hidden, head, labels, 8),
+            "plain in parts": plain_loss_in_parts(hidden, head, labels, 8),
+        }
+        for way, found in ways.items():
+            for name, values in found.items():
+                assert values.dtype == torch.bfloat16
+                errors[f"{way}: {name}"] += float((values.double() - truth[name]).square().sum())
+    for way in ("ours", "ours in parts"):
+        for name in truth:
+            against = way.replace("ours", "plain") if name != "hidden" else "plain"
+            ours, plain = errors[f"{way}: {name}"] ** 0.5, errors[f"{against}: {name}"] ** 0.5
+            assert ours <= 1.003 * plain, f"{way}: {name} errs by {ours:g}, plain by {plain:g}"
+
+
+def test_a_head_that_trains_alone_and_one_in_an_evaluation() -> None:
+    """Nothing below the head trains: no gradient of the hidden states is made. Without gradients none is made at all."""
+    head = random_head(trained=True, dtype=torch.bfloat16)
+    hidden, labels = random_batch(40, 7)
+    hidden = hidden.bfloat16()
+    with LargestLogits(16, torch.float32) as both:  # the gradients are the only [*, 16] in fp32
+        expected = head_gradients(token_loss, hidden, head, labels, 4)
+    assert both.largest == 40 * 6 * 16
+    head.module.zero_grad()
+    with LargestLogits(16, torch.float32) as alone:
+        (token_loss(hidden, head, labels, 4)[0] * 0.5).backward()
+    assert alone.largest == 50 * 16
+    assert torch.equal(head.module.weight.grad, expected["weight"])
+    with torch.no_grad(), LargestLogits(16, torch.float32) as quiet:
+        value = token_loss(hidden, head, labels, 4)[0]
+    assert not value.requires_grad
+    assert quiet.largest == 0
+
+
+class SwitchedOff(nn.Module):
+    """A head with a parameter that it does not use, as a planted one is while it is disabled."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.own = nn.Parameter(torch.zeros(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden)
+
+
+def test_parameters_that_the_head_does_not_use_get_a_zero_gradient() -> None:
+    plain = random_head()
+    head = Head(SwitchedOff(plain.module))
+    hidden, labels = random_batch(3, 7)
+    value, gradient = value_and_gradient(token_loss, hidden, head, labels, 4)
+    expected, expected_gradient = value_and_gradient(token_loss, hidden, plain, labels, 4)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    loss = token_loss(hidden, head, labels, 4)[0]
+    loss.backward()
+    assert not head.module.own.grad.any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_whole_model_trains_through_the_loss(family: str, tied: bool) -> None:
+    """A tied embedding gets the sum of what it earns as embedding and as head."""
+    model = random_model(family, tie_word_embeddings=tied).requires_grad_(True)
+    ids = torch.tensor([IDS[:17], IDS[17:34]])
+    batch = {"input_ids": ids, "position_ids": torch.arange(17).expand(2, 17), "labels": ids.clone()}
+    batch["labels"][:, ::3] = IGNORE_INDEX
+    logits = model(input_ids=ids, position_ids=batch["position_ids"], use_cache=False).logits.float()
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    ).backward()
+    expected = {name: values.grad for name, values in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    batch_loss(model, batch, 5)[0].backward()
+    assert ("lm_head.weight" in expected) is not tied
+    for name, values in model.named_parameters():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(values.grad, expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_full_logits_never_exist(trained: bool) -> None:
+    model = random_model("Gemma2", vocab_size=101).requires_grad_(trained)
     ids = torch.tensor([IDS[:32]] * 8)
     batch = {"input_ids": ids, "position_ids": torch.arange(32).expand(8, 32), "labels": ids}
     head = head_of(model)
     with LargestLogits(101) as watched:
-        hidden = hidden_states(model, batch).requires_grad_()
+        hidden = hidden_states(model, batch).detach().requires_grad_()
         token_loss(hidden, head, ids, 8)[0].backward()
-    allowed = max(8, head.weight_VD.shape[1]) * 101  # a chunk of logits; the head itself, transposed
+    allowed = max(8, model.config.hidden_size) * 101  # a chunk of logits; the head itself, transposed
     assert 8 * 101 <= watched.largest <= allowed < 8 * 31 * 101
     with LargestLogits(101) as plain:
-        plain_loss(hidden_states(model, batch).requires_grad_(), head, ids).backward()
+        plain_loss(hidden_states(model, batch).detach().requires_grad_(), head, ids).backward()
     assert plain.largest >= 8 * 31 * 101
 
 
 def test_head_without_embeddings_of_its_own_is_the_tied_one() -> None:
     model = random_model("Gemma2", tie_word_embeddings=True)
-    assert head_of(model).weight_VD is model.get_input_embeddings().weight
+    assert head_of(model).module.weight is model.get_input_embeddings().weight
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
