@@ -26,9 +26,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qlora.config import ModelSection
 from qlora.device import bytes_text, resolve_compute_dtype, resolve_device
 from qlora.errors import ModelError, listed
-from qlora.model.nf4 import FrozenLinear, Linear4bit
+from qlora.model.nf4 import FrozenLinear, Linear4bit, dense_weight
 from qlora.model.shards import Checkpoint, find_model, open_checkpoint, read_json
-from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linears, empty_model, fp32_names, read_config, scheme_of
+from qlora.model.skeleton import (
+    FOUR_BIT,
+    Scheme,
+    empty_linears,
+    empty_model,
+    fp32_names,
+    load_skeleton,
+    read_config,
+    scheme_of,
+)
 from qlora.model.tokenizer import load_tokenizer
 
 # What bitsandbytes writes beside a weight that it packed: P.weight and P.weight.absmax, … in 4 bits, P.SCB, … in 8.
@@ -55,6 +64,8 @@ class Base:
     compute_dtype: torch.dtype
     end_tokens: tuple[int, ...] = ()
     """What ends an answer by the checkpoint's generation_config.json."""
+    names: dict[str, str] | None = None
+    """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
 
 
 def load_base(section: ModelSection, device: torch.device | None = None, progress: bool = False) -> Base:
@@ -84,8 +95,51 @@ def load_base(section: ModelSection, device: torch.device | None = None, progres
     if packed:  # config.json may not tell the truth about its weights; they do
         double = any(linear.double_quant for linear in model.modules() if isinstance(linear, Linear4bit))
     return Base(
-        model, tokenizer, folder, section.name, section.revision, scheme.quantization, double, device, dtype, ends
+        model=model,
+        tokenizer=tokenizer,
+        folder=folder,
+        name=section.name,
+        revision=section.revision,
+        quantization=scheme.quantization,
+        double_quant=double,
+        device=device,
+        compute_dtype=dtype,
+        end_tokens=ends,
+        names={target: name for name, target in names.items()},
     )
+
+
+def skeleton_base(section: ModelSection, device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> Base:
+    """A base without weights: the model of ``section`` on meta. What is planted in it lies on ``device``.
+
+    With ``folder``, the checkpoint's own, it has that checkpoint's tokenizer and fingerprint too.
+    """
+    return Base(
+        model=load_skeleton(section, dtype),
+        tokenizer=None if folder is None else load_tokenizer(folder, section.trust_remote_code),
+        folder=folder or Path(),
+        name=section.name,
+        revision=section.revision,
+        quantization=section.quantization,
+        double_quant=section.double_quant,
+        device=device,
+        compute_dtype=dtype,
+        names=None if folder is None else {},
+    )
+
+
+def checkpoint_weight(base: Base, path: str, linear: nn.Module | None = None) -> Tensor:
+    """The weight of the linear at ``path`` as the checkpoint has it, [out, in] in the compute dtype, on the base's device.
+
+    A prequantised checkpoint, or a model that came from no folder, has no other weight than the one in use. ``linear`` is
+    the one that stood at ``path``, where something was planted or wrapped there since.
+    """
+    name = (base.names or {}).get(f"{path}.weight")
+    linear = base.model.get_submodule(path) if linear is None else linear
+    checkpoint = open_checkpoint(base.folder) if name else None
+    if checkpoint is None or name is None or packed_parts(name, checkpoint) or not isinstance(linear, FrozenLinear):
+        return dense_weight(linear, base.compute_dtype)
+    return checkpoint.read(name).to(base.device, base.compute_dtype)
 
 
 def quantised_names(model: nn.Module) -> set[str]:

@@ -6,6 +6,7 @@ Whatever cannot be loaded correctly is refused here, before a weight is read.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -49,6 +50,13 @@ def load_config(section: ModelSection) -> Any:
 
 def read_config(folder: Path, section: ModelSection) -> Any:
     """``load_config`` for a folder that is already found."""
+    config, raw = _any_config(folder, section)
+    _refuse_other_kinds(config, raw, section.name, native=raw.get("model_type") in CONFIG_MAPPING)
+    return config
+
+
+def _any_config(folder: Path, section: ModelSection) -> tuple[Any, dict[str, Any]]:
+    """The configuration in ``folder``, of whatever kind of model, and config.json as it stands there."""
     raw = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
     kind = raw.get("model_type")
     native = kind in CONFIG_MAPPING
@@ -66,8 +74,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # a configuration class may raise anything over values it does not like
         raise ModelError(f"The configuration in '{folder}' is not valid: {first_line(error)}.") from error
-    _refuse_other_kinds(config, raw, section.name, native)
-    return config
+    return config, raw
 
 
 def _refuse_other_kinds(config: Any, raw: dict[str, Any], name: str, native: bool) -> None:
@@ -104,6 +111,29 @@ def load_skeleton(section: ModelSection, dtype: torch.dtype) -> nn.Module:
     return skeleton
 
 
+def any_skeleton(model: str | Path | Any) -> nn.Module:
+    """Whatever kind of model a folder, a name on the hub or a transformers configuration is of, on the meta device.
+
+    Its class is the one that the configuration names in ``architectures``, else the causal language model of its type, else
+    the bare model. Raises ModelError where there is none, or where transformers cannot build it.
+    """
+    name = str(model) if isinstance(model, str | Path) else type(model).__name__
+    section = ModelSection(name=name)
+    if isinstance(model, str | Path):
+        config = _any_config(find_model(name, weights=False), section)[0]
+    elif isinstance(model, PretrainedConfig):
+        config = copy.deepcopy(model)
+    else:
+        raise ModelError(f"Found a {name}; expected a model folder, a name on the hub, a configuration or a module.")
+    made = next(iter(config.architectures or []), "")
+    maker = getattr(transformers, made, None)
+    if maker is None and made:
+        raise ModelError(f"'{name}' is a {made}, which transformers {transformers.__version__} does not know.")
+    if maker is None:
+        maker = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    return _built(maker, config, section, torch.float32).requires_grad_(False)
+
+
 def scheme_of(config: Any, section: ModelSection) -> Scheme:
     """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
 
@@ -134,14 +164,18 @@ def scheme_of(config: Any, section: ModelSection) -> Scheme:
 
 def empty_model(config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
+    return _built(AutoModelForCausalLM, config, section, dtype)
+
+
+def _built(maker: Any, config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=section.trust_remote_code
-            )
+            make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
+            code = {"trust_remote_code": section.trust_remote_code} if hasattr(maker, "from_config") else {}
+            model: nn.Module = make(config, dtype=dtype, attn_implementation=attention, **code)
     except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"transformers {transformers.__version__} cannot build '{section.name}' with attention "
@@ -164,26 +198,28 @@ def empty_linears(model: Any, scheme: Scheme, dtype: torch.dtype, prequantised: 
             f"The config.json of this {model.config.model_type} model says that its weights are quantised to "
             f"{scheme.quantization}, but none is; if they are whole, take quantization_config out of it."
         )
-    kept = _dense_modules(model)
+    kept = dense_modules(model)
     for name, module in list(model.named_modules()):
-        wanted = name in prequantised if scheme.prequantised else not _matches(name, kept)
+        wanted = name in prequantised if scheme.prequantised else not matches(name, kept)
         if type(module) is not nn.Linear or not wanted:
             continue
-        inputs, outputs, bias = module.in_features, module.out_features, module.bias is not None
-        empty: FrozenLinear
-        if scheme.quantization == "int8":
-            empty = Linear8bit.empty(inputs, outputs, bias=bias, compute_dtype=dtype)
-        else:
-            empty = Linear4bit.empty(
-                inputs,
-                outputs,
-                bias=bias,
-                quant_type=scheme.quantization,
-                double_quant=scheme.double_quant,
-                compute_dtype=dtype,
-            )
-        model.set_submodule(name, empty)
+        model.set_submodule(name, empty_linear(module, scheme, dtype))
     _refuse_mostly_dense(model, scheme.quantization)
+
+
+def empty_linear(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype) -> Linear4bit | Linear8bit:
+    """A quantised linear on the meta device in the shapes of a plain one."""
+    inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias is not None
+    if scheme.quantization == "int8":
+        return Linear8bit.empty(inputs, outputs, bias=bias, compute_dtype=dtype)
+    return Linear4bit.empty(
+        inputs,
+        outputs,
+        bias=bias,
+        quant_type=scheme.quantization,
+        double_quant=scheme.double_quant,
+        compute_dtype=dtype,
+    )
 
 
 def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -194,7 +230,7 @@ def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
     return names
 
 
-def _dense_modules(model: Any) -> list[str]:
+def dense_modules(model: Any) -> list[str]:
     """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module is head]
@@ -203,7 +239,8 @@ def _dense_modules(model: Any) -> list[str]:
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
+def matches(name: str, patterns: list[str]) -> bool:
+    """Whether one of ``patterns`` is a whole part of the module path ``name``: ``mlp`` of ``model.layers.0.mlp.up_proj``."""
     return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) for pattern in patterns)
 
 

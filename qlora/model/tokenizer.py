@@ -1,17 +1,20 @@
-"""The tokenizer of a checkpoint, and which of its tokens pads a batch.
+"""The tokenizer of a checkpoint, which of its tokens pads a batch, and how tokens are added to a copy of it.
 
-Knows transformers' tokenizers; must not know chat templates or data.
+Knows transformers' tokenizers; must not know chat templates, data or embeddings.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from qlora.config import ModelSection
-from qlora.errors import ModelError, first_line
+from qlora.config import ModelSection, parts_of
+from qlora.errors import MethodError, ModelError, first_line, listed
 from qlora.model.shards import find_model, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
@@ -47,6 +50,43 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
         raise ModelError(f"The tokenizer in '{folder}' has an empty vocabulary; fetch its files again.")
     _choose_padding(tokenizer, _rows(folder))
     return tokenizer
+
+
+def with_new_tokens(tokenizer: Any, method: Any) -> Any:
+    """``tokenizer``, or a copy with the tokens that a recipe's ``method`` section adds (its part ``new_tokens``).
+
+    A token that the tokenizer has already keeps its id; whether it may is for the method to say, which knows the model.
+    """
+    for part in parts_of(method):
+        if part.name == "new_tokens":
+            tokenizer = add_tokens(tokenizer, part.tokens, part.special)
+    return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], special: bool) -> Any:
+    """A copy of ``tokenizer`` that reads each of ``tokens`` as one token, with the next free ids in their order.
+
+    ``special`` tokens are left out where special tokens are skipped. Raises MethodError where the tokenizer gives a new
+    token no id of its own, or still splits it.
+    """
+    before = tokenizer.get_vocab()
+    taken = set(before.values())
+    made = copy.deepcopy(tokenizer)
+    made.add_tokens([AddedToken(token, normalized=False) for token in tokens], special_tokens=special)
+    after = made.get_vocab()
+    wrong = [
+        token
+        for token in tokens
+        if token not in after
+        or (token not in before and after[token] in taken)
+        or made(token, add_special_tokens=False)["input_ids"] != [after[token]]
+    ]
+    if wrong:
+        raise MethodError(
+            f"The tokenizer cannot be taught {listed([repr(token) for token in wrong])} as single tokens; choose other texts, "
+            "such as <|tool|>, without space around them."
+        )
+    return made
 
 
 def _rows(folder: Path) -> int | None:
