@@ -1,69 +1,88 @@
-"""Methods: how the few trainable parameters are planted into a frozen base, and what every method answers to.
+"""The adapted model: a frozen base with one or several methods planted in it.
 
-    base (frozen) + method section → AdaptedModel: the same model with planted layers inside
+    base (frozen) + method section → AdaptedModel: the same model with planted modules inside
 
-A new method is one file beside ``lora.py``, one section in ``config.py`` and one line in ``METHODS``. Knows names and
-states of adapters; must not know their formulas, their files or the training loop.
+Knows names and states of adapters; must not know their formulas, their files or the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora import config
+from qlora.config import parts_of
 from qlora.errors import MethodError, listed
-from qlora.methods.lora import LoraLinear, LoraMethod
-from qlora.methods.targets import target_names
+from qlora.methods.adalora import AdaLoraMethod
+from qlora.methods.bitfit import BitFitMethod
+from qlora.methods.bottleneck import BottleneckMethod
+from qlora.methods.dora import DoraMethod
+from qlora.methods.full import FullMethod
+from qlora.methods.ia3 import Ia3Method
+from qlora.methods.lora import LoraMethod
+from qlora.methods.method import ORDER, Method
+from qlora.methods.modules import ModulesMethod
+from qlora.methods.new_tokens import NewTokensMethod
+from qlora.methods.planted import Planted
+from qlora.methods.prefix import PrefixMethod
+from qlora.methods.prompt import PromptTuningMethod, PTuningMethod
+from qlora.model.in_memory import as_base
 from qlora.model.load import Base
 
-PREFIX = "base_model.model."  # PEFT puts this before every module path
-
-
-class Method(Protocol):
-    """What one way of planting trainable parameters answers to. A method changes the model, never the loop."""
-
-    virtual_tokens: int
-    """Tokens that the method puts before every text; 0 for most."""
-
-    def inject(self, model: nn.Module) -> dict[str, LoraLinear]:
-        """Plant the trainable layers in place of the model's own; return them by the module path they stand at."""
-
-    def penalty(self) -> Tensor | None:
-        """What is added to a step's loss, a scalar; None for most."""
-
-    def after_step(self, step: int, total: int) -> None:
-        """Called after optimizer step ``step`` (from 1) of ``total``: budgets move, ranks are cut."""
-
-
-METHODS: dict[str, type[LoraMethod]] = {"lora": LoraMethod}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoraMethod,
+    "dora": DoraMethod,
+    "adalora": AdaLoraMethod,
+    "ia3": Ia3Method,
+    "bitfit": BitFitMethod,
+    "prompt_tuning": PromptTuningMethod,
+    "p_tuning": PTuningMethod,
+    "prefix_tuning": PrefixMethod,
+    "bottleneck": BottleneckMethod,
+    "full": FullMethod,
+    "modules": ModulesMethod,
+    "new_tokens": NewTokensMethod,
+}
 
 
 class AdaptedModel:
-    """A frozen base with a method planted in it.
+    """A frozen base with methods planted in it.
 
-    ``planted`` maps the module paths of the untouched model, such as ``model.layers.0.self_attn.q_proj``, to the layers
-    that stand there now. The paths are remembered here because layers may be wrapped later, which changes their paths but
-    not an adapter's name. ``target_modules`` are the names that make PEFT adapt the same modules.
+    Each method remembers what it planted by the module paths of the untouched model, such as
+    ``model.layers.0.self_attn.q_proj``, because layers may be wrapped later, which changes their paths but not an
+    adapter's name.
     """
 
-    def __init__(self, base: Base, section: config.LoRA, method: Method) -> None:
-        every_path = [path for path, _ in base.model.named_modules()]
+    def __init__(self, base: Base, section: Any, seed: int = 0, values_follow: bool = False) -> None:
         self.base = base
-        self.method = section
-        self.planted = method.inject(base.model)
-        self.target_modules = target_names(self.planted, every_path)
-        self.virtual_tokens = method.virtual_tokens
-        self.penalty = method.penalty
-        self.after_step = method.after_step
+        self.section = section
+        """The recipe's ``method`` section."""
+        self.paths = [path for path, _ in base.model.named_modules()]
+        """Every module path of the untouched model."""
+        parts = [METHODS[part.name](part, base, seed) for part in parts_of(section)]
+        self.methods: list[Method] = sorted(parts, key=_order)
+        """From the inside out."""
+        for method in self.methods:
+            method.alone = len(self.methods) == 1
+            method.values_follow = values_follow
+        planted: list[Method] = []
+        self._freeze()
+        try:
+            for method in self.methods:
+                method.planted = method.inject(base.model)
+                planted.append(method)
+        except BaseException:
+            _detach(base.model, planted)
+            self._thaw()
+            raise
 
     @property
     def model(self) -> nn.Module:
-        """The causal language model, adapters inside."""
+        """The model, adapters inside."""
         return self.base.model
 
     @property
@@ -74,57 +93,179 @@ class AdaptedModel:
     def device(self) -> torch.device:
         return self.base.device
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that stand in the stream before every text, with the ids −P … −1; 0 while the methods are disabled."""
+        return sum(method.virtual_tokens for method in self.methods)
+
+    @property
+    def first_position(self) -> int:
+        """The position of a text's own first token, with all that the methods put before it."""
+        return sum(method.first_position for method in self.methods)
+
+    @property
+    def planted(self) -> dict[str, Planted]:
+        """What is planted, by the untouched model's module paths; the outermost where methods stand on each other."""
+        return {path: layer for method in self.methods for path, layer in method.planted.items()}
+
+    def layers(self) -> list[Planted]:
+        """Every planted module, of all methods."""
+        return [layer for method in self.methods for layer in method.planted.values()]
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name and in the model's order: ``model.layers.0.self_attn.q_proj.lora_A``, …"""
-        return {
-            f"{path}.{name}": parameter
-            for path, layer in self.planted.items()
-            for name, parameter in layer.named_parameters(recurse=False)
-        }
+        return {name: values for method in self.methods for name, values in method.parameters().items()}
 
     def count_trainable(self) -> int:
         """Trainable numbers in all."""
         return sum(parameter.numel() for parameter in self.trainable_parameters().values())
 
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """By parameter, how many times the recipe's learning rate it learns with."""
+        return {name: method.learning_rate_ratio(name) for method in self.methods for name in method.parameters()}
+
+    def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Let the methods look at training batches, once, before the first step of a new run; each sees the same ones."""
+        # what the first to look has taken is held for the others: token ids of some dozens of batches
+        for method, same in zip(self.methods, itertools.tee(batches, len(self.methods)), strict=True):
+            method.prepare(same)
+
+    def penalty(self) -> Tensor | None:
+        """What is added to a step's mean loss, a scalar; None where no method asks for anything."""
+        found = [penalty for method in self.methods if (penalty := method.penalty()) is not None]
+        return torch.stack(found).sum() if found else None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after optimizer step ``step`` (from 1) of ``total``, while the gradients are still there."""
+        for method in self.methods:
+            method.after_step(step, total)
+
+    def report(self) -> dict[str, Any]:
+        """What the methods found out, for people: AdaLoRA's ranks. Empty for most."""
+        return {key: value for method in self.methods for key, value in method.report().items()}
+
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter by PEFT's tensor keys. The tensors are the parameters' own memory: copy what must not change.
+        """The adapter by PEFT's tensor keys. The tensors may be the parameters' own memory: copy what must not change.
 
         Example: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` [r, in]
         """
-        return {f"{PREFIX}{name}.weight": values.detach() for name, values in self.trainable_parameters().items()}
+        return {key: values for method in self.methods for key, values in method.tensors().items()}
 
-    @torch.no_grad()
-    def load_adapter_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_adapter_state(self, tensors: Mapping[str, Tensor], what: str = "This adapter") -> None:
         """Copy an adapter's values in, by PEFT's tensor keys; they take the dtype and device that the adapter has here.
 
         Raises MethodError before anything is copied: keys that are missing, that nothing here is called, shapes that do
-        not fit, values that are not finite.
+        not fit, values that are not finite. ``what`` is what such a message calls the adapter.
         """
-        state = self.adapter_state()
-        check_adapter(tensors, {key: tuple(values.shape) for key, values in state.items()}, self.base.name)
-        for key, values in state.items():
-            values.copy_(tensors[key])
+        self._load(self._fitted(tensors, what), None)
+
+    def method_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside ``adapter_state``; empty for most methods."""
+        return {
+            f"{method.section.name}/{key}": values for method in self.methods for key, values in method.state().items()
+        }
+
+    def load_method_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in what ``method_state`` gave, after the adapter's own state. Raises MethodError when it does not fit."""
+        self._load(None, self._by_method(tensors))
+
+    def load_state(
+        self, adapter: Mapping[str, Tensor], method: Mapping[str, Tensor], what: str = "This adapter"
+    ) -> None:
+        """Copy in what ``adapter_state`` and ``method_state`` gave. Raises MethodError, before either is copied, when one of
+        them does not fit."""
+        fitted = self._fitted(adapter, what)
+        self._load(fitted, self._by_method(method))
+
+    def _fitted(self, tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
+        """An adapter's ``tensors`` as they are copied. Raises MethodError unless they fit."""
+        for method in self.methods:
+            tensors = method.fitted(method.without_base(tensors))
+        shapes = {key: tuple(values.shape) for key, values in self.adapter_state().items()}
+        check_adapter(tensors, shapes, self.base.name, what)
+        return tensors
+
+    def _by_method(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The ``tensors`` of ``method_state``, for each method its own. Raises MethodError unless they fit."""
+        found = []
+        expected: dict[str, tuple[int, ...]] = {}
+        for method in self.methods:
+            stem = f"{method.section.name}/"
+            found.append({k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)})
+            expected |= {f"{stem}{key}": shape for key, shape in method.state_shapes(found[-1]).items()}
+        check_adapter(tensors, expected, self.base.name)
+        return found
+
+    @torch.no_grad()
+    def _load(self, adapter: Mapping[str, Tensor] | None, states: list[dict[str, Tensor]] | None) -> None:
+        if adapter is not None:
+            for method in self.methods:
+                method.load(adapter)
+        if states is not None:
+            for method, values in zip(self.methods, states, strict=True):
+                method.load_state(values)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the base answers alone, as if nothing had been planted."""
-        before = {path: layer.enabled for path, layer in self.planted.items()}
-        for layer in self.planted.values():
+        """Inside, the base answers alone, as if nothing had been planted.
+
+        Raises MethodError where a method has changed the base itself: full fine-tuning, after its first step.
+        """
+        if why := next((why for method in self.methods if (why := method.why_not_disabled()) is not None), None):
+            raise MethodError(f"'{self.base.name}' cannot answer alone any more: {why}.")
+        before = [(layer, layer.enabled) for layer in self.layers()]
+        for layer, _ in before:
             layer.enabled = False
         try:
             yield
         finally:
-            for path, enabled in before.items():
-                self.planted[path].enabled = enabled
+            for layer, enabled in before:
+                layer.enabled = enabled
 
     def remove(self) -> Base:
         """Take the adapter out again and give the base back as it was. Not after its layers were wrapped."""
-        for path, layer in self.planted.items():
-            self.model.set_submodule(path, layer.base)
+        _detach(self.model, self.methods)
+        self._thaw()
         return self.base
 
+    def attach(self) -> None:
+        """Put what ``remove`` took out back in. Raises MethodError when another adapter is there."""
+        refuse_adapted(self.base)
+        self._freeze()
+        for method in self.methods:
+            method.attach(self.model)
 
-def check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], base_name: str) -> None:
+    def _freeze(self) -> None:
+        """Take the gradients from everything in the base, and remember what had one: a module of yours may have been training."""
+        self._wanted = [values for values in self.model.parameters() if values.requires_grad]
+        self.model.requires_grad_(False)
+
+    def _thaw(self) -> None:
+        for values in self._wanted:
+            values.requires_grad_(True)
+
+
+def _order(method: Method) -> tuple[int, str]:
+    """From the inside out; bottlenecks of several forms in the order of these, not in that of the recipe."""
+    return ORDER.index(method.place), getattr(method.section, "form", "")
+
+
+def _detach(model: nn.Module, methods: list[Method]) -> None:
+    for method in reversed(methods):
+        method.detach(model)
+
+
+def refuse_adapted(base: Base) -> None:
+    """Raise MethodError when ``base`` carries an adapter."""
+    if taken := [path for path, module in base.model.named_modules() if isinstance(module, Planted)]:
+        raise MethodError(
+            f"'{base.name}' carries an adapter already, at {listed(taken, 3)}; remove that one or load the base again."
+        )
+
+
+def check_adapter(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], base_name: str, what: str = "This adapter"
+) -> None:
     """Raise MethodError unless ``tensors`` are finite and have exactly the ``expected`` keys and shapes."""
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
@@ -133,29 +274,39 @@ def check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
-    problems = [
-        f"{what} {listed(keys)}"
-        for what, keys in (("it lacks", missing), ("it has unknown", unexpected), ("it has the wrong shape in", shapes))
-        if keys
-    ]
-    if problems:
+    remedy = "use the base and the method section that it was trained with."
+    other = f"{what} was trained on another base than '{base_name}'"
+    if shapes:
+        raise MethodError(f"{other}, or with another rank: it has the wrong shape in {listed(shapes)}; {remedy}")
+    if missing and unexpected:
         raise MethodError(
-            f"This adapter does not belong to '{base_name}' with these targets: {'; '.join(problems)}. "
-            "Use the base and the method section that it was trained with."
+            f"{other}, or with other targets: it lacks {listed(missing)} and has unknown {listed(unexpected)}; {remedy}"
+        )
+    if missing:
+        raise MethodError(
+            f"{what} lacks {listed(missing)}, which '{base_name}' with these targets needs: it is incomplete or of "
+            f"another base; {remedy}"
+        )
+    if unexpected:
+        raise MethodError(
+            f"{what} has unknown {listed(unexpected)}, for which '{base_name}' with these targets has no place: it is of "
+            f"another base or method; {remedy}"
         )
     if broken := [key for key, values in tensors.items() if not torch.isfinite(values).all()]:
-        raise MethodError(f"This adapter holds values that are not finite, in {listed(broken)}; use an earlier one.")
+        raise MethodError(f"{what} holds values that are not finite, in {listed(broken)}; use an earlier one.")
 
 
-def apply_method(base: Base, method: config.LoRA, seed: int = 0) -> AdaptedModel:
-    """Plant ``method`` in ``base``, in place. Everything else in the model is frozen; ``seed`` decides the first values.
+def apply_method(base: Base | nn.Module, method: Any, seed: int = 0, *, values_follow: bool = False) -> AdaptedModel:
+    """Plant ``method``, a section such as ``LoRA(r=8)``, in ``base``, in place. All else in the model is frozen.
 
-    Raises MethodError when a target matches nothing, when the rank is too large for a target, or when the base carries an
-    adapter already.
+    ``base`` is a loaded base or any ``nn.Module`` of yours: a classifier, a vision model. ``seed`` decides the first values;
+    ``values_follow`` says that a file's will be loaded over them, so that none are taken from the weights (PiSSA, LoftQ).
+    Raises MethodError when a target matches nothing, when the method cannot serve such a base, or when it carries an
+    adapter already; the base is as it was then.
     """
-    if taken := [path for path, module in base.model.named_modules() if isinstance(module, LoraLinear)]:
-        raise MethodError(
-            f"'{base.name}' carries an adapter already, at {listed(taken, 3)}; remove that one or load the base again."
-        )
-    base.model.requires_grad_(False)
-    return AdaptedModel(base, method, METHODS[method.name](method, base.device, base.compute_dtype, seed))
+    base = base if isinstance(base, Base) else as_base(base)
+    refuse_adapted(base)
+    return AdaptedModel(base, method, seed, values_follow)
+
+
+__all__ = ["METHODS", "AdaptedModel", "apply_method", "check_adapter", "refuse_adapted"]

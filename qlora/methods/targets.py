@@ -1,54 +1,98 @@
-"""Targets: which frozen linears a method adapts, and the names that tell PEFT the same.
+"""Targets: which modules of a base a method adapts, and the names that tell PEFT the same.
 
 Knows module paths and PEFT's matching rule; must not know what is planted there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.model.nf4 import FrozenLinear, is_linear
+from qlora.method_sections import Targets
+from qlora.methods.planted import Planted
+from qlora.model.nf4 import is_linear
 
-Linear = FrozenLinear | nn.Linear
 
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear below the layers, by module path: attention and MLP, not the head or the embeddings.
 
-def find_linears(model: nn.Module) -> dict[str, Linear]:
-    """Every frozen linear below the decoder layers, by module path: attention and MLP, not the head or the embeddings.
-
+    A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
     Example: ``{"model.layers.0.self_attn.q_proj": Linear4bit(…), …}``
     """
-    # Layers are the numbered members of a ModuleList; the output head and the embeddings stand outside of them.
-    return {
-        path: cast(Linear, module)
+    # Layers are the members of a ModuleList; the output head and the embeddings stand outside of them. A number alone
+    # does not tell: ResNet's head is ``classifier.1``, and diffusers' attention has ``to_out.0`` in a list of its own.
+    layers = [
+        f"{path}.{name}." if path else f"{name}."
         for path, module in model.named_modules()
-        if is_linear(module) and any(part.isdigit() for part in path.split("."))
-    }
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+    linears = {path: module for path, module in model.named_modules() if is_linear(unplanted(module))}
+    linears = {path: module for path, module in linears.items() if not path.endswith(".base")}
+    below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
+    return below or dict(list(linears.items())[:-1])
 
 
-def choose_targets(model: nn.Module, wanted: Literal["all-linear"] | tuple[str, ...]) -> dict[str, Linear]:
-    """The linears that ``wanted`` names, in the model's order.
+def choose_targets(
+    model: nn.Module, wanted: Targets, fits: Callable[[nn.Module], bool] = is_linear, what: str = "linear"
+) -> dict[str, nn.Module]:
+    """The modules that ``wanted`` names, in the model's order. ``fits`` says what the method can adapt, in words ``what``.
 
-    Raises MethodError when a name matches nothing, listing the names that exist.
+    Raises MethodError when a name matches nothing that fits, listing the names that do, when it matches experts that are
+    fused into one parameter, and when another method has planted something there already.
     """
-    linears = find_linears(model)
-    if not linears:
-        raise MethodError(
-            f"{type(model).__name__} has no linear below its layers to adapt; expected a decoder of attention and MLP linears."
-        )
+    fused = fused_experts(model)
     if wanted == "all-linear":
-        return linears
-    for name in wanted:
-        if not any(matches(name, path) for path in linears):
-            existing = sorted({leaf(path) for path in linears})
+        chosen = find_linears(model)
+        if fused:
             raise MethodError(
-                f"method.target_modules names '{name}', which no linear below the layers of {type(model).__name__} is called."
-                f"{nearest(name, existing)} The names there are {listed(existing, 12)}."
+                f"method.target_modules is 'all-linear', but the experts of {type(model).__name__} are no linears: they are "
+                f"fused into parameters of three dimensions ({listed(fused, 2)}), which cannot be adapted; name the "
+                f"linears to adapt without them, as {listed(sorted({leaf(path) for path in chosen}), 12)}."
             )
-    return {path: linear for path, linear in linears.items() if any(matches(name, path) for name in wanted)}
+        if not chosen:
+            raise MethodError(
+                f"{type(model).__name__} has no linear below its layers to adapt; name modules in method.target_modules."
+            )
+    else:
+        every = {p: m for p, m in model.named_modules() if fits(unplanted(m)) and not p.endswith(".base")}
+        for name in wanted:
+            if found := [path for path in fused if matches(name, path) or matches(name, path.rpartition(".")[0])]:
+                raise MethodError(
+                    f"method.target_modules names '{name}', but the experts of {type(model).__name__} are fused into one "
+                    f"parameter of three dimensions ({listed(found, 2)}), which is no linear and cannot be adapted; name "
+                    f"linears, by more of their path where they share '{name}'."
+                )
+            if not any(matches(name, path) for path in every):
+                raise _nothing(model, name, every, what)
+        chosen = {path: module for path, module in every.items() if any(matches(name, path) for name in wanted)}
+    if taken := [path for path, module in chosen.items() if isinstance(module, Planted)]:
+        raise MethodError(
+            f"Two methods want to change {listed(taken, 3)}; give each other method.target_modules, or leave one out."
+        )
+    return chosen
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for name, values in module.named_parameters(recurse=False)
+        if values.dim() == 3 and min(values.shape) > 1
+    ]
+
+
+def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:
+    existing = sorted({leaf(path) for path in every})
+    return MethodError(
+        f"method.target_modules names '{name}', which no {what} of {type(model).__name__} is called."
+        f"{nearest(name, existing)} The names there are {listed(existing, 12)}."
+    )
 
 
 def target_names(planted: Iterable[str], every_path: Iterable[str]) -> list[str]:
@@ -62,6 +106,40 @@ def target_names(planted: Iterable[str], every_path: Iterable[str]) -> list[str]
     return leaves if matched == chosen else sorted(chosen)
 
 
+def pattern_value(pattern: dict[str, int] | dict[str, float], path: str, default: float) -> float:
+    """The value of the first name in ``pattern`` that matches ``path``, else ``default``: PEFT's rank and alpha patterns."""
+    return next((value for name, value in pattern.items() if matches(name, path)), default)
+
+
+def check_pattern(field: str, pattern: Iterable[str], targets: Iterable[str]) -> None:
+    """Raise MethodError when a name in the pattern ``method.<field>`` is never the first one that matches a target."""
+    targets, names = list(targets), list(pattern)
+    used = {next((name for name in names if matches(name, path)), None) for path in targets}
+    for name in names:
+        if name in used:
+            continue
+        if reached := [path for path in targets if matches(name, path)]:
+            first = next(other for other in names if matches(other, reached[0]))
+            raise MethodError(
+                f"method.{field} names '{name}' after '{first}', which matches the same targets and counts first; put "
+                f"'{name}' before it."
+            )
+        existing = sorted({leaf(path) for path in targets})
+        raise MethodError(
+            f"method.{field} names '{name}', which no target is called.{nearest(name, existing)} The targets are "
+            f"{listed(existing, 12)}."
+        )
+
+
+def sorted_pattern(pattern: dict[str, Any], targets: Iterable[str]) -> dict[str, Any]:
+    """``pattern`` by names whose order does not matter: config files sort them, and the first that matches counts."""
+    targets = list(targets)
+    by_name = dict(sorted(pattern.items()))
+    if all(pattern_value(pattern, path, 0) == pattern_value(by_name, path, 0) for path in targets):
+        return by_name
+    return {path: value for path in targets if (value := pattern_value(pattern, path, 0))}
+
+
 def matches(name: str, path: str) -> bool:
     """PEFT's rule: ``q_proj`` and ``self_attn.q_proj`` match ``model.layers.0.self_attn.q_proj``; ``proj`` does not."""
     return path == name or path.endswith(f".{name}")
@@ -70,3 +148,8 @@ def matches(name: str, path: str) -> bool:
 def leaf(path: str) -> str:
     """The last component of a module path."""
     return path.rpartition(".")[2]
+
+
+def unplanted(module: nn.Module) -> nn.Module:
+    """What stood here before a method planted something, or the module itself."""
+    return module.base if isinstance(module, Planted) else module

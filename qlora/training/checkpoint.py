@@ -2,6 +2,7 @@
 
     checkpoints/000200/
         adapter_config.json, adapter_model.safetensors    a PEFT adapter, usable as it is
+        method.safetensors                                what else the method needs; most need nothing
         optimizer.safetensors                             the moments, by parameter
         state.json                                        step, loss scale, what is checked on resume
 
@@ -20,7 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import MethodError, RunError
-from qlora.methods.files import clear_leftovers, folder_written_aside, read_adapter_tensors, save_adapter
+from qlora.methods.files import (
+    clear_leftovers,
+    folder_written_aside,
+    read_adapter_tensors,
+    read_method_state,
+    save_adapter,
+)
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -66,7 +73,7 @@ def load(trainer: Trainer, place: Path) -> None:
         total, kind = state["total_steps"], state["optimizer"]
         step, scale = int(state["step"]), float(state["loss_scale"])
         tensors = load_file(place / OPTIMIZER)
-        adapter = read_adapter_tensors(place)
+        adapter, method = read_adapter_tensors(place), read_method_state(place)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, MethodError) as error:
         raise RunError(
             f"The checkpoint '{place}' is damaged or incomplete ({error}); delete it, and the one before it is used."
@@ -76,7 +83,10 @@ def load(trainer: Trainer, place: Path) -> None:
             f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {trainer.total_steps} steps with "
             f"{trainer.training.optimizer}; resume with the run's own recipe."
         )
-    trainer.model.load_adapter_state(adapter)
+    try:
+        trainer.model.load_state(adapter, method)
+    except MethodError as error:
+        raise RunError(f"The checkpoint '{place}' does not belong to this run. {error}") from None
     load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
     trainer.step_number = step
     trainer.loss_scale = scale

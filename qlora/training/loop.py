@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 
 from qlora.config import TrainingSection
 from qlora.data import Data, Row, collate, step_rows, steps_per_epoch
 from qlora.device import peak_memory_bytes
 from qlora.errors import DataError, NonFiniteError, listed
 from qlora.methods import AdaptedModel
-from qlora.model.checks import check_boundary, check_loss_path, check_packing, position_limit
+from qlora.model.checks import check_boundary, check_loss_path, check_packing, check_rows
 from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.training import checkpoint
@@ -53,7 +54,7 @@ class Step:
     """Global L2 norm before clipping."""
     target_tokens: int
     tokens: int
-    """Tokens that went through the model, padding left out."""
+    """Tokens of the data that went through the model: neither padding nor virtual tokens."""
     tokens_per_second: float
     peak_memory_bytes: int
     seconds: float
@@ -85,6 +86,8 @@ class Trainer:
     ) -> None:
         self.model = model
         self.rows: Sequence[Row] = data.train if isinstance(data, Data) else data
+        self.held_out: Sequence[Row] = data.held_out if isinstance(data, Data) else ()
+        """Looked at before training, so that measuring them afterwards cannot fail."""
         self.training = training or TrainingSection()
         self.folder = None if folder is None else Path(folder)
         if not self.rows:
@@ -101,7 +104,7 @@ class Trainer:
         self.pad_id = 0 if pad is None else int(pad)
         self.parameters = model.trainable_parameters()
         quiet_paging()
-        self.optimizer = make_optimizer(self.parameters, self.training)
+        self.optimizer = make_optimizer(self.parameters, self.training, model.learning_rate_ratios())
         self._check_rows()
         if self.training.gradient_checkpointing:
             wrap_layers(model.model, self.training.micro_batch_size)
@@ -128,11 +131,11 @@ class Trainer:
         norm = self._clip(loss, places)
         rate = learning_rate(self.training, self.step_number, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
         self.model.after_step(self.step_number, self.total_steps)
+        self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(row.ids) for row in rows)
         seconds = time.perf_counter() - begin
         return Step(
@@ -153,6 +156,14 @@ class Trainer:
         if self.folder is None:
             raise DataError("This trainer has no folder to save into; give one: Trainer(…, folder='runs/demo').")
         return checkpoint.save(self, self.folder / "checkpoints", self.training.keep_checkpoints)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The first epoch's micro-batches in the order of training, on the device: for methods that look at data first."""
+        for step in range(self.steps_per_epoch):
+            places = step_rows(len(self.rows), self.training.batch_size, step, self.training.seed)
+            for start in range(0, len(places), self.training.micro_batch_size):
+                rows = [self.rows[place] for place in places[start : start + self.training.micro_batch_size]]
+                yield send_to_device(collate(rows, self.pad_id, self.model.virtual_tokens), self.model.device)
 
     def load(self, folder: str | Path) -> None:
         """Continue from a checkpoint: adapter, optimizer, step. Raises RunError when it does not belong to this run."""
@@ -180,14 +191,14 @@ class Trainer:
             try:
                 with _random_draws(self.training.seed, self.step_number, self.model.device):
                     for micro_batch in self._micro_batches(rows):
-                        batch = send_to_device(collate(list(micro_batch), self.pad_id), self.model.device)
+                        batch = collate(list(micro_batch), self.pad_id, self.model.virtual_tokens)
+                        batch = send_to_device(batch, self.model.device)
                         loss, _ = batch_loss(self.model.model, batch, self.training.loss_chunk)
                         (loss * (self.loss_scale / target_tokens)).backward()
                         total += loss.item()
                     penalty = self.model.penalty()
                     if penalty is not None:
-                        (penalty * self.loss_scale).backward()
-                        total += penalty.item() * target_tokens
+                        (penalty * self.loss_scale).backward()  # not part of the loss that is reported
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise
@@ -197,7 +208,7 @@ class Trainer:
                 return total / target_tokens, target_tokens
             grads = [p.grad for p in self.parameters.values() if p.grad is not None]
             torch._foreach_div_(grads, self.loss_scale)
-            finite = math.isfinite(float(torch.nn.utils.get_total_norm(grads)))
+            finite = math.isfinite(total_norm(grads))
             if finite or not math.isfinite(total) or self.loss_scale <= 1.0:
                 return total / target_tokens, target_tokens
             self.loss_scale = max(1.0, self.loss_scale / 2)
@@ -207,7 +218,7 @@ class Trainer:
         """Scale the gradients down to the recipe's norm; return the norm before. Refuses what is not finite."""
         limit = self.training.max_grad_norm
         parameters = [p for p in self.parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
             self.optimizer.zero_grad(set_to_none=True)
@@ -222,27 +233,16 @@ class Trainer:
 
     def _check_rows(self) -> None:
         """One look at every row: has each token an embedding, and each position a place in the model?"""
-        network: Any = self.model.model
-        embeddings, positions = len(network.get_input_embeddings().weight), position_limit(network)
-        for number, row in enumerate(self.rows):
-            largest, longest = int(row.ids.max()), int(row.positions.max()) + 1
-            if largest >= embeddings:
-                raise DataError(
-                    f"Row {number} holds token {largest}, but this {network.config.model_type} model has embeddings for tokens "
-                    f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
-                    "were resized for the tokens added to this one."
-                )
-            if positions is not None and longest > positions:
-                raise DataError(
-                    f"Row {number} holds an example of {longest} tokens, but this {network.config.model_type} model has "
-                    f"{positions} positions; set data.max_length={positions}."
-                )
+        network, first, virtual = self.model.model, self.model.first_position, self.model.virtual_tokens
+        check_rows(network, self.rows, first, virtual)
+        check_rows(network, self.held_out, first, virtual, "Held-out row")
 
     def _check(self) -> None:
         """A few short forwards before anything is spent: is the loss the model's own, are packed examples apart, and does
         the boundary change nothing?"""
         network, at_once = self.model.model, self.training.micro_batch_size
-        ids = [int(token) for token in self.rows[0].ids[:16]]
+        longest = max(self.rows, key=lambda row: len(row.ids))  # a short one would tell too little
+        ids = [int(token) for token in longest.ids[:16]]
         packed = any(len(row.examples) > 1 for row in self.rows)
         was_training = network.training
         network.eval()  # dropout would tell two equal forwards apart
@@ -263,6 +263,14 @@ class Trainer:
         steps = [step_rows(len(self.rows), batch_size, step, seed) for step in ends]
         together = {len(self._micro_batches([self.rows[place] for place in places])[0]) for places in steps}
         return sorted(together, reverse=True)
+
+
+def total_norm(gradients: list[Tensor]) -> float:
+    """The L2 norm of all gradients together, in fp32: torch's own is rounded to the gradients' dtype, bf16's three digits."""
+    if not gradients:
+        return 0.0
+    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 @contextmanager

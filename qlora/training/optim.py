@@ -18,17 +18,27 @@ from qlora.config import TrainingSection
 from qlora.errors import RunError, listed
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], section: TrainingSection) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], section: TrainingSection, ratios: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """AdamW as the recipe names it, over ``parameters``; matrices decay, vectors do not.
 
+    ``ratios`` says how many times the recipe's learning rate a parameter learns with; its group keeps that as ``ratio``.
     The moments are fp32 (or 8-bit) whatever dtype the parameters have: torch's AdamW would keep those of bf16 adapters in
     bf16, so bitsandbytes' 32-bit AdamW serves them.
     """
+    sorted_in: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, values in parameters.items():
+        sorted_in.setdefault((values.dim() <= 1, (ratios or {}).get(name, 1.0)), []).append(values)
     groups = [
-        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": sorted_in[vectors, ratio],
+            "weight_decay": 0.0 if vectors else section.weight_decay,
+            "lr": section.learning_rate * ratio,
+            "ratio": ratio,
+        }
+        for vectors, ratio in sorted(sorted_in)
     ]
-    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
     if section.optimizer == "adamw":
         if all(p.dtype == torch.float32 for p in parameters.values()):

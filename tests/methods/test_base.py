@@ -90,3 +90,40 @@ def test_a_state_that_does_not_fit_changes_nothing(model: AdaptedModel, problem:
     with pytest.raises(MethodError, match=name):
         model.load_adapter_state(state)
     assert all(torch.equal(values, before[key]) for key, values in model.adapter_state().items())
+
+
+def test_what_wanted_gradients_before_wants_them_again_after() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3))
+    network[1].requires_grad_(False)
+    before = {name: values.requires_grad for name, values in network.named_parameters()}
+    assert set(before.values()) == {True, False}
+
+    def now() -> dict[str, bool]:
+        return {name: values.requires_grad for name, values in network.named_parameters()}
+
+    section = config.LoRA(r=2, target_modules=("0",))
+    adapted = apply_method(network, section)
+    assert {name for name, wanted in now().items() if wanted} == {"0.lora_A", "0.lora_B"}
+    adapted.remove()
+    assert now() == before
+    adapted.attach()
+    assert {name for name, wanted in now().items() if wanted} == {"0.lora_A", "0.lora_B"}
+    adapted.remove()
+    assert now() == before
+    with pytest.raises(MethodError, match="smaller side"):
+        apply_method(network, config.LoRA(r=5, target_modules=("0", "2")))
+    assert now() == before
+
+
+def test_a_state_of_which_half_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    section = config.AdaLoRA(r=2, initial_r=4, target_modules=("q_proj",))
+    model: AdaptedModel = apply_method(tiny_base(tiny_checkpoint(tmp_path)), section)
+    adapter = {key: torch.ones_like(values) for key, values in model.adapter_state().items()}
+    state = dict(model.method_state())
+    before = {key: values.clone() for key, values in model.adapter_state().items()}
+    for broken in ({}, {**state, "adalora/strange": torch.zeros(1)}):
+        with pytest.raises(MethodError, match="adalora/"):
+            model.load_state(adapter, broken)
+        assert all(torch.equal(values, before[key]) for key, values in model.adapter_state().items())
+    model.load_state(adapter, state)
+    assert all(torch.equal(values, adapter[key]) for key, values in model.adapter_state().items())

@@ -13,12 +13,14 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora import config
 from qlora.errors import MethodError, RunError
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.files import clear_leftovers, folder_written_aside
+from qlora.methods.lora import LoraMethod
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
@@ -83,7 +85,7 @@ def test_the_files_say_what_pefts_say(tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert (file.metadata() or {})["format"] == "pt"
         assert set(file.keys()) == set(model.adapter_state())
 
 
@@ -101,27 +103,29 @@ def test_section_and_values_go_round(tmp_path: Path) -> None:
     fresh = apply_method(tiny_base(folder), SECTION)
     assert torch.equal(logits_of(load_adapter(fresh, tmp_path / "adapter").model), logits_of(model.model))
     other = apply_method(tiny_base(folder), config.LoRA(r=4, alpha=9))
-    with pytest.raises(MethodError, match=r"alpha/r = 2, this model by 2\.25"):
+    with pytest.raises(MethodError, match=r"has alpha=8\.0, this model alpha=9\.0"):
         load_adapter(other, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "much"}),
         ("bias", "all"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("use_qalora", True),
+        ("alora_invocation_tokens", [5, 6]),
         ("layers_to_transform", [0]),
         ("exclude_modules", ["v_proj"]),
-        ("fan_in_fan_out", True),
-        ("init_lora_weights", "pissa"),
-        ("trainable_token_indices", [3]),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
         ("something_of_next_year", 1),
-        ("peft_type", "IA3"),
-        ("task_type", "SEQ_CLS"),
+        ("peft_type", "LOHA"),
+        ("peft_type", None),
+        ("task_type", "SPEECH"),
         ("target_modules", ".*q_proj"),
         ("target_modules", None),
         ("r", 0),
@@ -136,13 +140,81 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, field: str, va
         read_adapter_config(tmp_path)
 
 
-def test_an_adapter_of_another_base_leaves_the_base_bare(tmp_path: Path) -> None:
-    model = apply_method(tiny_base(tiny_checkpoint(tmp_path / "base")), SECTION)
-    save_adapter(model, tmp_path / "adapter")
-    wider = tiny_base(tiny_checkpoint(tmp_path / "wider", intermediate_size=192))
-    with pytest.raises(MethodError, match=r"wrong shape in .*\[4, 128\] instead of \[4, 192\]"):
-        load_adapter(wider, tmp_path / "adapter")
-    assert not any(isinstance(module, LoraLinear) for module in wider.model.modules())
+@pytest.mark.parametrize(("field", "value", "said"), [("r", 0, "r is 0"), ("init", "x", "init is 'x'")])
+def test_a_list_of_methods_names_the_field_too(tmp_path: Path, field: str, value: Any, said: str) -> None:
+    parts = [{"name": "lora", field: value}, {"name": "modules", "modules": ["lm_head"]}]
+    ours = {"peft_type": "QLORA", "qlora_method": {"name": "combined", "parts": parts}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ours))
+    with pytest.raises(MethodError, match=f"cannot be used: {said}"):
+        read_adapter_config(tmp_path)
+
+
+def saved_elsewhere(folder: Path, recorded: bool, **section: Any) -> Path:
+    """A saved adapter of a tiny llama; without ``recorded`` it does not say of which base, as other software writes it."""
+    model = apply_method(
+        tiny_base(tiny_checkpoint(folder / "base")), config.LoRA(**{**SECTION.model_dump(), **section})
+    )
+    stir(model)
+    save_adapter(model, folder / "adapter")
+    if not recorded:
+        save_file(model.adapter_state(), folder / "adapter" / "adapter_model.safetensors")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "section", "sizes", "said"),
+    [
+        (True, {}, {"intermediate_size": 192}, "other configuration, tokenizer or tensors"),
+        (False, {}, {"intermediate_size": 192}, r"wrong shape in .*\[4, 128\] instead of \[4, 192\]"),
+        (False, {}, {"num_hidden_layers": 1}, r"unknown .*layers\.1\..*another base"),
+        (False, {}, {"num_hidden_layers": 3}, r"lacks .*layers\.2\..*another base"),
+        (
+            False,
+            {"target_modules": ("layers.1.mlp.up_proj",)},
+            {"num_hidden_layers": 1},
+            r"adapts model\.layers\.1\.mlp\.up_proj",
+        ),
+    ],
+)
+def test_an_adapter_of_another_base_leaves_the_base_bare(
+    tmp_path: Path, recorded: bool, section: dict[str, Any], sizes: dict[str, int], said: str
+) -> None:
+    adapter = saved_elsewhere(tmp_path, recorded, **section)
+    other = tiny_base(tiny_checkpoint(tmp_path / "other", **sizes))
+    with pytest.raises(MethodError, match=said) as caught:
+        load_adapter(other, adapter)
+    assert "another base" in str(caught.value)
+    assert str(adapter) in str(caught.value)
+    assert str(caught.value).replace(str(tmp_path), "").count(". ") == 0  # one sentence
+    assert not any(isinstance(module, LoraLinear) for module in other.model.modules())
+
+
+@pytest.mark.parametrize("problem", ["lacks", "unknown"])
+def test_a_file_with_missing_or_extra_keys_is_refused(tmp_path: Path, problem: str) -> None:
+    adapter = saved_elsewhere(tmp_path, recorded=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    if problem == "lacks":
+        del tensors[key]
+    else:
+        key = key.replace("q_proj", "qk_norm")
+        tensors[key] = torch.zeros(4)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    base = tiny_base(tmp_path / "base")
+    with pytest.raises(MethodError, match=f"{problem} {key}"):
+        load_adapter(base, adapter)
+    assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
+
+
+def test_names_of_other_families_in_a_list_are_left_out(tmp_path: Path) -> None:
+    adapter = saved_elsewhere(tmp_path, recorded=True, target_modules=("q_proj", "up_proj"))
+    expected = logits_of(load_adapter(tiny_base(tmp_path / "base"), adapter).model)
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    values["target_modules"].append("query_key_value")
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    model = load_adapter(tiny_base(tmp_path / "base"), adapter)
+    assert model.section.target_modules == ("q_proj", "up_proj")
+    assert torch.equal(logits_of(model.model), expected)
 
 
 def test_missing_and_damaged_files_are_said(tmp_path: Path) -> None:
@@ -201,3 +273,22 @@ def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
     clear_leftovers(tmp_path)
     assert (tmp_path / "a" / "whole").is_file()
     assert not list(tmp_path.glob(f".*-{dead.pid}"))
+
+
+def test_a_load_that_is_interrupted_leaves_the_base_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base(tiny_checkpoint(tmp_path / "base"))
+    before, modules = logits_of(base.model), [name for name, _ in base.model.named_modules()]
+    model = apply_method(base, SECTION)
+    stir(model)
+    save_adapter(model, tmp_path / "adapter")
+    model.remove()
+    for error in (torch.OutOfMemoryError, KeyboardInterrupt):
+
+        def failing(*rest: Any, error: type[BaseException] = error) -> None:
+            raise error
+
+        monkeypatch.setattr(LoraMethod, "load", failing)
+        with pytest.raises(error):
+            load_adapter(base, tmp_path / "adapter")
+        assert [name for name, _ in base.model.named_modules()] == modules
+        assert torch.equal(logits_of(base.model), before)

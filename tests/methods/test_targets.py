@@ -39,11 +39,18 @@ def test_all_linear_is_attention_and_mlp_without_the_head(tmp_path: Path) -> Non
     ]
 
 
-@pytest.mark.parametrize(("name", "hint"), [("q_porj", "Did you mean 'q_proj'"), ("lm_head", "down_proj, gate_proj")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("q_porj", "Did you mean 'q_proj'"), ("input_layernorm", "down_proj, .*gate_proj")]
+)
 def test_a_name_that_matches_nothing_lists_those_that_exist(tmp_path: Path, name: str, hint: str) -> None:
     base = tiny_base(tiny_checkpoint(tmp_path))
     with pytest.raises(MethodError, match=f"'{name}'.*{hint}"):
         apply_method(base, config.LoRA(r=4, target_modules=("v_proj", name)))
+
+
+def test_the_head_is_adapted_where_it_is_named(tmp_path: Path) -> None:
+    model = apply_method(tiny_base(tiny_checkpoint(tmp_path)), config.LoRA(r=4, target_modules=("lm_head",)))
+    assert list(model.planted) == ["lm_head"]
 
 
 def test_leaf_names_suffice_or_full_paths_are_told() -> None:

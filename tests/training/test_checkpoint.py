@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora.config import TrainingSection
 from qlora.errors import RunError
@@ -251,6 +251,26 @@ def test_nothing_is_unpickled(saved: tuple[Trainer, Path]) -> None:
 
 
 def test_saving_works_behind_the_boundary_with_unchanged_names(saved: tuple[Trainer, Path], base: Path) -> None:
-    bare: AdaptedModel = tiny_model(base, target_modules=saved[0].model.method.target_modules)
+    bare: AdaptedModel = tiny_model(base, target_modules=saved[0].model.section.target_modules)
     assert "layers.0.self_attn" in "".join(bare.adapter_state())
     assert read_adapter_tensors(saved[1]).keys() == bare.adapter_state().keys()
+
+
+@pytest.mark.parametrize("file", ["adapter_model", "method"])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(base: Path, tmp_path: Path, file: str) -> None:
+    def beginning(folder: str) -> Trainer:
+        model = tiny_model(base, stirred=False, init="pissa", target_modules=("q_proj",))
+        return Trainer(model, ROWS, TrainingSection(batch_size=4, steps=3), tmp_path / folder)
+
+    trainer = beginning("old")
+    take(trainer, 1)
+    place = trainer.save()
+    tensors = load_file(place / f"{file}.safetensors")
+    save_file(dict(list(tensors.items())[1:]), place / f"{file}.safetensors", metadata={"format": "pt"})
+    other = beginning("new")
+    before, answers = adapter_bytes(other.model), logits_of(other.model.model)
+    with pytest.raises(RunError, match="000001' does not belong to this run"):
+        other.load(place)
+    assert adapter_bytes(other.model) == before
+    assert torch.equal(logits_of(other.model.model), answers)
+    assert other.step_number == 0

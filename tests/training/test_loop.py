@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora.config import TrainingSection
-from qlora.data import IGNORE_INDEX, Row, collate, step_rows
+from qlora.data import IGNORE_INDEX, Data, Row, collate, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel
@@ -141,6 +141,18 @@ def test_clipping_is_torchs(model: AdaptedModel, limit: float | None) -> None:
     after = gradients(model)
     assert all(torch.allclose(found[name], after[name], rtol=1e-6) for name in after)
     assert (limit == 0.05) == any(not torch.equal(found[name], before[name]) for name in before)
+
+
+def test_the_norm_of_bf16_gradients_is_in_fp32() -> None:
+    """A sum in bf16 is rounded to three digits, and so would be every gradient that is scaled by it."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(40, 30, generator=generator).to(dtype) for dtype in (torch.bfloat16, torch.bfloat16)]
+    exact = math.sqrt(sum(float(values.double().square().sum()) for values in whole))
+    assert abs(float(torch.nn.utils.get_total_norm(whole)) / exact - 1) > 1e-5  # torch's own
+    for parts in (whole, [whole[0], whole[1].float()]):
+        assert loop.total_norm(parts) == pytest.approx(exact, rel=1e-6)
+    assert loop.total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
+    assert loop.total_norm([]) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -315,7 +327,7 @@ def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:
     model.penalty, model.after_step = lambda: weight.square().sum(), lambda *numbers: turns.append(numbers)
     try:
         loss, found = gradients_of(model, ROWS[:8], 2, "layer_major")
-        assert loss == pytest.approx(plain_loss + weight.detach().square().sum().item(), rel=1e-6)
+        assert loss == plain_loss  # methods are compared by their cross-entropy alone
         for name in plain:
             extra = 2 * weight.detach() if name.endswith("layers.0.self_attn.q_proj.lora_A") else 0
             torch.testing.assert_close(found[name], plain[name] + extra)
@@ -344,7 +356,13 @@ def test_a_model_that_leaks_is_refused_before_anything_is_spent(
     monkeypatch.setattr(decoder, "forward", lambda input_ids, position_ids, **kw: forward(input_ids=input_ids, **kw))
     with pytest.raises(ModelError, match="see each other"):
         Trainer(model, ROWS, section())
+    with pytest.raises(ModelError, match="see each other"):
+        Trainer(model, [first_tokens(ROWS[0], 3), *ROWS], section())  # too short to be told apart in
     Trainer(model, random_rows(8, packing=False), section())
+
+
+def first_tokens(row: Row, count: int) -> Row:
+    return Row(row.ids[:count], row.labels[:count], row.positions[:count], (0,))
 
 
 def test_the_checks_do_not_mind_dropout_or_training_mode(dropping: AdaptedModel) -> None:
@@ -458,6 +476,15 @@ def test_a_text_beyond_the_models_positions_is_refused(model: AdaptedModel) -> N
         DataError, match=r"Row 1 holds an example of 65 tokens, .* has 64 positions; set data.max_length=64"
     ):
         Trainer(model, [row(64), row(65, 5)], section())
+
+
+def test_held_out_rows_are_looked_at_before_training(model: AdaptedModel) -> None:
+    ids = numpy.full(65, 5, dtype=numpy.int32)
+    long = Row(ids, ids, numpy.arange(65, dtype=numpy.int32), (0,))
+    counts: Any = None
+    data = Data(ROWS, [*ROWS[:2], long], counts, "", model.tokenizer, None, 64, [])
+    with pytest.raises(DataError, match=r"Held-out row 2 holds an example of 65 tokens, .*; set data.max_length=64"):
+        Trainer(model, data, section())
 
 
 def test_rows_need_not_be_a_list(model: AdaptedModel) -> None:
