@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +11,53 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora import config
+from qlora.config import TrainingSection
 from qlora.errors import MethodError
-from qlora.methods import LoraLinear, apply_method
-from qlora.methods.lora import adapter_dtype
+from qlora.methods import AdaptedModel, LoraLinear, apply_method, load_adapter, save_adapter
+from qlora.methods.files import save_portable
+from qlora.methods.method import adapter_dtype
+from qlora.methods.targets import pattern_value
+from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, dense_cached
-from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from qlora.training.optim import make_optimizer
+from tests.methods.against_peft import BATCH, merge_in_place, plain_model, with_our_values, worst_of
+from tests.methods.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8)
+PATTERNED = config.LoRA(
+    r=4,
+    alpha=8,
+    rslora=True,
+    rank_pattern={"layers.0.mlp.up_proj": 1, "mlp.up_proj": 7, "v_proj": 32},
+    alpha_pattern={"down_proj": 3, "model.layers.1.self_attn.q_proj": 5},
+)
 CPU = torch.device("cpu")
 
 
 def planted(base: nn.Module, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> LoraLinear:
-    layer = LoraLinear.from_base(
-        base, config.LoRA(r=3, alpha=6, dropout=dropout), torch.Generator().manual_seed(1), CPU, dtype
-    )
-    layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(2))
-    return layer
+    generator = torch.Generator().manual_seed(2)
+    outputs, inputs = (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    lora_A = torch.randn(3, inputs, generator=generator).to(dtype)
+    lora_B = torch.randn(outputs, 3, generator=generator).to(dtype)
+    return LoraLinear(base, lora_A, lora_B, 2.0, dropout)
 
 
-def peft_model(folder: Path, quantization: str) -> Any:
-    """PEFT's LoRA on from_pretrained, in train mode: in eval bitsandbytes packs the weights anew on some CPUs."""
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+def peft_config(section: Any, **values: Any) -> peft.LoraConfig:
+    targets = section.target_modules
+    return peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        use_rslora=section.rslora,
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+        target_modules=targets if targets == "all-linear" else list(targets),
+        task_type="CAUSAL_LM",
+        **values,
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantised if quantization == "nf4" else None
-    )
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, lora).train()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -51,31 +66,111 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, qua
     folder = tiny_checkpoint(tmp_path, family)
     ours = apply_method(tiny_base(folder, quantization), SECTION)
     stir(ours)
-    theirs = peft_model(folder, quantization)
-    missing = peft.set_peft_model_state_dict(theirs, ours.adapter_state())
-    assert not missing.unexpected_keys
-    found = ours.model(input_ids=TOKENS, labels=TOKENS, use_cache=False)
-    expected = theirs(input_ids=TOKENS, labels=TOKENS, use_cache=False)
-    found.loss.backward()
-    expected.loss.backward()
+    theirs = with_our_values(plain_model(folder, quantization), peft_config(SECTION), ours)
     with ours.disabled():
-        assert difference(logits_of(ours.model), expected.logits) > 1e-2  # the adapter matters
-    assert difference(found.logits, expected.logits) < 1e-6
-    gradients = {
-        name.removeprefix("base_model.model.").replace(".default.weight", ""): values.grad
-        for name, values in theirs.named_parameters()
-        if "lora_" in name
-    }
-    assert gradients.keys() == ours.trainable_parameters().keys()
-    worst = max(difference(values.grad, gradients[name]) for name, values in ours.trainable_parameters().items())
-    print(f"{family} {quantization}: logits {difference(found.logits, expected.logits):.1e}, gradients {worst:.1e}")
-    assert worst < 3e-6
+        assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2  # the adapter matters
+    logits, gradients = worst_of(ours, theirs, **BATCH)
+    print(f"{family} {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
+    assert logits < 1e-6
+    assert gradients < 3e-6
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_ranks_and_scalings_by_name_are_those_of_peft(tmp_path: Path, quantization: str) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    ours = apply_method(tiny_base(folder, quantization), PATTERNED)
+    stir(ours)
+    ranks = {path: len(layer.lora_A) for path, layer in ours.planted.items()}
+    assert ranks["model.layers.0.mlp.up_proj"] == 1
+    assert ranks["model.layers.1.mlp.up_proj"] == 7
+    assert ranks["model.layers.0.self_attn.v_proj"] == 32
+    assert ranks["model.layers.0.self_attn.q_proj"] == 4
+    theirs = with_our_values(plain_model(folder, quantization), peft_config(PATTERNED), ours)
+    for path, layer in ours.planted.items():
+        assert theirs.get_submodule(f"base_model.model.{path}").scaling["default"] == layer.scaling
+    logits, gradients = worst_of(ours, theirs, **BATCH)
+    print(f"patterns, {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
+    assert logits < 1e-6
+    assert gradients < 3e-6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["q_proj", "self_attn.q_proj", "0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "attn.q_proj", "proj"],
+)
+@pytest.mark.parametrize("path", ["model.layers.1.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "q_proj"])
+def test_a_plain_name_in_a_pattern_matches_as_in_peft(name: str, path: str) -> None:
+    theirs = peft.utils.other.get_pattern_key([name], path) == name
+    assert (pattern_value({name: 3}, path, 0) == 3) is theirs or name == path
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern", "sentence"),
+    [
+        (
+            "rank_pattern",
+            {"q_porj": 2},
+            r"rank_pattern names 'q_porj', which no target is called. Did you mean 'q_proj'",
+        ),
+        ("alpha_pattern", {"lm_head": 2}, "alpha_pattern names 'lm_head', which no target is called"),
+        (
+            "rank_pattern",
+            {"q_proj": 2, "layers.0.self_attn.q_proj": 3},
+            "counts first; put 'layers.0.self_attn.q_proj'",
+        ),
+        ("rank_pattern", {"k_proj": 33}, r"rank_pattern gives 33, more than the smaller side of .*k_proj \[32, 64\]"),
+    ],
+)
+def test_a_pattern_that_cannot_be_is_refused(tmp_path: Path, field: str, pattern: Any, sentence: str) -> None:
+    base = tiny_base(tiny_checkpoint(tmp_path))
+    with pytest.raises(MethodError, match=sentence):
+        apply_method(base, SECTION.model_copy(update={field: pattern}))
+    assert not any(isinstance(module, LoraLinear) for module in base.model.modules())
+
+
+def test_a_pattern_keeps_its_order_on_disk(tmp_path: Path) -> None:
+    """JSON sorts names; 'o_proj' then stands before 'self_attn.o_proj', which counted first."""
+    folder = tiny_checkpoint(tmp_path / "base")
+    section = config.LoRA(
+        r=4,
+        rank_pattern={"1.self_attn.o_proj": 2, "0.self_attn.o_proj": 3},
+        alpha_pattern={"self_attn.q_proj": 3, "q_proj": 5, "layers.0.mlp.up_proj": 7, "up_proj": 9},
+        target_modules=("q_proj", "o_proj", "up_proj"),
+    )
+    with pytest.raises(MethodError, match=r"'q_proj' after 'self_attn\.q_proj'"):
+        apply_method(tiny_base(folder), section)
+    pattern = {"layers.1.mlp.up_proj": 9, "mlp.up_proj": 3, "1.self_attn.q_proj": 2, "0.self_attn.q_proj": 4}
+    swapped = {"model.layers.1.mlp.up_proj": 9, "mlp.up_proj": 3, "q_proj": 2}
+    for alphas in (pattern, swapped):
+        ours = apply_method(tiny_base(folder, "none"), section.model_copy(update={"alpha_pattern": alphas}))
+        stir(ours)
+        save_adapter(ours, tmp_path / "adapter")
+        again = load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
+        assert torch.equal(logits_of(again.model), logits_of(ours.model))
+        load_adapter(ours, tmp_path / "adapter")  # the same section by other names
+        theirs = peft.PeftModel.from_pretrained(plain_model(folder), tmp_path / "adapter").eval()
+        assert difference(logits_of(theirs), logits_of(ours.model)) < 1e-6
+    other = apply_method(tiny_base(folder, "none"), section.model_copy(update={"alpha_pattern": {"q_proj": 2}}))
+    with pytest.raises(MethodError, match=r"another alpha_pattern than this model, for .*up_proj"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("rank", [1, 256])
+def test_the_smallest_and_the_largest_rank(rank: int) -> None:
+    linear = nn.Sequential(nn.Linear(300, 256), nn.Linear(256, 2))
+    model = apply_method(linear, config.LoRA(r=rank, alpha=rank, target_modules=("0",)))
+    stir(model)
+    layer: Any = model.planted["0"]
+    x = torch.randn(5, 300)
+    expected = nn.functional.linear(x, layer.base.weight + layer.lora_B @ layer.lora_A, layer.base.bias)
+    assert difference(layer(x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_derivatives(dropout: float, bias: bool) -> None:
-    layer = planted(nn.Linear(5, 4, bias=bias).double().requires_grad_(False), dropout)
+@pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
+def test_gradients_are_derivatives(dropout: float, kind: str) -> None:
+    base = Conv1D(4, 5) if kind == "Conv1D" else nn.Linear(5, 4, bias=kind == "bias")
+    layer = planted(base.double().requires_grad_(False), dropout)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def forward(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
@@ -85,21 +180,16 @@ def test_gradients_are_derivatives(dropout: float, bias: bool) -> None:
     assert torch.autograd.gradcheck(forward, (x, layer.lora_A, layer.lora_B))
 
 
-def test_forward_is_the_formula() -> None:
+def test_forward_is_the_formula_and_merged_too() -> None:
     linear = nn.Linear(5, 4).double().requires_grad_(False)
+    before = linear.weight.clone()
     layer = planted(linear)
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = x @ linear.weight.t() + linear.bias + 2.0 * (x @ layer.lora_A.t() @ layer.lora_B.t())
     torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.delta().double(), 2.0 * layer.lora_B @ layer.lora_A, rtol=1e-6, atol=1e-6)
-    merged = x @ layer.merged_weight(torch.float64).t() + linear.bias
-    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_merging_leaves_the_base_alone() -> None:
-    linear = nn.Linear(5, 4).requires_grad_(False)
-    before = linear.weight.clone()
-    planted(linear, dtype=torch.float32).merged_weight(torch.float32)
+    merged = layer.merged("weight", linear.weight.clone())
+    torch.testing.assert_close(x @ merged.t() + linear.bias, expected)
+    assert torch.equal(layer.merged("bias", linear.bias.clone()), linear.bias)
     assert torch.equal(linear.weight, before)
 
 
@@ -113,10 +203,14 @@ def test_dropout_happens_in_training_only_and_keeps_the_mean() -> None:
     assert difference(restless.mean(0), calm.mean(0)) < 0.05
 
 
-def test_a_4bit_weight_is_not_kept_for_backward() -> None:
+def packed_linear() -> Linear4bit:
     linear = Linear4bit.empty(64, 128, bias=False, quant_type="nf4", double_quant=True, compute_dtype=torch.float32)
     linear.place(torch.randn(128, 64), CPU)
-    layer = planted(linear, dtype=torch.float32)
+    return linear
+
+
+def test_a_4bit_weight_is_not_kept_for_backward() -> None:
+    layer = planted(packed_linear(), dtype=torch.float32)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda values: kept.append(values.shape) or values, lambda values: values
@@ -126,9 +220,8 @@ def test_a_4bit_weight_is_not_kept_for_backward() -> None:
 
 
 def test_backward_reads_the_weight_again() -> None:
-    linear = Linear4bit.empty(64, 128, bias=False, quant_type="nf4", double_quant=True, compute_dtype=torch.float32)
-    linear.place(torch.randn(128, 64), CPU)
-    layer = planted(linear, dtype=torch.float32)
+    layer = planted(packed_linear(), dtype=torch.float32)
+    linear: Any = layer.base
     x = torch.randn(10, 64, requires_grad=True)
     packed, y = linear.weight, layer(x)
     expected = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
@@ -187,3 +280,116 @@ def test_adapter_dtype_policy() -> None:
     assert adapter_dtype("auto", CPU, torch.bfloat16) == torch.float32
     assert adapter_dtype("fp32", cuda, torch.bfloat16) == torch.float32
     assert adapter_dtype("bf16", CPU, torch.float32) == torch.bfloat16
+
+
+# GPT-2's linears hold their weight the other way round
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, initializer_range=0.1)).eval()
+
+
+def test_gpt2_is_as_in_peft_and_on_disk(tmp_path: Path) -> None:
+    plain = tiny_gpt2()
+    section = config.LoRA(r=4, alpha=8, target_modules=("c_attn", "c_proj", "c_fc"))
+    ours = apply_method(copy.deepcopy(plain), section)
+    assert ours.planted["transformer.h.0.attn.c_attn"].lora_B.shape == (96, 4)
+    stir(ours)
+    theirs = with_our_values(copy.deepcopy(plain), peft_config(section, fan_in_fan_out=True), ours)
+    logits, gradients = worst_of(ours, theirs, **BATCH)
+    print(f"Conv1D: logits {logits:.1e}, gradients {gradients:.1e}")
+    assert logits < 1e-6
+    assert gradients < 3e-6
+
+    for way, save in (("adapter", save_adapter), ("portable", save_portable)):
+        save(ours, tmp_path / way)
+        assert json.loads((tmp_path / way / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / way).eval()
+        assert difference(logits_of(loaded), logits_of(ours.model)) < 1e-6
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_adapter(apply_method(copy.deepcopy(plain), section).remove(), tmp_path / "theirs")
+    assert torch.equal(logits_of(back.model), logits_of(ours.model))
+
+    expected = logits_of(ours.model)
+    square: Any = ours.planted["transformer.h.0.attn.c_proj"].base
+    assert square.weight.shape == (32, 32)  # whose shape does not tell which way round it lies
+    assert difference(logits_of(merge_in_place(ours)), expected) < 1e-5
+
+
+# The head as a target
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2's head is its embedding, and its logits are capped
+def test_a_head_is_adapted_as_in_peft_and_through_the_chunked_loss(tmp_path: Path, family: str) -> None:
+    folder = tiny_checkpoint(tmp_path, family)
+    section = config.LoRA(r=4, alpha=8, target_modules=("lm_head", "v_proj"))
+    ours = apply_method(tiny_base(folder, "none"), section)
+    stir(ours)
+    theirs = with_our_values(plain_model(folder), peft_config(section), ours)
+    logits, gradients = worst_of(ours, theirs, **BATCH)
+    print(f"head, {family}: logits {logits:.1e}, gradients {gradients:.1e}")
+    assert logits < 1e-6
+    assert gradients < 3e-6
+
+    parameters = ours.trainable_parameters()
+    expected = {name: values.grad.clone() * (TOKENS.numel() - len(TOKENS)) for name, values in parameters.items()}
+    for values in parameters.values():
+        values.grad = None
+    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    batch = {"input_ids": TOKENS, "position_ids": positions, "labels": TOKENS}
+    loss, count = batch_loss(ours.model, batch, chunk=5)
+    loss.backward()
+    assert count == TOKENS.numel() - len(TOKENS)
+    assert max(difference(values.grad, expected[name]) for name, values in parameters.items()) < 3e-6
+    with torch.no_grad():
+        assert abs(float(batch_loss(ours.model, batch, chunk=5)[0]) - float(loss)) < 1e-4
+
+
+# What servers load
+
+
+@pytest.mark.parametrize(
+    "section", [PATTERNED, config.LoRA(r=4, alpha=3, rslora=True), config.LoRA(r=3, alpha=5, dropout=0.2)]
+)
+def test_the_portable_form_computes_the_same_in_peft_and_here(tmp_path: Path, section: Any) -> None:
+    folder = tiny_checkpoint(tmp_path / "base")
+    ours = apply_method(tiny_base(folder, "none"), section)
+    stir(ours)
+    assert save_portable(ours, tmp_path / "portable") is None
+    values = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert values["lora_alpha"] == values["r"] == max([section.r, *section.rank_pattern.values()])
+    assert not any(values[key] for key in ("rank_pattern", "alpha_pattern", "use_rslora"))
+    theirs = peft.PeftModel.from_pretrained(plain_model(folder), tmp_path / "portable").eval()
+    here = load_adapter(tiny_base(folder, "none"), tmp_path / "portable")
+    expected = logits_of(ours.model.eval())
+    worst = difference(logits_of(theirs), expected), difference(logits_of(here.model), expected)
+    print(f"portable: in PEFT {worst[0]:.1e}, here {worst[1]:.1e}")
+    assert max(worst) < 1e-6
+
+
+# LoRA+
+
+
+def test_b_learns_faster_by_the_ratio() -> None:
+    torch.manual_seed(0)
+    steps: dict[float, dict[str, torch.Tensor]] = {}
+    for ratio in (1.0, 16.0):
+        torch.manual_seed(0)
+        section = config.LoRA(r=2, target_modules=("0", "1"), learning_rate_ratio=ratio)
+        model: AdaptedModel = apply_method(nn.Sequential(nn.Linear(6, 8), nn.Embedding(5, 6), nn.Linear(8, 3)), section)
+        stir(model)
+        parameters = model.trainable_parameters()
+        training = TrainingSection(learning_rate=1e-3, weight_decay=0)
+        optimizer = make_optimizer(parameters, training, model.learning_rate_ratios())
+        before = {name: values.detach().clone() for name, values in parameters.items()}
+        for values in parameters.values():
+            values.grad = torch.ones_like(values)
+        optimizer.step()  # Adam's first step is the learning rate itself, whatever the gradient
+        steps[ratio] = {name: before[name] - values.detach() for name, values in parameters.items()}
+    assert len(steps[1.0]) == 4
+    for name, plain in steps[1.0].items():
+        expected = 16 if name == "0.lora_B" else 1
+        torch.testing.assert_close(steps[16.0][name] / plain, torch.full_like(plain, expected), rtol=1e-3, atol=0)
+        assert abs(float(plain.mean()) - 1e-3) < 1e-6

@@ -1,0 +1,186 @@
+"""DoRA: LoRA on the direction of a weight, and its magnitude apart (Liu et al. 2024, arXiv:2402.09353).
+
+    W' = W + scaling · B A                            the direction, row by row
+    y  = (m / ‖W'‖) ⊙ (W' x) + b                      m [out] trains and begins as ‖W‖; ‖W'‖ [out], the norm of each row
+
+The norm is a constant to the gradient (section 4.3). Dropout, as PEFT has it, falls on the input of the part that the
+magnitude changes, and W x itself is left whole:
+
+    y  = W x + b + (m / ‖W'‖ − 1) ⊙ (W x̃) + (m / ‖W'‖) ⊙ scaling · B A x̃        x̃ = dropout(x)
+
+Knows this formula and its gradients; must not know how W is stored, how the adapter is saved, or the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora.methods.autocast import as_autocast, without_autocast
+from qlora.methods.lora import LoraLinear, LoraMethod, add_delta
+from qlora.methods.planted import Planted
+from qlora.model.nf4 import dense_cached, dense_weight, is_linear, is_transposed
+
+SMALLEST = 1e-30  # a row of zeros has no direction; with this norm nothing is divided by zero
+
+
+class DoraLinear(LoraLinear):
+    """LoRA's linear with ``lora_magnitude_vector`` [out], which is fp32 whatever dtype A and B have.
+
+    In bf16 it would be up to 0.4 % off the norm that it begins as, so that step 0 would not be the base.
+    """
+
+    def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__(base, lora_A, lora_B, scaling, dropout)
+        ones = torch.ones(self.out_features, dtype=torch.float32, device=lora_B.device)
+        self.lora_magnitude_vector = nn.Parameter(ones)
+
+    @torch.no_grad()
+    def measure(self, dtype: torch.dtype) -> None:
+        """Set the magnitudes to the norms that there are, so that they change nothing.
+
+        ``dtype`` is the one that the forward computes in: unpacked to another, a weight has slightly other norms. A base
+        on the meta device has no norms; the magnitudes are read from a file then.
+        """
+        if self.base.weight.device.type != "meta":
+            self.lora_magnitude_vector.copy_(self.norm(dense_weight(self.base, dtype)))
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:
+        """The norm of each row of W + scaling · B A [out], for a dense ``weight`` W [out, in]; in fp32, or W's fp64.
+
+        Multiplied out, ‖w + s b A‖² = ‖w‖² + 2 s b (A w) + s² b (A Aᵀ) bᵀ, so that no second matrix of W's size is made.
+        """
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        lora_A, lora_B = self.lora_A.to(weight.dtype), self.lora_B.to(wide)
+        plain = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
+        cross = (weight @ lora_A.t()).to(wide).mul_(lora_B).sum(1)
+        own = (lora_B @ (lora_A.to(wide) @ lora_A.to(wide).t())).mul_(lora_B).sum(1)
+        squares = plain.square_().add_(cross, alpha=2 * self.scaling).add_(own, alpha=self.scaling**2)
+        return squares.clamp_min_(0).sqrt_().clamp_min_(SMALLEST)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in] → […, out] in the dtype of ``x``, or in that of ``torch.autocast``."""
+        if not self.enabled:
+            return self.alone(x)
+        self.refuse_unready()
+        dropout = self.dropout if self.training else 0.0
+        return _DirectedLinear.apply(
+            as_autocast(x), self.lora_A, self.lora_B, self.lora_magnitude_vector, self, dropout
+        )
+
+    @torch.no_grad()
+    def merged(self, name: str, values: Tensor) -> Tensor:
+        """``weight``, [out, in] (Conv1D: [in, out]) in fp32, as (m / ‖W'‖) ⊙ W', in place."""
+        if name == "weight":
+            weight = values.t() if is_transposed(self.base) else values
+            add_delta(weight, self.lora_A, self.lora_B, self.scaling)
+            norm = torch.linalg.vector_norm(weight, dim=1).clamp_min_(SMALLEST)
+            weight.mul_((self.lora_magnitude_vector.to(weight) / norm).unsqueeze(1))
+        return values
+
+
+class _DirectedLinear(torch.autograd.Function):
+    """The frozen linear, its direction's update and its magnitude as one step of the graph.
+
+    Kept for backward: x, A, B, x Aᵀ, W'x̃ (as large as the output: the magnitude's gradient needs it, and to multiply it
+    out again would cost as much as the forward), two vectors [out], with dropout one byte for each element of x. Never W.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, layer: DoraLinear, dropout: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        kept = None
+        if dropout > 0:
+            rows, kept = torch.native_dropout(rows, dropout, True)
+        low = rows @ lora_A.to(x.dtype).t()
+        up = lora_B.to(x.dtype).t()
+        with dense_cached(layer.base):  # the weight is unpacked once for its product and its norm
+            y = layer.base(x)
+            weight = dense_weight(layer.base, x.dtype)
+            with without_autocast(x.device):  # the norm is wider than x
+                norm = layer.norm(weight)
+            directed = F.linear(rows, weight) if kept is not None else None
+        del weight
+        scale = magnitude.to(norm.dtype) / norm
+        flat = y.view(-1, y.shape[-1]).addmm_(low, up, alpha=layer.scaling)
+        if directed is not None:
+            directed.addmm_(low, up, alpha=layer.scaling)
+        else:
+            directed = flat.clone() if layer.base.bias is None else flat - layer.base.bias.to(x.dtype)
+        # W'x + (m/‖W'‖ − 1) W'x: where the magnitude is the norm, this adds zero to what the base says
+        flat.addcmul_(directed, (scale - 1).to(x.dtype))
+        ctx.layer, ctx.dropout = layer, dropout
+        ctx.save_for_backward(x, lora_A, lora_B, magnitude, low, kept, directed, scale, norm)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, magnitude, low, kept, directed, scale, norm = ctx.saved_tensors
+        grad = grad_y.reshape(-1, grad_y.shape[-1])
+        stretch = 1 / (1 - ctx.dropout)  # what dropout leaves is stretched to keep the mean
+        grad_x = grad_A = grad_B = grad_m = None
+        if ctx.needs_input_grad[3]:
+            grad_m = ((grad.to(norm.dtype) * directed).sum(0) / norm).to(magnitude.dtype)
+        scaled = grad * scale.to(grad.dtype)
+        grad_low = (scaled @ lora_B.to(grad.dtype)).mul_(ctx.layer.scaling)
+        if ctx.needs_input_grad[1]:
+            rows = x.reshape(-1, x.shape[-1])
+            if kept is not None:
+                rows = (rows * kept).mul_(stretch)
+            grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
+            del rows
+        if ctx.needs_input_grad[2]:
+            grad_B = (scaled.t() @ low).mul_(ctx.layer.scaling).to(lora_B.dtype)
+        if ctx.needs_input_grad[0]:
+            weight = dense_weight(ctx.layer.base, grad.dtype)
+            if kept is None:
+                grad_x = (scaled @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
+            else:
+                dropped = ((grad * (scale - 1).to(grad.dtype)) @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
+                grad_x = (grad @ weight).add_(dropped.mul_(kept), alpha=stretch)
+            grad_x = grad_x.view(x.shape)
+        return grad_x, grad_A, grad_B, grad_m, None, None
+
+
+class DoraMethod(LoraMethod):
+    """LoRA's way of planting, with magnitudes."""
+
+    fits = staticmethod(is_linear)
+    kinds = "linear"
+    layer = DoraLinear
+
+    def begin(self, path: str, layer: Planted) -> None:
+        """LoRA's beginning; the magnitudes are the norms of what came of it."""
+        super().begin(path, layer)
+        assert isinstance(layer, DoraLinear)
+        if not self.values_follow:
+            layer.measure(self.base.compute_dtype)
+
+    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
+        """PEFT's LoraConfig, in which DoRA is a flag."""
+        return {**super().peft_config(every_path), "use_dora": True}
+
+    read = LoraMethod.read | {"use_dora"}
+
+    @classmethod
+    def is_of(cls, values: Mapping[str, Any]) -> bool:
+        """DoRA is a LoraConfig with a flag."""
+        return bool(values.get("use_dora"))
+
+    @classmethod
+    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The section of a LoraConfig."""
+        return {**super().section_from(values), "name": "dora"}
+
+    def why_not_portable(self) -> str | None:
+        """Magnitudes are no product of two thin matrices."""
+        return "DoRA's magnitudes are no plain LoRA, which is what servers load; export it merged"

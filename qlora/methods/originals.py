@@ -1,0 +1,80 @@
+"""The weight that a frozen linear was loaded with, after a method put another one in its place.
+
+    own_weight → what was quantised       put → another weight is quantised, or written       put_back → as it was loaded
+
+One weight in memory at a time: it is read from the checkpoint again. Knows checkpoints and how a linear keeps its weight;
+must not know what is put there, or why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qlora.model.load import Base, checkpoint_weight, packed_parts
+from qlora.model.nf4 import FrozenLinear, dense_weight, is_transposed
+from qlora.model.shards import Checkpoint, open_checkpoint
+
+
+def copy_to_keep(base: Base, path: str, linear: nn.Module) -> Tensor | None:
+    """A copy of the weight on the CPU, for ``put_back``, where no checkpoint holds it; else None."""
+    values = linear.weight
+    assert isinstance(values, Tensor)
+    return values.detach().to("cpu", copy=True) if _source(base, path) is None else None
+
+
+def knows_what_was_quantised(base: Base, path: str) -> bool:
+    """Whether the checkpoint holds this quantised weight as it was before."""
+    source = _source(base, path)
+    return source is not None and not packed_parts(source[1], source[0])
+
+
+@torch.no_grad()
+def own_weight(base: Base, path: str, linear: nn.Module, kept: Tensor | None = None) -> Tensor:
+    """The weight [out, in] that the linear at ``path`` of the untouched model was loaded with, before it was quantised.
+
+    What came quantised already is put back, and what it stands for is the answer.
+    """
+    if isinstance(linear, FrozenLinear) and knows_what_was_quantised(base, path):
+        return checkpoint_weight(base, path, linear)
+    put_back(base, path, linear, kept)
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return dense_weight(linear, base.compute_dtype if isinstance(linear, FrozenLinear) else weight.dtype).clone()
+
+
+@torch.no_grad()
+def put(linear: nn.Module, weight: Tensor) -> None:
+    """Give ``linear`` the weight [out, in]: quantised as its own was, or written over it."""
+    values = linear.weight
+    assert isinstance(values, Tensor)
+    if isinstance(linear, FrozenLinear):
+        linear.place(weight, values.device)  # type: ignore[operator]
+    else:
+        values.copy_(weight.t() if is_transposed(linear) else weight)
+
+
+@torch.no_grad()
+def put_back(base: Base, path: str, linear: nn.Module, kept: Tensor | None = None) -> None:
+    """Make the frozen weight bit for bit what was loaded. ``kept`` is what ``copy_to_keep`` gave."""
+    values, source = linear.weight, _source(base, path)
+    assert isinstance(values, Tensor)
+    if source is None:
+        assert kept is not None
+        values.copy_(kept)
+        return
+    checkpoint, name = source
+    if not isinstance(linear, FrozenLinear):
+        values.copy_(checkpoint.read(name))
+    elif parts := packed_parts(name, checkpoint):
+        stem = name.removesuffix("weight")
+        tensors = {part.removeprefix(stem): checkpoint.read(part) for part in [name, *parts]}
+        linear.place_quantised(tensors, values.device)  # type: ignore[operator]
+    else:
+        put(linear, checkpoint_weight(base, path, linear))
+
+
+def _source(base: Base, path: str) -> tuple[Checkpoint, str] | None:
+    """The checkpoint and the weight's name there; None where no file holds it."""
+    name = (base.names or {}).get(f"{path}.weight")
+    return None if name is None else (open_checkpoint(base.folder), name)
