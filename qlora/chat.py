@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from transformers import TextStreamer
 
 from qlora.errors import RunError
-from qlora.evaluation import answer
+from qlora.evaluation import answer, room
 from qlora.run import chat_tokenizer, load_run
 
 LONGEST_ANSWER = 256
@@ -33,10 +33,10 @@ class Conversation:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
         else:
             ids = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-        limit = getattr(self.model.model.config, "max_position_embeddings", None)
-        if limit and len(ids) + max_new_tokens > limit:
+        left = room(self.model, len(ids))
+        if left is not None and left < max_new_tokens:
             raise RunError(
-                f"That makes {len(ids)} tokens, but the model reads {limit} with its answer of up to {max_new_tokens}; "
+                f"That makes {len(ids)} tokens, but the model reads {left + len(ids)} with its answer of up to {max_new_tokens}; "
                 "begin anew with /new, or ask in fewer words."
             )
         reply = answer(self.model, ids, max_new_tokens, streamer)

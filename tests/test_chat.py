@@ -54,6 +54,23 @@ def test_too_long_conversation_is_refused_and_not_remembered(
     assert "the model reads 256" in capsys.readouterr().out
 
 
+def test_positions_that_the_method_takes_are_counted(tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    values = tiny_values(tiny_model, chat_data, tmp_path / "run")
+    values["method"] = {"name": "prefix_tuning", "tokens": 8}
+    conversation = Conversation(run.train(Recipe.from_dict(values, *SHORT), quiet=True).folder)
+    with pytest.raises(RunError, match="the model reads 248"):
+        conversation.say("fox " * 300)
+
+
+def test_stretched_positions_are_counted(chat_run: Path) -> None:
+    """``max_position_embeddings`` alone says 256."""
+    conversation = Conversation(chat_run)
+    conversation.model.model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}  # type: ignore[union-attr, assignment]
+    conversation.say("fox " * 100, max_new_tokens=200)
+    with pytest.raises(RunError, match="the model reads 1024"):
+        conversation.say("fox " * 1000)
+
+
 def test_own_template_is_used_in_chat(tiny_model: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(

@@ -72,8 +72,11 @@ class Data:
     template: ChatTemplate | None
     """The chat template in use; None for raw text."""
     max_length: int
+    """The longest row, virtual tokens counted."""
     held_out_conversations: list[Conversation]
     """Those with an answer; none for raw text."""
+    virtual_tokens: int = 0
+    """How many the rows leave room for, before every example."""
 
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
@@ -91,8 +94,10 @@ class Data:
         """At most ``count`` held-out prompts, spread evenly over what is held out; the same ones every time.
 
         A conversation asks its first question. A piece of text gives its first half, at most 64 tokens, and asks for as
-        many more. Prompts that leave no room below ``max_length`` are passed over.
+        many more. A prompt that is no shorter than the longest held-out example is passed over: those are known to fit into
+        ``max_length`` and into the model's positions, and an answer needs room.
         """
+        longest = max((int(row.positions.max()) + 1 for row in self.held_out), default=0)
         pieces = [] if self.template else _in_order(self.held_out)
         total = len(pieces or self.held_out_conversations)
         order = [place * total // count for place in range(min(count, total))] if count < total else list(range(total))
@@ -103,7 +108,7 @@ class Data:
             if len(prompts) == count:
                 break
             prompt = self._continuation(pieces[index]) if pieces else self._question(self.held_out_conversations[index])
-            if 0 < len(prompt.ids) < self.max_length:
+            if 0 < len(prompt.ids) < longest:
                 prompts.append(prompt)
         return prompts
 
@@ -119,13 +124,20 @@ class Data:
         return Prompt(begin, ids[:half], rest)
 
 
-def load_data(section: DataSection, tokenizer: Any, seed: int = 0) -> Data:
+def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_tokens: int = 0) -> Data:
     """Read, check, tokenise and pack what a recipe's `data` section names.
 
     ``tokenizer`` is a transformers tokenizer with a fast implementation and is left as it is; ``seed`` draws the
-    held-out part. Raises DataError, in a sentence that names the place, for data that is missing, broken, of no known
+    held-out part; ``virtual_tokens`` is the room, out of ``max_length``, that the method needs before every example.
+    Raises DataError, in a sentence that names the place, for data that is missing, broken, of no known
     form, or that would train on nothing.
     """
+    longest = section.max_length - virtual_tokens
+    if longest < 2:
+        raise DataError(
+            f"data.max_length={section.max_length} leaves no room for a text beside the method's {virtual_tokens} virtual "
+            "tokens; raise data.max_length, or lower method.tokens."
+        )
     records = read_records(section.train, section.subset, section.split, section.limit)
     parsed = parse(records, section.form, section.columns)
     held = Parsed(parsed.form)
@@ -138,11 +150,11 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0) -> Data:
     train_on = _resolve_train_on(section.train_on, parsed.form)
     template = ChatTemplate(tokenizer, section.chat_template) if parsed.form != "text" else None
 
-    examples, held_examples = (_examples(part, tokenizer, template, train_on, section) for part in (parsed, held))
+    examples, held_examples = (_examples(part, tokenizer, template, train_on, longest) for part in (parsed, held))
     if in_pieces:
         examples, held_examples = split_pieces(examples, section.held_out_fraction, seed)
-    train, counts = _rows(parsed, examples, tokenizer, section)
-    held_out, held_counts = _rows(held, held_examples, tokenizer, section)
+    train, counts = _rows(parsed, examples, tokenizer, section, virtual_tokens)
+    held_out, held_counts = _rows(held, held_examples, tokenizer, section, virtual_tokens)
     if held_counts.records and not held_out:
         raise DataError(
             f"None of the {held_counts.records} held-out records leaves a token to measure "
@@ -166,6 +178,7 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0) -> Data:
         template,
         section.max_length,
         held.conversations,
+        virtual_tokens,
     )
 
 
@@ -182,20 +195,21 @@ def _resolve_train_on(train_on: str, form: str) -> str:
 
 
 def _examples(
-    parsed: Parsed, tokenizer: Any, template: ChatTemplate | None, train_on: str, section: DataSection
+    parsed: Parsed, tokenizer: Any, template: ChatTemplate | None, train_on: str, longest: int
 ) -> list[list[Example]]:
     """The examples of each text, or of each conversation with an answer."""
     if template is None:
-        return text_examples(parsed.texts, tokenizer, section.max_length)
+        return text_examples(parsed.texts, tokenizer, longest)
     return template.encode(parsed.conversations, train_on)
 
 
 def _rows(
-    parsed: Parsed, examples: Sequence[list[Example]], tokenizer: Any, section: DataSection
+    parsed: Parsed, examples: Sequence[list[Example]], tokenizer: Any, section: DataSection, virtual_tokens: int
 ) -> tuple[list[Row], Counts]:
     """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part."""
-    fitted = fit([example for several in examples for example in several], section.max_length, section.too_long)
-    rows = make_rows(fitted.examples, section.max_length, section.packing)
+    longest = section.max_length - virtual_tokens
+    fitted = fit([example for several in examples for example in several], longest, section.too_long)
+    rows = make_rows(fitted.examples, section.max_length, section.packing, virtual_tokens)
     left_off = [turn for one in (*parsed.conversations, *parsed.skipped) for turn in one.unanswered]
     counts = Counts(
         records=sum(map(bool, examples)) + len(parsed.skipped),

@@ -35,23 +35,29 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(numpy.random.Generator(numpy.random.PCG64([seed, epoch])).permutation(count).tolist())
 
 
-def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, Tensor]:
     """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length.
 
+    ``virtual_tokens`` of them, ids −P … −1, stand before every example (see ``packing.py``).
+
     Padding stands on the right: ids ``pad_id``, labels ``IGNORE_INDEX`` by position, whatever id the pad is, and
-    positions that count on, since a restart would look like one more packed example. The causal mask already keeps
-    real tokens from seeing what is to their right, so there is no attention mask.
+    positions that count on, since a restart would look like one more packed example, for which masks are built. The
+    causal mask already keeps real tokens from seeing what is to their right, so there is no attention mask. No position
+    is beyond the largest of the real ones, since a learned table may end there: behind that, padding counts from 0 again.
+    Only in a batch with packed rows, which has its masks anyway, is there so much of it.
     """
+    rows = [row.behind_virtual_tokens(virtual_tokens) for row in rows]
     width = max(len(row.ids) for row in rows)
     ids = numpy.full((len(rows), width), pad_id, dtype=numpy.int64)
     labels = numpy.full((len(rows), width), IGNORE_INDEX, dtype=numpy.int64)
     positions = numpy.empty((len(rows), width), dtype=numpy.int64)
+    beyond = 1 + max(int(row.positions.max()) for row in rows)
     for at, row in enumerate(rows):
         n = len(row.ids)
         ids[at, :n] = row.ids
         labels[at, :n] = row.labels
         positions[at, :n] = row.positions
-        positions[at, n:] = numpy.arange(1, width - n + 1) + row.positions[-1]
+        positions[at, n:] = (numpy.arange(1, width - n + 1) + row.positions[-1]) % beyond
     return {
         "input_ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),

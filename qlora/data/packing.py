@@ -5,6 +5,11 @@
     positions  0 1 2 3 4 0 1 2 | 0 1        attention never crosses a position that restarts at 0
     labels     . a a a a . b b | . c        an example's first token is nobody's target
 
+A method may put P virtual tokens before every example (prompt tuning). Rows are packed with room for them, but hold the
+real tokens alone; they come in with ``behind_virtual_tokens``, when a batch is made:
+
+    ids        v v a a a a a v v b b b      positions 0 1 2 3 4 5 6 0 1 2 3 4
+
 Knows lengths and arrays. Must not know text, templates or batches.
 """
 
@@ -41,11 +46,31 @@ class Row:
         starts = numpy.flatnonzero(self.positions == 0).tolist()
         return list(zip(starts, [*starts[1:], len(self.ids)], strict=True))
 
+    def behind_virtual_tokens(self, count: int) -> Row:
+        """This row with ids −count … −1 before each of its examples: no targets, and positions that count from the first.
 
-def make_rows(examples: Sequence[Example], max_length: int, packing: bool) -> list[Row]:
-    """The rows of these examples, each of at most ``max_length`` tokens: packed, or one example a row."""
+        Negative ids, because those of the vocabulary are taken and its size is none of the data's business.
+        """
+        if not count:
+            return self
+        virtual = numpy.arange(-count, 0, dtype=numpy.int32)
+        silent = numpy.full(count, IGNORE_INDEX, dtype=numpy.int32)
+        spans = self.spans()
+        return Row(
+            ids=numpy.concatenate([part for begin, end in spans for part in (virtual, self.ids[begin:end])]),
+            labels=numpy.concatenate([part for begin, end in spans for part in (silent, self.labels[begin:end])]),
+            positions=numpy.concatenate([numpy.arange(count + end - begin, dtype=numpy.int32) for begin, end in spans]),
+            examples=self.examples,
+        )
+
+
+def make_rows(examples: Sequence[Example], max_length: int, packing: bool, virtual_tokens: int = 0) -> list[Row]:
+    """The rows of these examples, packed, or one example a row.
+
+    Each has at most ``max_length`` tokens once every example has its ``virtual_tokens`` before it.
+    """
     if packing:
-        groups = best_fit([len(example.ids) for example in examples], max_length)
+        groups = best_fit([virtual_tokens + len(example.ids) for example in examples], max_length)
     else:
         groups = [[index] for index in range(len(examples))]
     return [_row(examples, group) for group in groups]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora.evaluation.generate import answer, answers
+from qlora.evaluation.generate import answer, answers, room
 from qlora.evaluation.score import HeldOut, score
 
-__all__ = ["HeldOut", "answer", "answers", "score"]
+__all__ = ["HeldOut", "answer", "answers", "room", "score"]

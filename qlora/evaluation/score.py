@@ -14,7 +14,7 @@ import torch
 from qlora.data import Row, collate
 from qlora.errors import DataError
 from qlora.methods import AdaptedModel
-from qlora.model.checks import packs_one_row
+from qlora.model.checks import check_rows, packs_one_row
 from qlora.model.loss import batch_loss
 
 
@@ -29,20 +29,24 @@ class HeldOut:
 
 @torch.no_grad()
 def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk: int = 256) -> HeldOut:
-    """The mean loss over all target tokens of ``rows``. Raises DataError when they hold none.
+    """The mean loss over all target tokens of ``rows``.
+
+    Raises DataError when they hold none, and for tokens or positions that the model has not.
 
     Rows of like length share a batch, so that little is padded; the sum does not depend on it.
     """
     if packs_one_row(model.model) and any(len(row.examples) > 1 for row in rows):
         rows_at_once = 1
     pad = getattr(model.tokenizer, "pad_token_id", None)
+    virtual = model.virtual_tokens
+    check_rows(model.model, rows, model.first_position, virtual, "Held-out row")
     was_training = model.model.training
     model.model.eval()
     total, count = 0.0, 0
     try:
-        ordered = sorted(rows, key=lambda row: len(row.ids))
+        ordered = sorted(rows, key=lambda row: len(row.ids) + virtual * len(row.examples))
         for start in range(0, len(ordered), rows_at_once):
-            batch = collate(list(ordered[start : start + rows_at_once]), 0 if pad is None else int(pad))
+            batch = collate(list(ordered[start : start + rows_at_once]), 0 if pad is None else int(pad), virtual)
             loss, targets = batch_loss(model.model, {k: v.to(model.device) for k, v in batch.items()}, chunk)
             total += loss.item()
             count += targets

@@ -43,3 +43,23 @@ def test_padding_carries_no_loss_and_its_positions_count_on() -> None:
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     wide = collate(make_rows([make_example([1, 2], [1, 1]), make_example([3, 4, 5], [1, 1, 1])], 8, True), 0)
     assert wide["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+
+
+def test_virtual_tokens_come_in_when_a_batch_is_made() -> None:
+    rows = make_rows([make_example([5, 6, 7], [1, 1, 1]), make_example([8, 9], [1, 1])], 8, packing=False)
+    batch = collate(rows, 0, virtual_tokens=2)
+    assert batch["input_ids"].tolist() == [[-2, -1, 5, 6, 7], [-2, -1, 8, 9, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 6, 7], [-100, -100, -100, 9, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert [row.ids.tolist() for row in rows] == [[5, 6, 7], [8, 9]]
+
+
+def test_padding_stays_within_the_positions_that_real_tokens_have() -> None:
+    """Beside a packed row there is more padding than an example is long: a learned table may end where the examples do."""
+    short = [make_example([5] * length, [True] * length) for length in (4, 3, 4, 2)]
+    rows = [*make_rows(short[:3], 11, packing=True), *make_rows(short[3:], 11, packing=True)]
+    batch = collate(rows, 0)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]]
+    behind = collate(rows, 0, virtual_tokens=1)["position_ids"]
+    assert behind.max() == 4
+    assert behind[1].tolist() == [*range(5), *range(5), *range(4)]

@@ -68,6 +68,18 @@ def test_held_out_prompts_end_in_the_generation_prompt_and_are_spread(write: Any
     assert len(data.held_out_prompts(100)) == 40
 
 
+def test_a_prompt_longer_than_every_held_out_example_is_passed_over(write: Any, tokenizer: Any) -> None:
+    """The row of a dropped record is not there to be checked against the model's positions, so its question is not asked."""
+    long = {"prompt": "What " * 12, "completion": "Yes " * 60}
+    held = write("h.jsonl", [*PAIRS[:3], long])
+    data = load(write("a.jsonl", PAIRS), tokenizer, held_out=held, max_length=64, too_long="drop")
+    assert data.report.held_out.dropped == 1
+    assert data.template is not None
+    _, asked, _ = data.template.prompt(data.held_out_conversations[3])
+    assert len(asked) < 64
+    assert [prompt.text for prompt in data.held_out_prompts(4)] == [pair["prompt"] for pair in PAIRS[:3]]
+
+
 def test_raw_text_is_split_not_cut_and_prompts_with_its_beginning(write: Any, tokenizer: Any) -> None:
     text = " ".join(LINES * 5)
     data = load(write("a.txt", text), tokenizer, max_length=16, held_out=write("h.txt", text))
@@ -161,3 +173,36 @@ def test_the_tokenizer_is_left_as_it_is(write: Any) -> None:
     load(write("a.jsonl", PAIRS), tokenizer)
     assert tokenizer.chat_template is None
     assert tokenizer.get_vocab() == make_tokenizer(None).get_vocab()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_virtual_tokens_take_room_and_nothing_else(write: Any, tokenizer: Any, packing: bool) -> None:
+    """Rows with them keep to max_length; texts are cut earlier; what is counted, shown and fingerprinted is the data."""
+    path = write("a.jsonl", PAIRS)
+
+    def loaded(max_length: int, virtual_tokens: int) -> Data:
+        section = DataSection(train=path, held_out=path, max_length=max_length, packing=packing)
+        return load_data(section, tokenizer, 0, virtual_tokens)
+
+    plain, behind = loaded(64, 0), loaded(64, 24)
+    assert max(len(row.behind_virtual_tokens(24).ids) for row in behind.train) <= 64
+    assert max(len(row.ids) for row in behind.held_out if len(row.examples) == 1) <= 40
+    assert behind.report.train.truncated > plain.report.train.truncated
+    shown = [str(data.preview(0)).split("\n", 1)[1] for data in (behind, loaded(40, 0))]
+    assert shown[0] == shown[1]
+    lengths = [len(prompt.ids) for prompt in plain.held_out_prompts(40)]
+    fitting = loaded(64, 64 - max(lengths)).held_out_prompts(40)  # the longest question would leave no room
+    assert 0 < len(fitting) == sum(length < max(lengths) for length in lengths) < len(lengths)
+    same = loaded(64 + 24, 24)  # room for the same examples
+    if not packing:
+        assert same.fingerprint == plain.fingerprint
+    assert same.report.train.tokens == plain.report.train.tokens
+
+
+def test_a_row_without_room_beside_the_virtual_tokens_is_refused(write: Any, tokenizer: Any) -> None:
+    section = DataSection(train=write("a.jsonl", PAIRS), max_length=32)
+    with pytest.raises(DataError, match=r"max_length=32 leaves no room .* 31 virtual tokens"):
+        load_data(section, tokenizer, 0, 31)
+    text = DataSection(train=write("a.txt", " ".join(LINES * 5)), max_length=32)
+    data = load_data(text, tokenizer, 0, 30)
+    assert max(len(row.ids) for row in data.train if len(row.examples) == 1) == 2

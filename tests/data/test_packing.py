@@ -59,6 +59,34 @@ def test_a_packed_row_is_its_examples_side_by_side() -> None:
     assert [one.labels.tolist() for one in alone] == [one.labels.tolist() for one in examples]
 
 
+def test_virtual_tokens_stand_before_every_example_of_a_row() -> None:
+    rows = make_rows([example(3, 10), example(5, 20), example(2, 30)], 9, packing=True, virtual_tokens=2)
+    assert [row.examples for row in rows] == [(0, 2), (1,)]  # 5 + 4 fit; 10 alone would have fitted 7 + 5 real tokens
+    row = rows[0]
+    assert row.ids.tolist() == [10, 11, 12, 30, 31]  # the row itself holds real tokens alone
+    with_them = row.behind_virtual_tokens(2)
+    assert with_them.ids.tolist() == [-2, -1, 10, 11, 12, -2, -1, 30, 31]
+    assert with_them.labels.tolist() == [-100, -100, -100, 11, 12, -100, -100, -100, 31]
+    assert with_them.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert with_them.spans() == [(0, 5), (5, 9)]
+    assert (with_them.examples, with_them.target_tokens) == (row.examples, row.target_tokens)
+    assert {part.dtype for part in (with_them.ids, with_them.labels, with_them.positions)} == {numpy.dtype("int32")}
+    assert row.behind_virtual_tokens(0) is row
+    with pytest.raises(ValueError, match="example 1 has 7 tokens, more than a row's 6"):
+        make_rows([example(3), example(5)], 6, packing=True, virtual_tokens=2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=20), st.integers(0, 6), st.booleans())
+def test_rows_with_virtual_tokens_keep_to_the_limit(lengths: list[int], count: int, packing: bool) -> None:
+    rows = make_rows([example(length) for length in lengths], 16 + count, packing, count)
+    for row in rows:
+        whole = row.behind_virtual_tokens(count)
+        assert len(whole.ids) == len(row.ids) + count * len(row.examples) <= 16 + count
+        assert whole.ids[whole.ids >= 0].tolist() == row.ids.tolist()
+    assert sum(len(row.ids) for row in rows) == sum(lengths)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=20),

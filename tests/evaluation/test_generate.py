@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 
-from qlora.evaluation import answer, answers
-from qlora.methods import AdaptedModel
+from qlora import config
+from qlora.errors import DataError
+from qlora.evaluation import answer, answers, room
+from qlora.methods import AdaptedModel, apply_method
 from qlora.model.layers import wrap_layers
 from qlora.model.nf4 import FrozenLinear
+from tests.methods import tiny
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 10, 11], [40, 41, 42], [77, 3]]
 LENGTH = 12
@@ -127,3 +132,34 @@ def test_the_adapter_counts(model: AdaptedModel) -> None:
     adapted = answers(model, PROMPTS, LENGTH)
     with model.disabled():
         assert answers(model, PROMPTS, LENGTH) != adapted
+
+
+def test_answers_end_with_the_models_positions(model: AdaptedModel) -> None:
+    """64 positions. The short prompt beside a long one is answered at full length all the same."""
+    model.model.config.eos_token_id = None
+    model.tokenizer.eos_token = None
+    long = [3 + place % 90 for place in range(60)]
+    expected = [text(continuation(model, long, 4)), text(continuation(model, PROMPTS[0], LENGTH))]
+    assert room(model, 60) == 4
+    assert answers(model, [long, PROMPTS[0]], LENGTH) == expected
+    with pytest.raises(DataError, match=r"A prompt of 64 tokens leaves no position for an answer: .* has 64 for both"):
+        answers(model, [PROMPTS[0], [5] * 64], LENGTH)
+
+
+@pytest.mark.parametrize("section", [config.PrefixTuning(tokens=3), config.PromptTuning(tokens=3), config.LoRA(r=2)])
+def test_a_learned_table_of_positions_is_never_read_past_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: config.Method
+) -> None:
+    monkeypatch.setitem(tiny.FAMILIES, "gpt2", (GPT2Config, GPT2LMHeadModel))
+    folder = tiny.tiny_checkpoint(tmp_path, "gpt2", num_key_value_heads=4, max_position_embeddings=16)
+    model = apply_method(tiny.tiny_base(folder, "none"), section)
+    model.model.config.eos_token_id = None
+    model.tokenizer.eos_token = None
+    first = model.first_position
+    assert first == (0 if section.name == "lora" else 3)
+    for prompts in ([[5] * (15 - first)], [[5, 6], [7] * (12 - first)]):
+        assert len(answers(model, prompts, 64)) == len(prompts)
+    with pytest.raises(DataError, match=f"has {16 - first} for both"):
+        answer(model, [5] * (16 - first), 64)
+    with model.disabled():
+        assert room(model, 15) == 1

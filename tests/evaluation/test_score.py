@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+from qlora.config import PrefixTuning
 from qlora.data import IGNORE_INDEX, Row, collate
-from qlora.data.examples import Example
+from qlora.data.examples import Example, make_example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError
 from qlora.evaluation import score
-from qlora.methods import AdaptedModel
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import Base
 from qlora.model.layers import decoder_layers, wrap_layers
-from tests.methods.tiny import VOCABULARY
-from tests.model.test_loss import LargestLogits
+from tests.methods.tiny import VOCABULARY, stir
+from tests.model.test_loss import LargestLogits, random_model
 from tests.training.tiny import random_rows
 
 MODULE = sys.modules["qlora.evaluation.score"]  # by attribute that name is the function
@@ -104,3 +107,28 @@ def test_flash_attention_gets_packed_rows_one_by_one(model: AdaptedModel, monkey
     score(model, UNPACKED, 4)
     handle.remove()
     assert max(sizes) == 4
+
+
+@pytest.mark.parametrize("problem", ["token", "position"])
+def test_rows_that_the_model_cannot_read_are_refused(model: AdaptedModel, problem: str) -> None:
+    ids = numpy.full(65, 5, dtype=numpy.int32)
+    positions = numpy.arange(65, dtype=numpy.int32) % (30 if problem == "token" else 65)
+    if problem == "token":
+        ids[-1] = VOCABULARY
+    row = Row(ids, ids.copy(), positions, (0,))
+    text = "holds token 96" if problem == "token" else "an example of 65 tokens, .* has 64 positions"
+    with pytest.raises(DataError, match=f"Held-out row 1 holds .*|{text}") as caught:
+        score(model, [PACKED[0], row])
+    caught.match(text)
+
+
+def test_padding_beside_a_packed_row_has_a_place_in_a_learned_table() -> None:
+    """10 positions, 3 of them a prefix's: the short row is padded by more than the 7 that are left."""
+    bare = random_model("GPT2", max_position_embeddings=10, num_key_value_heads=4)
+    base = Base(bare, None, Path(), "small", None, "none", False, torch.device("cpu"), torch.float32)
+    model = apply_method(base, PrefixTuning(tokens=3))
+    stir(model, 0.5)
+    examples = [make_example(range(3, 3 + length), [True] * length) for length in (7, 6, 7, 4)]
+    rows = [*make_rows(examples[:3], 20, True), *make_rows(examples[3:], 20, True)]
+    together, alone = score(model, rows, 2), score(model, rows, 1)
+    assert together.loss == pytest.approx(alone.loss, rel=1e-5)
