@@ -1,0 +1,150 @@
+"""Full fine-tuning: every weight of an unquantised base trains, as in pre-training; nothing is planted.
+
+    y = x (W + ΔW)ᵀ + b + Δb          ΔW, Δb: what the optimizer's steps add to the model's own parameters
+
+This is the measure that the other methods are held against, and their price list: a gradient and two moments for every
+weight. The weights are changed in place, so after the first step the base is gone: it cannot answer alone (``disabled``),
+and ``remove`` freezes and gives back the model as it was trained.
+
+The weights train in the compute dtype; there is no second copy in fp32. In bf16, which keeps 8 bits, an update below
+1/512 of its weight is rounded away. Adam's update is about the learning rate, so that at 1e-5 weights above 0.005, which
+are most, stand still, and at 1e-4 those above 0.05, while the loss looks healthy; ``model.compute_dtype: fp32`` trains
+them all. The moments are fp32 (or 8 bits) either way. In fp16 small updates vanish altogether, so it is refused.
+
+Knows the parameters of a model; must not know how they are stored, or the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.device import DTYPES, dtype_name
+from qlora.errors import MethodError
+from qlora.methods.method import PREFIX, Method
+from qlora.methods.planted import Planted
+from qlora.model.load import Base
+from qlora.model.nf4 import FrozenLinear
+
+
+class FullMethod(Method):
+    """How a whole model trains: its parameters are set free, and are the adapter."""
+
+    place = "containers"
+
+    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
+        super().__init__(section, base, seed)
+        self.trained: dict[str, nn.Parameter] = {}
+        """What trains, by name, tied weights once."""
+        self.aliases: dict[str, nn.Parameter] = {}
+        """The same by every name that the model has for it."""
+        self.averages: dict[str, Tensor] = {}
+        """Buffers that are saved with a model: a batch norm's running means move in training too."""
+        self.moved = False
+        """Whether the weights are known to be no longer the base's."""
+        self.versions: list[int] = []
+
+    @classmethod
+    def trained_dtype(cls, requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
+        """The compute dtype: there are no other weights than the model's."""
+        return compute_dtype if requested == "auto" else DTYPES[requested]
+
+    def inject(self, model: nn.Module) -> dict[str, Planted]:
+        """Set the parameters free; nothing is planted. Raises MethodError for a quantised base and for one in fp16."""
+        self._refuse(model)
+        frozen = set() if self.section.embeddings else _embeddings_and_head(model)
+        found: dict[int, nn.Parameter] = {}
+        for name, values in model.named_parameters(remove_duplicate=False):
+            if id(values) in frozen or not values.is_floating_point():
+                continue
+            if id(values) not in found:
+                self.trained[name] = found[id(values)] = self._real(values).requires_grad_(True)
+            self.aliases[name] = found[id(values)]
+        saved = model.state_dict(keep_vars=True)
+        self.averages = {name: self._real(values) for name, values in model.named_buffers() if name in saved}
+        self.versions = self._versions()
+        return {}
+
+    def _refuse(self, model: nn.Module) -> None:
+        name = self.base.name
+        if self.base.quantization != "none" or any(isinstance(module, FrozenLinear) for module in model.modules()):
+            raise MethodError(
+                f"Full fine-tuning changes the weights themselves, but those of '{name}' are packed ({self.base.quantization}) "
+                "and get no gradient; set model.quantization=none, or method.name=lora, which trains beside packed weights."
+            )
+        if self.base.compute_dtype == torch.float16:
+            raise MethodError(
+                f"Full fine-tuning in fp16 loses most updates, which are too small for it, and '{name}' computes in fp16; "
+                "set model.compute_dtype to bf16 or fp32."
+            )
+        if self.dtype != self.base.compute_dtype:
+            raise MethodError(
+                f"method.adapter_dtype is {self.section.adapter_dtype}, but full fine-tuning trains the weights in the dtype "
+                f"that '{name}' computes in, {dtype_name(self.base.compute_dtype)}; leave it out, or set model.compute_dtype."
+            )
+
+    def _real(self, values: Any) -> Any:
+        """The tensor itself, or in its place memory for what will be loaded, where the model has no memory (merging)."""
+        if not values.is_meta or self.device.type == "meta":
+            return values
+        empty = torch.empty_like(values, device=self.device, requires_grad=False)
+        return nn.Parameter(empty) if isinstance(values, nn.Parameter) else empty
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own, by their names there: ``model.layers.0.mlp.up_proj.weight``."""
+        return dict(self.trained)
+
+    def key(self, name: str) -> str:
+        """PEFT has no such method, so the key is the name with PEFT's prefix."""
+        return f"{PREFIX}{name}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained weight, and the buffers that a model is saved with."""
+        return {**super().tensors(), **{self.key(name): values for name, values in self.averages.items()}}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the weights in; the base's own are gone then."""
+        super().load(tensors)
+        self.moved = True
+
+    def after_step(self, step: int, total: int) -> None:
+        """Remember that the base is gone."""
+        self.moved = True
+
+    def _versions(self) -> list[int]:
+        # torch counts what is written into a tensor; bitsandbytes' optimizers write behind its back, hence ``moved``
+        return [values._version for values in self.trained.values()]
+
+    def why_not_disabled(self) -> str | None:
+        """Before the first step the model is the base."""
+        if not self.moved and self._versions() == self.versions:
+            return None
+        return "full fine-tuning has changed its weights in place; load the base again to ask it alone"
+
+    def merged(self, name: str, values: Tensor) -> Tensor:
+        """The trained tensor in the place of the base's, under whichever of its names the checkpoint has it."""
+        trained = self.aliases.get(name)
+        return values if trained is None else trained.detach().to(values)
+
+    def attach(self, model: nn.Module) -> None:
+        """Set the parameters free again."""
+        for values in self.trained.values():
+            values.requires_grad_(True)
+
+    def detach(self, model: nn.Module) -> None:
+        """Freeze the parameters, as trained as they are."""
+        for values in self.trained.values():
+            values.requires_grad_(False)
+
+
+def _embeddings_and_head(model: Any) -> set[int]:
+    """The ids of the parameters of every embedding and of the output head."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        modules.append(head)
+    return {id(values) for module in modules for values in module.parameters()}

@@ -1,0 +1,268 @@
+"""Chosen modules trained whole, in full precision: a head, a norm, the last layers (PEFT's ``modules_to_save``).
+
+    y = module(x; W′)          W′ begins as W (dequantised where W is packed) and trains; W stays beside it, frozen
+
+A norm or a classifier's head cannot be learned by a low-rank update, and a few whole layers may be trained where the
+memory for all of them is lacking. A head that is tied to the embedding is untied by this, as with PEFT: only the copy
+trains.
+
+The copy is kept in the adapter's dtype and computed with in the base's, so that it begins as exactly what the base is. That
+dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would not move, since a
+step of 1e-4 is rounded away there.
+
+Knows modules and their names; must not know what they compute, how W is stored (``dense_weight`` tells) or the training loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.errors import MethodError, listed, nearest
+from qlora.methods.method import PREFIX, Method
+from qlora.methods.planted import Planted
+from qlora.methods.targets import leaf, matches
+from qlora.model.load import Base
+from qlora.model.nf4 import FrozenLinear, dense_weight
+from qlora.model.shards import open_checkpoint
+
+# PEFT adds both of these to every classifier's modules_to_save, whichever of them it has.
+CLASSIFIERS = ("classifier", "score")
+
+
+class TrainedModule(Planted):
+    """A module and its trainable copy, ``module``, of the same kind but dense, which answers in its place."""
+
+    def __init__(self, base: nn.Module, module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        super().__init__(base)
+        self.module = module
+        self.dtypes = dict(dtypes)
+        """What each parameter of the copy is computed with in."""
+
+    def __getattr__(self, name: str) -> Any:
+        # a parent may read a weight instead of calling its module; it is to see the copy's
+        modules = self.__dict__.get("_modules", {})
+        if self.__dict__.get("enabled") and "module" in modules and name in modules["module"]._parameters:
+            values = modules["module"]._parameters[name]
+            return values if values is None else values.to(self.dtypes.get(name, values.dtype))
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module takes and gives."""
+        if not self.enabled:
+            return self.base(*args, **kwargs)
+        parameters = dict(self.module.named_parameters())
+        if all(values.dtype == self.dtypes[name] for name, values in parameters.items()):
+            return self.module(*args, **kwargs)
+        cast = {name: values.to(self.dtypes[name]) for name, values in parameters.items()}
+        return torch.func.functional_call(self.module, cast, args, kwargs)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the module that was copied."""
+        return dict(self.module.named_parameters())
+
+    @torch.no_grad()
+    def merged(self, name: str, values: Tensor) -> Tensor:
+        """The copy's tensor in the place of the base's."""
+        trained = self.module.state_dict().get(name)
+        return values if trained is None else trained.to(values)
+
+
+class ModulesMethod(Method):
+    """How chosen modules are copied; each copy is saved whole."""
+
+    place = "modules"
+    read = frozenset({"modules_to_save"})
+
+    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
+        super().__init__(section, base, seed)
+        self.places: dict[str, str] = {}
+        """Where each stands in the model as it is, inside what other methods planted around it."""
+        self.tied = _tied(base.model)
+        """The modules that shared one weight before: head and embedding."""
+
+    @classmethod
+    def trained_dtype(cls, requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
+        """fp32 under ``auto``, on CUDA too."""
+        return torch.float32 if requested == "auto" else super().trained_dtype(requested, device, compute_dtype)
+
+    def inject(self, model: nn.Module) -> dict[str, Planted]:
+        """Plant a trainable copy of each named module; return them by module path.
+
+        Raises MethodError before anything is replaced: a name that matches nothing, modules inside one another, lists, the
+        whole decoder, and modules in which another method has planted something.
+        """
+        chosen = self._choose(model)
+        self.places = {path: place for path, (place, _) in chosen.items()}
+        planted: dict[str, Planted] = {path: self.new_layer(module) for path, (_, module) in chosen.items()}
+        for path, layer in planted.items():
+            self.plant(model, self.places[path], layer)
+        return planted
+
+    def _choose(self, model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+        """By the untouched model's paths, (where it stands now, the module)."""
+        every = {path: (place, module) for path, place, module in walk(model) if path}
+        wanted = self.section.modules
+        found = {name: [path for path in every if matches(name, path)] for name in wanted}
+        classifies = any(found.get(name) for name in CLASSIFIERS)
+        for name, paths in found.items():
+            if not paths and not (name in CLASSIFIERS and classifies):
+                # the numbers of layers and the insides of others are no names that anyone looks for
+                names = sorted({leaf(path) for path in every if not leaf(path).isdigit()})
+                raise MethodError(
+                    f"method.modules names '{name}', which no module of {type(model).__name__} is called."
+                    f"{nearest(name, names)} The names there are {listed(names, 20)}."
+                )
+        chosen = {path: every[path] for path in every if any(path in paths for paths in found.values())}
+        self._refuse(model, chosen)
+        return chosen
+
+    def _refuse(self, model: Any, chosen: dict[str, tuple[str, nn.Module]]) -> None:
+        whole = model.get_decoder() if hasattr(model, "get_decoder") else None
+        for path, (_, module) in chosen.items():
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise MethodError(
+                    f"method.modules names '{path}', which is a list of modules; name its members, as '{path}.0'."
+                )
+            if inside := [other for other in chosen if other.startswith(f"{path}.")]:
+                raise MethodError(
+                    f"method.modules names '{path}' and, inside it, {listed(inside, 3)}; leave out one or the other."
+                )
+            if taken := [place for place, part in module.named_modules() if isinstance(part, Planted)]:
+                names = [f"{path}.{place.replace('.base', '')}" if place else path for place in taken]
+                raise MethodError(
+                    f"method.modules names '{path}', but another method changes {listed(names, 3)}; give that one "
+                    "method.target_modules that leave these out, or leave '" + path + "' out of method.modules."
+                )
+            if whole is not None and any(part is whole for part in module.modules()):
+                raise MethodError(
+                    f"method.modules names '{path}', which is the whole model but its head; name some of its layers, or set "
+                    "method.name=full."
+                )
+
+    def new_layer(self, base: nn.Module) -> TrainedModule:
+        """``base`` and its copy: dense, in the adapter's dtype; what transformers keeps in fp32 stays in fp32."""
+        compute = self.base.compute_dtype
+        module = dense_copy(base)
+        if self.device.type != "meta" and any(v.is_meta for v in (*module.parameters(), *module.buffers())):
+            module.to_empty(device=self.device)  # its values arrive by ``load``
+        dtypes = {}
+        for name, values in module.named_parameters():
+            dtypes[name] = values.dtype
+            if values.is_floating_point():
+                values.data = values.data.to(self.dtype if values.dtype == compute else values.dtype)
+                values.requires_grad_(True)
+        return TrainedModule(base, module, dtypes)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """``lm_head.weight``, ``model.layers.31.mlp.up_proj.weight``, …"""
+        return {name: values for name, values in super().parameters().items() if values.requires_grad}
+
+    def key(self, name: str) -> str:
+        """PEFT's key: that of the module itself."""
+        return f"{PREFIX}{name}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copies' whole state, as PEFT saves it: buffers too."""
+        return {
+            self.key(f"{path}.{name}"): values
+            for path, layer in self.planted.items()
+            if isinstance(layer, TrainedModule)
+            for name, values in layer.module.state_dict().items()
+        }
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the copies back, inside what other methods planted around them."""
+        for path, layer in self.planted.items():
+            self.plant(model, self.places[path], layer)
+
+    def detach(self, model: nn.Module) -> None:
+        """Put the modules themselves back."""
+        for path, layer in self.planted.items():
+            model.set_submodule(self.places[path], layer.base)
+
+    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
+        """PEFT matches the plain end of a path: ``norm`` would be ``input_layernorm`` too."""
+        leaves = sorted({leaf(path) for path in self.planted})
+        reached = {path for path in every_path if any(path.endswith(name) for name in leaves)}
+        return {"modules_to_save": leaves if reached == set(self.planted) else sorted(self.planted)}
+
+    @classmethod
+    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The section of ``modules_to_save``."""
+        names = values.get("modules_to_save")
+        return {"name": "modules", "modules": names} if names else None
+
+    def merged_config(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A head or an embedding that trained alone is tied to nothing any more."""
+        return {**values, "tie_word_embeddings": False} if self._untied() else values
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """The weights that the checkpoint leaves out because they were tied to another one."""
+        names = self.base.names or {}
+        group = self._untied()
+        present = next((path for path in group if f"{path}.weight" in names), None)
+        found: dict[str, Tensor] = {}
+        for path in group:
+            name = f"{path}.weight"
+            layer = self.planted.get(path)
+            if name in names:
+                continue
+            if isinstance(layer, TrainedModule):
+                found[name] = layer.module.get_parameter("weight").detach()
+            elif present is not None:
+                found[name] = open_checkpoint(self.base.folder).read(names[f"{present}.weight"])
+        return found
+
+    def _untied(self) -> tuple[str, ...]:
+        """The modules that shared a weight, where one of them trains now."""
+        return self.tied if set(self.tied) & set(self.planted) else ()
+
+
+def walk(model: nn.Module, path: str = "", place: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """(path in the untouched model, place in this one, module), as if what other methods planted were not there.
+
+    The planted module itself stands for its base: that it is there must be seen.
+    """
+    yield path, place, model
+    while isinstance(model, Planted):
+        model, place = model.base, f"{place}.base" if place else "base"
+    for name, child in model.named_children():
+        yield from walk(child, f"{path}.{name}" if path else name, f"{place}.{name}" if place else name)
+
+
+@torch.no_grad()
+def dense_copy(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares no memory with it, each packed linear in it as a plain one in its compute dtype."""
+    packed = {id(part): dense_linear(part) for part in module.modules() if isinstance(part, FrozenLinear)}
+    copied: nn.Module = copy.deepcopy(module, packed)  # deepcopy takes what its memo holds in the place of the original
+    return copied
+
+
+def dense_linear(linear: FrozenLinear) -> nn.Linear:
+    """A plain linear that multiplies with what the packed one stands for."""
+    dtype = linear.compute_dtype
+    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=dtype)
+    if not linear.weight.is_meta:  # type: ignore[operator]
+        made.weight = nn.Parameter(dense_weight(linear, dtype).clone())
+        if linear.bias is not None:
+            made.bias = nn.Parameter(linear.bias.detach().to(dtype).clone())
+    return made.train(linear.training)
+
+
+def _tied(model: Any) -> tuple[str, ...]:
+    """The module paths of an input embedding and an output head that share one weight; nothing where they do not."""
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "get_input_embeddings")):
+        return ()
+    head = model.get_output_embeddings()
+    if head is None:  # a classifier; a model of images may then have no embedding to ask for
+        return ()
+    pair = [model.get_input_embeddings(), head]
+    weights = [getattr(module, "weight", None) for module in pair]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return ()
+    return tuple(path for path, module in model.named_modules() if any(module is part for part in pair))
