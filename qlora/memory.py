@@ -3,7 +3,7 @@
     estimate(skeleton, …) → bytes by kind          check(…) → DoesNotFitError with the table
 
 Everything is counted from the model on the meta device with its method planted, so no weight is read. What is counted
-exactly: weights, adapter, gradients, optimizer. What is modelled: layer inputs, the working set of one layer, the loss
+exactly: weights, adapter, gradients, optimizer, method state. What is modelled: layer inputs, the working set of one layer, the loss
 chunk, and the runtime that torch and its libraries take for themselves.
 
 Shorthand: d hidden size, f intermediate size, V vocabulary, T length of a row, c bytes of a compute number.
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qlora.accounting import bytes_of, moments
 from qlora.config import TrainingSection
 from qlora.device import GIB, bytes_text, total_memory_bytes
-from qlora.errors import DoesNotFitError
+from qlora.errors import DoesNotFitError, ModelError
 from qlora.methods import AdaptedModel
 from qlora.model.layers import decoder_layers
 from qlora.model.nf4 import FrozenLinear
@@ -27,8 +28,6 @@ from qlora.model.nf4 import FrozenLinear
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed
 tensors (0.3 to 0.4 GiB in the quickstart); on a GPU the CUDA context and its workspaces."""
-
-SMALL = 4096  # bitsandbytes' 8-bit optimizers keep the moments of smaller matrices in 32 bits
 
 EAGER_SCORES = 2  # attention's softmax and its gradient, [rows, heads, T, T], where no fused kernel does without them
 
@@ -42,6 +41,7 @@ class Estimate:
     adapter: int
     gradients: int
     optimizer: int
+    method_state: int
     layer_inputs: int
     layer_working_set: int
     loss_chunk: int
@@ -73,7 +73,10 @@ def estimate(
     c = adapted.base.compute_dtype.itemsize
     trainable = adapted.trainable_parameters()
     adapter = sum(p.numel() * p.dtype.itemsize for p in trainable.values())
-    quantised, other = weight_bytes(model, {id(p) for p in trainable.values()})
+    beside = beside_parameters(adapted)
+    elsewhere = {values.untyped_storage()._cdata for values in beside}  # PiSSA keeps these in its layers
+    counted = {id(values) for values in model.buffers() if values.untyped_storage()._cdata in elsewhere}
+    quantised, other = weight_bytes(model, counted | {id(p) for p in trainable.values()})
 
     d = config.hidden_size
     f = getattr(config, "intermediate_size", None) or 4 * d
@@ -90,11 +93,15 @@ def estimate(
     unpacked = sum(dense) if layer_major and training.batch_size > training.micro_batch_size else max(dense, default=0)
     # backward holds the gradients of silu(gate) and up before it drops what they were made from
     working = micro * c * 2 * f + unpacked
+    with_graph = layers - untrained_layers(model, {id(p) for p in trainable.values()})
     if training.gradient_checkpointing:
-        # every layer's input and the last one's output; in backward that place is the gradient's, which has two
-        inputs, working = in_model * d * c * (layers + 2), working + kept
+        # every layer's input from the lowest that trains, and the last one's output; in backward that place is the
+        # gradient's, which has two
+        inputs, working = in_model * d * c * (with_graph + 2), working + kept
     else:
-        inputs = kept * layers + in_model * d * c * 2
+        inputs = kept * with_graph + in_model * d * c * 2
+    if not with_graph:  # a head alone: what a forward holds, of the MLP three and of attention two
+        working = micro * c * (2 * d + 3 * f) + unpacked
     attention = str(getattr(config, "_attn_implementation", None))
     if packing and "flash" not in attention:
         inputs += in_model * length  # one byte for every pair of positions
@@ -102,25 +109,54 @@ def estimate(
     if attention == "eager":
         scores = micro * length * config.num_attention_heads
         working += scores * EAGER_SCORES * c
-        inputs += 0 if training.gradient_checkpointing else scores * c * (layers - 1)
+        inputs += 0 if training.gradient_checkpointing else scores * c * max(0, with_graph - 1)
+    # the head's own gradient, where it trains, is summed up in fp32 and once more while it is handed over
+    head = model.get_output_embeddings()
+    trained_head = 8 * sum(p.numel() for p in head.parameters() if id(p) in {id(t) for t in trainable.values()})
     # a chunk has logits and the room of logsumexp
     logits = 8 * min(training.loss_chunk, in_model) * config.vocab_size
+    loss = logits + in_model * d * (4 + c) + trained_head  # and the hidden states' gradient
+    if in_model >= training.batch_size * length:
+        # one pass a step: the loss is taken before there are gradients, in the room that they will need
+        loss = max(0, loss - adapter)
     return Estimate(
         quantised_weights=quantised,
         other_weights=other,
         adapter=adapter,
         gradients=adapter,
-        optimizer=sum(_moments(p.numel(), training.optimizer) for p in trainable.values()),
+        optimizer=sum(moments(p.numel(), training.optimizer) for p in trainable.values()),
+        method_state=bytes_of(beside),
         layer_inputs=inputs,
         layer_working_set=working,
-        loss_chunk=logits + in_model * d * (4 + c),  # and the hidden states' gradient
+        loss_chunk=loss,
         runtime=RUNTIME[device.type],
     )
 
 
-def _moments(count: int, optimizer: str) -> int:
-    """Bytes of the two moments of ``count`` parameters: in fp32, or in 8 bits with an fp32 scale for each block of 256."""
-    return 2 * count + 8 * -(-count // 256) if optimizer.endswith("8bit") and count >= SMALL else 8 * count
+def untrained_layers(model: Any, trained: set[int]) -> int:
+    """How many layers from the first on have nothing that trains in them or before them: no gradient goes so far down.
+
+    ``trained`` are the ids of what trains. Outside of the layers and the head, a vector is the last norm's, behind them.
+    Layers that stand in no list count as trained.
+    """
+    try:
+        layers = decoder_layers(model)
+    except ModelError:
+        return 0
+    inside = {id(values) for module in (*layers, model.get_output_embeddings()) for values in module.parameters()}
+    rest = [p for p in model.parameters() if id(p) in trained and id(p) not in inside]
+    first = [id(values) for values in model.get_input_embeddings().parameters()]
+    if trained & set(first) or any(values.dim() > 1 for values in rest):
+        return 0
+    holding = (n for n, layer in enumerate(layers) if any(id(values) in trained for values in layer.parameters()))
+    return next(holding, len(layers))
+
+
+def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:
+    """What the methods keep for a resume that does not train, as running averages."""
+    # by storage: the same memory has the same one, on meta too
+    trained = {values.untyped_storage()._cdata for values in adapted.trainable_parameters().values()}
+    return [kept for kept in adapted.method_state().values() if kept.untyped_storage()._cdata not in trained]
 
 
 def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from qlora.config import Recipe
+from qlora.accounting import Account, account_of, count_parameters
+from qlora.config import Recipe, parts_of
 from qlora.device import bytes_text, dtype_name, require_disk, resolve_compute_dtype, resolve_device
+from qlora.errors import DoesNotFitError
 from qlora.memory import Estimate, check, estimate
-from qlora.methods import apply_method
-from qlora.methods.lora import adapter_dtype
-from qlora.model import Base
-from qlora.model.nf4 import FrozenLinear
+from qlora.methods import METHODS, apply_method
+from qlora.methods.files import portable_bytes
+from qlora.model.load import skeleton_base
 from qlora.model.shards import commit_of, find_model
-from qlora.model.skeleton import load_skeleton
 
 REST = 16 * 1024**2  # metrics, evaluation and report
 
@@ -29,23 +29,38 @@ class Plan:
 
     recipe: Recipe
     """With every ``auto`` resolved."""
-    parameters: int
-    trainable_parameters: int
+    account: Account
+    """What the method trains, and what that takes on disk."""
     memory: Estimate
-    checkpoint_bytes: int
     disk_bytes: int
     """What the run folder will hold at most."""
     why: list[str]
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in the base."""
+        return self.account.parameters
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that train."""
+        return self.account.trainable_parameters
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint holds."""
+        return self.account.checkpoint_bytes
+
     def __str__(self) -> str:
         model, method = self.recipe.model, self.recipe.method
+        trains, *stored = str(self.account).splitlines()
         lines = [
             f"{model.name}: {self.parameters:,} parameters, {model.quantization}, {model.compute_dtype} on "
             f"{self.recipe.device.name}",
-            f"{method.name}: {self.trainable_parameters:,} trainable parameters "
-            f"({self.trainable_parameters / self.parameters:.2%}) in {method.adapter_dtype}",
+            f"{trains}, in {' and '.join(sorted({part.adapter_dtype for part in parts_of(method)}))}",
             str(self.memory),
-            f"  on disk{bytes_text(self.disk_bytes):>25}, {bytes_text(self.checkpoint_bytes)} a checkpoint",
+            *stored,
+            f"  {'run folder at most':<20}{bytes_text(self.disk_bytes):>12}",
             *self.why,
         ]
         return "\n".join(lines)
@@ -60,19 +75,19 @@ def plan(recipe: Recipe) -> Plan:
     resolved, why = resolve(recipe, device)
     dtype = resolve_compute_dtype(device, resolved.model.compute_dtype)
     section = resolved.model
-    model = load_skeleton(section, dtype)
-    parameters = _count_parameters(model)
-    meta = torch.device("meta")
-    base = Base(
-        model, None, Path(), section.name, section.revision, section.quantization, section.double_quant, meta, dtype
-    )
+    base = skeleton_base(section, torch.device("meta"), dtype)
+    parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     memory = estimate(adapted, resolved.training, resolved.data.max_length, device, resolved.data.packing)
-    why.append(check(memory, device, resolved.training))
-    state = memory.adapter + memory.optimizer
-    disk = state * (resolved.training.keep_checkpoints + 1) + memory.adapter + REST
+    account = account_of(adapted, parameters, resolved.training.optimizer)
+    try:
+        why.append(check(memory, device, resolved.training))
+    except DoesNotFitError as error:  # what would be trained is known all the same
+        raise DoesNotFitError(f"{error}\n{account}") from None
+    checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
+    disk = checkpoints + portable_bytes(adapted) + REST
     require_disk(Path(resolved.folder or "."), disk, "The run folder")
-    return Plan(resolved, parameters, adapted.count_trainable(), memory, state, disk, why)
+    return Plan(resolved, account, memory, disk, why)
 
 
 def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
@@ -88,7 +103,13 @@ def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
     section = recipe.model
     folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
     commit = commit_of(folder)
-    adapters = adapter_dtype(recipe.method.adapter_dtype, device, dtype)
+    parts = tuple(
+        part.model_copy(
+            update={"adapter_dtype": dtype_name(METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype))}
+        )
+        for part in parts_of(recipe.method)
+    )
+    method = recipe.method.model_copy(update={"parts": parts}) if len(parts) > 1 else parts[0]
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
     return recipe.model_copy(
@@ -96,13 +117,7 @@ def resolve(recipe: Recipe, device: torch.device) -> tuple[Recipe, list[str]]:
             "model": recipe.model.model_copy(
                 update={"compute_dtype": dtype_name(dtype), "revision": commit or recipe.model.revision}
             ),
-            "method": recipe.method.model_copy(update={"adapter_dtype": dtype_name(adapters)}),
+            "method": method,
             "device": recipe.device.model_copy(update={"name": str(device)}),
         }
     ), why
-
-
-def _count_parameters(model: torch.nn.Module) -> int:
-    """Numbers in the model, packed ones counted one by one, shared ones once."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-    return packed + sum(p.numel() for p in model.parameters())
