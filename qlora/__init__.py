@@ -13,12 +13,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora.config import LoRA, Recipe
+    from qlora.accounting import Account, account
+    from qlora.config import (
+        IA3,
+        AdaLoRA,
+        BitFit,
+        Bottleneck,
+        Combined,
+        DoRA,
+        Full,
+        LoRA,
+        Modules,
+        NewTokens,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        Recipe,
+    )
     from qlora.data import Data, load_data
     from qlora.errors import QloraError
     from qlora.evaluation import answer, answers
-    from qlora.methods import AdaptedModel, apply_method
-    from qlora.model import Base, load_base
+    from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
+    from qlora.model import Base, load_base, quantise
     from qlora.planner import Plan, plan
     from qlora.reporting import write_report
     from qlora.run import Run, evaluate, load_run, merge, preview, resume, train
@@ -28,12 +44,36 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
-    "config": ("LoRA", "Recipe"),
+    "accounting": ("Account", "account"),
+    "config": (
+        "IA3",
+        "AdaLoRA",
+        "BitFit",
+        "Bottleneck",
+        "Combined",
+        "DoRA",
+        "Full",
+        "LoRA",
+        "Modules",
+        "NewTokens",
+        "PTuning",
+        "PrefixTuning",
+        "PromptTuning",
+        "Recipe",
+    ),
     "data": ("Data", "load_data"),
     "errors": ("QloraError",),
     "evaluation": ("answer", "answers"),
-    "methods": ("AdaptedModel", "apply_method"),
-    "model": ("Base", "load_base"),
+    "methods": (
+        "AdaptedModel",
+        "Adapters",
+        "apply_method",
+        "combine",
+        "load_adapter",
+        "save_adapter",
+        "save_combined",
+    ),
+    "model": ("Base", "load_base", "quantise"),
     "reporting": ("write_report",),
     "planner": ("Plan", "plan"),
     "run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
@@ -41,27 +81,47 @@ _HOMES = {
 }
 
 __all__ = [
+    "IA3",
+    "Account",
+    "AdaLoRA",
     "AdaptedModel",
+    "Adapters",
     "Base",
+    "BitFit",
+    "Bottleneck",
+    "Combined",
     "Data",
+    "DoRA",
+    "Full",
     "LoRA",
+    "Modules",
+    "NewTokens",
+    "PTuning",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
     "QloraError",
     "Recipe",
     "Run",
     "Step",
     "Trainer",
+    "account",
     "answer",
     "answers",
     "apply_method",
+    "combine",
     "evaluate",
+    "load_adapter",
     "load_base",
     "load_data",
     "load_run",
     "merge",
     "plan",
     "preview",
+    "quantise",
     "resume",
+    "save_adapter",
+    "save_combined",
     "train",
     "write_report",
 ]

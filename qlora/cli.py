@@ -25,6 +25,7 @@ USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
   evaluate  RUN                    held-out loss and answers, measured now
   chat      RUN                    talk to the trained model
   export    RUN merged             a plain 16-bit model [out=FOLDER base=original dtype=fp16 overwrite=true]
+  export    RUN adapter            the adapter as plain LoRA, which every server loads [out=FOLDER overwrite=true]
   report    RUN                    write report.html from the run's files
   doctor                           is this machine ready?
   recipe                           every value of a recipe, with its default and meaning
@@ -121,11 +122,12 @@ def _evaluate(words: list[str]) -> None:
 def _export(words: list[str]) -> None:
     options = {name: _take(words, name) for name in ("out", "base", "dtype", "overwrite")}
     target = words.pop(1) if len(words) > 1 else None
-    if target != "merged":
+    if target not in ("merged", "adapter"):
         raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model. "
-            "The adapter alone is in the run folder already: RUN/adapter."
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, or 'adapter', a plain LoRA adapter."
         )
+    if target == "adapter" and (extra := next((key for key in ("base", "dtype") if options[key]), None)):
+        raise InputError(f"qlora export RUN adapter takes out and overwrite, but found '{extra}={options[extra]}'.")
     folder = _run("export", words)
     for name, allowed in (
         ("base", ("dequantized", "original")),
@@ -137,6 +139,11 @@ def _export(words: list[str]) -> None:
     from qlora import run
     from qlora.device import bytes_text
 
+    if target == "adapter":
+        place = options["out"] or f"{folder}/portable"
+        why = run.export_adapter(folder, place, overwrite=options["overwrite"] == "true")
+        print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
+        return
     chosen: dict[str, Any] = {key: value for key, value in options.items() if value and key in ("base", "dtype")}
     merged = run.merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
     print(

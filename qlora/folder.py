@@ -34,6 +34,7 @@ RUN_FILES = (
     "adapter",
     "evaluation.json",
     "environment.json",
+    "method.json",
     "report.html",
 )
 
@@ -97,11 +98,11 @@ def template_of(recipe: Recipe, folder: Path) -> str | None:
 
 
 def adapter_folder(folder: Path) -> Path:
-    """Where a run's adapter lies: ``adapter/`` when it is finished, else its newest checkpoint."""
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return folder / "adapter"
+    """Where a run's adapter lies as it was trained: its newest checkpoint, else ``adapter/``, the form for others."""
     if found := checkpoints.find(folder / "checkpoints"):
         return found[-1]
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
     raise RunError(f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {folder}")
 
 
@@ -123,7 +124,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Delete an old run's files, and nothing else that may lie beside them."""
     clear_leftovers(folder)
-    for name in (*RUN_FILES, "merged"):
+    for name in (*RUN_FILES, "merged", "portable"):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -32,6 +32,7 @@ from qlora.device import (
 from qlora.errors import RunError, Stopped
 from qlora.evaluation import HeldOut, answers, score
 from qlora.export import Merged
+from qlora.export import export_adapter as write_adapter
 from qlora.export import merge as merge_files
 from qlora.folder import (
     TEMPLATE,
@@ -48,9 +49,9 @@ from qlora.folder import (
     write_json,
 )
 from qlora.methods import AdaptedModel, apply_method
-from qlora.methods.files import load_adapter, save_adapter
+from qlora.methods.files import load_adapter, save_portable
 from qlora.model import load_base
-from qlora.model.tokenizer import load_tokenizer
+from qlora.model.tokenizer import load_tokenizer, with_new_tokens
 from qlora.planner import Plan, plan
 from qlora.reporting import write_report
 from qlora.training import MetricsLog, Progress, Trainer
@@ -85,7 +86,7 @@ class Run:
 
 def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
     """The first ``count`` training examples as the model sees them."""
-    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    data = _load_data(recipe)
     return [data.preview(index) for index in range(min(count, data.report.train.examples))]
 
 
@@ -100,8 +101,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     require_free(folder, recipe.overwrite)
     _use_threads(recipe)
     say = _speaker(quiet)
-    tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, recipe.training.seed)
+    data = _load_data(recipe)
     say(str(data.report))
     planned = plan(recipe)
     for sentence in planned.why:
@@ -110,6 +110,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     model = _load_model(resolved, resolve_device(resolved.device.name), quiet)
     trainer = Trainer(model, data, resolved.training, folder)
+    model.prepare(trainer.batches())
 
     clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +130,7 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
     folder = Path(folder)
     recipe, environment = open_run(folder)
     _use_threads(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe.data, tokenizer, recipe.training.seed)
+    data = _load_data(recipe)
     check_data(data, environment, folder)
     check_base(recipe, environment, folder)
     say, device = _speaker(quiet), device_here(recipe)
@@ -140,10 +140,13 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
     for name in ("torch", "transformers", "bitsandbytes"):
         if now[name] != environment.get("versions", {}).get(name):
             say(f"{name} was {environment.get('versions', {}).get(name)} and is {now[name]}: not bit for bit any more.")
-    model = _load_model(recipe, device, quiet)
+    found = checkpoints.find(folder / "checkpoints")
+    model = _load_model(recipe, device, quiet, values_follow=bool(found))
     trainer = Trainer(model, data, recipe.training, folder)
-    if found := checkpoints.find(folder / "checkpoints"):
+    if found:
         trainer.load(found[-1])
+    else:
+        model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
     MetricsLog(folder / "metrics.jsonl").rewind(trainer.step_number)
     with stoppable(f"qlora resume {folder}") as signals:
@@ -181,7 +184,8 @@ def _go_on(
         )
         return result
 
-    if not measured and (held_out or prompts):
+    alone = all(method.why_not_disabled() is None for method in model.methods)
+    if not measured and (held_out or prompts) and alone:  # after a step, full fine-tuning has no base left to measure
         log.rewind_held_out(0)  # of a run that was killed in the middle of this
         with model.disabled():
             if held_out:
@@ -213,7 +217,10 @@ def _go_on(
                     signals.arrived,
                 )
     signals.wait = False
-    save_adapter(model, folder / "adapter")
+    if why := save_portable(model, folder / "adapter"):
+        say(f"The adapter is saved in its own form. {why}.")
+    if found := model.report():
+        write_json(folder / "method.json", found)
     if data.template is not None:
         (folder / "adapter" / TEMPLATE).write_text(data.template.text, encoding="utf-8")
     after = None
@@ -222,6 +229,7 @@ def _go_on(
         log.rewind_held_out(trainer.step_number)
         after = held_out_now(trainer.step_number)
     texts = _answer(model, prompts, settings.max_new_tokens)
+    generations = generations or [Generation(prompt.text, prompt.answer, None) for prompt in prompts]
     generations = [
         Generation(old.prompt, old.expected, old.before, text) for old, text in zip(generations, texts, strict=True)
     ]
@@ -246,7 +254,7 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
     begin = time.perf_counter()
     folder = Path(folder)
     recipe, environment = open_run(folder)
-    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    data = _load_data(recipe)
     check_data(data, environment, folder)
     if not data.held_out:
         raise RunError(
@@ -315,6 +323,20 @@ def merge(
     )
 
 
+def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str | None:
+    """Write a run's adapter, or its newest checkpoint's, into ``out`` as plain LoRA, which every server loads.
+
+    Returns None, or why the method is no plain LoRA; its own form is written then.
+    """
+    folder, out = Path(folder), Path(out).expanduser()
+    recipe, environment = open_run(folder)
+    base = check_base(recipe, environment, folder)
+    why = write_adapter(recipe.model, base, adapter_folder(folder), out, overwrite)
+    if (template := template_of(recipe, folder)) is not None:
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
+    return why
+
+
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
     """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
 
@@ -325,7 +347,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
 
     folder = Path(folder)
     recipe, environment = open_run(folder)
-    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    data = _load_data(recipe)
     check_data(data, environment, folder)
     prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
     if not prompts:
@@ -333,7 +355,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     device = device_here(recipe)
     dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
     free, _ = total_memory_bytes(device)
-    if free and merged.bytes * dtype.itemsize / 2 > free / 2:
+    if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
         raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
 
     def logits_of(network: Any) -> list[torch.Tensor]:
@@ -369,20 +391,32 @@ def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
     adapter = adapter_folder(folder)
     _use_threads(recipe)
     check_base(recipe, environment, folder)
-    return load_adapter(_load_model(recipe, device_here(recipe), quiet), adapter)
+    if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
+        return load_adapter(load_base(recipe.model, device_here(recipe), progress=not quiet), adapter)
+    return load_adapter(_load_model(recipe, device_here(recipe), quiet, values_follow=True), adapter)
 
 
 def chat_tokenizer(folder: str | Path) -> Any:
     """The run's tokenizer with the chat template that the run was trained with; without one for a run on raw text."""
     recipe, _ = open_run(Path(folder))
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = _tokenizer(recipe)
     tokenizer.chat_template = template_of(recipe, Path(folder))
     return tokenizer
 
 
-def _load_model(recipe: Recipe, device: torch.device, quiet: bool) -> AdaptedModel:
+def _tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of a recipe's model, with the tokens that its method adds."""
+    return with_new_tokens(load_tokenizer(recipe.model), recipe.method)
+
+
+def _load_data(recipe: Recipe) -> Data:
+    return load_data(recipe.data, _tokenizer(recipe), recipe.training.seed, recipe.method.virtual_tokens)
+
+
+def _load_model(recipe: Recipe, device: torch.device, quiet: bool, values_follow: bool = False) -> AdaptedModel:
+    """``values_follow``: an adapter will be loaded, so its first values need not be worked out."""
     base = load_base(recipe.model, device, progress=not quiet)
-    return apply_method(base, recipe.method, recipe.training.seed)
+    return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 
 def _answer(model: AdaptedModel, prompts: list[Prompt], max_new_tokens: int) -> list[str]:

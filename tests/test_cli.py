@@ -49,7 +49,7 @@ RECIPES = {
     "an unknown key": ("data: {train: x}\nmethod:\n  alhpa: 8", "'method.alhpa' (line 3) is not a known key. Did you mean 'alpha'?"),
     "a wrong type": ("data: {train: x}\ntraining:\n  epochs: many", "'training.epochs' (line 3) is 'many'; expected"),
     "a truth for a number": ("data: {train: x}\ntraining: {epochs: true}", "'training.epochs' (line 2) is true; expected whole number"),
-    "out of range": ("data: {train: x}\nmethod: {r: 257}", "'method.r' (line 2) is 257; expected"),
+    "out of range": ("data: {train: x}\nmethod: {r: 8193}", "'method.r' (line 2) is 8193; expected"),
     "not a number": ("data: {train: x}\ntraining: {learning_rate: .nan}", "finite number"),
     "a key twice": ("data: {train: x}\ntraining: {seed: 1}\ntraining: {epochs: 2}", "'training' stands twice"),
     "numbers as keys": ("data: {train: x}\n1: 2", "1"),
@@ -241,7 +241,7 @@ def test_bad_method_and_device(recipe_file: Path, tmp_path: Path, capfd: pytest.
     recipe = str(recipe_file)
     message = refused(capfd, "train", recipe, "method.target_modules=[q_prj]")
     assert "Did you mean 'q_proj'?" in message
-    assert "down_proj, gate_proj, k_proj" in message
+    assert "down_proj, embed_tokens, gate_proj, k_proj" in message
     assert "method.r is 64" in refused(capfd, "train", recipe, "method.r=64")
     if not torch.cuda.is_available():
         assert "0 CUDA devices" in refused(capfd, "train", recipe, "device.name=cuda:999")

@@ -141,7 +141,7 @@ def wounded(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == set(RUN_FILES)
+    assert {path.name for path in finished.iterdir()} == set(RUN_FILES) - {"method.json"}  # LoRA finds nothing out
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["000009", "000010"]
 
     steps = [line for line in lines_of(finished) if "loss" in line]
@@ -250,7 +250,35 @@ def test_peft_loads_the_adapter_strictly(finished: Path) -> None:
     theirs = {key: value for key, value in model.state_dict().items() if "lora_" in key}
     ours = {key.replace(".weight", ".default.weight"): value for key, value in adapted.adapter_state().items()}
     assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[key], value) for key, value in ours.items())
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (4, 4)  # alpha / r = 8 / 4 is in B
+    assert all(torch.equal(theirs[key], value * (2 if "lora_B" in key else 1)) for key, value in ours.items())
+
+
+def test_a_run_without_its_checkpoints_answers_from_its_adapter(finished: Path, tmp_path: Path) -> None:
+    run_folder = shutil.copytree(finished, tmp_path / "run")
+    expected = run.evaluate(run_folder, quiet=True)
+    shutil.rmtree(run_folder / "checkpoints")
+    again = run.evaluate(run_folder, quiet=True)
+    assert (again.after, again.generations) == (expected.after, expected.generations)
+
+
+def test_the_adapter_alone_is_exported_as_plain_lora(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder = shutil.copytree(finished, tmp_path / "run")
+    assert main(["export", str(run_folder), "adapter"]) == 0
+    assert "portable" in capsys.readouterr().out
+    for name in (WEIGHTS, "adapter_config.json", "chat_template.jinja"):
+        assert (run_folder / "portable" / name).read_bytes() == (run_folder / "adapter" / name).read_bytes()
+    assert main(["export", str(run_folder), "adapter"]) == 2
+    assert main(["export", str(run_folder), "adapter", "overwrite=true"]) == 0
+    assert main(["export", str(run_folder), "adapter", "dtype=bf16"]) == 2
+    inside = f"out={run_folder / 'checkpoints' / '000010'}"
+    capsys.readouterr()
+    assert main(["export", str(run_folder), "adapter", inside, "overwrite=true"]) == 2
+    assert "is being read" in capsys.readouterr().err
+    assert (run_folder / "checkpoints" / "000010" / "optimizer.safetensors").is_file()
 
 
 def test_chat_and_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

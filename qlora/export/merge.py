@@ -1,10 +1,10 @@
 """Merging: a base and its adapter become one plain 16-bit checkpoint, tensor by tensor.
 
-    for each tensor of each source file:  read → (quantise → dequantise) → + scaling · B A in fp32 → round → write
+    for each tensor of each source file:  read → (quantise → dequantise) → + what was learned, in fp32 → round → write
 
 The adapter was trained beside quantised weights, so by default it is added to exactly those: what the base lost in
 quantisation is part of what the adapter learned to live with. Memory is one dense fp32 tensor, whatever the size of the
-model, and no GPU is needed. Knows checkpoints and LoRA's formula; must not know runs, recipes or a loaded model.
+model, and no GPU is needed. Knows checkpoints, and asks the method what it adds; must not know runs, recipes or a loaded model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +21,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.config import LoRA, ModelSection
+from qlora.config import ModelSection
 from qlora.device import DTYPES, require_disk, resolve_compute_dtype
 from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.writer import SafetensorsWriter
-from qlora.methods.base import PREFIX, check_adapter
-from qlora.methods.files import folder_written_aside, read_adapter_config, read_adapter_tensors
-from qlora.methods.lora import add_delta
-from qlora.methods.targets import choose_targets
-from qlora.model.load import match_names, packed_parts, quantised_names
+from qlora.methods.files import folder_written_aside, keep_apart, load_adapter
+from qlora.methods.targets import unplanted
+from qlora.model.load import Base, match_names, packed_parts, quantised_names
 from qlora.model.nf4 import dense_weight
 from qlora.model.shards import INDEX, Checkpoint, open_checkpoint
 from qlora.model.skeleton import empty_linears, empty_model, read_config, scheme_of
+from qlora.model.tokenizer import load_tokenizer
 
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
 BESIDE = (
@@ -51,6 +49,7 @@ class Merged:
     adapted: int
     dequantised: int
     bytes: int
+    dtype: torch.dtype
 
 
 def merge(
@@ -78,26 +77,24 @@ def merge(
     when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
     """
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
-    _keep_apart(out, base_folder, adapter_folder)
+    keep_apart(out, base_folder, adapter_folder)
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
     source = _Source(
         base_folder,
+        adapter_folder,
         ModelSection(
             name=str(base_folder),
             quantization=quantization,
             double_quant=double_quant,
             trust_remote_code=trust_remote_code,
         ),
-        read_adapter_config(adapter_folder),
-        read_adapter_tensors(adapter_folder),
         torch.device("cpu") if device is None else device,
         compute_dtype,
     )
     if base == "original" and source.prequantised:
         raise ModelError(
-            f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized', "
-            "or into the 16-bit checkpoint that it was made from."
+            f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized'."
         )
     promised = source.promise(DTYPES[dtype])
     total = sum(math.prod(shape) * kind.itemsize for shard in promised.values() for kind, shape in shard.values())
@@ -113,47 +110,84 @@ def merge(
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(aside / "config.json", source.plain_config(dtype))
         _copy_beside(base_folder, aside)
+        for method in source.adapted.methods:
+            method.finish_merge(aside)
         if chat_template is not None:
             (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,
         tensors=sum(len(entries) for entries in promised.values()),
-        adapted=len(source.pairs),
-        dequantised=len(changed - {f"{path}.weight" for path in source.pairs}),
+        adapted=len(source.carrying),
+        dequantised=len(changed - source.carrying),
         bytes=total,
+        dtype=DTYPES[dtype],
     )
 
 
 class _Source:
-    """The base's tensors as they were trained on, one at a time, and the adapter's pairs that belong to them."""
+    """The base's tensors as they were trained on, one at a time, and the adapter that belongs to them."""
 
     def __init__(
-        self,
-        folder: Path,
-        section: ModelSection,
-        method: LoRA,
-        adapter: Mapping[str, Tensor],
-        device: torch.device,
-        compute_dtype: str,
+        self, folder: Path, adapter: Path, section: ModelSection, device: torch.device, compute_dtype: str
     ) -> None:
         self.device = device
         self.compute_dtype = resolve_compute_dtype(device, compute_dtype)
-        self.scaling = method.alpha / method.r
         config = read_config(folder, section)
         self.checkpoint: Checkpoint = open_checkpoint(folder)
         scheme = scheme_of(config, section)
         self.prequantised = scheme.prequantised
         self.model: Any = empty_model(config, section, self.compute_dtype)
         self.names = match_names(self.model, self.checkpoint, scheme, section.name)
+        self._untie()
         # A packed weight says nothing of its shape; the skeleton does, before its linears become packed ones too.
         self.shapes = {name: tuple(values.shape) for name, values in self.model.state_dict().items()}
-        self.pairs = _pairs(adapter, self.model, method, section.name)
         packed = {
             self.names[name].removesuffix(".weight") for name in self.names if packed_parts(name, self.checkpoint)
         }
         empty_linears(self.model, scheme, self.compute_dtype, packed)
         self.quantised = quantised_names(self.model)
+        base = Base(
+            model=self.model,
+            tokenizer=load_tokenizer(folder, section.trust_remote_code),
+            folder=folder,
+            name=section.name,
+            revision=section.revision,
+            quantization=scheme.quantization,
+            double_quant=scheme.double_quant,
+            device=device,  # the model stays on meta, the adapter is here
+            compute_dtype=self.compute_dtype,
+            names={target: name for name, target in self.names.items()},
+        )
+        self.adapted = load_adapter(base, adapter)
+        for method in self.adapted.methods:
+            if why := method.why_not_merged():
+                raise MethodError(f"{method.section.name} cannot be merged: {why}.")
+        self.untied = self._untied()
+        """Tensors that the source has under the name of a tied one alone → its name in the checkpoint."""
+        self.carrying: set[str] = set()
+        """The tensors that carry something learned, as far as they were asked for."""
+
+    def _untied(self) -> dict[str, str]:
+        """What the adapter made different from the tensor that it was tied to, as ``{"lm_head.weight": "model.embed…"}``."""
+        names = {target: name for name, target in self.names.items()}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {
+            lacking: names[present]
+            for pair in tied.items()
+            for present, lacking in (pair, pair[::-1])
+            if present in names and lacking not in names and any(m.unties(*pair) for m in self.adapted.methods)
+        }
+
+    def _untie(self) -> None:
+        """Where the checkpoint holds different weights for what its config.json ties, they are two, as in ``load_base``."""
+        stored = {target: name for name, target in self.names.items()}
+        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            if {target, origin} <= stored.keys():
+                first, second = (self.checkpoint.read(stored[name]) for name in (target, origin))
+                if not torch.equal(first, second):
+                    module = self.model.get_submodule(target.rpartition(".")[0])
+                    module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
 
     def promise(self, dtype: torch.dtype) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
         """For each file to write, its tensors' dtypes and shapes: the source's files and order, floats in ``dtype``."""
@@ -168,41 +202,66 @@ class _Source:
                     f"'{name}' in '{self.checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
                     f"{list(shape)}."
                 )
+            for method in self.adapted.methods:
+                shape = method.merged_shape(target, shape)
             # transformers looks for model.safetensors where there is no index
             file = "model.safetensors" if single else entry.file.name
             files.setdefault(file, {})[name] = (dtype if plain else entry.dtype, shape)
+            files[file] |= {new: files[file][name] for new, source in self.untied.items() if source == name}
+        last = files[next(reversed(files))]
+        for target, values in self._new_tensors().items():
+            last[target] = (dtype, tuple(values.shape))
         return files
+
+    def _new_tensors(self) -> dict[str, Tensor]:
+        return {name: values for method in self.adapted.methods for name, values in method.new_tensors().items()}
 
     @torch.no_grad()
     def tensor(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
         """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device."""
-        target = self.names[name]
-        path = target.removesuffix(".weight")
-        pair = self.pairs.get(path) if target.endswith(".weight") else None
-        quantised = requantise and target in self.quantised
-        values = self._requantised(name, target) if quantised else self.checkpoint.read(name).to(self.device)
-        if pair is not None:
-            lora_A, lora_B = pair[0].to(self.device), pair[1].to(self.device)
-            values = add_delta(values.to(torch.float32), lora_A, lora_B, self.scaling)
+        if name not in self.names and name not in self.untied:
+            values = self._new_tensors()[name].to(self.device)
+        else:
+            target, source = (name, self.untied[name]) if name in self.untied else (self.names[name], name)
+            values = self._requantised(name, target) if requantise and target in self.quantised else self._plain(source)
+            if values.is_floating_point():
+                values = values.to(torch.float32)
+                for method in self.adapted.methods:
+                    if not requantise or target not in self.quantised:
+                        values = method.original(target, values)
+                    before, version = values, values._version
+                    values = method.merged(target, values)
+                    if values is not before or values._version != version:
+                        self.carrying.add(target)
         rounded = values.to(dtype)
         if dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
         return rounded
 
+    def _plain(self, name: str) -> Tensor:
+        """The checkpoint's own values, to be changed in place."""
+        return self.checkpoint.read(name).to(self.device).clone()
+
     def _requantised(self, name: str, target: str) -> Tensor:
         """The dense values that the quantised linear stood for while the adapter was trained."""
-        linear = self.model.get_submodule(target.removesuffix(".weight"))
+        linear: Any = unplanted(self.model.get_submodule(target.removesuffix(".weight")))
         if parts := packed_parts(name, self.checkpoint):
             stem = name.removesuffix("weight")
             linear.place_quantised(
                 {part.removeprefix(stem): self.checkpoint.read(part) for part in [name, *parts]}, self.device
             )
+            whole = dense_weight(linear, self.compute_dtype)
         else:
             # cast before quantising, as the loader does: the scales depend on the dtype they came from
-            linear.place(self.checkpoint.read(name).to(self.device).to(self.compute_dtype), self.device)
-        values = dense_weight(linear, self.compute_dtype)
+            whole = self.checkpoint.read(name).to(self.device).to(self.compute_dtype)
+        weight = whole
+        for method in self.adapted.methods:
+            weight = method.before_quantising(target, weight)
+        if not parts or weight is not whole:
+            linear.place(weight, self.device)
+            whole = dense_weight(linear, self.compute_dtype)
         linear.to("meta")  # drops the packed copy
-        return values
+        return whole
 
     def plain_config(self, dtype: str) -> dict[str, Any]:
         """The source's config.json without quantisation, in ``dtype``, tying embeddings only if the files do."""
@@ -214,23 +273,11 @@ class _Source:
         }
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         present = set(self.names.values())
-        both = any(target in present and origin in present for target, origin in tied.items())
-        return {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}
-
-
-def _pairs(
-    adapter: Mapping[str, Tensor], model: nn.Module, method: LoRA, name: str
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the module path that they adapt. Raises MethodError unless they fit the base, every one and no other."""
-    expected: dict[str, tuple[int, ...]] = {}
-    targets = choose_targets(model, method.target_modules)
-    for path, linear in targets.items():
-        expected[f"{PREFIX}{path}.lora_A.weight"] = (method.r, linear.in_features)
-        expected[f"{PREFIX}{path}.lora_B.weight"] = (linear.out_features, method.r)
-    check_adapter(adapter, expected, name)
-    return {
-        path: (adapter[f"{PREFIX}{path}.lora_A.weight"], adapter[f"{PREFIX}{path}.lora_B.weight"]) for path in targets
-    }
+        both = bool(self.untied) or any(target in present and origin in present for target, origin in tied.items())
+        values = {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}
+        for method in self.adapted.methods:
+            values = method.merged_config(values)
+        return values
 
 
 def _return_memory() -> None:
@@ -242,13 +289,6 @@ def _return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _keep_apart(out: Path, *sources: Path) -> None:
-    """Overwriting must never delete what is being read."""
-    for source in sources:
-        if source.resolve() == out.resolve() or out.resolve() in source.resolve().parents:
-            raise RunError(f"'{out}' holds '{source}', which is being merged; choose another folder for the result.")
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -13,6 +13,9 @@ Knows the document and its header; must not read a file.
 
 from __future__ import annotations
 
+from typing import Any
+
+from qlora.config import parts_of
 from qlora.device import bytes_text
 from qlora.reporting import sections
 from qlora.reporting.figures import (
@@ -54,6 +57,7 @@ def render(records: Records) -> str:
             "main",
             sections.training(records),
             sections.answers(records),
+            sections.method(records),
             sections.data(records),
             sections.resources(records, figures),
             sections.recipe(records),
@@ -101,7 +105,7 @@ def _facts(records: Records) -> list[str]:
         facts.append(
             {"none": "not quantised", "nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(quantization, quantization)
         )
-        facts.append(f"LoRA r {recipe.method.r}, alpha {recipe.method.alpha:g}")
+        facts.append(_method_text(recipe.method))
     else:
         facts.append(quantization)
     device = records.environment.get("device_name") or records.environment.get("device") or records.plan.get("device")
@@ -109,6 +113,19 @@ def _facts(records: Records) -> list[str]:
         device = device.get("name")
     facts.append(device if isinstance(device, str) else "")
     return [fact for fact in facts if fact]
+
+
+def _method_text(section: Any) -> str:
+    """``LoRA r 16, alpha 32``; several methods with a plus between them."""
+    texts = []
+    for part in parts_of(section):
+        facts = [f"{key} {getattr(part, key):g}" for key in ("r", "alpha", "size", "tokens") if _is_number(part, key)]
+        texts.append(" ".join([type(part).__name__, ", ".join(facts)]).strip())
+    return " + ".join(texts)
+
+
+def _is_number(part: Any, key: str) -> bool:
+    return isinstance(getattr(part, key, None), int | float)
 
 
 def _result(figures: Figures) -> Markup:

@@ -38,6 +38,7 @@ class Records:
     plan: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     """One a step, ascending, every ``step`` an int and at most once."""
     held_out: list[HeldOut] = field(default_factory=list)
@@ -75,6 +76,7 @@ def read_records(folder: Path) -> Records:
         plan=_mapping(folder / "plan.json", notes),
         environment=_mapping(folder / "environment.json", notes),
         evaluation=evaluation,
+        method=_mapping(folder / "method.json", notes),
         steps=steps,
         held_out=_with_before_and_after(held_out, evaluation, steps[-1]["step"] if steps else 0),
         notes=notes,

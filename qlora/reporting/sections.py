@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from qlora.config import Recipe, Section
+from qlora.config import Recipe, Section, parts_of
 from qlora.device import bytes_text
 from qlora.reporting.charts import WIDE, bars, draw
 from qlora.reporting.curves import loss_chart, small_charts
@@ -124,15 +124,41 @@ def resources(records: Records, figures: Figures) -> Markup | None:
     return _section("Memory and plan", tag("div", halves, class_="halves") if len(halves) > 1 else halves)
 
 
+def method(records: Records) -> Markup | None:
+    """AdaLoRA's final ranks, on average over the layers, by the name of the linear."""
+    ranks = section(records.method, "ranks")
+    by_name: dict[str, list[float]] = {}
+    for path in ranks:
+        if (rank := number(ranks, path)) is not None:
+            by_name.setdefault(path.rpartition(".")[2], []).append(rank)
+    if not by_name:
+        return None
+    means = {name: sum(values) / len(values) for name, values in by_name.items()}
+    rows = [
+        (name, mean, f"{mean:.1f} ({min(by_name[name]):.0f} to {max(by_name[name]):.0f})")
+        for name, mean in sorted(means.items(), key=lambda item: -item[1])
+    ]
+    return _section(
+        "Final ranks",
+        bars(rows, max(*means.values(), 1.0)),
+        lead="Average over the layers, with the smallest and the largest in brackets.",
+    )
+
+
 def recipe(records: Records) -> Markup:
     """Every value of the recipe, what differs from the default set off; the file itself below."""
     full = tag("details", tag("summary", "recipe.yaml"), tag("pre", records.recipe_text))
     if records.recipe is None:
         return _section("Recipe", tag("pre", records.recipe_text))
     cards = [
-        tag("div", tag("h3", name), _values(part, Recipe.model_fields[name].annotation), class_="card")
+        tag(
+            "div",
+            tag("h3", name if part.name == name else f"{name}: {part.name}"),
+            _values(part.section),
+            class_="card",
+        )
         for name in Recipe.model_fields
-        if isinstance(part := getattr(records.recipe, name), Section)
+        for part in _parts(name, getattr(records.recipe, name))
     ]
     return _section(
         "Recipe",
@@ -220,9 +246,21 @@ def _amount(key: str, values: Mapping[str, Any]) -> str:
     return exact_text(whole(values, key))
 
 
-def _values(part: Section, kind: Any) -> Markup:
+class _Part(NamedTuple):
+    name: str
+    section: Section
+
+
+def _parts(name: str, value: Any) -> list[_Part]:
+    """The cards of one key of the recipe: one for a section, one for each method, none for a plain value."""
+    if not isinstance(value, Section):
+        return []
+    return [_Part(part.name if name == "method" else name, part) for part in parts_of(value)]
+
+
+def _values(part: Section) -> Markup:
     rows = []
-    for name, field in kind.model_fields.items():
+    for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         chosen = field.is_required() or value != field.get_default(call_default_factory=True)
         meaning = " ".join((field.description or "").split())

@@ -76,7 +76,8 @@ def test_original_adds_to_the_weights_before_quantisation(tmp_path: Path) -> Non
     merge(base, tmp_path / "adapter", tmp_path / "out", base="original", dtype="fp32", compute_dtype="fp32")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    expected = before[f"{name}.weight"] + model.planted[name].delta()
+    layer = model.planted[name]
+    expected = before[f"{name}.weight"] + layer.scaling * (layer.lora_B @ layer.lora_A).detach()
     torch.testing.assert_close(after[f"{name}.weight"], expected)
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
 
@@ -191,7 +192,7 @@ def test_a_taken_folder_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     (tmp_path / "out" / "config.json").write_text("{}")
     for place in (base, tmp_path):
-        with pytest.raises(RunError, match="being merged"):
+        with pytest.raises(RunError, match="being read"):
             merge(base, tmp_path / "adapter", place, overwrite=True, compute_dtype="fp32")
     merge(base, tmp_path / "adapter", tmp_path / "out", overwrite=True, compute_dtype="fp32")
     assert not (tmp_path / "out" / "mine").exists()

@@ -221,3 +221,13 @@ def test_a_long_run_stays_a_small_page(begun: RunFolder) -> None:
     report = write_report(begun.path)
     assert report.stat().st_size < 600_000
     assert "20\u202f000" in read(report).text
+
+
+def test_final_ranks_are_drawn_by_the_name_of_the_linear(finished: RunFolder) -> None:
+    assert "Final ranks" not in write_report(finished.path).read_text(encoding="utf-8")
+    ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.up_proj": 5, "model.layers.0.self_attn.q_proj": 0}
+    finished.json("method.json", {"ranks": ranks})
+    page = write_report(finished.path).read_text(encoding="utf-8")
+    begin = page.index("Final ranks")
+    assert "3.5 (2 to 5)" in page
+    assert page.index("up_proj", begin) < page.index("q_proj", begin)

@@ -1,0 +1,38 @@
+"""The adapter alone, in the form that every server loads: plain LoRA, one rank, the scaling inside B.
+
+A skeleton on the meta device says where the adapter belongs, so no weight of the base is read and none is in memory.
+Knows checkpoints' shapes and adapter folders; must not know runs, recipes or a loaded model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qlora.config import ModelSection
+from qlora.device import resolve_compute_dtype
+from qlora.errors import RunError
+from qlora.methods.files import folder_written_aside, keep_apart, load_adapter, save_portable
+from qlora.model.load import skeleton_base
+
+
+def export_adapter(
+    section: ModelSection, base_folder: str | Path, adapter_folder: str | Path, out: str | Path, overwrite: bool = False
+) -> str | None:
+    """Write the adapter in ``adapter_folder`` into the new folder ``out``; return why it is no plain LoRA, or None.
+
+    Raises MethodError for an adapter that does not belong to the base, RunError when ``out`` is taken (``overwrite``
+    replaces it, if it is an adapter).
+    """
+    out = Path(out)
+    keep_apart(out, Path(base_folder), Path(adapter_folder))
+    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
+        raise RunError(
+            f"'{out}' holds no adapter (no adapter_config.json), so it is not overwritten; choose another folder."
+        )
+    cpu = torch.device("cpu")  # the model stays on meta, the adapter is here
+    base = skeleton_base(section, cpu, resolve_compute_dtype(cpu, section.compute_dtype), Path(base_folder))
+    model = load_adapter(base, adapter_folder)
+    with folder_written_aside(out, overwrite) as aside:
+        return save_portable(model, aside)
