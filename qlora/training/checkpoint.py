@@ -38,7 +38,10 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def save(trainer: Trainer, folder: Path, keep: int) -> Path:
-    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What this trainer wrote or read is not written again."""
+    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What this trainer wrote or read is not written again.
+
+    Checkpoints of later steps go too: they are of another course, and ``find`` would take one of them for the newest.
+    """
     place = folder / f"{trainer.step_number:06d}"
     if place != trainer.saved:
         clear_leftovers(folder)
@@ -53,7 +56,9 @@ def save(trainer: Trainer, folder: Path, keep: int) -> Path:
             }
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         trainer.saved = place
-    for old in find(folder)[:-keep]:
+    found = find(folder)
+    ours = [other for other in found if int(other.name) <= trainer.step_number]
+    for old in {*found} - {*ours[-keep:]}:
         shutil.rmtree(old, ignore_errors=True)
     return place
 

@@ -274,3 +274,16 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(base: Path, tm
     assert adapter_bytes(other.model) == before
     assert torch.equal(logits_of(other.model.model), answers)
     assert other.step_number == 0
+
+
+def test_checkpoints_of_another_course_make_room(base: Path, tmp_path: Path) -> None:
+    """An earlier trainer was here and went further: what is saved now stays, and is what is found."""
+    first = fresh(base, tmp_path, keep_checkpoints=2)
+    for _ in range(2):
+        take(first, 3)
+        first.save()
+    second = fresh(base, tmp_path, keep_checkpoints=2)
+    take(second, 2)
+    place = second.save()
+    assert checkpoint.find(tmp_path / "checkpoints") == [place]
+    assert place.name == "000002"
