@@ -238,7 +238,7 @@ def read_adapter_config(folder: str | Path) -> Any:
         raise MethodError(
             f"'{path}' sets peft_type={kind!r:.60}, which is not supported; expected {listed(known, 12)}."
         )
-    extras = [METHODS[name] for name in ("modules", "new_tokens") if name in METHODS and kind in ("LORA", "ADALORA")]
+    extras = [METHODS[name] for name in ("modules", "new_tokens") if kind in ("LORA", "ADALORA")]
     only = {**chosen.only, "task_type": TASKS}
     read = set(chosen.read).union(*(extra.read for extra in extras))
     refused = {
