@@ -57,6 +57,7 @@ __all__ = [
     "Full",
     "LoRA",
     "LowRankSection",
+    "MemorySection",
     "MethodSection",
     "ModelSection",
     "Modules",
@@ -170,12 +171,44 @@ class TrainingSection(Section):
     a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
     loss_chunk: int = Field(256, ge=1)
     """Target positions whose logits exist at the same time."""
+    optimizer_in_backward: bool = False
+    """Move a layer's parameters as soon as its gradients are whole, and free these: one layer's gradients at a time. Needs
+    `accumulation: layer_major` and `max_grad_norm: null`, since the norm of all gradients is known only at the end."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the adapter's initial values, the order of the rows and dropout."""
     save_every: int = Field(100, ge=0)
     """Steps between checkpoints, which is what a killed run loses at most; 0 saves the last step only."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
+
+
+class MemorySection(Section):
+    """Where the frozen weights and the layer inputs are kept. Changes memory and speed, never the result."""
+
+    budget: str | None = Field(None, pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$")
+    """`auto` (what is free) or an amount such as `6GiB`: the plan then chooses the fastest arrangement that fits, and writes
+    it into the resolved recipe: every field below, and `training.micro_batch_size`, `accumulation` and `loss_chunk`. The rows
+    of a step never change. Left out: what the recipe says is taken as it stands, and refused if it does not fit."""
+    layers: Literal["resident", "streamed"] | Annotated[int, Field(ge=0)] = "resident"
+    """How many of the frozen decoder layers stay on the device: all, none, or so many, evenly spread. The rest are fetched
+    for each visit, the next one while this one computes."""
+    tier: Literal["host", "disk"] = "host"
+    """Where layers that do not stay are kept: in (pinned) host memory, or in the NF4 file cache on disk. On a CPU only
+    `disk` saves memory."""
+    slots: int = Field(2, ge=2, le=64)
+    """Places on the device for layers that do not stay: one computes, the others are being filled."""
+    embedding: Literal["device", "host"] = "device"
+    """`host` keeps the input embedding in host memory; only the rows of the tokens at hand travel."""
+    head: Literal["device", "host"] = "device"
+    """`host` keeps the output head in host memory; slices of the vocabulary travel, and the loss is summed over them."""
+    layer_inputs: Literal["device", "host", "disk"] = "device"
+    """Where the inputs of the layers wait for backward (with `training.gradient_checkpointing`)."""
+    mlp_tile: int | None = Field(None, ge=1)
+    """Tokens that go through a layer's MLP at once, where a long row would not fit; all of them when left out."""
+    cache: str | None = None
+    """The folder of the NF4 file cache; `nf4` in qlora's cache folder when left out. Runs share it."""
+    rehearse: bool = True
+    """Run the worst batch that the data can give once before the first step, and show the peak it took."""
 
 
 class EvaluationSection(Section):
@@ -198,6 +231,11 @@ class DeviceSection(Section):
     """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; all cores when left out."""
+    memory: str | None = None
+    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …; `qlora plan` lists them), of a card that
+    need not be here. In training it is a limit: no more than this is used of what the device has."""
+    host_memory: str | None = None
+    """The host memory to plan for, as `64GiB`; this machine's free memory when left out."""
 
 
 class Recipe(Section):
@@ -207,6 +245,7 @@ class Recipe(Section):
     method: AnyMethod = LoRA()
     data: DataSection
     training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
     evaluation: EvaluationSection = EvaluationSection()
     device: DeviceSection = DeviceSection()
     folder: str | None = None
