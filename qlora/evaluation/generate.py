@@ -62,8 +62,9 @@ def _generate(
     # what the method puts before a text stands behind the padding
     prompts = [[*range(-model.virtual_tokens, 0), *prompt] for prompt in prompts]
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    # transformers' idea of the model's device: host memory where the embedding lies there
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=network.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=network.device)
     ends = _end_tokens(model)
     was_training = network.training
     network.eval()
@@ -108,11 +109,14 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
-    """On a CPU, dequantise once for the whole answer instead of once a token, where a quarter of the free memory allows."""
+    """On a CPU, dequantise once for the whole answer instead of once a token, where a quarter of the free memory allows.
+
+    Not where layers are streamed: their weights leave while the answer is made, and memory is what was to be saved.
+    """
     linears = [module for module in model.model.modules() if isinstance(module, FrozenLinear)]
     dense = sum(linear.in_features * linear.out_features for linear in linears) * model.base.compute_dtype.itemsize
     free, _ = total_memory_bytes(model.device)
-    if model.device.type == "cpu" and 0 < dense < free // 4:
+    if model.base.placement is None and model.device.type == "cpu" and 0 < dense < free // 4:
         with dense_cached(model.model):
             yield
     else:

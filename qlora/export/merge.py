@@ -9,11 +9,9 @@ model, and no GPU is needed. Knows checkpoints, and asks the method what it adds
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config import ModelSection
-from qlora.device import DTYPES, require_disk, resolve_compute_dtype
+from qlora.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
 from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.writer import SafetensorsWriter
 from qlora.methods.files import folder_written_aside, keep_apart, load_adapter
@@ -104,7 +102,7 @@ def merge(
             with SafetensorsWriter(aside / file, entries) as writer:
                 for name, (kind, _) in entries.items():
                     writer.write(name, source.tensor(name, kind, requantise=base == "dequantized"))
-                    _return_memory()
+                    trim_heap()
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -278,17 +276,6 @@ class _Source:
         for method in self.adapted.methods:
             values = method.merged_config(values)
         return values
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps freed blocks below 32 MiB and cuts them up: merging a 324 MiB file of 8 MiB matrices grew the process by
-    180 MiB without this call and by 1 MiB with it, at half a millisecond a tensor. Other systems need no such call.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _copy_beside(source: Path, target: Path) -> None:

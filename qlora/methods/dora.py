@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from qlora.methods.autocast import as_autocast, without_autocast
 from qlora.methods.lora import LoraLinear, LoraMethod, add_delta
 from qlora.methods.planted import Planted
-from qlora.model.nf4 import dense_cached, dense_weight, is_linear, is_transposed
+from qlora.model.nf4 import dense_cached, dense_weight, is_empty, is_linear, is_transposed
 
 SMALLEST = 1e-30  # a row of zeros has no direction; with this norm nothing is divided by zero
 
@@ -47,7 +47,7 @@ class DoraLinear(LoraLinear):
         ``dtype`` is the one that the forward computes in: unpacked to another, a weight has slightly other norms. A base
         on the meta device has no norms; the magnitudes are read from a file then.
         """
-        if self.base.weight.device.type != "meta":
+        if not is_empty(self.base):
             self.lora_magnitude_vector.copy_(self.norm(dense_weight(self.base, dtype)))
 
     @torch.no_grad()

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora.device import DTYPES, dtype_name
-from qlora.errors import MethodError
+from qlora.errors import MethodError, listed
 from qlora.methods.method import PREFIX, Method
 from qlora.methods.planted import Planted
+from qlora.model.host import held_on_host
 from qlora.model.load import Base
 from qlora.model.nf4 import FrozenLinear
 
@@ -53,9 +54,15 @@ class FullMethod(Method):
         return compute_dtype if requested == "auto" else DTYPES[requested]
 
     def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Set the parameters free; nothing is planted. Raises MethodError for a quantised base and for one in fp16."""
+        """Set the parameters free; nothing is planted. Raises MethodError for a base that is quantised,
+        streamed or in fp16."""
         self._refuse(model)
         frozen = set() if self.section.embeddings else _embeddings_and_head(model)
+        if held := {path for number, path in held_on_host(model).items() if number not in frozen}:
+            raise MethodError(
+                f"Full fine-tuning trains {listed(sorted(held))} too, but nothing trains in host memory; set "
+                "memory.embedding=device and memory.head=device, or method.embeddings=false."
+            )
         found: dict[int, nn.Parameter] = {}
         for name, values in model.named_parameters(remove_duplicate=False):
             if id(values) in frozen or not values.is_floating_point():
@@ -70,6 +77,11 @@ class FullMethod(Method):
 
     def _refuse(self, model: nn.Module) -> None:
         name = self.base.name
+        if self.base.placement is not None:
+            raise MethodError(
+                f"Full fine-tuning trains every weight, but layers of '{name}' are streamed (memory.layers), so that they are "
+                "not on the device to be trained; set memory.layers=resident, or method.name=lora."
+            )
         if self.base.quantization != "none" or any(isinstance(module, FrozenLinear) for module in model.modules()):
             raise MethodError(
                 f"Full fine-tuning changes the weights themselves, but those of '{name}' are packed ({self.base.quantization}) "

@@ -21,7 +21,7 @@ from qlora.methods import eva
 from qlora.methods.beginning import Beginning, Pair, loftq, minus, principal_pair
 from qlora.methods.originals import copy_to_keep, knows_what_was_quantised, own_weight, put, put_back
 from qlora.model.load import Base
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.nf4 import FrozenLinear, is_empty
 
 UNSEEN = (
     "method.init is eva, but no data was looked at; call model.prepare with training batches, as trainer.batches(), before "
@@ -182,4 +182,4 @@ def _changed(planted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_meta(linear: nn.Module) -> bool:
-    return bool(linear.weight.is_meta)  # type: ignore[union-attr]
+    return is_empty(linear)

@@ -26,8 +26,9 @@ from qlora.errors import MethodError, listed, nearest
 from qlora.methods.method import PREFIX, Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import leaf, matches
+from qlora.model.host import HostLinear, on_device
 from qlora.model.load import Base
-from qlora.model.nf4 import FrozenLinear, dense_weight
+from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
 from qlora.model.shards import open_checkpoint
 
 # PEFT adds both of these to every classifier's modules_to_save, whichever of them it has.
@@ -237,17 +238,34 @@ def walk(model: nn.Module, path: str = "", place: str = "") -> Iterator[tuple[st
 
 @torch.no_grad()
 def dense_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that shares no memory with it, each packed linear in it as a plain one in its compute dtype."""
-    packed = {id(part): dense_linear(part) for part in module.modules() if isinstance(part, FrozenLinear)}
+    """A copy of ``module`` that shares no memory with it, each packed linear in it as a plain one in its compute dtype.
+
+    What ``module`` keeps in host memory, the copy has on the device: it is to train there.
+    """
+    whole = [part for part in module.modules() if isinstance(part, FrozenLinear | HostLinear)]
+    packed: dict[int, Any] = {id(part): dense_linear(part) for part in whole}
+    streamed = [part for part in module.modules() if id(part) not in packed and getattr(part, "away", None) is not None]
+    packed |= {id(part): _copy_of_streamed(part) for part in streamed}
     copied: nn.Module = copy.deepcopy(module, packed)  # deepcopy takes what its memo holds in the place of the original
+    return on_device(copied)
+
+
+def _copy_of_streamed(linear: Any) -> nn.Module:
+    """A copy of a plain linear whose layer is streamed; the copy stays."""
+    with at_hand(linear):
+        away, linear.away = linear.away, None
+        try:
+            copied: nn.Module = copy.deepcopy(linear)
+        finally:
+            linear.away = away
     return copied
 
 
-def dense_linear(linear: FrozenLinear) -> nn.Linear:
-    """A plain linear that multiplies with what the packed one stands for."""
+def dense_linear(linear: FrozenLinear | HostLinear) -> nn.Linear:
+    """A plain linear that multiplies with what the packed one, or that in host memory, stands for."""
     dtype = linear.compute_dtype
     made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=dtype)
-    if not linear.weight.is_meta:  # type: ignore[operator]
+    if not is_empty(linear):
         made.weight = nn.Parameter(dense_weight(linear, dtype).clone())
         if linear.bias is not None:
             made.bias = nn.Parameter(linear.bias.detach().to(dtype).clone())

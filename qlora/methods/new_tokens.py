@@ -220,7 +220,7 @@ class NewTokensMethod(Method):
         mean = torch.zeros(weight.shape[1], device=self.device)
         if not weight.is_meta:  # there, shapes are wanted, or values follow
             for rows in weight.split(ROWS_AT_ONCE):
-                mean += rows.float().sum(0)
+                mean += rows.to(mean.device).float().sum(0)  # it may lie in host memory
             mean /= len(weight)
         mean = mean.to(self.dtype)
         return nn.Parameter(mean.repeat(len(self.ids), 1)), mean

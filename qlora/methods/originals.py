@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from qlora.model.load import Base, checkpoint_weight, packed_parts
-from qlora.model.nf4 import FrozenLinear, dense_weight, is_transposed
+from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_away, is_transposed
 from qlora.model.shards import Checkpoint, open_checkpoint
 
 
 def copy_to_keep(base: Base, path: str, linear: nn.Module) -> Tensor | None:
     """A copy of the weight on the CPU, for ``put_back``, where no checkpoint holds it; else None."""
-    values = linear.weight
-    assert isinstance(values, Tensor)
-    return values.detach().to("cpu", copy=True) if _source(base, path) is None else None
+    if _source(base, path) is not None:
+        return None
+    with at_hand(linear):
+        values = linear.weight
+        assert isinstance(values, Tensor)
+        return values.detach().to("cpu", copy=True)
 
 
 def knows_what_was_quantised(base: Base, path: str) -> bool:
@@ -46,32 +49,44 @@ def own_weight(base: Base, path: str, linear: nn.Module, kept: Tensor | None = N
 @torch.no_grad()
 def put(linear: nn.Module, weight: Tensor) -> None:
     """Give ``linear`` the weight [out, in]: quantised as its own was, or written over it."""
-    values = linear.weight
-    assert isinstance(values, Tensor)
     if isinstance(linear, FrozenLinear):
-        linear.place(weight, values.device)  # type: ignore[operator]
+        linear.place(weight, _device(linear))  # type: ignore[operator]
     else:
-        values.copy_(weight.t() if is_transposed(linear) else weight)
+        _write(linear, weight.t() if is_transposed(linear) else weight)
 
 
 @torch.no_grad()
 def put_back(base: Base, path: str, linear: nn.Module, kept: Tensor | None = None) -> None:
     """Make the frozen weight bit for bit what was loaded. ``kept`` is what ``copy_to_keep`` gave."""
-    values, source = linear.weight, _source(base, path)
-    assert isinstance(values, Tensor)
+    source = _source(base, path)
     if source is None:
         assert kept is not None
-        values.copy_(kept)
+        _write(linear, kept)
         return
     checkpoint, name = source
     if not isinstance(linear, FrozenLinear):
-        values.copy_(checkpoint.read(name))
+        _write(linear, checkpoint.read(name))
     elif parts := packed_parts(name, checkpoint):
         stem = name.removesuffix("weight")
         tensors = {part.removeprefix(stem): checkpoint.read(part) for part in [name, *parts]}
-        linear.place_quantised(tensors, values.device)  # type: ignore[operator]
+        linear.place_quantised(tensors, _device(linear))  # type: ignore[operator]
     else:
         put(linear, checkpoint_weight(base, path, linear))
+
+
+def _write(linear: nn.Module, values: Tensor) -> None:
+    """Write over the weight as it lies."""
+    with at_hand(linear, changed=True):
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(values)
+
+
+def _device(linear: nn.Module) -> torch.device:
+    """Where the weight is quantised; that of a streamed layer may be elsewhere at the moment."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return linear.away.device if is_away(linear) else weight.device  # type: ignore[union-attr, return-value]
 
 
 def _source(base: Base, path: str) -> tuple[Checkpoint, str] | None:

@@ -3,6 +3,9 @@
     config.json ─► skeleton on meta ─► empty linears ─► for each tensor: read → device → quantise → place → drop
                                                         ─► tie ─► compute what no file holds ─► nothing left on meta
 
+Where layers do not stay on the device (``placement.py``), each of their linears goes to where it waits as soon as it is
+packed; with a file cache only what is not in it is read from the checkpoint.
+
 The law: the logits are those of ``from_pretrained`` with the same ``BitsAndBytesConfig``. Extra memory is one tensor.
 Knows how transformers names the weights of a checkpoint; must not know adapters, data or training.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +26,15 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora.config import ModelSection
-from qlora.device import bytes_text, resolve_compute_dtype, resolve_device
+from qlora.config import MemorySection, ModelSection
+from qlora.device import bytes_text, resolve_compute_dtype, resolve_device, trim_heap, versions
 from qlora.errors import ModelError, listed
+from qlora.model.cache import FileHome, cache_folder_of, cache_key, open_cache
+from qlora.model.host import embedding_on_host, head_on_host, refuse_half
+from qlora.model.layers import decoder_layers
 from qlora.model.nf4 import FrozenLinear, Linear4bit, dense_weight
-from qlora.model.shards import Checkpoint, find_model, open_checkpoint, read_json
+from qlora.model.placement import Home, HostHome, Image, Placement, frozen_linears, resident_layers, settle
+from qlora.model.shards import Checkpoint, find_model, fingerprint, open_checkpoint, read_json
 from qlora.model.skeleton import (
     FOUR_BIT,
     Scheme,
@@ -66,13 +73,21 @@ class Base:
     """What ends an answer by the checkpoint's generation_config.json."""
     names: dict[str, str] | None = None
     """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
+    placement: Placement | None = None
+    """The layers that do not stay on the device; None where all do."""
 
 
-def load_base(section: ModelSection, device: torch.device | None = None, progress: bool = False) -> Base:
+def load_base(
+    section: ModelSection,
+    device: torch.device | None = None,
+    progress: bool = False,
+    memory: MemorySection | None = None,
+) -> Base:
     """Load, quantise and freeze the model of a recipe, on ``device`` (the default one when left out).
 
-    ``progress`` shows a bar on standard error, or two plain lines where that is no terminal. Raises ModelError, before
-    any weight is read where that is possible, for whatever cannot be loaded whole and exactly.
+    ``memory`` says what does not stay on the device: layers, the embedding, the head. ``progress`` shows a bar on standard
+    error, or two plain lines where that is no terminal. Raises ModelError, before any weight is read where that is possible,
+    for whatever cannot be loaded whole and exactly.
     """
     device = resolve_device() if device is None else torch.device(device)
     dtype = resolve_compute_dtype(device, section.compute_dtype)
@@ -87,10 +102,22 @@ def load_base(section: ModelSection, device: torch.device | None = None, progres
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     expected = set(model.state_dict())
     empty_linears(model, scheme, dtype, packed)
-    with _shown(section.name, scheme.quantization, checkpoint, progress) as advance:
-        _fill(model, checkpoint, names, device, dtype, advance)
+    _widen(model, dtype)
+    wanted = memory or MemorySection()
+    refuse_half(model, wanted.embedding == "host", wanted.head == "host")
+    source = _Source(model, checkpoint, names, device, dtype)
+    placement, left = _placed(source, section, scheme, wanted, progress)
+    outside = _on_host(model, wanted)
+    with _shown(section.name, scheme.quantization, checkpoint, left, progress) as advance:
+        _fill(source, left, outside, advance)
     _finish(model, expected - set(names.values()), device, folder)
     model.eval().requires_grad_(False)
+    if placement is not None:
+        placement.stream(decoder_layers(model))
+    if wanted.embedding == "host":
+        embedding_on_host(model, device)
+    if wanted.head == "host":
+        head_on_host(model, device)
     double = scheme.double_quant
     if packed:  # config.json may not tell the truth about its weights; they do
         double = any(linear.double_quant for linear in model.modules() if isinstance(linear, Linear4bit))
@@ -106,6 +133,7 @@ def load_base(section: ModelSection, device: torch.device | None = None, progres
         compute_dtype=dtype,
         end_tokens=ends,
         names={target: name for name, target in names.items()},
+        placement=placement,
     )
 
 
@@ -247,41 +275,155 @@ def _end_tokens(folder: Path) -> tuple[int, ...]:
     return tuple(ends)
 
 
-def _fill(
-    model: Any,
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    device: torch.device,
-    dtype: torch.dtype,
-    advance: Callable[[int], None],
-) -> None:
-    """Read, place and drop one tensor after the other."""
-    in_fp32 = fp32_names(model, dtype)
-    for source, target in names.items():
+@dataclass(frozen=True)
+class _Source:
+    """An empty model, and where its tensors come from and go to."""
+
+    model: Any
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _placed(
+    source: _Source, section: ModelSection, scheme: Scheme, memory: MemorySection, progress: bool
+) -> tuple[Placement | None, dict[str, str]]:
+    """(the layers that do not stay, None where all do; the names that are still to be read from the checkpoint).
+
+    The file cache holds every layer, whichever stay, so that it serves every arrangement.
+    """
+    if memory.layers == "resident":
+        return None, source.names
+    try:
+        layers = decoder_layers(source.model)
+    except ModelError:
+        raise ModelError(
+            f"No list of decoder layers was found in '{section.name}', so they cannot be streamed; set memory.layers=resident."
+        ) from None
+    stay, device = resident_layers(memory.layers, len(layers)), source.device
+    if len(stay) == len(layers):
+        return None, source.names
+    images = [Image(layer) for layer in layers]
+    if not all(image.bytes for image in images):
+        raise ModelError(
+            f"'{section.name}' has layers without a linear, so they cannot be streamed; set memory.layers=resident."
+        )
+    if twice := _shared(source, layers):
+        raise ModelError(
+            f"Layers of '{section.name}' share {listed(twice, 3)}, so they cannot be streamed one by one; set "
+            "memory.layers=resident."
+        )
+    streamed = {number: image for number, image in enumerate(images) if number not in stay}
+    if memory.tier == "host":
+        home: Home = HostHome({number: image.bytes for number, image in streamed.items()}, device)
+        return Placement(streamed, home, memory.slots, device, memory.tier), source.names
+    owners = {id(linear): linear for image in images for linear in image.linears}
+    inside = {
+        name: target
+        for name, target in source.names.items()
+        if id(source.model.get_submodule(target.rpartition(".")[0])) in owners and target.endswith(".weight")
+    }
+
+    def make(new: FileHome) -> None:
+        every = Placement(dict(enumerate(images)), new, memory.slots, device, memory.tier)
+        with _shown(section.name, scheme.quantization, source.checkpoint, inside, progress) as advance:
+            _fill(source, inside, set(), advance)
+        for image in every.images.values():
+            image.detach()
+
+    key, folder = _key(source.checkpoint, scheme, source.dtype, device), cache_folder_of(memory)
+    file = open_cache(
+        folder, key, images, device, make, lambda text: print(text, file=sys.stderr) if progress else None
+    )
+    for number in stay:
+        settle(images[number], file, number, device)
+    placement = Placement(streamed, file, memory.slots, device, memory.tier)
+    return placement, {name: target for name, target in source.names.items() if name not in inside}
+
+
+def cached_bytes(section: ModelSection, dtype: torch.dtype, device: torch.device, memory: MemorySection) -> int:
+    """What the file cache of this base takes on the disk already; 0 where there is none, or no checkpoint here."""
+    try:
+        folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
+        checkpoint = open_checkpoint(folder)
+        key = _key(checkpoint, scheme_of(read_config(folder, section), section), dtype, device)
+        return sum(path.stat().st_size for path in (cache_folder_of(memory) / key).glob("*"))
+    except (ModelError, OSError):
+        return 0
+
+
+def _key(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the file cache that these decide."""
+    return cache_key(
+        base=fingerprint(checkpoint.folder),
+        files=[_version(shard) for shard in checkpoint.shards],
+        quantization=scheme.quantization,
+        double_quant=scheme.double_quant,
+        dtype=str(dtype),
+        device=device.type,
+        bitsandbytes=versions()["bitsandbytes"],
+    )
+
+
+def _version(path: Path) -> str:
+    """What changes when a file of weights does, however little: its hash, by which the hub's cache names it, or its time.
+
+    ``fingerprint`` alone reads samples, between which a few weights may differ.
+    """
+    real = path.resolve()
+    return real.name if re.fullmatch("[0-9a-f]{64}", real.name) else str(real.stat().st_mtime_ns)
+
+
+def _shared(source: _Source, layers: nn.ModuleList) -> list[str]:
+    """The linears that stand in several layers, and those whose weight is tied to another one."""
+    owners = Counter(id(linear) for layer in layers for linear in frozen_linears([layer]))
+    tied: dict[str, str] = getattr(source.model, "all_tied_weights_keys", None) or {}
+    names = {name.removesuffix(".weight") for name in (*tied, *tied.values())}
+    return [
+        path
+        for path, module in source.model.named_modules()
+        if owners[id(module)] > 1 or (path in names and id(module) in owners)
+    ]
+
+
+def _on_host(model: Any, memory: MemorySection) -> set[int]:
+    """The ids of modules whose weights are read into host memory and stay there."""
+    found = {id(model.get_input_embeddings())} if memory.embedding == "host" else set()
+    return found | ({id(model.get_output_embeddings())} if memory.head == "host" else set())
+
+
+def _fill(source: _Source, names: dict[str, str], outside: set[int], advance: Callable[[int], None]) -> None:
+    """Read, place and drop one tensor after the other. Those of the modules ``outside`` stay in host memory."""
+    model, checkpoint, device, dtype = source.model, source.checkpoint, source.device, source.dtype
+    for source_name, target in names.items():
         owner, _, key = target.rpartition(".")
         module = model.get_submodule(owner)
-        entry = checkpoint.entries[source]
-        if _packs(module, key) and (parts := packed_parts(source, checkpoint)):
-            stem = source.removesuffix("weight")
-            tensors = {name.removeprefix(stem): checkpoint.read(name) for name in [source, *parts]}
+        entry = checkpoint.entries[source_name]
+        if _packs(module, key) and (parts := packed_parts(source_name, checkpoint)):
+            stem = source_name.removesuffix("weight")
+            tensors = {name.removeprefix(stem): checkpoint.read(name) for name in [source_name, *parts]}
             try:
                 module.place_quantised(tensors, device)
             except ModelError as error:
-                raise ModelError(f"'{source}' in '{checkpoint.folder}': {error}") from None
-            advance(sum(checkpoint.entries[name].bytes for name in [source, *parts]))
+                raise ModelError(f"'{source_name}' in '{checkpoint.folder}': {error}") from None
+            advance(sum(checkpoint.entries[name].bytes for name in [source_name, *parts]))
             continue
         shape = (module.out_features, module.in_features) if _packs(module, key) else tuple(getattr(module, key).shape)
         if entry.shape != shape:
             raise ModelError(
-                f"'{source}' in '{checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
+                f"'{source_name}' in '{checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
                 f"{list(shape)}."
             )
         if _packs(module, key):
             # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
-            module.place(checkpoint.read(source).to(device, dtype), device)
+            module.place(checkpoint.read(source_name).to(device, dtype), device)
         else:
-            wanted = torch.float32 if _matches_any(target, [re.escape(part) for part in in_fp32]) else None
-            _put(module, key, checkpoint.read(source).to(device), wanted)
+            place = torch.device("cpu") if id(module) in outside else device
+            _put(module, key, checkpoint.read(source_name).to(place))
+            if key == "weight" and getattr(module, "away", None) is not None:
+                module.away.keep()
+        trim_heap()
         advance(entry.bytes)
 
 
@@ -289,10 +431,18 @@ def _packs(module: nn.Module, key: str) -> bool:
     return isinstance(module, FrozenLinear) and key == "weight"
 
 
-def _put(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in fp32 that dtype in the skeleton, where it is still without memory."""
+    names = [re.escape(part) for part in fp32_names(model, dtype)]
+    for name, values in model.named_parameters():
+        if values.is_floating_point() and _matches_any(name, names):
+            values.data = values.data.float()
+
+
+def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
     """Replace a parameter or buffer on meta by a real tensor, in the dtype that the skeleton has for it."""
     old = getattr(module, key)
-    value = tensor.to(dtype or old.dtype) if tensor.is_floating_point() else tensor
+    value = tensor.to(old.dtype) if tensor.is_floating_point() else tensor
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)
     setattr(value, INITIALISED, True)
@@ -305,14 +455,15 @@ def _finish(model: Any, missing: set[str], device: torch.device, folder: Path) -
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     blank: list[tuple[str, nn.Module, str]] = []
     for owner, module in model.named_modules():
+        away = {piece.name for piece in module.away.pieces} if getattr(module, "away", None) is not None else ()
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if value.is_meta:
+            if value.is_meta and key not in away:
                 # poisoned, so that what transformers' initialisation then does not fill is found below
                 poison = torch.full_like(value, float("nan") if value.is_floating_point() else -1, device=device)
                 setattr(module, key, nn.Parameter(poison, False) if isinstance(value, nn.Parameter) else poison)
                 blank.append((f"{owner}.{key}", module, key))
     for module in model.modules():
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, FrozenLinear) or getattr(module, "away", None) is not None:
             setattr(module, INITIALISED, True)
     model.initialize_weights()
     empty = [name for name, module, key in blank if _is_poison(getattr(module, key))]
@@ -329,9 +480,12 @@ def _is_poison(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _shown(name: str, quantization: str, checkpoint: Checkpoint, progress: bool) -> Iterator[Callable[[int], None]]:
-    """Yields ``advance(bytes)``, which moves a bar on a terminal."""
-    total = sum(entry.bytes for entry in checkpoint.entries.values())
+def _shown(
+    name: str, quantization: str, checkpoint: Checkpoint, names: Iterable[str], progress: bool
+) -> Iterator[Callable[[int], None]]:
+    """Yields ``advance(bytes)``, which moves a bar on a terminal, while the tensors ``names`` are read."""
+    every = [part for source in names for part in (source, *packed_parts(source, checkpoint))]
+    total = sum(checkpoint.entries[part].bytes for part in every)
     how = "unquantised" if quantization == "none" else f"to {quantization}"
     if not progress:
         yield lambda count: None

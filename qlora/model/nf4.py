@@ -19,7 +19,13 @@ from typing import Any, Self
 import bitsandbytes
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    int8_vectorwise_quant,
+    quantize_4bit,
+    quantize_blockwise,
+)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import ModelError
 
 BLOCK = 64  # weights that share one scale (QLoRA paper, section 3)
+PIECE = 16384 * BLOCK  # weights that a CPU quantises at once
 NESTED_BLOCK = 256  # scales that share one scale of their own under double quantisation
 FUSED_ROWS = 16  # up to so many rows, as in generation, CUDA's fused kernel beats dequantising; no loss is taken there
 INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits (LLM.int8(), arXiv:2208.07339)
@@ -46,6 +53,7 @@ class FrozenLinear(nn.Module):
         values = torch.empty(out_features, dtype=compute_dtype, device="meta")
         self.bias = nn.Parameter(values, requires_grad=False) if bias else None
         self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
+        self.away: Any = None  # where the weights wait while their layer is not on the device (placement.py)
         self.unread = False  # on while nobody reads the product but its gradient is wanted (layers.py)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
@@ -138,13 +146,7 @@ class Linear4bit(FrozenLinear):
 
     def place(self, weight: Tensor, device: torch.device) -> None:
         """Quantise a dense [out, in] tensor (fp32, fp16 or bf16) on ``device`` and keep the result there."""
-        packed, state = quantize_4bit(
-            weight.to(device).contiguous(),
-            blocksize=BLOCK,
-            compress_statistics=self.double_quant,
-            quant_type=self.quant_type,
-        )
-        self._keep(packed, state)
+        self._keep(*_quantised(weight.to(device).contiguous(), self.quant_type, self.double_quant))
 
     def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take over a weight that bitsandbytes quantised before.
@@ -192,6 +194,8 @@ class Linear4bit(FrozenLinear):
         self.nested_absmax = state.state2.absmax if state.nested else None
         self.nested_code = state.state2.code if state.nested else None
         self.offset = state.offset if state.nested else None
+        if self.away is not None:
+            self.away.keep()
 
     def quant_state(self, dtype: torch.dtype) -> QuantState:
         """bitsandbytes' view of the buffers; ``dtype`` is what it dequantises to."""
@@ -237,6 +241,28 @@ class Linear4bit(FrozenLinear):
         return f"{super().extra_repr()}, {self.quant_type}{', double_quant' if self.double_quant else ''}"
 
 
+def _quantised(weight: Tensor, quant_type: str, double_quant: bool) -> tuple[Tensor, QuantState]:
+    """bitsandbytes' packed bytes of a dense ``weight`` and their state.
+
+    Its CPU code works with some ten tensors of the weight's size at once: 2 GB for one of a 7B model's. So on a CPU it gets
+    a piece at a time, and the scales are then quantised together, as it does it. The bytes are the same.
+    """
+    if not weight.is_cpu:
+        return quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double_quant, quant_type=quant_type)
+    pieces = [
+        quantize_4bit(piece, blocksize=BLOCK, compress_statistics=False, quant_type=quant_type)
+        for piece in weight.reshape(-1).split(PIECE)
+    ]
+    state = pieces[0][1]
+    state.shape = weight.shape
+    state.absmax = torch.cat([piece.absmax for _, piece in pieces])
+    if double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=NESTED_BLOCK)
+        state.nested = True
+    return torch.cat([packed for packed, _ in pieces]), state
+
+
 class Linear8bit(FrozenLinear):
     """A frozen linear in LLM.int8(): ``weight`` int8 [out, in] and ``scales`` fp32 [out], W = weight · scales / 127.
 
@@ -258,6 +284,8 @@ class Linear8bit(FrozenLinear):
     def place(self, weight: Tensor, device: torch.device) -> None:
         """Quantise a dense [out, in] tensor on ``device``, through fp16 as bitsandbytes does, and keep the result."""
         self.weight, self.scales, _ = int8_vectorwise_quant(weight.to(device, torch.float16).contiguous())
+        if self.away is not None:
+            self.away.keep()
 
     def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take over a weight that bitsandbytes quantised before.
@@ -286,6 +314,8 @@ class Linear8bit(FrozenLinear):
             )
         self.weight = weight.to(device).contiguous()
         self.scales = scales.to(device, torch.float32).reshape(-1).contiguous()
+        if self.away is not None:
+            self.away.keep()
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype).mul_(self.scales.unsqueeze(1).mul(1.0 / 127.0))
@@ -302,11 +332,18 @@ class Linear8bit(FrozenLinear):
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a frozen linear as a dense [out, in] tensor. Do not write into it: it may be the one that is kept."""
+    """The weight of a frozen linear as a dense [out, in] tensor. Do not write into it: it may be the one that is kept.
+
+    Where the linear's layer is not on the device, its weight alone is fetched.
+    """
+    if is_away(linear):
+        with at_hand(linear):
+            return dense_weight(linear, dtype)
     if not isinstance(linear, FrozenLinear):
         weight = linear.weight
         assert isinstance(weight, Tensor)
-        return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(dtype)
+        device = getattr(linear, "compute_device", weight.device)  # a head may lie in host memory (host.py)
+        return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(device, dtype)
     if linear.kept is None:
         return linear.dequantise(dtype)
     if dtype not in linear.kept:
@@ -328,6 +365,37 @@ def dense_cached(layer: nn.Module) -> Iterator[None]:
     finally:
         for linear in linears:
             linear.kept = None
+
+
+def is_away(linear: nn.Module) -> bool:
+    """Whether the linear has weights, but they wait elsewhere at the moment."""
+    return getattr(linear, "away", None) is not None and bool(linear.weight.is_meta)  # type: ignore[union-attr]
+
+
+def is_empty(linear: nn.Module) -> bool:
+    """Whether the linear has a shape and no weights anywhere, as in a skeleton."""
+    return bool(linear.weight.is_meta) and getattr(linear, "away", None) is None  # type: ignore[union-attr]
+
+
+@contextmanager
+def at_hand(linear: nn.Module, changed: bool = False) -> Iterator[None]:
+    """Inside, the linear has its weights even while its layer waits elsewhere. ``changed``: they go back there afterwards."""
+    if not is_away(linear):
+        yield
+        if changed and getattr(linear, "away", None) is not None:
+            linear.away.keep()  # type: ignore[union-attr, operator]
+        return
+    away: Any = linear.away
+    away.bring()
+    try:
+        yield
+    except BaseException:
+        away.drop()
+        raise
+    if changed:
+        away.keep()
+    else:
+        away.drop()
 
 
 def is_linear(module: nn.Module) -> bool:
