@@ -1,13 +1,21 @@
 """The loss: summed cross-entropy over target tokens, in chunks, never the full logits.
 
+    resident head      for each chunk of positions: its logits, its part of the sum, the gradient of its hidden states
+    head on the host   once over its slices: log-sum-exp and the targets' logits of every chunk
+                       once more, where a gradient is wanted: every chunk's gradient
+
 The logits of a step are its largest tensor by far (vocabulary × tokens × 12 bytes and more). Here only ``chunk`` positions
 have logits at a time, only positions that are targets have them at all, and the gradient of the hidden states is made in
 the forward, while the chunk's logits are at hand; nothing but that gradient is kept. A frozen head needs none; one that
 trains (a head of its own, full fine-tuning, rows of new tokens) gets its own in the same way, summed up in fp32.
 
+A head in host memory (``host.py``) comes in slices of the vocabulary, and fetching them is what costs: each comes once a
+pass, for all positions, and logits exist for a chunk and a slice at a time.
+
 Knows a model's decoder and head; must not know adapters, optimizers or where batches come from.
 
-Shape suffixes: B rows, T positions, D hidden size, N target positions, V vocabulary.
+Shape suffixes: B rows, T positions, D hidden size, N positions of all rows (of a chunk, for what has a V too), V vocabulary
+or a slice of it.
 """
 
 from __future__ import annotations
@@ -17,8 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora.model.host import HostLinear, fp32_product
 from qlora.model.nf4 import dense_weight
 
 IGNORE_INDEX = -100
@@ -44,6 +54,18 @@ class Head:
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
+
+    def scale_(self, product_NV: Tensor, sloped: bool) -> Tensor | float | None:
+        """``scaled`` in place, for an fp32 product that nobody else reads. Returns d logits / d product, where it is wanted
+        (``sloped``) and is not 1: a number, or [N, V] under a cap."""
+        if self.multiplier != 1.0:
+            product_NV.mul_(self.multiplier)
+        if self.softcap is None:
+            return self.multiplier if sloped and self.multiplier != 1.0 else None
+        product_NV.div_(self.softcap).tanh_()
+        slope = product_NV.square().neg_().add_(1).mul_(self.multiplier) if sloped else None
+        product_NV.mul_(self.softcap)
+        return slope
 
     def trained(self) -> list[nn.Parameter]:
         """The head's parameters that want a gradient; mostly none."""
@@ -80,14 +102,22 @@ def token_loss(hidden_BTD: Tensor, head: Head, labels_BT: Tensor, chunk: int = 2
     """(cross-entropy summed over target tokens, a scalar in fp32; how many they are).
 
     Position t predicts ``labels[t + 1]``; labels of ``IGNORE_INDEX`` count for nothing. ``chunk`` bounds how many
-    positions have logits at the same time: 6 · chunk · V bytes or so.
+    positions have logits at the same time: 4 · chunk · V bytes, 8 with a cap, and the product in the head's dtype.
     """
-    flat_ND = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
-    wanted = labels_BT[:, 1:].reshape(-1)
-    places = (wanted != IGNORE_INDEX).nonzero().squeeze(1)
+    # the last position predicts nothing; with it the hidden states are one matrix as they lie, without it a copy
+    wanted_N = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    places = (wanted_N != IGNORE_INDEX).nonzero().squeeze(1)
+    return summed_loss(hidden_BTD.flatten(0, 1), head, wanted_N, places, chunk), len(places)
+
+
+def summed_loss(hidden_ND: Tensor, head: Head, wanted_N: Tensor, places: Tensor, chunk: int = 256) -> Tensor:
+    """The cross-entropy, a scalar in fp32, summed over the positions ``places``, where ``wanted_N`` says which token follows.
+
+    For whoever knows how many targets there are without a look at them, as a rehearsal on tensors without values.
+    """
     trained = head.trained() if torch.is_grad_enabled() else []
-    loss: Tensor = _TokenLoss.apply(flat_ND, head, wanted, places, chunk, *trained)
-    return loss, len(places)
+    loss: Tensor = _TokenLoss.apply(hidden_ND, head, wanted_N, places, chunk, *trained)
+    return loss
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -97,48 +127,143 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, head: Head, wanted: Tensor, places: Tensor, chunk: int, *trained: Tensor
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         below = ctx.needs_input_grad[0]  # nothing below the head may train
-        # fp32 even under fp16: the gradient is not scaled against underflow until backward multiplies it
-        grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if below else None
         grads = [torch.zeros_like(values, dtype=torch.float32) for values in trained]
-        for rows in places.split(chunk):
-            targets = wanted[rows, None]
-            with torch.set_grad_enabled(bool(trained)):
-                chunk_ND = hidden_ND[rows].detach().requires_grad_(below and bool(trained))
-                product_NV = head.module(chunk_ND)
-            logits_NV = head.scaled(product_NV.detach())
-            log_sum = logits_NV.logsumexp(1, keepdim=True)
-            total += (log_sum - logits_NV.gather(1, targets)).double().sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            # d loss / d logits = softmax - one hot; through tanh: times 1 - (logits / softcap)²
-            slope_NV = None if head.softcap is None else 1 - (logits_NV / head.softcap) ** 2
-            # a product that is fp32 already is not written over: its own backward may want it
-            grad_NV = (logits_NV - log_sum if trained else logits_NV.sub_(log_sum)).exp_()
-            del logits_NV
-            grad_NV.scatter_add_(1, targets, torch.full_like(log_sum, -1.0))
-            if slope_NV is not None:
-                grad_NV *= slope_NV
-            if head.multiplier != 1.0:
-                grad_NV *= head.multiplier
-            if trained:
-                _through_head(product_NV, grad_NV, chunk_ND, rows, grad_ND, trained, grads)
-            elif grad_ND is not None:
-                weight_VD = dense_weight(head.module, hidden_ND.dtype)
-                grad_ND[rows] = (grad_NV.to(weight_VD.dtype) @ weight_VD).float()
-            del product_NV, grad_NV, slope_NV  # before the next chunk's are made
+        if isinstance(head.module, HostLinear) and not trained:
+            total, grad_ND = _over_slices(hidden_ND, head, head.module, wanted, places, chunk, below)
+        else:
+            total, grad_ND = _over_chunks(hidden_ND, head, wanted, places, chunk, below, trained, grads)
         ctx.save_for_backward(grad_ND, *grads)
-        ctx.dtypes = [hidden_ND.dtype, *(values.dtype for values in trained)]
+        ctx.chunk, ctx.dtypes = chunk, [hidden_ND.dtype, *(values.dtype for values in trained)]
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *trained = [
-            None if values is None else (values * grad).to(dtype)
+            None if values is None else _times_(values, grad, ctx.chunk).to(dtype)
             for values, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return hidden, None, None, None, None, *trained
+
+
+def _times_(values: Tensor, factor: Tensor, rows: int) -> Tensor:
+    """``values`` times a scalar, in place. A second backward through the same loss would find them changed; torch refuses it."""
+    if values.dtype == torch.float32:
+        return values.mul_(factor)
+    for part in values.split(rows):
+        part.copy_(part.float() * factor)  # the factor, one over many tokens, is not to be rounded to 8 bits
+    return values
+
+
+def _empty_gradient(hidden_ND: Tensor) -> Tensor:
+    """Zeros for the gradient of the hidden states, in their dtype.
+
+    fp32 under fp16: the gradient is not scaled against underflow until backward multiplies it.
+    """
+    dtype = torch.float32 if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
+    return torch.zeros_like(hidden_ND, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _exp_(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """(the log-sum-exp of each position [N, 1], what the logits' exponentials are divided by to be a softmax).
+
+    The logits become these exponentials, so that no second tensor of their size is made.
+    """
+    top = logits_NV.amax(1, keepdim=True)
+    sums = logits_NV.sub_(top).exp_().sum(1, keepdim=True)
+    return top + sums.log(), sums
+
+
+def _over_chunks(
+    hidden_ND: Tensor,
+    head: Head,
+    wanted: Tensor,
+    places: Tensor,
+    chunk: int,
+    below: bool,
+    trained: tuple[Tensor, ...],
+    grads: list[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """(the sum, the gradient of the hidden states where it is wanted), chunk by chunk; ``grads`` grow."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    grad_ND = _empty_gradient(hidden_ND) if below else None
+    for rows in places.split(chunk):
+        targets = wanted[rows, None]
+        with torch.set_grad_enabled(bool(trained)):
+            chunk_ND = hidden_ND[rows].detach().requires_grad_(below and bool(trained))
+            product_NV = head.module(chunk_ND)
+        # a product that is fp32 already is not written over: its own backward may want it
+        logits_NV = product_NV.detach().to(torch.float32, copy=bool(trained))
+        if not trained:
+            del product_NV
+        slope = head.scale_(logits_NV, sloped=below or bool(trained))
+        picked = logits_NV.gather(1, targets)
+        log_sum, sums = _exp_(logits_NV)
+        total += (log_sum - picked).double().sum()
+        if below or trained:
+            # d loss / d logits = softmax - one hot; then through the cap and the multiplier
+            grad_NV = logits_NV.div_(sums)
+            grad_NV.scatter_add_(1, targets, torch.full_like(log_sum, -1.0))
+            if slope is not None:
+                grad_NV *= slope
+            if trained:
+                _through_head(product_NV, grad_NV, chunk_ND, rows, grad_ND, trained, grads)
+                del product_NV
+            elif grad_ND is not None:
+                weight_VD = dense_weight(head.module, hidden_ND.dtype)
+                grad_ND[rows] = (grad_NV.to(weight_VD.dtype) @ weight_VD).to(grad_ND.dtype)
+            del grad_NV
+        del logits_NV, slope  # before the next chunk's are made
+    return total, grad_ND
+
+
+def _over_slices(
+    hidden_ND: Tensor, head: Head, linear: HostLinear, wanted: Tensor, places: Tensor, chunk: int, below: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the sum, the gradient of the hidden states where it is wanted), slice by slice of the head."""
+    dtype, targets, count = hidden_ND.dtype, wanted[places, None], len(places)
+    chunks = [slice(start, start + chunk) for start in range(0, count, chunk)]
+    # in fp64 a sum of many slices' sums is rounded once; NaN until a target's slice was there
+    log_sums = torch.full((count, 1), -torch.inf, dtype=torch.float64, device=hidden_ND.device)
+    picked = torch.full((count, 1), torch.nan, device=hidden_ND.device)
+
+    def logits_of(
+        at: slice, start: int, stop: int, weight: Tensor, sloped: bool
+    ) -> tuple[Tensor, Tensor | float | None]:
+        bias = linear.bias_of(start, stop, dtype)
+        logits_NV = F.linear(hidden_ND[places[at]], weight, bias).float()
+        return logits_NV, head.scale_(logits_NV, sloped)
+
+    def targets_in(at: slice, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(the targets' places in the slice, whether they are there at all)."""
+        inside = (targets[at] >= start) & (targets[at] < stop)
+        return (targets[at] - start).clamp(0, stop - start - 1), inside
+
+    for start, stop, weight in linear.slices(dtype) if count else ():
+        for at in chunks:
+            logits_NV, _ = logits_of(at, start, stop, weight, sloped=False)
+            place, inside = targets_in(at, start, stop)
+            picked[at] = torch.where(inside, logits_NV.gather(1, place), picked[at])
+            log_sums[at] = torch.logaddexp(log_sums[at], _exp_(logits_NV)[0].double())
+            del logits_NV
+    total = (log_sums - picked).sum()
+    if not below:
+        return total, None
+    grads = torch.zeros(count, hidden_ND.shape[1], device=hidden_ND.device)  # fp32: a sum over the slices
+    for start, stop, weight in linear.slices(dtype) if count else ():
+        for at in chunks:
+            logits_NV, slope = logits_of(at, start, stop, weight, sloped=True)
+            place, inside = targets_in(at, start, stop)
+            grad_NV = logits_NV.sub_(log_sums[at].float()).exp_()
+            grad_NV.scatter_add_(1, place, -inside.to(grad_NV.dtype))
+            if slope is not None:
+                grad_NV *= slope
+            grads[at] += fp32_product(grad_NV.to(dtype), weight)
+            del logits_NV, slope, grad_NV
+    grad_ND = _empty_gradient(hidden_ND)
+    for at in chunks:
+        grad_ND[places[at]] = grads[at].to(grad_ND.dtype)
+    return total, grad_ND
 
 
 def _through_head(
@@ -164,4 +289,4 @@ def _through_head(
     if grad_ND is not None:
         hidden = found[-1]
         assert hidden is not None
-        grad_ND[rows] = hidden.float()
+        grad_ND[rows] = hidden.to(grad_ND.dtype)
