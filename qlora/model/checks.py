@@ -11,14 +11,16 @@ model, its loss and the boundary around its layers; must not know adapters, opti
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from qlora.errors import DataError, ModelError, QloraError, first_line
-from qlora.model.layers import recomputing
+from qlora.model.layers import kept_by, recomputing
 from qlora.model.loss import head_of, hidden_states
+from qlora.model.tiles import TiledMLP, tiles_of
 
 
 @torch.no_grad()
@@ -131,7 +133,9 @@ def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: 
 
     ``rows`` short rows go through it as in training, ``at_once`` at once; the last of these micro-batches is compared with
     itself through the plain layers. A layer may get something that the boundary cuts wrongly, or should cut and does not
-    know (see ``_cut`` in ``layers.py``). All rows differ, and with ``packed`` each restarts its positions elsewhere.
+    know (see ``_cut`` in ``layers.py``); an MLP in tiles may look at more than one token, so its tiles are small here.
+    All rows differ, and with ``packed`` each restarts its positions elsewhere. Inputs that wait on disk are written there:
+    raises DoesNotFitError or ModelError where that is refused.
     """
     device = next(model.parameters()).device
     length = 9 if rows == 8 else 8  # a square table that all rows share is not to look like one with a row for each
@@ -142,11 +146,15 @@ def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: 
     }
     whole = {key: torch.tensor(value, device=device) for key, value in batch.items()}
     last = slice((rows - 1) // at_once * at_once, rows)
-    with torch.no_grad():
+    with torch.no_grad(), tiles_of(model, sys.maxsize):
         plain = hidden_states(model, {key: value[last] for key, value in whole.items()}).float()
     try:
-        with torch.enable_grad(), recomputing(model):
-            found = hidden_states(model, whole)[last].detach().float()
+        with torch.enable_grad(), recomputing(model), tiles_of(model, 3):
+            states = hidden_states(model, whole)
+            for inputs in kept_by(model):
+                inputs.settle()
+            found = states[last].detach().float()
+            del states
     except (QloraError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a tensor of the wrong shape fails wherever the family's code first meets it
@@ -162,6 +170,8 @@ def _boundary_error(model: Any, rows: int, at_once: int, found: str) -> ModelErr
     do = "training.gradient_checkpointing=false"
     if rows > at_once:
         do = f"training.accumulation=micro_batch_major, or {do} if that is refused too"
+    if any(isinstance(module, TiledMLP) for module in model.modules()):
+        do = f"memory.mlp_tile=null, or {do} if that is refused too"
     return ModelError(
         f"The layers of this {model.config.model_type} model do not answer behind the recompute boundary as they do alone "
         f"({rows} rows, {at_once} at once: {found}), so its gradients would be wrong; set {do}."

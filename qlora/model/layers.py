@@ -17,33 +17,55 @@ a tuple, of which their decoder reads the first entry (Falcon, GPT-J, Bloom, MPT
 
 A shape does not always tell what has a row for each row, so a trainer compares before it trains (``check_boundary``).
 
+Whole tensors [R, T, D] alive at one time, beside what a micro-batch needs inside the layer (m: rows of a micro-batch):
+
+                                  inputs on the device            inputs in host memory or on disk
+    forward, in layer i of L      i + 1 inputs, the output        1 input, the output
+    the turn: loss                L inputs, the last output       1 input, the last output
+    backward, in layer i          i + 1 inputs, 2 gradients       2 · m / R inputs, 2 gradients
+
+With one micro-batch (m = R) the output is the layer's own and the input's gradient autograd's own; with several, each is
+gathered in a tensor beside that of the micro-batch at hand. The gradient that came in is not written over: a hook or a
+second reader of the same states may hold it.
+
 Knows modules and tensors; must not know what is quantised, what is adapted, or where rows come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from qlora.device import rng_state, set_rng_state
 from qlora.errors import ModelError
+from qlora.model.boundary import Boundary, draws, left_out, unread_linears
+from qlora.model.layer_inputs import KeptInput, LayerInputs
 from qlora.model.nf4 import dense_cached
+from qlora.model.tiles import TiledMLP, tile_mlps
 
 
-class RecomputedLayer(nn.Module):
+class RecomputedLayer(Boundary):
     """A decoder layer behind the boundary. Without gradients, or outside training, it is the layer itself."""
 
-    def __init__(self, layer: nn.Module, rows: int) -> None:
+    inside = "layer"
+
+    def __init__(self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None) -> None:
         super().__init__()
         self.layer = layer
         self.rows = rows
         """Rows that go through the layer at once."""
+        self.inputs = inputs
+        """Where the input waits for backward; None for the device."""
         self.unread: list[nn.Module] | None = None
         """Linears whose products the recompute may leave out; None until the first recompute has found them."""
+        self.after_backward: Callable[[nn.Module], None] | None = None
+        """Called with the layer when a backward has gone through it with all its micro-batches: its parameters have the
+        gradients of these rows, in ``.grad``."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
@@ -54,16 +76,7 @@ class RecomputedLayer(nn.Module):
                 f"A {type(self.layer).__name__} takes more than its hidden states from layers that train, and the recompute "
                 "boundary would lose those gradients; set training.gradient_checkpointing=false."
             )
-        trains = any(parameter.requires_grad for parameter in self.layer.parameters())
-        anchor = torch.empty(0, device=hidden.device, requires_grad=trains)
-        return _Recompute.apply(hidden, anchor, self, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # transformers asks its layers for things such as their attention type
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+        return _Recompute.apply(hidden, self.anchor(hidden.device), self, args, kwargs)
 
     def micro_batches(self, count: int) -> Iterator[slice]:
         """Row slices that cover ``count`` rows; the last may be short."""
@@ -73,7 +86,7 @@ class RecomputedLayer(nn.Module):
 
 class _Recompute(torch.autograd.Function):
     """``anchor`` needs a gradient where the layer trains, so that there is a graph even though the first layer's input
-    needs none. Below the lowest layer that trains there is no graph, and nothing is recomputed."""
+    needs none. Below the lowest layer that trains there is no graph, and nothing is kept or recomputed."""
 
     @staticmethod
     def forward(
@@ -85,59 +98,95 @@ class _Recompute(torch.autograd.Function):
         kwargs: dict[str, Any],
     ) -> Tensor | tuple[Tensor | None, ...]:
         ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
-        ctx.random = [] if _draws(boundary.layer) else None
-        output = torch.empty_like(hidden)
+        ctx.parts = list(boundary.micro_batches(len(hidden)))
+        ctx.random = [] if draws(boundary.layer) else None
+        ctx.kept = None
+        if any(ctx.needs_input_grad):
+            if boundary.inputs is None or boundary.inputs.place == "device":
+                ctx.save_for_backward(hidden)
+            else:  # on its way while the layer computes
+                ctx.kept = boundary.inputs.keep(hidden, ctx.parts)
+        output: Tensor | None = None
         others: tuple[None, ...] | None = None
         with torch.no_grad(), _visit(boundary, len(hidden)):
-            for part in boundary.micro_batches(len(hidden)):
+            for part in ctx.parts:
                 if ctx.random is not None:
                     ctx.random.append(rng_state(hidden.device))
-                output[part], others = _run(boundary.layer, hidden[part], part, len(hidden), args, kwargs)
-        ctx.save_for_backward(hidden)
+                answer, others = _run(boundary.layer, hidden[part], part, len(hidden), args, kwargs)
+                if (
+                    len(ctx.parts) == 1 and not answer._is_view()
+                ):  # a view could not be written over, and may be the input
+                    output = answer
+                    break
+                if output is None:
+                    output = answer.new_empty(len(hidden), *answer.shape[1:])
+                output[part] = answer
+                del answer  # before the next one is made
+        assert output is not None
         return output if others is None else (output, *others)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
         boundary: RecomputedLayer = ctx.boundary
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        after = None if ctx.random is None else rng_state(hidden.device)
-        with torch.enable_grad(), _visit(boundary, len(hidden)):
-            for number, part in enumerate(boundary.micro_batches(len(hidden))):
+        kept: KeptInput | None = ctx.kept
+        hidden: Tensor | None = None if kept is not None else ctx.saved_tensors[0].detach()
+        needed, device, whole = ctx.needs_input_grad[0], grad.device, len(ctx.parts) == 1
+        grad_hidden: Tensor | None = None
+        after = None if ctx.random is None else rng_state(device)
+        with torch.enable_grad(), _visit(boundary, len(grad)):
+            for number, part in enumerate(ctx.parts):
                 if ctx.random is not None:
-                    set_rng_state(ctx.random[number], hidden.device)
-                inputs = hidden.detach()[part].requires_grad_(grad_hidden is not None)
-                with _left_out(boundary.unread or []):
-                    output = _run(boundary.layer, inputs, part, len(hidden), ctx.args, ctx.kwargs)[0]
-                if boundary.unread is None:
-                    boundary.unread = unread_linears(output)
-                torch.autograd.backward(output, grad[part])
-                if grad_hidden is not None:
+                    set_rng_state(ctx.random[number], device)
+                rows = hidden[part] if hidden is not None else kept.rows(number)  # type: ignore[union-attr]
+                inputs = rows.detach().requires_grad_(needed)
+                del rows
+                with left_out(boundary.unread or []):
+                    output = _run(boundary.layer, inputs, part, len(grad), ctx.args, ctx.kwargs)[0]
+                if output.requires_grad:  # else what trains here is switched off, and nothing below asks
+                    if boundary.unread is None:
+                        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, device)]
+                    edge = get_gradient_edge(output)
+                    del output  # nobody reads it
+                    torch.autograd.backward(edge, grad[part])
+                    del edge
+                if whole:
+                    grad_hidden = inputs.grad
+                elif inputs.grad is not None:
+                    if grad_hidden is None:
+                        grad_hidden = inputs.grad.new_zeros(len(grad), *inputs.shape[1:])
                     grad_hidden[part] = inputs.grad
-                del inputs, output
+                del inputs
         if after is not None:
-            set_rng_state(after, hidden.device)
+            set_rng_state(after, device)
+        if kept is not None:
+            kept.done()
+        del hidden, kept
+        if boundary.after_backward is not None:
+            boundary.after_backward(boundary.layer)
         return grad_hidden, None, None, None, None
 
 
-def wrap_layers(model: Any, rows: int) -> None:
+def wrap_layers(model: Any, rows: int, inputs: LayerInputs | None = None, mlp_tile: int | None = None) -> None:
     """Put every decoder layer of a causal language model behind the boundary, in place, ``rows`` rows at a time.
 
-    After the method is planted, since paths change: ``model.layers.0.mlp`` becomes ``model.layers.0.layer.mlp``. Wrapping
-    again changes the rows alone.
+    ``inputs`` says where their inputs wait for backward (None: on the device), and ``mlp_tile`` how many tokens go through
+    an MLP at once (None: all). After the method is planted, since paths change: ``model.layers.0.mlp`` becomes
+    ``model.layers.0.layer.mlp``, with tiles ``model.layers.0.layer.mlp.whole``. Wrapping again changes rows, inputs and
+    tiles alone. Raises ModelError before anything is changed, where the model has no such layers or MLPs.
     """
     layers = decoder_layers(model)
+    tile_mlps([layer.layer if isinstance(layer, RecomputedLayer) else layer for layer in layers], mlp_tile)
     for index, layer in enumerate(layers):
         if isinstance(layer, RecomputedLayer):
-            layer.rows = rows
+            layer.rows, layer.inputs, layer.unread = rows, inputs, None
         else:
-            layers[index] = RecomputedLayer(layer, rows).train(layer.training)
+            layers[index] = RecomputedLayer(layer, rows, inputs).train(layer.training)
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Inside, a model in eval mode goes through the boundary as in training, but without dropout."""
-    boundaries = [module for module in model.modules() if isinstance(module, RecomputedLayer)]
+    """Inside, a model in eval mode goes through the boundaries as in training, but without dropout."""
+    boundaries = [module for module in model.modules() if isinstance(module, Boundary)]
     for boundary in boundaries:
         boundary.training = True
     try:
@@ -147,8 +196,15 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             boundary.training = False
 
 
+def kept_by(model: nn.Module) -> set[LayerInputs]:
+    """What keeps the inputs of the model's layers, where that is not the device."""
+    boundaries = (module for module in model.modules() if isinstance(module, RecomputedLayer))
+    return {boundary.inputs for boundary in boundaries if boundary.inputs is not None}
+
+
 def unwrap_layers(model: Any) -> None:
-    """Take the boundary away again; the model's paths are as they were."""
+    """Take the boundaries away again; the model's paths are as they were."""
+    tile_mlps([model], None)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RecomputedLayer):
@@ -158,60 +214,19 @@ def unwrap_layers(model: Any) -> None:
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
     depth = model.config.num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
+    named = model.get_decoder().named_modules()
+    # the outermost of that length: the network of a P-tuning may have one too
+    found = [
+        (path.count("."), module)
+        for path, module in named
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if found:
+        return min(found, key=lambda place: place[0])[1]
     raise ModelError(
         f"No list of {depth} decoder layers was found in this {model.config.model_type} model; "
         "set training.gradient_checkpointing=false."
     )
-
-
-def unread_linears(output: Tensor) -> list[nn.Module]:
-    """The linears whose products are added to something to give ``output``, and are read nowhere else.
-
-    Most families end a layer in ``residual + down_proj(…)``. No gradient depends on the values of a sum's terms, so a
-    recompute that is after the gradients alone need not multiply them out: a twelfth of a step's arithmetic in Llama.
-    The autograd graph is the proof: the product's node is a direct term of the sum and has no other reader, and its
-    linear is used once. A family that normalises after it (Gemma 2 and 3) has another node between, so nothing is left
-    out. A linear takes part by having a flag ``unread`` and by being ``ctx.linear`` of its autograd function.
-    """
-    total: Any = output.grad_fn
-    if type(total).__name__ != "AddBackward0":
-        return []
-    readers: dict[Any, int] = {total: 0}
-    waiting = [total]
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in readers:
-                readers[node] = 0
-                waiting.append(node)
-            if node is not None:
-                readers[node] += 1
-    uses = [getattr(node, "linear", None) for node in readers]
-    found: list[nn.Module] = []
-    for node, _ in total.next_functions:
-        linear = getattr(node, "linear", None)
-        if (
-            isinstance(linear, nn.Module)
-            and hasattr(linear, "unread")
-            and readers[node] == 1
-            and sum(use is linear for use in uses) == 1
-        ):
-            found.append(linear)
-    return found
-
-
-@contextmanager
-def _left_out(linears: list[nn.Module]) -> Iterator[None]:
-    """Inside, these linears answer zeros where their product would stand; their gradients are right all the same."""
-    for linear in linears:
-        linear.unread = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for linear in linears:
-            linear.unread = False  # type: ignore[assignment]
 
 
 @contextmanager
@@ -224,19 +239,11 @@ def _visit(boundary: RecomputedLayer, count: int) -> Iterator[None]:
             yield
 
 
-def _draws(layer: nn.Module) -> bool:
-    """Whether the layer may draw random numbers in training, so that the recompute must draw the same ones.
-
-    Chances are those of dropout modules and whatever else is called so: ``attention_dropout``, Bloom's ``hidden_dropout``,
-    ``attn_pdrop``. One that is never drawn with costs no more than a look at the generator.
-    """
-    for module in layer.modules():
-        chances = [value for name, value in vars(module).items() if "dropout" in name or "pdrop" in name]
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            chances.append(module.p)
-        if any(isinstance(chance, float) and chance > 0 for chance in chances):
-            return True
-    return False
+def _drew_after(linear: nn.Module, device: torch.device) -> bool:
+    """Whether numbers were drawn since ``linear``, an MLP in tiles, drew its own: left out, it would leave others to them."""
+    if not isinstance(linear, TiledMLP) or linear.left is None:
+        return False
+    return any(not torch.equal(state, linear.left[kind]) for kind, state in rng_state(device).items())
 
 
 def _run(

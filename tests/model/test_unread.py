@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qlora.model.layers import decoder_layers, unread_linears, wrap_layers
+from qlora.model.boundary import unread_linears
+from qlora.model.layers import decoder_layers, wrap_layers
 from qlora.model.nf4 import Linear4bit
 
 SIZES = {

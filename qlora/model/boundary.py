@@ -1,0 +1,113 @@
+"""What the two recompute boundaries share: standing around a module, drawing again, leaving out what nobody reads.
+
+    RecomputedLayer (layers.py)   around a decoder layer        keeps its input, runs micro-batches of rows
+    TiledMLP (tiles.py)           around the MLP inside it      keeps its input, runs tiles of tokens
+
+Knows modules and autograd's graph; must not know layers, MLPs or where an input waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Boundary(nn.Module):
+    """Stands around the module that its attribute ``inside`` names, and answers to that module's names.
+
+    A path of the untouched model so leads through it, to read and to replace: transformers asks its layers for things such
+    as their attention type, and a method that is switched sets ``model.layers.0.mlp.down_proj``.
+    """
+
+    inside: ClassVar[str]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(self.inside), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get(self.inside)
+        if isinstance(value, nn.Module) and name != self.inside and inner is not None:
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """An empty tensor that needs a gradient where something inside trains.
+
+        Given to the boundary's autograd function it makes a graph even where the input needs no gradient.
+        """
+        trains = any(parameter.requires_grad for parameter in getattr(self, self.inside).parameters())
+        return torch.empty(0, device=device, requires_grad=trains)
+
+
+def unread_linears(output: Tensor) -> list[nn.Module]:
+    """The linears whose products are ``output``, or are added to something to give it, and are read nowhere else.
+
+    For a recompute that is after gradients alone, whose output nobody reads. Most families end a layer in ``residual +
+    down_proj(…)``. No gradient depends on the values of a sum's terms, so the product need not be multiplied out: a twelfth
+    of a step's arithmetic in Llama. The autograd graph is the proof: the product's node is the output's own or a direct
+    term of the sum and has no other reader, and its linear is used once. A family that normalises after it (Gemma 2 and 3)
+    has another node between, so nothing is left out. A linear takes part by having a flag ``unread`` and by being
+    ``ctx.linear`` of its autograd function; so does a whole MLP behind its own boundary.
+    """
+    total: Any = output.grad_fn
+    terms = [total] if hasattr(total, "linear") else []
+    if type(total).__name__ == "AddBackward0":
+        terms = [node for node, _ in total.next_functions]
+    if not terms:
+        return []
+    readers: dict[Any, int] = {total: 1 if terms == [total] else 0}  # whoever asks for the gradient
+    waiting = [total]
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in readers:
+                readers[node] = 0
+                waiting.append(node)
+            if node is not None:
+                readers[node] += 1
+    uses = [getattr(node, "linear", None) for node in readers]
+    found: list[nn.Module] = []
+    for node in terms:
+        linear = getattr(node, "linear", None)
+        if (
+            isinstance(linear, nn.Module)
+            and hasattr(linear, "unread")
+            and readers[node] == 1
+            and sum(use is linear for use in uses) == 1
+        ):
+            found.append(linear)
+    return found
+
+
+@contextmanager
+def left_out(linears: list[nn.Module]) -> Iterator[None]:
+    """Inside, these linears answer zeros where their product would stand; their gradients are right all the same."""
+    for linear in linears:
+        linear.unread = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.unread = False  # type: ignore[assignment]
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether ``module`` may draw random numbers in training, so that a recompute must draw the same ones.
+
+    Chances are those of dropout modules and whatever else is called so: ``attention_dropout``, Bloom's ``hidden_dropout``,
+    ``attn_pdrop``. One that is never drawn with costs no more than a look at the generator.
+    """
+    for inner in module.modules():
+        chances = [value for name, value in vars(inner).items() if "dropout" in name or "pdrop" in name]
+        if isinstance(inner, nn.modules.dropout._DropoutNd):
+            chances.append(inner.p)
+        if any(isinstance(chance, float) and chance > 0 for chance in chances):
+            return True
+    return False
