@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from qlora.data import Row, collate
-from qlora.errors import DataError
+from qlora.device import ran_out_of_memory, release_memory
+from qlora.errors import DataError, DoesNotFitError, first_line
 from qlora.methods import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
 from qlora.model.loss import batch_loss
+
+SMALLEST_CHUNK = 16  # target positions whose logits exist at the same time
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
 
     Raises DataError when they hold none, and for tokens or positions that the model has not.
 
-    Rows of like length share a batch, so that little is padded; the sum does not depend on it.
+    Rows of like length share a batch, so that little is padded; the sum does not depend on it. Where memory runs out it goes
+    on with half as many rows at once, and in the end with smaller chunks. Raises DoesNotFitError when one row is too much.
     """
     if packs_one_row(model.model) and any(len(row.examples) > 1 for row in rows):
         rows_at_once = 1
@@ -45,11 +49,28 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
     total, count = 0.0, 0
     try:
         ordered = sorted(rows, key=lambda row: len(row.ids) + virtual * len(row.examples))
-        for start in range(0, len(ordered), rows_at_once):
-            batch = collate(list(ordered[start : start + rows_at_once]), 0 if pad is None else int(pad), virtual)
-            loss, targets = batch_loss(model.model, {k: v.to(model.device) for k, v in batch.items()}, chunk)
-            total += loss.item()
-            count += targets
+        start = 0
+        while start < len(ordered):
+            together = list(ordered[start : start + rows_at_once])
+            try:
+                batch = collate(together, 0 if pad is None else int(pad), virtual)
+                loss, targets = batch_loss(model.model, {k: v.to(model.device) for k, v in batch.items()}, chunk)
+                total, count, start = total + loss.item(), count + targets, start + len(together)
+                continue
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            release_memory(model.device)
+            if len(together) > 1:
+                rows_at_once = len(together) // 2
+            elif chunk > SMALLEST_CHUNK:
+                chunk = max(SMALLEST_CHUNK, chunk // 2)
+            else:
+                raise DoesNotFitError(
+                    f"Measuring one held-out row of {len(together[0].ids):,} tokens did not fit into memory ({reason}), and no "
+                    "smaller way is left; lower data.max_length, or hold out shorter rows."
+                )
     finally:
         model.model.train(was_training)
     if not count:

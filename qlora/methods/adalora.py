@@ -86,6 +86,7 @@ class AdaLoraMethod(Method):
     """How the triplets are planted, measured and pruned."""
 
     peft_type = "ADALORA"
+    reads_gradients = True
 
     def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
         super().__init__(section, base, seed)

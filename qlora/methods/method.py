@@ -33,6 +33,8 @@ class Method:
     peft_type: str | None = None
     """PEFT's name of the method; None where PEFT has none, and then our own file is written. A method that starts from
     weights which PEFT's file does not tell of has none for itself alone."""
+    reads_gradients: ClassVar[bool] = False
+    """Whether ``after_step`` or ``penalty`` needs all gradients at once, so that none may be freed in backward."""
     needs_state: bool = False
     """Whether an adapter without what ``state`` gives means nothing; elsewhere only a resumed run misses it."""
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

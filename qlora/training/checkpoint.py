@@ -4,7 +4,8 @@
         adapter_config.json, adapter_model.safetensors    a PEFT adapter, usable as it is
         method.safetensors                                what else the method needs; most need nothing
         optimizer.safetensors                             the moments, by parameter
-        state.json                                        step, loss scale, what is checked on resume
+        state.json                                        step, loss scale, the smaller way of going through a step that
+                                                          memory made necessary, what is checked on resume
 
 The order of the data and the random draws follow from the seed and the step, so neither is stored. Plain data and
 safetensors only; nothing is pickled. Knows a trainer's parts; must not know a recipe or a report.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from qlora.methods.files import (
     save_adapter,
 )
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
+from qlora.training.smaller import Way
 
 if TYPE_CHECKING:
     from qlora.training.loop import Trainer
@@ -48,12 +50,14 @@ def save(trainer: Trainer, folder: Path, keep: int) -> Path:
         with folder_written_aside(place, overwrite=True) as aside:
             save_adapter(trainer.model, aside)
             save_file(optimizer_tensors(trainer.optimizer, trainer.parameters), aside / OPTIMIZER)
-            state = {
+            state: dict[str, Any] = {
                 "step": trainer.step_number,
                 "total_steps": trainer.total_steps,
                 "loss_scale": trainer.loss_scale,
                 "optimizer": trainer.training.optimizer,
             }
+            if trainer.way != Way.of(trainer.training):
+                state["smaller"] = trainer.way.values()
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         trainer.saved = place
     found = find(folder)
@@ -77,6 +81,7 @@ def load(trainer: Trainer, place: Path) -> None:
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         total, kind = state["total_steps"], state["optimizer"]
         step, scale = int(state["step"]), float(state["loss_scale"])
+        smaller = Way.from_values(state["smaller"]) if "smaller" in state else trainer.way
         tensors = load_file(place / OPTIMIZER)
         adapter, method = read_adapter_tensors(place), read_method_state(place)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, MethodError) as error:
@@ -93,6 +98,9 @@ def load(trainer: Trainer, place: Path) -> None:
     except MethodError as error:
         raise RunError(f"The checkpoint '{place}' does not belong to this run. {error}") from None
     load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
+    trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
+    trainer._arrange(min(smaller, trainer.way))  # this trainer may know already that less fits
     trainer.step_number = step
+    trainer.torn = False
     trainer.loss_scale = scale
     trainer.saved = place

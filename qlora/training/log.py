@@ -87,7 +87,9 @@ class Progress:
             self.bar.stop()
 
     def show(self, step: Step) -> None:
-        """Tell of one step."""
+        """Tell of one step, and above all of what was different about it."""
+        if step.note:
+            self.say(step.note)
         text = (
             f"loss {step.loss:.3f}  lr {step.learning_rate:.1e}  {step.tokens_per_second:,.0f} tokens/s  "
             f"{bytes_text(step.peak_memory_bytes)}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes
@@ -67,6 +68,82 @@ def learning_rate(section: TrainingSection, step: int, total: int) -> float:
     if section.schedule == "cosine":
         return section.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return section.learning_rate
+
+
+def step_alone(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Take the optimizer's step for these of its parameters; the others stay, with a gradient or without.
+
+    AdamW counts each parameter's steps by itself, so steps in parts are the step in one.
+    """
+    wanted = {id(values) for values in parameters}
+    groups = optimizer.param_groups
+    parts = [{**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in groups]
+    optimizer.param_groups = [part for part in parts if part["params"]]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+
+
+@contextmanager
+def steps_taken_back(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[int]:
+    """Inside, steps may be taken; afterwards the values and the optimizer's state are, bit for bit, what they were.
+
+    Yields how many bytes of host memory the copies take: host, so that they do not count on a GPU. They are put back in
+    place, since bitsandbytes never gives back a paged state: one that was new is emptied, and is as new again.
+    """
+    every = list(parameters)
+    values = [p.detach().to("cpu", copy=True) for p in every]
+    states = {
+        p: {key: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in state.items()}
+        for p, state in optimizer.state.items()
+    }
+    kept = [*values, *(v for state in states.values() for v in state.values() if isinstance(v, Tensor))]
+    # full fine-tuning tells by torch's counts of writes whether its weights have moved
+    with torch.autograd._unsafe_preserve_version_counter(tuple(every)):
+        try:
+            yield sum(tensor.numel() * tensor.itemsize for tensor in kept)
+        finally:
+            if any(p.is_cuda for p in every):
+                torch.cuda.synchronize()  # a paged state is written from here, behind the stream's back
+            with torch.no_grad():
+                for p, before in zip(every, values, strict=True):
+                    p.copy_(before)
+                for p, state in list(optimizer.state.items()):
+                    _put_back(state, states[p]) if p in states else _empty(optimizer, p)
+
+
+def _put_back(state: dict[str, Any], before: dict[str, Any]) -> None:
+    for key, value in before.items():
+        if isinstance(value, Tensor):
+            state[key].copy_(value)
+        else:
+            state[key] = value
+
+
+def _empty(optimizer: Any, parameter: nn.Parameter) -> None:
+    state = optimizer.state[parameter]
+    if not any(getattr(value, "is_paged", False) for value in state.values()):
+        del optimizer.state[parameter]
+        return
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            state[key] = 0
+        elif not key.startswith("qmap"):
+            value.zero_()
+
+
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Give every parameter the optimizer state that it has from the first step on, by a step without a gradient.
+
+    One after the other, so that no more than one gradient is there at a time. Weight decay moves the parameters.
+    """
+    for values in parameters:
+        if not optimizer.state.get(values):
+            values.grad = torch.zeros_like(values)
+            step_alone(optimizer, [values])
+            values.grad = None
 
 
 def optimizer_tensors(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def test_a_step_tells_what_it_did(model: AdaptedModel) -> None:
         assert f"step {step.number} " in str(step)
     assert list(steps[0].metrics()) == [
         "step", "epoch", "loss", "learning_rate", "grad_norm", "target_tokens", "tokens", "tokens_per_second",
-        "peak_memory_bytes", "seconds",
+        "peak_memory_bytes", "seconds", "micro_batch_size",
     ]  # fmt: skip
     assert next(trainer, None) is None
     assert not model.model.training

@@ -1,0 +1,189 @@
+"""The rehearsal: before the first step, the most expensive step that the data can give is taken once, and taken back.
+
+    the longest rows ─► forward ─► backward ─► optimizer ─► parameters, moments, gradients, random state as they were
+                                                            what is left: the peak of memory, and the time
+
+Otherwise memory runs out where the longest rows happen to stand, hours later. Where it runs out here, the smaller ways are
+tried (``smaller.py``) and the one that fits is kept.
+
+Knows a trainer's parts; must not know a recipe's files or the plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from qlora.data import IGNORE_INDEX, Row
+from qlora.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
+from qlora.errors import first_line
+from qlora.model.layers import RecomputedLayer
+from qlora.training.optim import make_state, steps_taken_back
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
+    from qlora.training.smaller import Way
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the most expensive step took."""
+
+    rows: int
+    length: int
+    """Of the longest row, in tokens, with those that the method puts before a text."""
+    tokens: int
+    """That went through the model, padding and virtual tokens among them."""
+    seconds: float
+    peak_memory_bytes: int
+    measured: str
+    """What that is the peak of."""
+    micro_batch_size: int
+    """Rows at once, in the end."""
+    notes: tuple[str, ...] = ()
+    """Sentences about smaller ways that had to be taken."""
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return (
+            f"Rehearsed the most expensive step: {rows} of up to {self.length:,} tokens ({self.tokens:,} with padding), "
+            f"{self.micro_batch_size} at once, took {self.seconds:.1f} s and at most {bytes_text(self.peak_memory_bytes)} "
+            f"({self.measured})."
+        )
+
+
+def rehearse(trainer: Trainer) -> Rehearsal:
+    """Take the worst step and take it back. Raises DoesNotFitError when even the smallest way does not fit."""
+    device, notes = trainer.model.device, []
+    while True:
+        rows = worst_rows(trainer.rows, trainer.training.batch_size, trainer.way, trainer.model.virtual_tokens)
+        lengths = [length_of(row, trainer.model.virtual_tokens) for row in rows]
+        try:
+            with _taken_back(trainer) as kept:
+                make_state(trainer.optimizer, trainer.parameters.values())  # every step but the first begins with it
+                release_memory(device)
+                alone = reset_peak_memory(device)
+                begin = time.perf_counter()
+                trainer._gradients(rows)
+                trainer._move()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - begin
+                peak = peak_since_reset(device) - (kept if device.type == "cpu" else 0)
+            break
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        # only here are the tensors of the failed try without a holder
+        release_memory(device)
+        what = f"The most expensive step of this data, {len(rows)} rows of up to {max(lengths):,} tokens,"
+        notes.append(trainer._shrink(len(rows), what, reason))
+    together = trainer._micro_batches(range(len(rows)))
+    measured = "allocated on the GPU" if device.type == "cuda" else "resident in this process"
+    return Rehearsal(
+        rows=len(rows),
+        length=max(lengths),
+        tokens=sum(len(places) * max(lengths[place] for place in places) for places in together),
+        seconds=seconds,
+        peak_memory_bytes=peak,
+        measured=measured if alone else f"{measured} since it began, which the system cannot tell apart",
+        micro_batch_size=trainer.micro_batch_size,
+        notes=tuple(notes),
+    )
+
+
+def length_of(row: Row, virtual: int) -> int:
+    """The row's tokens with the ``virtual`` ones that stand before each of its examples."""
+    return len(row.ids) + virtual * len(row.examples)
+
+
+def worst_rows(rows: Sequence[Row], batch_size: int, way: Way, virtual: int) -> list[Row]:
+    """The rows of the most expensive step that some order of ``rows`` can give, in their most expensive order.
+
+    Rows that are together are padded to the longest of them, so the longest come together. Beside that a packed row costs,
+    since its batch gets a mask of length², and targets, of which ``loss_chunk`` have logits at once: the longest row of
+    those that are together gets as many as any rows together have.
+    """
+    worst = heapq.nlargest(
+        batch_size, rows, key=lambda row: (length_of(row, virtual), len(row.examples), row.target_tokens)
+    )
+    together = len(worst) if way.layer_major else min(way.micro_batch_size, len(worst))
+    place = max(together, min(2, len(worst))) - 1
+    if not any(len(row.examples) > 1 for row in worst[: place + 1]) and place:
+        packed = (row for row in rows if len(row.examples) > 1)
+        longest = max(packed, key=lambda row: length_of(row, virtual), default=None)
+        worst[place] = longest or worst[place]
+    most = sum(heapq.nlargest(together, (row.target_tokens for row in rows)))
+    missing = min(way.loss_chunk, most) - sum(row.target_tokens for row in worst[:together])
+    if missing > 0:
+        worst[0] = _with_targets(worst[0], missing)
+    if len(worst) >= 2 * together:  # not first: there are no gradients yet while the first ones go forward
+        worst[:together], worst[together : 2 * together] = worst[together : 2 * together], worst[:together]
+    return worst
+
+
+def _with_targets(row: Row, count: int) -> Row:
+    """``row`` with ``count`` more targets, as far as it has room."""
+    labels = row.labels.copy()
+    silent = numpy.flatnonzero(labels == IGNORE_INDEX)[-count:]
+    labels[silent] = row.ids[silent]
+    return Row(row.ids, labels, row.positions, row.examples)
+
+
+@contextmanager
+def _taken_back(trainer: Trainer) -> Iterator[int]:
+    """Inside, a step may be taken; afterwards there is no trace of it. Yields the bytes of the copies in host memory."""
+    network, scale = trainer.model.model, trainer.loss_scale
+    modes = [(module, module.training) for module in network.modules()]
+    learnt = _Learnt(network)
+    with steps_taken_back(trainer.optimizer, trainer.parameters.values()) as kept:
+        try:
+            if trainer.in_backward is not None:
+                trainer.in_backward.rehearsing = True
+            yield kept
+        finally:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.loss_scale, trainer.torn = scale, False
+            if trainer.in_backward is not None:
+                trainer.in_backward.rehearsing = False
+            for module, mode in modes:
+                module.training = mode
+            learnt.put_back()
+
+
+class _Learnt:
+    """What modules around the layers remember of the batches they saw: a rotary table that grew with the longest text
+    (dynamic NTK), a batch norm's running means. Layers may be streamed, and their buffers are not to be touched."""
+
+    def __init__(self, network: nn.Module) -> None:
+        inside = {
+            id(module)
+            for layer in network.modules()
+            if isinstance(layer, RecomputedLayer)
+            for module in layer.layer.modules()
+        }
+        self.kept: list[tuple[Any, dict[str, Tensor | None], dict[str, Any]]] = []
+        self.values: list[tuple[Tensor, Tensor]] = []
+        for module in network.modules():
+            if id(module) in inside or not module._buffers:
+                continue
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | Tensor)}
+            self.kept.append((module, dict(module._buffers), plain))
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                self.values += [(values, values.clone()) for values in module.buffers(recurse=False)]
+
+    def put_back(self) -> None:
+        for module, buffers, plain in self.kept:
+            module._buffers.update(buffers)
+            vars(module).update(plain)
+        for values, before in self.values:
+            values.copy_(before)
