@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         DoRA,
         Full,
         LoRA,
+        MemorySection,
         Modules,
         NewTokens,
         PrefixTuning,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from qlora.evaluation import answer, answers
     from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
     from qlora.model import Base, load_base, quantise
-    from qlora.planner import Plan, plan
+    from qlora.planner import Plan, Survey, plan, survey
     from qlora.reporting import write_report
     from qlora.run import Run, evaluate, load_run, merge, preview, resume, train
     from qlora.training import Step, Trainer
@@ -54,6 +55,7 @@ _HOMES = {
         "DoRA",
         "Full",
         "LoRA",
+        "MemorySection",
         "Modules",
         "NewTokens",
         "PTuning",
@@ -75,7 +77,7 @@ _HOMES = {
     ),
     "model": ("Base", "load_base", "quantise"),
     "reporting": ("write_report",),
-    "planner": ("Plan", "plan"),
+    "planner": ("Plan", "Survey", "plan", "survey"),
     "run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
     "training": ("Step", "Trainer"),
 }
@@ -94,6 +96,7 @@ __all__ = [
     "DoRA",
     "Full",
     "LoRA",
+    "MemorySection",
     "Modules",
     "NewTokens",
     "PTuning",
@@ -104,6 +107,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Step",
+    "Survey",
     "Trainer",
     "account",
     "answer",
@@ -122,6 +126,7 @@ __all__ = [
     "resume",
     "save_adapter",
     "save_combined",
+    "survey",
     "train",
     "write_report",
 ]

@@ -18,7 +18,7 @@ from qlora.errors import InputError, QloraError, disk_is_full, first_line, neare
 
 USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
-  plan      RECIPE                 what it takes in memory and on disk, and whether that fits
+  plan      RECIPE                 what it takes in memory and on disk, how long a step takes, what else would fit
   preview   RECIPE [count=2]       examples as the model sees them, trained tokens marked
   train     RECIPE                 train, evaluate, report; overwrite=true replaces an old run
   resume    RUN                    go on from the newest checkpoint
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qlora: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if _is_out_of_memory(error):
+        if _out_of_memory(error):
             print(
                 f"qlora: Out of memory ({first_line(error)}); lower training.micro_batch_size or data.max_length, or set "
                 "training.accumulation=micro_batch_major.",
@@ -76,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _plan(words: list[str]) -> None:
+def _plan(words: list[str]) -> int:
     recipe = _recipe("plan", words)  # first, here and below: a slip of the pen need not wait for torch
-    from qlora.planner import plan
+    from qlora.planner import survey
 
-    print(plan(recipe))
+    found = survey(recipe)
+    print(found)
+    return 0 if found.fits else 3
 
 
 def _preview(words: list[str]) -> None:
@@ -279,11 +281,14 @@ def _full(error: Exception) -> int:
     return 3
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
+    if "torch" not in sys.modules:  # qlora doctor runs without it
+        return False
+    from qlora.device import ran_out_of_memory
+
+    return ran_out_of_memory(error)
 
 
 def _quiet_libraries() -> None:

@@ -232,10 +232,15 @@ class DeviceSection(Section):
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; all cores when left out."""
     memory: str | None = None
-    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …; `qlora plan` lists them), of a card that
-    need not be here. In training it is a limit: no more than this is used of what the device has."""
+    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here. In
+    training it is a limit: what needs more is refused, and a GPU gives this process no more."""
     host_memory: str | None = None
     """The host memory to plan for, as `64GiB`; this machine's free memory when left out."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_card_may_be_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # YAML reads 4090 as one
 
 
 class Recipe(Section):

@@ -52,10 +52,11 @@ from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.files import load_adapter, save_portable
 from qlora.model import load_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
-from qlora.planner import Plan, plan
+from qlora.planner import Plan, amount, plan
 from qlora.reporting import write_report
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
+from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
 
 
@@ -108,14 +109,19 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
         say(sentence)
     # a run's own recipe must not replace the run when it is trained again
     resolved = planned.recipe.model_copy(update={"overwrite": False})
-    model = _load_model(resolved, resolve_device(resolved.device.name), quiet)
-    trainer = Trainer(model, data, resolved.training, folder)
+    device = _limited(resolve_device(resolved.device.name), resolved)
+    model = _load_model(resolved, device, quiet)
+    trainer = Trainer(model, data, resolved.training, folder, resolved.memory)
     model.prepare(trainer.batches())
+    rehearsal = trainer.rehearse() if resolved.memory.rehearse else None
+    if rehearsal is not None:
+        for sentence in (*rehearsal.notes, f"{rehearsal} {bytes_text(planned.memory.total)} were predicted."):
+            say(sentence)
 
     clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    write_json(folder / "plan.json", _plan_values(planned, data, trainer))
+    write_json(folder / "plan.json", _plan_values(planned, data, trainer, rehearsal))
     write_json(folder / "environment.json", environment_of(resolved, data, model.base.folder, model.device))
     with stoppable(f"qlora resume {folder}") as signals:
         return _go_on(resolved, folder, model, data, trainer, signals, begin, quiet)
@@ -133,7 +139,7 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
     data = _load_data(recipe)
     check_data(data, environment, folder)
     check_base(recipe, environment, folder)
-    say, device = _speaker(quiet), device_here(recipe)
+    say, device = _speaker(quiet), _limited(device_here(recipe), recipe)
     if str(device) != recipe.device.name:
         say(f"The run began on {recipe.device.name} and goes on on {device}: not bit for bit any more.")
     now = versions()
@@ -142,7 +148,7 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
             say(f"{name} was {environment.get('versions', {}).get(name)} and is {now[name]}: not bit for bit any more.")
     found = checkpoints.find(folder / "checkpoints")
     model = _load_model(recipe, device, quiet, values_follow=bool(found))
-    trainer = Trainer(model, data, recipe.training, folder)
+    trainer = Trainer(model, data, recipe.training, folder, recipe.memory)
     if found:
         trainer.load(found[-1])
     else:
@@ -173,7 +179,7 @@ def _go_on(
         raise _damaged(folder)
 
     def held_out_now(step: int) -> HeldOut:
-        result = score(model, held_out, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+        result = score(model, held_out, trainer.micro_batch_size, trainer.way.loss_chunk)
         log.write(
             {
                 "step": step,
@@ -391,9 +397,10 @@ def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
     adapter = adapter_folder(folder)
     _use_threads(recipe)
     check_base(recipe, environment, folder)
+    device = _limited(device_here(recipe), recipe)
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
-        return load_adapter(load_base(recipe.model, device_here(recipe), progress=not quiet), adapter)
-    return load_adapter(_load_model(recipe, device_here(recipe), quiet, values_follow=True), adapter)
+        return load_adapter(load_base(recipe.model, device, progress=not quiet, memory=recipe.memory), adapter)
+    return load_adapter(_load_model(recipe, device, quiet, values_follow=True), adapter)
 
 
 def chat_tokenizer(folder: str | Path) -> Any:
@@ -415,7 +422,7 @@ def _load_data(recipe: Recipe) -> Data:
 
 def _load_model(recipe: Recipe, device: torch.device, quiet: bool, values_follow: bool = False) -> AdaptedModel:
     """``values_follow``: an adapter will be loaded, so its first values need not be worked out."""
-    base = load_base(recipe.model, device, progress=not quiet)
+    base = load_base(recipe.model, device, progress=not quiet, memory=recipe.memory)
     return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 
@@ -438,7 +445,16 @@ def _damaged(folder: Path) -> RunError:
     return RunError(f"'{place}' is damaged; delete it, and what it holds is measured again, or train the run anew.")
 
 
-def _plan_values(planned: Plan, data: Data, trainer: Trainer) -> dict[str, Any]:
+def _limited(device: torch.device, recipe: Recipe) -> torch.device:
+    """``device``, of whose memory this process takes no more than the recipe allows from here on; a CPU has no such limit."""
+    limit = recipe.device.memory
+    if limit is not None and device.type == "cuda":
+        _, total = total_memory_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, amount(limit) / total), device)
+    return device
+
+
+def _plan_values(planned: Plan, data: Data, trainer: Trainer, rehearsal: Rehearsal | None) -> dict[str, Any]:
     recipe = planned.recipe
     return {
         "model": {"parameters": planned.parameters, **recipe.model.model_dump(mode="json")},
@@ -448,6 +464,7 @@ def _plan_values(planned: Plan, data: Data, trainer: Trainer) -> dict[str, Any]:
         "steps_per_epoch": trainer.steps_per_epoch,
         "device": recipe.device.name,
         "memory": planned.memory.as_dict(),
+        "rehearsal": None if rehearsal is None else asdict(rehearsal),
         "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
         "why": planned.why,
     }

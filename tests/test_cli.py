@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from qlora import cli, memory, run
+from qlora import cli, planner, run
 from qlora.cli import main
 from tests.conftest import conversations, tiny_values, write_lines
 
@@ -296,12 +296,12 @@ def test_full_disk_is_found_first(
 def test_too_little_memory_is_found_first(
     recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "total_memory_bytes", lambda device: (2**20, 2**30))
+    monkeypatch.setattr(planner, "total_memory_bytes", lambda device: (2**20, 2**30))
     for verb in ("plan", "train"):
         message = refused(capfd, verb, str(recipe_file), status=3)
-        assert "1.0 MiB of the 1.00 GiB of this machine are free" in message
-        assert "layer working set" in message
-        assert "training.micro_batch_size=1" in message
+        assert "of whose 1.00 GiB 1.0 MiB are free" in message
+        assert "runtime" in message
+        assert "No arrangement fits. The smallest" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -18,7 +18,7 @@ PACKAGES = ["qlora", *(f"qlora.{m.name}" for m in pkgutil.iter_modules(qlora.__p
 # the only files that may import these, whole folders by a trailing slash
 OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py", "qlora/doctor.py"},
-    "transformers": {"qlora/model/", "qlora/chat.py", "qlora/run.py", "qlora/doctor.py"},
+    "transformers": {"qlora/model/", "qlora/dry_run.py", "qlora/chat.py", "qlora/run.py", "qlora/doctor.py"},
     "datasets": {"qlora/data/sources.py", "qlora/doctor.py"},
     "accelerate": {"qlora/training/loop.py", "qlora/doctor.py"},
     "huggingface_hub": {"qlora/model/"},

@@ -51,8 +51,8 @@ def test_every_method_is_planned(bare: Path, name: str) -> None:
     counted = account(bare, case.section, case.quantization)
     assert planned.account == counted
     assert (planned.parameters, planned.trainable_parameters) == (counted.parameters, counted.trainable_parameters)
-    assert planned.memory.optimizer == counted.optimizer_bytes == 8 * counted.trainable_parameters
-    assert planned.memory.gradients == planned.memory.adapter == 4 * counted.trainable_parameters
+    assert planned.memory.device["optimizer"] == counted.optimizer_bytes == 8 * counted.trainable_parameters
+    assert planned.memory.device["adapter"] == 4 * counted.trainable_parameters
     # 3 are kept, one more is written before the oldest goes, and the adapter stands apart at the end
     keep = planned.recipe.training.keep_checkpoints + 1
     adapter = planned.disk_bytes - keep * counted.checkpoint_bytes - REST
@@ -87,14 +87,14 @@ def test_each_kind_of_method_changes_what_is_held(bare: Path) -> None:
     """Full fine-tuning holds weights, gradients and moments; a head of its own stands beside the frozen one."""
     lora, full, head = (plan(recipe_of(bare, CASES[name])).memory for name in ("lora", "full", "head"))
     parameters = plan(recipe_of(bare, CASES["full"])).parameters
-    assert full.adapter == full.gradients == full.optimizer // 2 == 4 * parameters
-    assert full.quantised_weights == 0
-    assert full.other_weights < 4 * 96  # rotary frequencies
-    assert head.adapter == 4 * 96 * 64
-    assert head.other_weights == lora.other_weights
-    assert head.layer_inputs < lora.layer_inputs  # no gradient goes below the head
+    assert full.device["adapter"] == full.device["optimizer"] // 2 == 4 * parameters
+    assert "quantised_weights" not in full.device
+    assert full.device["other_weights"] < 4 * 96  # rotary frequencies
+    assert head.device["adapter"] == 4 * 96 * 64
+    assert head.device["other_weights"] == lora.device["other_weights"]
+    assert head.total < lora.total  # no gradient goes below the head
     eight = plan(recipe_of(bare, CASES["full"], optimizer="adamw_8bit")).account
-    assert eight.optimizer_bytes < 0.35 * full.optimizer
+    assert eight.optimizer_bytes < 0.35 * full.device["optimizer"]
 
 
 def test_a_command_line_prints_it(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +109,7 @@ def test_a_command_line_prints_it(bare: Path, tmp_path: Path, capsys: pytest.Cap
 def test_what_does_not_fit_is_refused_before_anything_is_read(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MethodError, match="are packed"):
         plan(recipe_of(bare, Case(config.Full(), quantization="nf4")))
-    monkeypatch.setattr("qlora.memory.total_memory_bytes", lambda device: (2**20, 2**30))
-    with pytest.raises(DoesNotFitError, match="method state"):
+    monkeypatch.setattr("qlora.planner.total_memory_bytes", lambda device: (2**20, 2**30))
+    with pytest.raises(DoesNotFitError, match="trainable parameters") as refused:
         plan(recipe_of(bare, CASES["lora"]))
+    assert "No arrangement fits. The smallest" in str(refused.value)

@@ -146,7 +146,7 @@ def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
 
     steps = [line for line in lines_of(finished) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 11))
-    fields = {"tokens_per_second", "peak_memory_bytes", "seconds", *EXACT}
+    fields = {"tokens_per_second", "peak_memory_bytes", "seconds", "micro_batch_size", *EXACT}
     assert all(line.keys() == fields for line in steps)
     assert all(line["peak_memory_bytes"] > 2**20 and line["tokens"] > line["target_tokens"] > 0 for line in steps)
     held_out = [line for line in lines_of(finished) if "held_out_loss" in line]
@@ -514,5 +514,5 @@ def test_plan_reads_no_weight(tiny_model: Path, chat_data: Path, tmp_path: Path,
     assert main(["plan", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert "trainable parameters" in printed
-    assert "layer working set" in printed
+    assert "quantised weights" in printed
     assert not (tmp_path / "run").exists()
