@@ -30,13 +30,14 @@ lint: $(INSTALLED)  ## format, lint, types and layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## lint, then all tests
-	$(BIN)/python -m pytest
+test: lint  ## lint, then all tests, in as many processes as there are cores, at most four
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu-check: $(INSTALLED)  ## laws, planned against measured memory and the benchmark on a CUDA device; skipped without one
 	$(BIN)/python -m pytest -m gpu -rsP
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python recipes/quickstart_data.py && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8; \
+		$(BIN)/python recipes/quickstart_data.py && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8 \
+		&& $(BIN)/python benchmarks/on_gpu.py --limit 24GiB; \
 	else echo "No CUDA device: nothing was measured."; fi
 
 # setuptools is installed first and used in place, so that the pinned one builds, not the newest.
