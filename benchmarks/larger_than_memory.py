@@ -1,6 +1,6 @@
 """A model trained in a process that is not allowed to hold its weights.
 
-    python benchmarks/larger_than_memory.py [--layers 32] [--limit 2.5] [--folder scratch] [--keep]
+    python benchmarks/larger_than_memory.py [--layers 32] [--limit 2.9] [--folder scratch] [--keep]
 
 Writes a random bf16 checkpoint in the shapes of Llama-2-7B (13.5 GB for 32 layers; 17 GB of disk in all), then starts a
 process whose memory the system limits (RLIMIT_DATA) below the quantised weights. There the checkpoint is quantised into the
@@ -87,7 +87,7 @@ def train(folder: Path, cache: Path, limit: float, layers: str, length: int) -> 
     begin = time.perf_counter()
     memory = MemorySection(layers=layers, tier="disk", cache=str(cache))  # type: ignore[arg-type]
     model = apply_method(
-        load_base(ModelSection(name=str(folder)), CPU, progress=True, memory=memory), LoRA(r=16, alpha=32)
+        load_base(ModelSection(name=str(folder)), CPU, progress=True, memory=memory), LoRA(r=8, alpha=16)
     )
     loaded, after_load = time.perf_counter() - begin, peak_memory_bytes(CPU)
     random = numpy.random.default_rng(0)
@@ -96,7 +96,7 @@ def train(folder: Path, cache: Path, limit: float, layers: str, length: int) -> 
         ids = random.integers(1, SIZES["vocab_size"], length).astype(numpy.int32)
         rows.append(Row(ids, ids.copy(), numpy.arange(length, dtype=numpy.int32), (number,)))
     training = TrainingSection(
-        steps=2, batch_size=2, micro_batch_size=1, learning_rate=1e-3, schedule="constant", warmup_fraction=0
+        steps=2, batch_size=1, micro_batch_size=1, learning_rate=1e-3, schedule="constant", warmup_fraction=0
     )
     trainer = Trainer(model, rows, training, memory=memory)
     steps = [{"loss": step.loss, "seconds": step.seconds} for step in trainer]
@@ -114,8 +114,8 @@ def train(folder: Path, cache: Path, limit: float, layers: str, length: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--limit", type=float, default=2.5, help="GiB that the process may hold")
-    parser.add_argument("--length", type=int, default=64, help="tokens a row; two rows a step")
+    parser.add_argument("--limit", type=float, default=2.9, help="GiB that the process may hold")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a step, one row")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint and the cache")
     parser.add_argument("--train", choices=["streamed", "resident"], help=argparse.SUPPRESS)
@@ -138,6 +138,7 @@ def main() -> None:
             "--length",
             str(options.length),
         ]
+        there = any(cache.rglob("layers.bin"))
         # the limit counts addresses: glibc's heap keeps those of freed blocks, while mapped blocks give them back
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         streamed = subprocess.run(
@@ -148,25 +149,19 @@ def main() -> None:
         packed = sum(path.stat().st_size for path in cache.rglob("layers.bin"))
         checkpoint = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         outside = 2 * SIZES["vocab_size"] * SIZES["hidden_size"] * 4
-        again = subprocess.run(
-            [*call, "--train", "streamed"], stdout=subprocess.PIPE, text=True, check=True, env=environment
-        )
-        second = json.loads(again.stdout.splitlines()[-1])
         assert found["moved"] > 0
-        assert [step["loss"] for step in found["steps"]] == [step["loss"] for step in second["steps"]]
         rows = {
             "checkpoint, bf16": f"{checkpoint / 1e9:.2f} GB",
             "file cache, the quantised layers": f"{packed / 1e9:.2f} GB ({bytes_text(packed)})",
             "all weights as loaded (with embedding and head in fp32)": bytes_text(packed + outside),
             "limit of the process (RLIMIT_DATA)": f"{options.limit:g} GiB",
             "all layers resident under this limit": f"exit status {resident.returncode}: {resident.stderr.strip().splitlines()[-1][:160]}",
-            "peak resident set, first run (writes the cache)": bytes_text(found["peak"]),
-            "peak resident set, second run (finds it)": bytes_text(second["peak"]),
-            "seconds to load, first and second run": f"{found['load_seconds']:.0f} and {second['load_seconds']:.0f}",
-            f"seconds a step of 2 × {options.length} tokens": ", ".join(
-                f"{step['seconds']:.1f}" for step in second["steps"]
+            "peak resident set": bytes_text(found["peak"]),
+            "seconds to load, the file cache written or found": f"{found['load_seconds']:.0f}, {'found' if there else 'written'}",
+            f"seconds of each step of {options.length} tokens": ", ".join(
+                f"{step['seconds']:.1f}" for step in found["steps"]
             ),
-            "loss of the two steps, in both runs": ", ".join(f"{step['loss']:.4f}" for step in second["steps"]),
+            "loss of the two steps": ", ".join(f"{step['loss']:.4f}" for step in found["steps"]),
         }
         print("| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()))
     finally:

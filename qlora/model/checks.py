@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from qlora.device import ran_out_of_memory
 from qlora.errors import DataError, ModelError, QloraError, first_line
 from qlora.model.layers import kept_by, recomputing
 from qlora.model.loss import head_of, hidden_states
@@ -155,9 +156,11 @@ def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: 
                 inputs.settle()
             found = states[last].detach().float()
             del states
-    except (QloraError, torch.OutOfMemoryError):
+    except QloraError:
         raise
     except Exception as error:  # a tensor of the wrong shape fails wherever the family's code first meets it
+        if ran_out_of_memory(error):
+            raise
         raise _boundary_error(model, rows, at_once, f"{type(error).__name__}: {first_line(error)}") from error
     difference, largest = (found - plain).abs().max().item(), plain.abs().max().item()
     coarsest = max(torch.finfo(values.dtype).eps for values in model.parameters() if values.is_floating_point())
