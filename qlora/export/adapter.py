@@ -12,16 +12,23 @@ import torch
 
 from qlora.config import ModelSection
 from qlora.device import resolve_compute_dtype
+from qlora.durable import folder_written_aside
 from qlora.errors import RunError
-from qlora.methods.files import folder_written_aside, keep_apart, load_adapter, save_portable
+from qlora.methods.files import keep_apart, load_adapter, save_portable
 from qlora.model.load import skeleton_base
 
 
 def export_adapter(
-    section: ModelSection, base_folder: str | Path, adapter_folder: str | Path, out: str | Path, overwrite: bool = False
+    section: ModelSection,
+    base_folder: str | Path,
+    adapter_folder: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    chat_template: str | None = None,
 ) -> str | None:
     """Write the adapter in ``adapter_folder`` into the new folder ``out``; return why it is no plain LoRA, or None.
 
+    ``chat_template``: written beside it. Nothing is at ``out`` before everything is written.
     Raises MethodError for an adapter that does not belong to the base, RunError when ``out`` is taken (``overwrite``
     replaces it, if it is an adapter).
     """
@@ -35,4 +42,7 @@ def export_adapter(
     base = skeleton_base(section, cpu, resolve_compute_dtype(cpu, section.compute_dtype), Path(base_folder))
     model = load_adapter(base, adapter_folder)
     with folder_written_aside(out, overwrite) as aside:
-        return save_portable(model, aside)
+        why = save_portable(model, aside)
+        if chat_template is not None:
+            (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    return why

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from qlora.config import ModelSection
 from qlora.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
+from qlora.durable import folder_written_aside
 from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.writer import SafetensorsWriter
-from qlora.methods.files import folder_written_aside, keep_apart, load_adapter
+from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.targets import unplanted
 from qlora.model.load import Base, match_names, packed_parts, quantised_names
 from qlora.model.nf4 import dense_weight

@@ -7,34 +7,34 @@ and answers wrongly. Knows the two files; must not know formulas or training.
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora import config
-from qlora.errors import MethodError, RunError, listed
+from qlora.config import MOST_MISTAKES
+from qlora.durable import file_written_aside, sync
+from qlora.errors import MethodError, RunError, listed, redacted
 from qlora.methods.base import METHODS, AdaptedModel, apply_method
 from qlora.methods.lora import LoraMethod, any_transposed
 from qlora.methods.method import PREFIX
 from qlora.methods.targets import matches, pattern_value, target_names
 from qlora.model.load import Base
 from qlora.model.shards import fingerprint
+from qlora.model.tensor_file import read_header, read_tensors
+from qlora.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PEFT_LAYOUT = "0.18.0"  # the PEFT release whose layout is written; later ones read it too
 
 METHOD_STATE = "method.safetensors"  # what a resumed run needs beside the adapter; most methods need nothing
+MAX_CONFIG_VALUES = 200_000  # in adapter_config.json: AdaLoRA's has one for every rank of every target
 OURS = "QLORA"  # the peft_type of what PEFT has no method for; PEFT refuses it by name
 SECTION = "qlora_method"  # the key under which such a config holds the recipe's method section
 FINGERPRINT = "base_fingerprint"  # in the metadata of the weights: which base the adapter was trained on
@@ -128,19 +128,19 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     known = {FINGERPRINT: base_fingerprint} if base_fingerprint is not None else {}
-    with _written_aside(folder / WEIGHTS) as aside:
+    with file_written_aside(folder / WEIGHTS) as aside:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata={"format": "pt", **known})
         _sort_metadata(aside)
     if state:
-        with _written_aside(folder / METHOD_STATE) as aside:
+        with file_written_aside(folder / METHOD_STATE) as aside:
             save_file({k: v.cpu().contiguous() for k, v in state.items()}, aside)
     else:
         (folder / METHOD_STATE).unlink(missing_ok=True)
-    with _written_aside(folder / CONFIG) as aside:
+    with file_written_aside(folder / CONFIG) as aside:
         # PEFT sorts its keys; in a section of ours the order of a pattern's names counts
         text = json.dumps(values, indent=2, sort_keys=SECTION not in values)
         aside.write_text(text + "\n", encoding="utf-8")
-    _sync(folder)
+    sync(folder)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -208,7 +208,7 @@ def about_base(model: AdaptedModel) -> dict[str, Any]:
     return {
         "peft_version": PEFT_LAYOUT,
         "task_type": "CAUSAL_LM" if model.base.tokenizer is not None else None,
-        "base_model_name_or_path": model.base.name,
+        "base_model_name_or_path": redacted(model.base.name),
         "revision": model.base.revision,
         "inference_mode": True,
     }
@@ -236,7 +236,7 @@ def read_adapter_config(folder: str | Path) -> Any:
     if chosen is None:
         known = sorted({method.peft_type for method in METHODS.values() if method.peft_type})
         raise MethodError(
-            f"'{path}' sets peft_type={kind!r:.60}, which is not supported; expected {listed(known, 12)}."
+            f"'{path}' sets peft_type={shown(kind)}, which is not supported; expected {listed(known, 12)}."
         )
     extras = [METHODS[name] for name in ("modules", "new_tokens") if kind in ("LORA", "ADALORA")]
     only = {**chosen.only, "task_type": TASKS}
@@ -248,12 +248,12 @@ def read_adapter_config(folder: str | Path) -> Any:
     }
     if refused:
         raise MethodError(
-            f"'{path}' sets {listed([f'{key}={value!r:.60}' for key, value in refused.items()], 8)}, "
+            f"'{path}' sets {listed([f'{_key(key)}={shown(value)}' for key, value in refused.items()], 8)}, "
             f"which is not supported; expected a plain {kind} adapter."
         )
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and kind != "TRAINABLE_TOKENS":
-        raise MethodError(f"'{path}' has target_modules='{targets:.60}', a pattern; expected a list of module names.")
+        raise MethodError(f"'{path}' has target_modules={shown(targets)}, a pattern; expected a list of module names.")
     parts = [chosen.section_of(values, Path(folder))]
     parts += [section for extra in extras if (section := extra.section_of(values, Path(folder))) is not None]
     return _section(parts if len(parts) > 1 else parts[0], path, values)
@@ -270,14 +270,17 @@ def _section(found: Any, path: Path, values: Mapping[str, Any]) -> Any:
         if not isinstance(error, pydantic.ValidationError):
             raise MethodError(f"'{path}' holds no method section ({error}); save the adapter again.") from None
         names = {"alpha": "lora_alpha", "dropout": "lora_dropout"} if values else {}
-        wrong = {_field(item["loc"]): item for item in error.errors()}
-        raise MethodError(
-            f"'{path}' cannot be used: "
-            + "; ".join(
-                f"{names.get(key, key)} is {item['input']!r:.60} ({item['msg']})" for key, item in wrong.items()
-            )
-            + "."
-        ) from None
+        wrong = {_field(item["loc"]): item for item in error.errors(include_url=False)}
+        mistakes = [
+            f"{_key(names.get(key, key))} is {shown(item['input'])} ({item['msg']})" for key, item in wrong.items()
+        ]
+        several = f"; and {len(mistakes) - MOST_MISTAKES:,} more" if len(mistakes) > MOST_MISTAKES else ""
+        raise MethodError(f"'{path}' cannot be used: {'; '.join(mistakes[:MOST_MISTAKES])}{several}.") from None
+
+
+def _key(key: str) -> str:
+    """A field's name for a message: a stranger's may be of any length, and hold what a terminal acts on."""
+    return shown(key).strip("'\"")
 
 
 def _field(place: tuple[int | str, ...]) -> str:
@@ -303,9 +306,13 @@ def known_base(base: Base) -> str | None:
 
 def recorded_base(folder: str | Path) -> str | None:
     """The fingerprint of the base that the adapter in ``folder`` was trained on; None where other software wrote it."""
-    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-        recorded: str | None = (file.metadata() or {}).get(FINGERPRINT)
-    return recorded
+    path = Path(folder) / WEIGHTS
+    try:
+        return read_header(path).metadata.get(FINGERPRINT)
+    except (OSError, Fault) as error:
+        raise MethodError(
+            f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
+        ) from None
 
 
 def _present(base: Base, section: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
@@ -378,8 +385,8 @@ def read_method_state(folder: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         return {}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return read_tensors(path)
+    except (Fault, OSError) as error:
         raise MethodError(f"'{path}' is damaged ({error}); use an earlier checkpoint.") from None
 
 
@@ -390,8 +397,8 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
         pickle = " (adapter_model.bin is a pickle, which is never read)" if path.with_suffix(".bin").is_file() else ""
         raise MethodError(f"There is no {WEIGHTS} in '{folder}'{pickle}; expected an adapter folder in PEFT's layout.")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return read_tensors(path)
+    except (Fault, OSError) as error:
         raise MethodError(
             f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
         ) from None
@@ -404,102 +411,14 @@ def keep_apart(out: Path, *sources: Path) -> None:
             raise RunError(f"'{out}' holds '{source}', which is being read; choose another folder for the result.")
 
 
-@contextmanager
-def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside ``folder`` to write into; when the block ends well it is flushed and takes its place.
-
-    When the block fails, what was written is deleted and ``folder`` is as it was. Raises RunError when ``folder`` holds
-    something already and ``overwrite`` is off.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise RunError(f"'{folder}' is a file; expected the name of a new folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunError(f"'{folder}' is there already and not empty; choose another folder or delete it first.")
-    aside = folder.absolute().with_name(f".{folder.absolute().name}.writing-{os.getpid()}")
-    old = aside.with_name(f".{folder.absolute().name}.old-{os.getpid()}")
-    clear_leftovers(aside.parent, folder.absolute().name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in sorted(aside.rglob("*")):
-            _sync(path)
-        _sync(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    _sync(folder.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def clear_leftovers(parent: str | Path, name: str = "*") -> None:
-    """Delete what a killed ``folder_written_aside`` left in ``parent`` for the folder ``name``, or for any folder.
-
-    An old folder that was moved out of the way, and has no successor, is put back. Living writers are left alone.
-    """
-    for path in Path(parent).glob(f".{name if name == '*' else glob.escape(name)}.*-*"):
-        whole, _, number = path.name.rpartition("-")
-        stem, _, kind = whole[1:].rpartition(".")
-        if not path.is_dir() or not number.isdecimal() or kind not in ("writing", "old") or _lives(int(number)):
-            continue
-        if kind == "old" and not path.with_name(stem).exists():
-            path.rename(path.with_name(stem))
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether there is a process by that number (other than this one, which knows what it writes)."""
-    if os.name == "nt":  # signal 0 is Ctrl-C there
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OverflowError, PermissionError):
-        pass
-    return True
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        yield aside
-        _sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    if os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(read_bytes(path, MAX_JSON), most=MAX_CONFIG_VALUES)
     except FileNotFoundError:
         raise MethodError(f"There is no {CONFIG} in '{folder}'; expected an adapter folder in PEFT's layout.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Fault) as error:
         raise MethodError(f"'{path}' cannot be read ({error}); expected an adapter folder in PEFT's layout.") from None
-    if not isinstance(values, dict):
-        raise MethodError(f"'{path}' holds {type(values).__name__}; expected a JSON object.")
-    return values
 
 
 def _tuples(value: Any, field: str = "") -> Any:

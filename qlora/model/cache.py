@@ -35,6 +35,7 @@ from torch import Tensor
 
 from qlora.config import MemorySection
 from qlora.device import bytes_text, cache_folder, host_bytes, require_disk
+from qlora.durable import expanded, sync
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full, first_line
 from qlora.model.nf4 import Linear4bit
 from qlora.model.placement import Image
@@ -63,7 +64,7 @@ def cache_key(**facts: Any) -> str:
 
 def cache_folder_of(memory: MemorySection) -> Path:
     """Where file caches are kept, and what else waits on the disk: the recipe's folder, or ``nf4`` in qlora's own."""
-    return Path(memory.cache).expanduser() if memory.cache else cache_folder() / "nf4"
+    return expanded(memory.cache) if memory.cache else cache_folder() / "nf4"
 
 
 def open_cache(
@@ -82,17 +83,22 @@ def open_cache(
     place, extents = folder / key, _extents(images)
     total = extents[-1].start + extents[-1].bytes
     try:
+        if place.is_dir() and not os.access(folder, os.W_OK):  # others keep it for us: there is nothing to lock
+            home, why = _opened(place, extents, images, device)
+            if home is not None:
+                return home
+            raise ModelError(
+                f"The file cache '{place}' is damaged ({why}) and cannot be made again, because '{folder}' cannot be "
+                "written; make it writable, or name another folder by memory.cache."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{key}.lock", say):
             for stale in folder.glob(f".{key}.*"):  # what a killed run left
                 shutil.rmtree(stale, ignore_errors=True)
             if place.is_dir():
-                home = FileHome(place / FILE, extents, device) if (place / FILE).is_file() else None
-                why = "it lacks a file" if home is None else _damage(place, home, images)
-                if home is not None and why is None:
-                    return home
+                home, why = _opened(place, extents, images, device)
                 if home is not None:
-                    home.close()
+                    return home
                 say(f"The file cache '{place}' is damaged ({why}); making it again.")
                 shutil.rmtree(place)
             require_disk(folder, total, "The file cache of the quantised layers")
@@ -103,6 +109,19 @@ def open_cache(
         raise
     except OSError as error:
         raise unwritable(folder, error) from error
+
+
+def _opened(
+    place: Path, extents: Sequence[Extent], images: Sequence[Image], device: torch.device
+) -> tuple[FileHome | None, str | None]:
+    """(the cache in ``place``, None), or (None, what is wrong with it, in a few words). Raises OSError."""
+    if not (place / FILE).is_file():
+        return None, "it lacks a file"
+    home = FileHome(place / FILE, extents, device)
+    if (why := _damage(place, home, images)) is None:
+        return home, None
+    home.close()
+    return None, why
 
 
 @contextmanager
@@ -149,7 +168,7 @@ def _make(
             file.flush()
             os.fsync(file.fileno())
         aside.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -200,14 +219,6 @@ def _write(file: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(file, data[done : done + PIECE], offset + done)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def unwritable(folder: Path, error: OSError) -> QloraError:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora import config
+from qlora.durable import clear_leftovers, folder_written_aside
 from qlora.errors import MethodError, RunError
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
-from qlora.methods.files import clear_leftovers, folder_written_aside
 from qlora.methods.lora import LoraMethod
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 

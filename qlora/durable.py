@@ -1,0 +1,215 @@
+"""Files that are whole or absent, whatever happens to the process that writes them.
+
+    written aside ► flushed to the disk ► renamed      a file, a folder, an object as JSON
+    renamed ► deleted                                  a folder
+    sealed: checksums.json beside a folder's files     truncated files and flipped bits are noticed when they are read
+
+A rename is the only thing that a file system does at once. Knows files; must not know what is in them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import RunError
+
+SEAL = "checksums.json"
+_ASIDE: set[Path] = set()
+"""What this process writes aside now. A number alone does not tell: in a container the next process may have the same."""
+
+
+@contextmanager
+def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``folder`` to write into; when the block ends well it is flushed and takes its place.
+
+    When the block fails, what was written is deleted and ``folder`` is as it was. Raises RunError when ``folder`` holds
+    something already and ``overwrite`` is off.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise RunError(f"'{folder}' is a file; expected the name of a new folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise RunError(f"'{folder}' is there already and not empty; choose another folder or delete it first.")
+    aside, old = _beside(folder, "writing"), _beside(folder, "old")
+    clear_leftovers(aside.parent, folder.absolute().name)
+    shutil.rmtree(aside, ignore_errors=True)
+    _ASIDE.update((aside, old))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            sync(path)
+        sync(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        _ASIDE.difference_update((aside, old))
+    sync(folder.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def expanded(name: str | Path) -> Path:
+    """A path as people write it: ``~`` is the home, where there is one. Unlike pathlib's own this never raises."""
+    return Path(os.path.expanduser(name))
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder under another name: a kill leaves none that looks whole and is not. Raises OSError."""
+    gone = _beside(folder, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """``runs/demo/adapter`` → ``/…/runs/demo/.adapter.writing-4711``."""
+    return path.absolute().with_name(f".{path.absolute().name}.{kind}-{os.getpid()}")
+
+
+def clear_leftovers(parent: str | Path, name: str = "*") -> None:
+    """Delete what a process that was killed left in ``parent`` of the file or folder ``name``, or of any.
+
+    An old folder that was moved out of the way, and has no successor, is put back. Living writers are left alone.
+    """
+    for path in Path(parent).glob(f".{name if name == '*' else glob.escape(name)}.*-*"):
+        whole, _, number = path.name.rpartition("-")
+        stem, _, kind = whole[1:].rpartition(".")
+        if not number.isdecimal() or kind not in ("writing", "old", "gone") or _lives(path, int(number)):
+            continue
+        if kind == "old" and not path.with_name(stem).exists():
+            path.rename(path.with_name(stem))
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is written, or was written until its process was killed."""
+    return name.startswith(".") and re.fullmatch(r".*\.(writing|old|gone)-\d+", name, re.DOTALL) is not None
+
+
+def _lives(path: Path, process: int) -> bool:
+    """Whether the process by that number, which writes ``path`` aside, is there."""
+    if process == os.getpid():
+        return path.absolute() in _ASIDE
+    if os.name == "nt":  # signal 0 is Ctrl-C there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OverflowError, PermissionError):
+        pass
+    return True
+
+
+@contextmanager
+def file_written_aside(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside ``path`` to write; when the block ends well it is flushed and takes its place."""
+    aside = _beside(path, "writing")
+    _ASIDE.add(aside)
+    try:
+        yield aside
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+        _ASIDE.discard(aside)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all. Raises OSError."""
+    text = json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n"
+    with file_written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: a perplexity too large for a float becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none or it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def seal(folder: Path) -> None:
+    """Write ``checksums.json``: of every file in ``folder`` its size in bytes and SHA-256. Raises OSError."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != SEAL
+    }
+    (folder / SEAL).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What tells a folder from the one that was sealed, in a few words, or None. Sizes first: they cost nothing.
+
+    A file that was added is no damage; what is read of a folder has been sealed.
+    """
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sealed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        return f"{SEAL} is missing or unreadable"
+    if not expected or any(Path(name).name != name or len(name) > 255 for name in expected):
+        return f"{SEAL} names no files of this folder"
+    if not all(0 <= size < 2**63 for size, _ in expected.values()):
+        return f"{SEAL} gives sizes that no file has"
+    try:
+        for name, (size, _) in expected.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+        for name, (_, digest) in expected.items():
+            if sha256_of(folder / name) != digest:
+                return f"{name} has another checksum than when it was written"
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
