@@ -160,8 +160,11 @@ def test_ten_steps_are_six_and_four(folder: Path, tmp_path: Path, optimizer: str
     for name, values in whole.parameters.items():
         assert torch.equal(values, second.parameters[name])
     if optimizer.startswith("paged"):
-        states = [t for state in second.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        assert any(getattr(tensor, "is_paged", False) for tensor in states)
+        pageable = [
+            state["state1"] for p, state in second.optimizer.state.items() if p.numel() >= 1e5
+        ]  # bitsandbytes' bound
+        assert pageable
+        assert all(getattr(tensor, "is_paged", False) for tensor in pageable)
     saved = load_file(first.save() / "optimizer.safetensors")
     assert all(tensor.device.type == "cpu" for tensor in saved.values())
 

@@ -158,12 +158,16 @@ class AdaLoraMethod(Method):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Measure importances until the last allocation, allocate when it is time, and keep pruned triplets pruned after."""
+        """Measure importances until the last allocation, allocate when it is time, and keep pruned triplets pruned after.
+
+        Where the step of the last allocation was skipped, the next one makes up for it.
+        """
         self.total = total
         first, last = self.turns(total)
+        late = step > last and bool(self.averages)
         if step < last or (step == last and not self.averages):
             self.measure()
-        if step == last or (first < step < last and step % self.section.interval == 0):
+        if step == last or late or (first < step < last and step % self.section.interval == 0):
             self.allocate(self.budget(step, total))
         if step >= last:
             self.averages = {}

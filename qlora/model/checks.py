@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from qlora.device import ran_out_of_memory
-from qlora.errors import DataError, ModelError, QloraError, first_line
+from qlora.errors import DataError, ModelError, NonFiniteError, QloraError, first_line
 from qlora.model.layers import kept_by, recomputing
 from qlora.model.loss import head_of, hidden_states
 from qlora.model.tiles import TiledMLP, tiles_of
@@ -26,7 +26,7 @@ from qlora.model.tiles import TiledMLP, tiles_of
 
 @torch.no_grad()
 def check_loss_path(model: Any, ids: list[int]) -> None:
-    """Raise ModelError unless our head gives the model's own logits on a few tokens.
+    """Raise ModelError unless our head gives the model's own logits on a few tokens; NonFiniteError where they are NaN.
 
     A family may do something to its logits that ``head_of`` does not know; its loss would then be wrong in silence.
     """
@@ -34,6 +34,8 @@ def check_loss_path(model: Any, ids: list[int]) -> None:
     position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
     ours = head_of(model).logits(hidden_states(model, {"input_ids": input_ids, "position_ids": position_ids}))
+    if not theirs.isfinite().all():
+        raise NonFiniteError("The model's logits are not finite on the data's first tokens, before any step")
     difference = (theirs - ours).abs().max().item()
     if not difference <= 1e-2 * max(1.0, theirs.abs().max().item()):
         raise ModelError(

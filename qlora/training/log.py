@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from qlora.device import bytes_text
+from qlora.durable import file_written_aside
+from qlora.errors import redacted, visible
 from qlora.training.loop import Step
 
 
@@ -30,7 +32,7 @@ class MetricsLog:
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one object."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(values)) + "\n")
+            file.write(json.dumps({k: redacted(v) if isinstance(v, str) else v for k, v in values.items()}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, and a torn last one: a resumed run writes them again."""
@@ -50,9 +52,8 @@ class MetricsLog:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        aside = self.path.with_name(f".{self.path.name}.writing")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
+        with file_written_aside(self.path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 class Progress:
@@ -105,6 +106,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
+        text = visible(redacted(text))
         if self.bar:
             self.bar.console.print(text, markup=False, highlight=False)
         elif not self.quiet:

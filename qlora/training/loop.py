@@ -8,7 +8,8 @@ micro-batches, and a short last one, change nothing (transformers#34191 is what 
 
 Random draws of a step come from (seed, step) alone: nothing to save, and an evaluation in between changes nothing.
 
-Where memory runs out in a step, the same step is taken again in a smaller way (``smaller.py``), which is kept.
+A step whose loss or gradients are not finite moves nothing: the run stops, or goes on without it (``not_finite.py`` finds
+the rows and the module). Where memory runs out in a step, the same step is taken again in a smaller way (``smaller.py``), which is kept.
 Knows rows, losses and optimizers; must not know recipes' files, evaluation or reports.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -47,6 +48,7 @@ from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.training import checkpoint
 from qlora.training.in_backward import InBackward, NotFinite, stay_out
+from qlora.training.not_finite import Blame, find_blame
 from qlora.training.optim import learning_rate, make_optimizer, quiet_paging
 from qlora.training.rehearsal import Rehearsal, rehearse
 from qlora.training.smaller import Way
@@ -79,16 +81,22 @@ class Step:
     seconds: float
     micro_batch_size: int = 1
     """Rows that went through the model at once."""
+    skipped: bool = False
+    """Whether nothing was moved, because the loss or a gradient was not finite (both are NaN here then)."""
     note: str = ""
     """What the user should know of this step: memory ran out, and what is smaller from here on."""
 
     def metrics(self) -> dict[str, Any]:
-        """The line for ``metrics.jsonl``; a note only where there is one."""
+        """The line for ``metrics.jsonl``: a note only where there is one, and no loss of a step that was skipped."""
         values = asdict(self)
-        note = values.pop("note")
-        return {"step": values.pop("number"), **values, **({"note": note} if note else {})}
+        left_out = ["loss", "grad_norm"] if self.skipped else ["skipped"]
+        for name in [*left_out, *([] if self.note else ["note"])]:
+            del values[name]
+        return {"step": values.pop("number"), **values}
 
     def __str__(self) -> str:
+        if self.skipped:
+            return f"step {self.number}  skipped: {self.note}"
         return (
             f"step {self.number}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
             f"{self.tokens_per_second:.0f} tokens/s"
@@ -123,6 +131,8 @@ class Trainer:
         """Steps done."""
         self.torn = False
         """Whether a step was broken off in the middle of moving the parameters; only ``load`` mends that."""
+        self.skipped = 0
+        """Steps that moved nothing because a number was not finite."""
         self.saved: Path | None = None
         """The checkpoint that holds this trainer's newest saved state."""
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
@@ -159,7 +169,8 @@ class Trainer:
         return self
 
     def __next__(self) -> Step:
-        """Do one optimizer step. Raises NonFiniteError, with no step taken, when the loss or a gradient is not finite.
+        """Do one optimizer step. Raises NonFiniteError, with no step taken, when the loss or a gradient is not finite and
+        the recipe does not skip such steps; what was done until then is saved.
 
         Raises DoesNotFitError when memory runs out in the smallest way there is; what was done until then is saved.
         """
@@ -177,14 +188,18 @@ class Trainer:
         rate = learning_rate(self.training, self.step_number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
+        skipped, scale = False, self.loss_scale
         try:
             loss, target_tokens, note = self._fitting(rows)
-            norm = self._clip(loss, places) if self.in_backward is None else math.nan
+            norm = self._clip(loss) if self.in_backward is None else math.nan
             norm = self._take_step(norm)
         except NotFinite as error:
-            self._refuse(error.what, error.names, places)
+            note, skipped, loss, norm = self._skip(error, rows, places), True, math.nan, math.nan
+            target_tokens = sum(row.target_tokens for row in rows)
+            self.loss_scale = scale  # what no scale cured says nothing of the next step's
         self.step_number += 1
-        self.model.after_step(self.step_number, self.total_steps)
+        if not skipped:
+            self.model.after_step(self.step_number, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         self.torn = False
         tokens = sum(len(row.ids) for row in rows)
@@ -201,6 +216,7 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self.model.device),
             seconds=seconds,
             micro_batch_size=self.micro_batch_size,
+            skipped=skipped,
             note=note,
         )
 
@@ -319,9 +335,7 @@ class Trainer:
             try:
                 with _random_draws(self.training.seed, self.step_number, self.model.device):
                     for micro_batch in self._micro_batches(rows):
-                        batch = collate(list(micro_batch), self.pad_id, self.model.virtual_tokens)
-                        batch = send_to_device(batch, self.model.device)
-                        loss, _ = batch_loss(self.model.model, batch, self.way.loss_chunk)
+                        loss = self._loss(micro_batch)
                         if self.in_backward is not None:
                             self.in_backward.look_at(loss)
                         (loss * (self.loss_scale / target_tokens)).backward()
@@ -347,14 +361,20 @@ class Trainer:
             self.loss_scale = max(1.0, self.loss_scale / 2)
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _clip(self, loss: float, places: list[int]) -> float:
-        """Scale the gradients down to the recipe's norm; return the norm before. Refuses what is not finite."""
+    def _loss(self, rows: Sequence[Row]) -> Tensor:
+        """The summed loss of rows that enter the model together."""
+        batch = collate(list(rows), self.pad_id, self.model.virtual_tokens)
+        loss, _ = batch_loss(self.model.model, send_to_device(batch, self.model.device), self.way.loss_chunk)
+        return loss
+
+    def _clip(self, loss: float) -> float:
+        """Scale the gradients down to the recipe's norm; return the norm before. Raises NotFinite."""
         limit = self.training.max_grad_norm
         parameters = [p for p in self.parameters.values() if p.grad is not None]
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             broken = [name for name, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-            self._refuse(f"loss {loss:g} and gradient norm {norm:g}", broken, places)
+            raise NotFinite(f"loss {loss:g} and gradient norm {norm:g}", broken)
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm, device=self.model.device))
         return norm
@@ -381,18 +401,60 @@ class Trainer:
         self.optimizer.step()
         return None
 
-    def _refuse(self, what: str, broken: list[str], places: list[int]) -> NoReturn:
-        """Raise NonFiniteError for ``what`` a step gave; ``broken`` names the parameters whose gradients are to blame."""
+    def _skip(self, error: NotFinite, rows: Sequence[Row], places: Sequence[int]) -> str:
+        """Skip the step that ``error`` broke off, if the recipe says so; return a sentence that names what was wrong.
+
+        Raises NonFiniteError with the same sentence otherwise, and what was done until then is saved.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        where = f"; the first gradients that are not finite: {listed(broken, 2)}" if broken else ""
-        taken = "No step was taken"
         self.torn = self.in_backward is not None and bool(self.in_backward.moved)
+        blame = self._blame(rows, places)
+        found = f"; the first bad value is {blame.where}" if blame.where else ""
+        if error.names:
+            found += f"; the first gradients that are not finite: {listed(error.names, 2)}"
+        what = f"Step {self.step_number + 1} gave {error.what} on rows {listed(blame.rows or places, 8)}{found}"
+        limit = self.training.skip_limit
         if self.torn:
-            taken = "Part of the step was taken (training.optimizer_in_backward), but the newest checkpoint is whole"
-        raise NonFiniteError(
-            f"Step {self.step_number + 1} gave {what} on rows {listed(places, 8)}{where}. {taken}; lower "
-            "training.learning_rate or look at those rows."
+            raise NonFiniteError(
+                f"{what}. Part of the step was taken (training.optimizer_in_backward), but the newest checkpoint is whole; "
+                "lower training.learning_rate or look at those rows."
+            )
+        if self.training.not_finite == "skip" and self.skipped < limit:
+            self.skipped += 1
+            return f"{what}. No step was taken; it is skipped ({self.skipped} of at most {limit})."
+        advice = (
+            "lower training.learning_rate, look at those rows, or set training.not_finite=skip to go on without them"
         )
+        if self.training.not_finite == "skip":
+            advice = f"training.skip_limit={limit} steps were skipped before; look at those rows"
+        kept = ""
+        if broken := checkpoint.not_finite(self):
+            advice = (
+                f"{listed(broken, 3)} hold values that are not finite: go back to the newest checkpoint, which is whole"
+            )
+        elif self.folder is not None and self.step_number:
+            kept = f" The state after step {self.step_number} is in '{self.save()}'."
+        raise NonFiniteError(f"{what}. No step was taken; {advice}.{kept}")
+
+    def _blame(self, rows: Sequence[Row], places: Sequence[int]) -> Blame:
+        """Which of the step's rows, and which module; nothing where memory does not suffice to look."""
+        network = self.model.model
+        draws = (self.training.seed, self.step_number, self.model.device)
+
+        def loss_of(row: Row) -> Tensor:
+            with _random_draws(*draws):
+                return self._loss([row]) * (self.loss_scale / max(1, sum(row.target_tokens for row in rows)))
+
+        network.train()
+        try:
+            return find_blame(network, rows, places, loss_of, backward=self.in_backward is None)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            return Blame()
+        finally:
+            network.eval()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _require_whole(self) -> None:
         if self.torn:
@@ -483,7 +545,14 @@ class Trainer:
         network.eval()  # dropout would tell two equal forwards apart
         try:
             if not again:
-                check_loss_path(network, ids)
+                try:
+                    check_loss_path(network, ids)
+                except NonFiniteError as error:
+                    blame = self._blame([longest], [0])
+                    raise NonFiniteError(
+                        f"{error}{f': the first bad value is {blame.where}' if blame.where else ''}. Fetch the checkpoint again, "
+                        "or take another model.compute_dtype."
+                    ) from None
             if packed:
                 check_packing(network, ids, at_once)
             if self.training.gradient_checkpointing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -32,7 +32,8 @@ class Signals:
         first, self.arrived = not self.arrived, number
         if not (first and self.wait):
             raise KeyboardInterrupt
-        print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        with suppress(RuntimeError, OSError, ValueError):  # it may have arrived in the middle of another print
+            print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.config import TrainingSection
+from qlora.durable import damage, seal
 from qlora.errors import RunError
 from qlora.methods import AdaptedModel
 from qlora.methods.files import read_adapter_tensors
@@ -116,7 +117,10 @@ def test_a_state_of_the_wrong_shape_is_damage(saved: tuple[Trainer, Path], base:
     whole = json.loads(path.read_text())
     for broken in ({**whole, "step": None}, {**whole, "loss_scale": "x"}, {"step": 1}, []):
         path.write_text(json.dumps(broken))
-        with pytest.raises(RunError, match="damaged or incomplete"):
+        with pytest.raises(checkpoint.DamagedError, match=r"state\.json has .* bytes instead of"):
+            fresh(base, tmp_path).load(place)
+        seal(place)
+        with pytest.raises(checkpoint.DamagedError, match="000002' is damaged"):
             fresh(base, tmp_path).load(place)
 
 
@@ -124,7 +128,7 @@ def test_what_lies_in_a_checkpoint(saved: tuple[Trainer, Path]) -> None:
     trainer, place = saved
     assert place.name == "000002"
     assert sorted(path.name for path in place.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json",
+        "adapter_config.json", "adapter_model.safetensors", "checksums.json", "optimizer.safetensors", "state.json",
     ]  # fmt: skip
     assert [path.name for path in place.parent.iterdir()] == ["000002"]
     assert json.loads((place / "state.json").read_text()) == {
@@ -206,7 +210,10 @@ def test_one_that_was_killed_is_not_found(saved: tuple[Trainer, Path]) -> None:
     shutil.copytree(place, place.with_name(".000003.writing-1"))
     (place.with_name("000004")).mkdir()
     shutil.copy(place / checkpoint.OPTIMIZER, place.with_name("000004"))
-    assert checkpoint.find(place.parent) == [place]
+    found, lost = checkpoint.newest(place.parent)
+    assert found == place
+    assert len(lost) == 1
+    assert "000004' is damaged (checksums.json is missing" in lost[0]
 
 
 def test_the_same_step_is_written_once(saved: tuple[Trainer, Path]) -> None:
@@ -217,19 +224,22 @@ def test_the_same_step_is_written_once(saved: tuple[Trainer, Path]) -> None:
 
 
 @pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", "adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "garbage"])
+@pytest.mark.parametrize("wound", ["cut", "gone", "garbage"])
+@pytest.mark.parametrize("sealed", [False, True])
 def test_a_damaged_one_is_refused_and_changes_nothing(
-    saved: tuple[Trainer, Path], base: Path, tmp_path: Path, file: str, damage: str
+    saved: tuple[Trainer, Path], base: Path, tmp_path: Path, file: str, wound: str, sealed: bool
 ) -> None:
     _, place = saved
-    if damage == "gone":
+    if wound == "gone":
         (place / file).unlink()
     else:
         content = (place / file).read_bytes()
-        (place / file).write_bytes(content[: len(content) // 2] if damage == "cut" else b"[1, 2]" * 9)
+        (place / file).write_bytes(content[: len(content) // 2] if wound == "cut" else b"[1, 2]" * 9)
+    if sealed:  # by somebody else: what is read is checked all the same
+        seal(place)
     trainer = fresh(base, tmp_path)
     before = adapter_bytes(trainer.model)
-    with pytest.raises(RunError, match=r"000002' is damaged or incomplete .* the one before it is used"):
+    with pytest.raises(RunError, match=r"000002' is damaged \(.*\); the newest one before it is used"):
         trainer.load(place)
     assert adapter_bytes(trainer.model) == before
     assert trainer.step_number == 0
@@ -267,6 +277,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(base: Path, tm
     place = trainer.save()
     tensors = load_file(place / f"{file}.safetensors")
     save_file(dict(list(tensors.items())[1:]), place / f"{file}.safetensors", metadata={"format": "pt"})
+    seal(place)
     other = beginning("new")
     before, answers = adapter_bytes(other.model), logits_of(other.model.model)
     with pytest.raises(RunError, match="000001' does not belong to this run"):
@@ -287,3 +298,44 @@ def test_checkpoints_of_another_course_make_room(base: Path, tmp_path: Path) -> 
     place = second.save()
     assert checkpoint.find(tmp_path / "checkpoints") == [place]
     assert place.name == "000002"
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "adapter_model.safetensors", "adapter_config.json"])
+def test_the_newest_that_is_whole_is_taken_and_the_loss_is_said(base: Path, tmp_path: Path, file: str) -> None:
+    trainer = fresh(base, tmp_path, keep_checkpoints=3)
+    for _ in range(3):
+        take(trainer, 1)
+        trainer.save()
+    folder = tmp_path / "checkpoints"
+    flip(folder / "000003" / file, 12_345)
+    place, lost = checkpoint.newest(folder)
+    assert place == folder / "000002"
+    assert len(lost) == 1
+    assert f"000003' is damaged ({file} has another checksum" in lost[0]
+    other = fresh(base, tmp_path, keep_checkpoints=3)
+    assert checkpoint.load_newest(other, folder) == lost
+    assert other.step_number == 2
+    assert take(other, 1)
+    assert adapter_bytes(other.model) == adapter_bytes(trainer.model)
+    assert damage(other.save()) is None  # the damaged one has made room
+    for found in checkpoint.find(folder):
+        flip(found / file, 3)
+    with pytest.raises(checkpoint.DamagedError, match=r"No checkpoint in .*000003.*000002.*000001.* begin again"):
+        checkpoint.newest(folder)
+    assert len(checkpoint.find(folder)) == 3  # nothing is deleted
+
+
+def test_a_checkpoint_without_its_checksums_is_damaged(saved: tuple[Trainer, Path], base: Path, tmp_path: Path) -> None:
+    (saved[1] / "checksums.json").unlink()
+    with pytest.raises(checkpoint.DamagedError, match=r"checksums\.json is missing"):
+        fresh(base, tmp_path).load(saved[1])
+
+
+def test_no_checkpoint_is_no_damage(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "checkpoints") == (None, [])

@@ -10,17 +10,21 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import booleans, integers, sampled_from
 
 from qlora.config import TrainingSection
 from qlora.data import IGNORE_INDEX, Data, Row, collate, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
-from qlora.methods import AdaptedModel
+from qlora.methods import AdaptedModel, apply_method
 from qlora.model import layers
 from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.model.loss import batch_loss
 from qlora.training import Trainer, learning_rate, loop
-from tests.methods.tiny import VOCABULARY, difference, stir
+from qlora.training.smaller import Way
+from tests.methods.test_laws import CASES, spoken
+from tests.methods.tiny import VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
 from tests.model.test_layers import small_model
 from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
 
@@ -132,7 +136,7 @@ def test_clipping_is_torchs(model: AdaptedModel, limit: float | None) -> None:
     trainer = Trainer(model, ROWS, section(max_grad_norm=limit))
     loss, _ = trainer._gradients(ROWS[:8])
     before = {name: value.grad.clone() for name, value in trainer.parameters.items() if value.grad is not None}
-    norm = trainer._clip(loss, list(range(8)))
+    norm = trainer._clip(loss)
     found = gradients(model)
     for name, value in trainer.parameters.items():
         value.grad = before[name].clone()
@@ -302,6 +306,17 @@ def test_an_overflow_that_no_scale_cures_is_refused(model: AdaptedModel) -> None
     handle.remove()
     assert trainer.loss_scale == 1.0
     assert state_of(trainer) == before
+
+
+def test_a_skipped_step_leaves_the_scale_as_it_was(model: AdaptedModel) -> None:
+    """One bad row must not leave the next five hundred steps without a scale."""
+    trainer = Trainer(model, ROWS[:2], section(batch_size=2, steps=2, not_finite="skip"))
+    trainer.loss_scale = 8.0
+    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    assert next(trainer).skipped
+    handle.remove()
+    assert trainer.loss_scale == 8.0
+    assert not next(trainer).skipped
 
 
 def test_fp16_bases_start_with_a_loss_scale(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,3 +515,123 @@ def test_rows_need_not_be_a_list(model: AdaptedModel) -> None:
     expected = next(Trainer(model, ROWS[:5], section())).loss
     stir(model, 0.05)
     assert next(Trainer(model, Lazy(), section())).loss == expected  # type: ignore[arg-type]
+
+
+# --- accumulation ----------------------------------------------------------------------------------------------------
+
+LOSS = 2e-6  # fp32 sums in another order; relative
+GRADIENT = 2e-5  # relative to the largest gradient of the tensor
+
+
+@pytest.fixture(scope="module")
+def method_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("methods"))
+
+
+def alone(model: AdaptedModel, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The definition, by torch alone: every example by itself, unpacked and unpadded; its targets' negative logarithms
+    summed in float64, and divided once by how many targets there are."""
+    total, targets = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        for begin, end in row.spans():
+            ids, labels = (torch.tensor(values[begin:end])[None].long() for values in (row.ids, row.labels))
+            logits = model.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+            wanted = labels[0, 1:]
+            places = (wanted != IGNORE_INDEX).nonzero().squeeze(1)
+            total = total - logits.log_softmax(-1)[places, wanted[places]].sum()
+            targets += len(places)
+    loss = total / targets
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Gradients that are zero by definition, as of the queries of a text of one token and its successor, must be zero."""
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        worst = difference(found[name], values) if values.any() else float(found[name].abs().max())
+        assert worst <= GRADIENT, (name, worst)
+
+
+def arranged(trainer: Trainer, size: int, way: str) -> Trainer:
+    trainer._arrange(Way(size, way == "layer_major", 256))
+    return trainer
+
+
+@pytest.fixture
+def trainer(model: AdaptedModel) -> Trainer:
+    return Trainer(model, ROWS, section())
+
+
+@given(seed=integers(0, 2**20), count=integers(1, 9), packing=booleans(), size=sampled_from((1, 2, 4, 8)))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_in_any_split_give_the_loss_by_definition(
+    trainer: Trainer, seed: int, count: int, packing: bool, size: int
+) -> None:
+    """Up to 9 rows, targets spread unevenly over them; with windows that are short and micro-batches that are."""
+    rows = random_rows(4 * count, packing, seed)[:count]
+    model = trainer.model
+    expected, wanted = alone(model, rows)
+    for way in ("layer_major", "micro_batch_major"):
+        loss, targets = arranged(trainer, size, way)._gradients(rows)
+        found = gradients(model)
+        assert targets == sum(row.target_tokens for row in rows)
+        assert loss == pytest.approx(expected, rel=LOSS)
+        assert_close(found, wanted)
+
+
+def test_a_row_without_targets_counts_for_nothing(model: AdaptedModel) -> None:
+    silent = changed(ROWS[0], labels=numpy.full_like(ROWS[0].labels, IGNORE_INDEX))
+    expected, wanted = alone(model, ROWS[1:4])
+    for size, way in WAYS:
+        loss, found = gradients_of(model, [silent, *ROWS[1:4]], size, way)
+        assert loss == pytest.approx(expected, rel=LOSS)
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_denominator_is_exact(trainer: Trainer, size: int) -> None:
+    """With losses in float64 that are known: row r's weight times its targets. So its gradient is its targets of all."""
+    rows = ROWS[:8]
+    arranged(trainer, size, "micro_batch_major")
+    weights = torch.arange(1, 9, dtype=torch.float64, requires_grad=True)
+    number = {id(row): place for place, row in enumerate(rows)}
+    counts = [row.target_tokens for row in rows]
+    trainer._loss = lambda some: sum(weights[number[id(row)]] * row.target_tokens for row in some)  # type: ignore[method-assign]
+    loss, targets = trainer._gradients(rows)
+    assert targets == sum(counts)
+    assert loss == sum(place * count for place, count in enumerate(counts, 1)) / targets
+    assert weights.grad is not None
+    assert weights.grad.tolist() == pytest.approx([count / targets for count in counts], rel=1e-15)
+
+
+ALIKE = (  # one of each kind; every other one packed
+    "lora", "pissa", "dora", "adalora", "houlsby", "prompt_tuning", "p_tuning", "prefix_projected", "ia3", "bitfit", "full",
+    "modules", "head", "lora_head_and_new_tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "packing"), [(name, bool(at % 2)) for at, name in enumerate(ALIKE)])
+def test_accumulation_is_the_same_for_every_method(method_base: Path, name: str, packing: bool) -> None:
+    """1×8 = 2×4 = 8×1 in both orders, in a whole window and in the short one of an epoch. AdaLoRA's penalty counts once."""
+    case = CASES[name]
+    section_of = case.section.model_copy(update={"orthogonality": 5.0}) if name == "adalora" else case.section
+    adapted = apply_method(tiny_base(method_base, case.quantization), section_of)
+    if name != "full":  # a base has values already
+        stir(adapted, 0.05)
+    for module in adapted.model.modules():
+        if isinstance(vars(module).get("dropout"), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+    rows = spoken(adapted, random_rows(44, packing, seed=6, longest=7)[:11])
+    assert len(rows) == 11
+    trainer = Trainer(adapted, rows, section())
+    ways = [(1, "layer_major"), (1, "micro_batch_major"), (2, "layer_major"), (4, "micro_batch_major")]
+    for window, splits in ((rows[:8], ways), (rows[8:], ways[1:3])):
+        whole, _ = arranged(trainer, 8, "layer_major")._gradients(window)
+        expected = gradients(adapted)
+        assert all(values.any() for values in expected.values())
+        for size, way in splits:
+            loss, _ = arranged(trainer, size, way)._gradients(window)
+            found = gradients(adapted)
+            assert loss == pytest.approx(whole, rel=LOSS), (size, way)
+            assert_close(found, expected)
