@@ -96,7 +96,7 @@ CARDS: Mapping[str, Card] = MappingProxyType({one.name: one for one in _ALL})
 _AROUND = re.compile(r"^(nvidia|geforce|quadro|tesla|rtx|gtx)+|sxm\d?|hbm\de?|(?<=\d)gi?b")
 _UNITS = {"b": 1, **{f"{letter}b": 1000**n for n, letter in enumerate("kmgt", 1)}}
 _UNITS |= {f"{letter}ib": 1024**n for n, letter in enumerate("kmgt", 1)}
-_AMOUNT = re.compile(r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*([a-z]+)\s*", re.IGNORECASE)
+_AMOUNT = re.compile(r"\s*([-+]?(?:[0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18}))\s*([a-z]+)\s*", re.IGNORECASE)
 
 
 def card(name: str) -> Card:

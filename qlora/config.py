@@ -7,8 +7,7 @@ run folder keeps. This file knows YAML and pydantic; it must not know torch, a m
 
 from __future__ import annotations
 
-import copy
-import reprlib
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -41,6 +40,7 @@ from qlora.method_sections import (
     parts_of,
 )
 from qlora.schema import Section, type_text
+from qlora.strangers import MAX_RECIPE, Fault, read_bytes, shown, yaml_values
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -75,6 +75,8 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
+MOST_MISTAKES = 10  # that one message names
 
 
 class ModelSection(Section):
@@ -94,6 +96,14 @@ class ModelSection(Section):
     """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Leave it off unless you have read that code."""
+
+    @field_validator("revision")
+    @classmethod
+    def _a_name_in_git(cls, revision: str | None) -> str | None:
+        # the hub's client looks it up as a file in its cache: ../../x would be another file than a revision's
+        if revision is not None and (not re.fullmatch(r"\w[\w./+-]*", revision) or ".." in revision):
+            raise ValueError(f"is {shown(revision)}; expected a branch, tag or commit")
+        return revision
 
 
 class DataSection(Section):
@@ -174,6 +184,11 @@ class TrainingSection(Section):
     optimizer_in_backward: bool = False
     """Move a layer's parameters as soon as its gradients are whole, and free these: one layer's gradients at a time. Needs
     `accumulation: layer_major` and `max_grad_norm: null`, since the norm of all gradients is known only at the end."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What happens when a step's loss or a gradient is not finite (NaN, infinity). Either way no parameter moves, and the
+    step, its rows and the first bad module are named. `skip` then goes on with the next step."""
+    skip_limit: int = Field(10, ge=1)
+    """How many steps `not_finite: skip` may skip before the run stops all the same."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the adapter's initial values, the order of the rows and dropout."""
     save_every: int = Field(100, ge=0)
@@ -234,6 +249,9 @@ class DeviceSection(Section):
     memory: str | None = None
     """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here. In
     training it is a limit: what needs more is refused, and a GPU gives this process no more."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits every time, where a GPU has faster ones; an operation without such a kernel
+    is refused. A CPU gives the same bits anyway, for the same number of threads."""
     host_memory: str | None = None
     """The host memory to plan for, as `64GiB`; this machine's free memory when left out."""
 
@@ -271,10 +289,10 @@ class Recipe(Section):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_bytes(path, MAX_RECIPE).decode("utf-8")
         except FileNotFoundError:
             raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
         values, lines = _parse(text, str(path))
         if values.get("folder") is None:
@@ -290,18 +308,19 @@ class Recipe(Section):
         lines: dict[tuple[str, ...], int] | None = None,
     ) -> Recipe:
         """Validate plain values. ``lines`` maps a key's path to its line in ``source``, for the messages."""
-        merged = copy.deepcopy(values)  # also of YAML whose anchors refer to themselves
+        merged = _unfolded(values)
         places = dict(lines or {})
         for override in overrides:
             places.pop(_override(merged, override), None)  # its value no longer stands in the file
         try:
             return cls.model_validate(merged)
         except pydantic.ValidationError as error:
-            mistakes = [_sentence(cls, item, places) for item in error.errors()]
-            many = f"{len(mistakes)} mistakes in {source}:" if len(mistakes) > 1 else f"{source}:"
-            raise RecipeError(
-                "\n  ".join([many, *mistakes]) if len(mistakes) > 1 else f"{many} {mistakes[0]}"
-            ) from None
+            count = error.error_count()
+            mistakes = [_sentence(cls, item, places) for item in error.errors(include_url=False)[:MOST_MISTAKES]]
+            if count > MOST_MISTAKES:
+                mistakes.append(f"and {count - MOST_MISTAKES:,} more.")
+            many = f"{count:,} mistakes in {source}:" if count > 1 else f"{source}:"
+            raise RecipeError("\n  ".join([many, *mistakes]) if count > 1 else f"{many} {mistakes[0]}") from None
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every value written out."""
@@ -355,95 +374,78 @@ def _sections_of(annotation: Any) -> dict[str, type[Section]]:
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """YAML text → its values, and the line of every key."""
     try:
-        values = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-45
-        place = getattr(error, "problem_mark", None)
-        where = f" at line {place.line + 1}, column {place.column + 1}" if place else ""
-        raise RecipeError(
-            f"'{source}' is not valid YAML{where}: {getattr(error, 'problem', None) or error}; expected 'key: value' lines."
-        ) from None
+        values, lines = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"'{source}' cannot be used: {fault}; expected sections of 'key: value' lines.") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"'{source}' holds {'nothing' if values is None else type(values).__name__}; expected sections such as 'model:' and 'data:'."
         )
-    lines: dict[tuple[str, ...], int] = {}
-
-    def walk(node: yaml.Node, path: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode) and len(path) < 3:  # as deep as a recipe goes
-            for key, value in node.value:
-                here = (*path, str(key.value))
-                if here in lines:
-                    raise RecipeError(
-                        f"'{'.'.join(here)}' stands twice in '{source}', at lines {lines[here]} and "
-                        f"{key.start_mark.line + 1}; keep one of them."
-                    )
-                lines[here] = key.start_mark.line + 1
-                walk(value, here)
-
-    if node is not None:
-        walk(node, ())
     return values, lines
+
+
+def _unfolded(value: Any) -> Any:
+    """A copy in which no two places share what an alias stands for: an override of one must not change the other."""
+    if isinstance(value, dict):
+        return {key: _unfolded(inner) for key, inner in value.items()}
+    return [_unfolded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     """Put one ``section.key=value`` into ``values``, in place, and return the key's path."""
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
-    if not equals or not all(path):
-        raise RecipeError(f"'{override}' is not an override; expected section.key=value, as in training.epochs=2.")
+    said = shown(override)
+    if not equals or not all(path) or len(path) > DEEPEST:
+        raise RecipeError(f"{said} is not an override; expected section.key=value, as in training.epochs=2.")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        raise RecipeError(f"The value in '{override}' is not valid YAML; quote it, as in {key}='\"…\"'.") from None
+        value, _ = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
     place: Any = values
     for part in path[:-1]:
         if isinstance(place, dict) and place.get(part) is None:  # a section without a key reads as null
             place[part] = {}
-        place = _inside(place, part, override)
+        place = _inside(place, part, said)
         if not isinstance(place, dict | list):
-            raise RecipeError(f"'{override}' goes into '{part}', which is a single value and not a section.")
+            raise RecipeError(f"{said} goes into {shown(part)}, which is a single value and not a section.")
     if isinstance(place, list):
-        _inside(place, path[-1], override)
+        _inside(place, path[-1], said)
         place[int(path[-1])] = value
     else:
         place[path[-1]] = value
     return tuple(path)
 
 
-def _inside(place: Any, part: str, override: str) -> Any:
+def _inside(place: Any, part: str, said: str) -> Any:
     """The value ``part`` of a section, or, by its number from 0, of a list such as several methods."""
     if isinstance(place, dict):
         return place[part]
-    if not part.isdecimal() or int(part) >= len(place):
-        raise RecipeError(f"'{override}' names '{part}' in a list of {len(place)}; expected a number from 0.")
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(place):
+        raise RecipeError(f"{said} names {shown(part)} in a list of {len(place)}; expected a number from 0.")
     return place[int(part)]
-
-
-_shown = reprlib.Repr()  # bounded, whatever an anchor was repeated into
-_shown.maxlevel, _shown.maxstring, _shown.maxother = 2, 60, 60
 
 
 def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
     """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
     path, owner = _place(recipe, item["loc"])
-    key = ".".join(path) or "the recipe"
+    key = shown(".".join(path) or "the recipe")
     line = lines.get(tuple(path))
     place = f" (line {line})" if line else ""
     if item["type"] == "extra_forbidden":
         hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
-        return f"'{key}'{place} is not a known key.{hint}"
+        return f"{key}{place} is not a known key.{hint}"
     if item["type"] == "union_tag_invalid":
         known = [tag for tag in _sections_of(Recipe.model_fields["method"].annotation) if tag != "combined"]
         tag = str(item["ctx"]["tag"])
-        return f"'{key}.name' is '{tag:.60}'; expected one of {', '.join(known)}.{nearest(tag, known)}"
+        return f"'{'.'.join(path)}.name' is {shown(tag)}; expected one of {', '.join(known)}.{nearest(tag, known)}"
     if item["type"] == "union_tag_not_found":
-        return f"'{key}'{place} is {_shown.repr(item['input'])}; expected a section with a name, or a list of such."
+        return f"{key}{place} is {shown(item['input'])}; expected a section with a name, or a list of such."
     if item["type"] == "missing":
-        return f"'{key}' is missing; it has no default."
+        return f"{key} is missing; it has no default."
     if item["type"] == "value_error":
-        return f"'{key}'{place} {item['ctx']['error']}."
-    return f"'{key}'{place} is {_shown.repr(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+        return f"{key}{place} {item['ctx']['error']}."
+    return f"{key}{place} is {shown(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
 
 
 def _place(recipe: type[Section], loc: tuple[Any, ...]) -> tuple[list[str], type[Section]]:

@@ -5,11 +5,14 @@ Several methods at once are written as a list. Knows names and bounds; the formu
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from qlora.errors import listed
 from qlora.schema import Section
+from qlora.strangers import shown
 
 Targets = Literal["all-linear"] | tuple[str, ...]
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -252,15 +255,15 @@ class NewTokens(MethodSection):
     """The texts of the new tokens, as `["<|tool|>", "<|end_tool|>"]`. They begin as the mean of all rows."""
     special: bool = True
     """Special tokens are left out of answers."""
-    ids: tuple[int, ...] | None = None
+    ids: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = None
     """Left out: the tokenizer's next free ids. An adapter says which rows it has, and is refused on a base where the tokens
     would get others."""
 
     @field_validator("tokens")
     @classmethod
     def _once(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
-            raise ValueError(f"names {', '.join(map(repr, twice))} more than once; expected each token once")
+        if twice := sorted(token for token, count in Counter(tokens).items() if count > 1):
+            raise ValueError(f"names {listed(map(shown, twice))} more than once; expected each token once")
         return tokens
 
 
@@ -303,7 +306,7 @@ class Combined(Section):
         names = [part.name for part in self.parts]
         if not names:
             raise ValueError("is an empty list; expected at least one method")
-        if twice := {name for name in names if names.count(name) > 1 and name != "bottleneck"}:
+        if twice := {name for name, count in Counter(names).items() if count > 1 and name != "bottleneck"}:
             raise ValueError(f"names {', '.join(sorted(twice))} more than once; expected each method once")
         if "full" in names and len(names) > 1:
             raise ValueError("has full beside other methods; full fine-tuning trains everything already")

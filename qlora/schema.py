@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from qlora.strangers import shown
+
+MOST = 2**53  # whole numbers are exact in a float up to here
+
 
 class Section(BaseModel):
     """What every section shares: frozen, complete, and closed to unknown keys."""
@@ -26,6 +30,14 @@ class Section(BaseModel):
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"is {str(value).lower()}; expected {type_text(kind)}")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        # arithmetic with anything larger ends in an OverflowError somewhere, or takes for ever
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise ValueError(f"is {shown(value)}; expected a number below 2⁵³")
         return value
 
 

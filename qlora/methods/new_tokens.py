@@ -307,7 +307,7 @@ class NewTokensMethod(Method):
             return None
         lists = list(found.values()) if isinstance(found, dict) else [found]
         ids = lists[0] if lists else []
-        whole = isinstance(ids, list) and ids and all(type(number) is int for number in ids)
+        whole = isinstance(ids, list) and ids and all(type(number) is int and 0 <= number < 2**31 for number in ids)
         if not whole or sorted(set(ids)) != ids or any(other != ids for other in lists):
             raise MethodError(
                 f"The adapter in '{folder}' trains the token rows {found!r:.80}; expected the same rising ids for every module."

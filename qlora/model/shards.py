@@ -1,30 +1,27 @@
-"""The files of a checkpoint: find its folder, check its safetensors headers, read one tensor at a time.
+"""The files of a checkpoint: find its folder, check its configuration and headers, read one tensor at a time.
 
-    model.name → folder → headers → one tensor, another, …
+    model.name → folder → config.json, index, headers → one tensor, another, …
 
-Knows the safetensors format and the hub's client; must not know a model's architecture or quantisation. Reads
-safetensors alone: a pickle runs code when it is loaded, so none is ever opened.
-
-The files are read and not mapped. Mapped pages count as this process's memory until the file is closed, which would make
-"one tensor at a time" untrue, and a file that is replaced under a mapping ends the process with SIGBUS.
+Knows which files belong together, and the hub's client; must not know a model's architecture or quantisation. Reads
+safetensors alone: a pickle runs code when it is loaded, so none is ever opened. Everything in the folder was written by
+strangers, and is bounded and checked before it is believed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora.config import DEFAULT_MODEL
 from qlora.device import require_disk
 from qlora.errors import ModelError, disk_is_full, first_line, listed, nearest
+from qlora.model.tensor_file import MAX_HEADER, Entry, read_header, read_tensor
+from qlora.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -35,26 +32,12 @@ HUB_CODE = ["*.py"]
 # The same weights once more, as Mistral itself arranges them, and other models in folders below (``*`` matches ``/`` too).
 HUB_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
 SAMPLES, SAMPLE = 64, 4096  # of a file's weights that its fingerprint covers: how many, and bytes each
-MAX_HEADER = 100 * 1000**2  # the bound that the safetensors library itself sets
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """One tensor in a header: what it is without reading it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    """Where its bytes begin in the file."""
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+MAX_INDEX = 24 * 1024**2  # bytes: some 200,000 tensors
+MAX_SHARDS = 10_000
+MAX_TOKENIZER = 256 * 1024**2  # bytes of a tokenizer's file; the largest that are published have 40 MB
+# Numbers in a configuration by which transformers repeats something in Python: how their names end, and more than any
+# model has of it.
+MOST_REPEATED = {re.compile("(layers?|blocks|depth)$"): 1_000, re.compile("(labels|experts|heads)$"): 100_000}
 
 
 @dataclass(frozen=True)
@@ -70,16 +53,12 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own. Raises ModelError when its file changed or went away."""
         entry = self.entries[name]
-        raw = torch.empty(entry.bytes, dtype=torch.uint8)
         try:
-            with entry.file.open("rb") as file:
-                file.seek(entry.start)
-                count = file.readinto(raw.numpy().data)
+            return read_tensor(entry)
         except OSError as error:
             raise ModelError(f"'{entry.file}' cannot be read ({error}); fetch the checkpoint again.") from None
-        if count != entry.bytes:
-            raise ModelError(f"'{entry.file}' became shorter while '{name}' was read; fetch the checkpoint again.")
-        return raw.view(entry.dtype).reshape(entry.shape)
+        except Fault as fault:
+            raise ModelError(f"{shown(name)} in '{entry.file}': {fault}; fetch the checkpoint again.") from None
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -89,13 +68,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     index names files that are missing or lie outside of the folder, and where a file is truncated or damaged.
     """
     folder = Path(folder)
-    config = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    config = read_model_config(folder)
     shards = _shards(folder)
     entries: dict[str, Entry] = {}
     for shard in shards:
         for name, entry in _header(shard).items():
             if name in entries:
-                raise ModelError(f"'{entries[name].file.name}' and '{shard.name}' in '{folder}' both hold '{name}'.")
+                raise ModelError(
+                    f"'{entries[name].file.name}' and '{shard.name}' in '{folder}' both hold {shown(name)}."
+                )
             entries[name] = entry
     return Checkpoint(folder, config, shards, entries)
 
@@ -112,12 +93,12 @@ def fingerprint(folder: Path) -> str:
     Raises ModelError where a file is missing or cannot be read.
     """
     folder = Path(folder)
-    read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    read_model_config(folder)
     digest = hashlib.sha256()
     try:
         for path in (folder / "config.json", folder / "tokenizer.json"):
             if path.is_file():
-                _digest(digest, path.name, path.stat().st_size, path.read_bytes())
+                _digest(digest, path.name, path.stat().st_size, read_bytes(path, MAX_TOKENIZER))
         for path in _shards(folder):
             with path.open("rb") as file:
                 length = file.read(8)
@@ -127,7 +108,7 @@ def fingerprint(folder: Path) -> str:
                 for number in range(SAMPLES):
                     file.seek(max(file.tell(), size * number // SAMPLES))
                     digest.update(file.read(SAMPLE))
-    except OSError as error:
+    except (OSError, Fault) as error:
         raise ModelError(
             f"'{folder}' cannot be read ({error}); make its files readable, or fetch them again."
         ) from None
@@ -144,41 +125,75 @@ def commit_of(folder: Path) -> str | None:
     return place.name if place.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", place.name) else None
 
 
-def read_json(folder: Path, name: str, expected: str) -> dict[str, Any]:
-    """A JSON object from ``folder / name``. Raises ModelError when it is missing, unreadable or no object."""
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands there, with the fields that decide what is built of the kinds that they must have.
+
+    Raises ModelError where it is missing or unreadable, where ``model_type`` or ``architectures`` are no names, and where it
+    counts what no model has so many of: transformers would repeat it until the memory is full.
+    """
+    values = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    kind, made = values.get("model_type"), values.get("architectures")
+    if not isinstance(kind, str | None):
+        raise ModelError(f"'{folder / 'config.json'}' has the model_type {shown(kind)}; expected a name.")
+    if made is not None and not (isinstance(made, list) and all(isinstance(name, str) for name in made)):
+        raise ModelError(f"'{folder / 'config.json'}' has the architectures {shown(made)}; expected a list of names.")
+    inside: list[Any] = [values]
+    while inside:
+        part = inside.pop()
+        if isinstance(part, list):
+            inside += part
+        elif isinstance(part, dict):
+            for key, value in part.items():
+                for name, most in MOST_REPEATED.items() if isinstance(value, int | float) else ():
+                    if name.search(key) and not value <= most:
+                        raise ModelError(
+                            f"'{folder / 'config.json'}' has {shown(key)}: {shown(value)}; expected at most {most:,}."
+                        )
+                inside.append(value)
+    return values
+
+
+def read_json(folder: Path, name: str, expected: str, strict: bool = False, most: int = MAX_JSON) -> dict[str, Any]:
+    """A JSON object of at most ``most`` bytes from ``folder / name``; ``strict`` as in ``strangers.json_object``.
+
+    Raises ModelError when it is missing, unreadable or no object.
+    """
     path = folder / name
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"The model folder '{folder}' {what}; expected {expected}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(read_bytes(path, most), strict)
     except FileNotFoundError:
         raise ModelError(f"'{folder}' has no {name}; expected {expected}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, Fault) as error:
         raise ModelError(f"'{path}' is not readable JSON ({error}); fetch it again.") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"'{path}' holds {type(values).__name__}; expected a JSON object.")
-    return values
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint: those that the index names, or model.safetensors, or the only one there."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder, INDEX, "an index").get("weight_map")
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder, INDEX, "an index", strict=True, most=MAX_INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ModelError(f"'{folder / INDEX}' has no 'weight_map' of tensor names to file names; fetch it again.")
         names = sorted(set(weight_map.values()))
-        # an index is data from elsewhere: it must not make us open /etc/… or ../…
-        if outside := [name for name in names if Path(name).name != name]:
+        if not 0 < len(names) <= MAX_SHARDS:
+            raise ModelError(f"'{folder / INDEX}' names {len(names):,} files; expected 1 to {MAX_SHARDS:,}.")
+        # an index is data from elsewhere: it must not make us open /etc/… or ../… A file there may be a symbolic link: the
+        # hub's cache is made of them, and nobody but who may write into this folder can have made one.
+        if outside := [shown(name) for name in names if Path(name).name != name or "\\" in name or ":" in name]:
             raise ModelError(f"'{folder / INDEX}' names files outside of its folder: {listed(outside)}.")
-        if missing := [name for name in names if not (folder / name).is_file()]:
+        if others := [shown(name) for name in names if not name.endswith(".safetensors")]:
+            raise ModelError(f"'{folder / INDEX}' names files that are no safetensors: {listed(others)}.")
+        if missing := [shown(name) for name in names if not _is_file(folder / name)]:
             raise ModelError(
                 f"'{folder}' lacks {listed(missing)}, which its index names; the download is incomplete, fetch it again."
             )
         return tuple(folder / name for name in names)
     if (folder / "model.safetensors").is_file():
         return (folder / "model.safetensors",)
-    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    every = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    found = [path for path in every if not path.name.startswith("adapter_")]
     if len(found) == 1:
         return tuple(found)
     if found:
@@ -196,53 +211,19 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     raise ModelError(f"'{folder}' has no weights; expected model.safetensors, or shards with {INDEX}.")
 
 
-def _header(path: Path) -> dict[str, Entry]:
-    """Read and check one file's header: 8 bytes of length, that much JSON, then the tensors without gap or overlap."""
-    size = path.stat().st_size
+def _is_file(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= MAX_HEADER:
-                raise ValueError("it does not begin with a safetensors header")
-            if 8 + length > size:
-                raise ValueError(f"it ends inside its header, at {size:,} bytes")
-            header = json.loads(file.read(length))
-        entries, end = _entries(header, path, 8 + length)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        return path.is_file()
+    except OSError:  # a name that is longer than names may be
+        return False
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file, by name, whose header is found sound."""
+    try:
+        return read_header(path).entries
+    except (Fault, OSError) as error:
         raise ModelError(f"'{path}' is damaged: {error}; fetch it again.") from None
-    if size != 8 + length + end:
-        raise ModelError(
-            f"'{path}' is {'truncated' if size < 8 + length + end else 'too long'}: its header promises "
-            f"{8 + length + end:,} bytes and it has {size:,}; fetch it again."
-        )
-    return entries
-
-
-def _entries(header: Any, path: Path, data: int) -> tuple[dict[str, Entry], int]:
-    """The tensors of a header whose data begins at byte ``data``, in their order on disk, and how many bytes they take.
-
-    Raises ValueError where the header contradicts itself.
-    """
-    entries: dict[str, Entry] = {}
-    spans: list[tuple[int, int]] = []
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = DTYPES.get(fields["dtype"])
-        if dtype is None:
-            raise ValueError(f"'{name}' has the dtype {fields['dtype']}, which is not supported")
-        start, end = fields["data_offsets"]
-        entry = Entry(dtype, tuple(int(size) for size in fields["shape"]), path, data + start)
-        if end - start != entry.bytes:
-            raise ValueError(f"'{name}' takes {end - start:,} bytes where its shape needs {entry.bytes:,}")
-        entries[name] = entry
-        spans.append((start, end))
-    reached = 0
-    for start, end in sorted(spans):
-        if start != reached:
-            raise ValueError(f"its tensors leave a gap or overlap at byte {start:,}")
-        reached = end
-    return dict(sorted(entries.items(), key=lambda item: item[1].start)), reached
 
 
 def find_model(
@@ -261,9 +242,12 @@ def find_model(
     when the download fails; DoesNotFitError when the disk is too small for the weights, and OSError when it is full
     before they have arrived.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # longer than names may be; ~someone who has no home here
+        raise ModelError(f"There is no model {shown(name)} ({getattr(error, 'strerror', None) or error}).") from None
     if name == DEFAULT_MODEL:
         from qlora.model.default import default_model_folder
 

@@ -21,8 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.config import ModelSection
 from qlora.errors import ModelError, first_line, listed
+from qlora.model.foreign_code import say_foreign_code
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
-from qlora.model.shards import find_model, read_json
+from qlora.model.shards import find_model, read_model_config
 
 FOUR_BIT = ("nf4", "fp4")
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
@@ -57,7 +58,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
 
 def _any_config(folder: Path, section: ModelSection) -> tuple[Any, dict[str, Any]]:
     """The configuration in ``folder``, of whatever kind of model, and config.json as it stands there."""
-    raw = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")
+    raw = read_model_config(folder)
     kind = raw.get("model_type")
     native = kind in CONFIG_MAPPING
     if not native and raw.get("auto_map") and not section.trust_remote_code:
@@ -70,6 +71,8 @@ def _any_config(folder: Path, section: ModelSection) -> tuple[Any, dict[str, Any
             f"'{section.name}' has the model type '{kind}', which transformers {transformers.__version__} does not know; "
             "a newer transformers may."
         )
+    if section.trust_remote_code:
+        say_foreign_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # a configuration class may raise anything over values it does not like
@@ -176,7 +179,7 @@ def _built(maker: Any, config: Any, section: ModelSection, dtype: torch.dtype) -
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
             code = {"trust_remote_code": section.trust_remote_code} if hasattr(maker, "from_config") else {}
             model: nn.Module = make(config, dtype=dtype, attn_implementation=attention, **code)
-    except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # over the sizes of a stranger's configuration a model class raises anything
         raise ModelError(
             f"transformers {transformers.__version__} cannot build '{section.name}' with attention "
             f"'{section.attention}': {first_line(error)}."

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from qlora.config import ModelSection, parts_of
 from qlora.errors import MethodError, ModelError, first_line, listed
-from qlora.model.shards import find_model, read_json
+from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
+from qlora.model.shards import MAX_TOKENIZER, find_model, read_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
@@ -38,11 +39,25 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
         folder = find_model(source.name, source.revision, weights=False, trust_remote_code=trust_remote_code)
     else:
         folder = Path(source)
-    if not any(path for pattern in FILES for path in folder.glob(pattern)):
+    found = [path for pattern in FILES for path in folder.glob(pattern)]
+    if not found:
         raise ModelError(f"'{folder}' has no tokenizer; expected {', '.join(FILES[:-1])} or {FILES[-1]} in it.")
+    for path in {*found, *folder.glob("*.json"), *folder.glob("*.jinja")}:
+        if not path.is_file() or path.stat().st_size > MAX_TOKENIZER:
+            raise ModelError(
+                f"'{path}' is no file of at most {MAX_TOKENIZER:,} bytes; fetch the tokenizer's files again."
+            )
+    if trust_remote_code:
+        say_foreign_code(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception over a damaged file
+    except BaseException as error:  # the tokenizers library raises bare Exception over a damaged file, or panics
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # of Rust; no Exception either
+            raise
+        if not trust_remote_code:  # transformers asks for code only where it has no class of its own
+            refuse_foreign_code(folder, "The tokenizer", "tokenizer_config.json")
         raise ModelError(
             f"The tokenizer in '{folder}' cannot be loaded: {first_line(error)}. Fetch its files again."
         ) from error

@@ -321,12 +321,17 @@ def tiny_gguf(path: Path) -> None:
     writer.close()
 
 
-def test_converted_folder_has_the_gguf_models_logits_and_chat_template(tmp_path: Path) -> None:
+def test_converted_folder_has_the_gguf_models_logits_and_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf, folder = tmp_path / "tiny.gguf", tmp_path / "model"
     tiny_gguf(gguf)
+    with pytest.raises(ModelError, match="No other GGUF file is read"):
+        default.convert(gguf, folder)
+    monkeypatch.setattr(default, "GGUF_SHA256", hashlib.sha256(gguf.read_bytes()).hexdigest())
     default.convert(gguf, folder)
     read = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=gguf.name, dtype=torch.bfloat16)
     converted = AutoModelForCausalLM.from_pretrained(folder)

@@ -168,7 +168,7 @@ F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         (_append, "too long"),
         (_header({"a": F32 | {"data_offsets": [0, 12]}}), "takes 12 bytes where its shape needs 16"),
         (_header({"a": F32, "b": F32}), "gap or overlap"),
-        (_header({"a": F32 | {"dtype": "F4"}}), "dtype F4"),
+        (_header({"a": F32 | {"dtype": "F4"}}), "dtype 'F4'"),
         (_header({"a": {"dtype": "F32"}}), "damaged"),
         (_header(["a"]), "damaged"),
         (_pickles, r"pickled weights only \(pytorch_model.bin\).*save_pretrained"),
@@ -188,10 +188,10 @@ def test_damage_is_a_sentence(folder: Path, damage: Callable[[Path], None], sent
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ({"weight_map": {"a": "../elsewhere.safetensors"}}, "outside of its folder: ../elsewhere"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "outside of its folder: /etc/passwd"),
-        ({"weight_map": {"a": ".."}}, "outside|lacks"),
-        ({"weight_map": {"a": "model-3.safetensors"}}, "lacks model-3.safetensors"),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, "outside of its folder: '../elsewhere"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "outside of its folder: '/etc/passwd'"),
+        ({"weight_map": {"a": ".."}}, "no safetensors"),
+        ({"weight_map": {"a": "model-3.safetensors"}}, "lacks 'model-3.safetensors'"),
         ({"weight_map": {"a": 3}}, "no 'weight_map'"),
         ({}, "no 'weight_map'"),
     ],

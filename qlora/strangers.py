@@ -1,0 +1,233 @@
+"""JSON and YAML that strangers wrote: bounded before it is believed, and only plain values come out.
+
+    file ► its size ► text ► parsed once ► depth, number and repeats of its values ► plain values
+
+Checkpoints, adapters and recipes are downloaded and sent about. Whatever such a file holds, reading it ends, in time and
+memory that its size bounds, and what is wrong with it is a ``Fault``: the end of a sentence that begins with the file's
+name. Knows JSON and YAML; must not know what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_JSON = 4 * 1024**2  # bytes of a configuration; the largest that are published have under one million
+MAX_RECIPE = 256 * 1024  # bytes of a recipe; PyYAML reads 36,000 a second at worst, so that the worst takes seconds
+MAX_VALUES = 20_000  # values and keys of a recipe, each counted as often as an alias repeats it
+MAX_DEPTH = (
+    64  # levels of lists and objects in JSON; Python gives up somewhere below 1,000, which moves with the caller
+)
+MAX_LEVELS = 16  # in YAML: a recipe has five, and PyYAML looks at all that are open once more for every sign it reads
+MAX_NUMBER = 64  # characters of a number: the time to read one grows with the square of its length
+MAX_SHOWN = 100  # characters of a text that a message repeats
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+PLAIN_TAGS |= {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge"}
+
+
+class Fault(ValueError):
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes. Raises Fault for a larger one, or for what is no file (a pipe would
+    be waited for, a device never ends), and OSError."""
+    if path.exists() and not path.is_file():
+        raise Fault("it is no ordinary file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise Fault(f"it has {size:,} bytes; expected at most {most:,}")
+        return file.read(size)  # and no more: Python takes the memory for what it is asked to read at once
+
+
+def json_object(content: bytes, strict: bool = False, most: int | None = None) -> dict[str, Any]:
+    """The object in UTF-8 ``content``. Raises Fault for anything else, and for what is deeper than ``MAX_DEPTH``.
+
+    A key that stands twice with different values is refused: which of them counts differs between readers. ``strict`` is
+    for formats that forbid more, safetensors' header among them: the same key twice at all, and NaN and infinity, which
+    some models' configurations hold. ``most`` bounds how many values there may be.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            seen: dict[str, Any] = {}
+            for key, value in pairs:
+                if key in seen and (strict or seen[key] != value):
+                    raise Fault(f"it has the key {shown(key)} twice")
+                seen[key] = value
+        return values
+
+    try:
+        values = json.loads(
+            content.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse if strict else float
+        )
+    except Fault:
+        raise
+    except RecursionError:
+        raise Fault(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Fault(f"it is no JSON ({error})") from None
+    except ValueError:  # int() refuses long digits, which take it quadratic time
+        raise Fault(f"it has a whole number of more than {sys.get_int_max_str_digits():,} digits") from None
+    if not isinstance(values, dict):
+        raise Fault(f"it holds {type(values).__name__} instead of an object")
+    _bound(values, most)
+    return values
+
+
+def _refuse(constant: str) -> float:
+    raise Fault(f"it holds {constant}, which is no JSON")
+
+
+def _bound(values: Any, most: int | None) -> None:
+    """Raise Fault where plain values are too deep or too many. Level by level: recursion has a bound of its own."""
+    level, count = [values], 0
+    for _ in range(MAX_DEPTH + 1):
+        inside: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inside += value.values()
+            elif isinstance(value, list):
+                inside += value
+        count += len(inside)
+        if most is not None and count > most:
+            raise Fault(f"it has more than {most:,} values")
+        if not inside:
+            return
+        level = inside
+    raise Fault(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+class _Composer(yaml.SafeLoader):
+    """PyYAML's safe loader, which stops at what no recipe needs.
+
+    Aliases are weighed with all that they stand for: ten lines of nine aliases each are 9¹⁰ values, and merge keys (``<<``)
+    copy them one by one.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.weights: dict[
+            yaml.Node, tuple[int, int]
+        ] = {}  # of every finished node: (values, levels), aliases unfolded
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """The scanner opens a bracket."""
+        super().fetch_flow_collection_start(TokenClass)
+        self._refuse_depth(self.flow_level)
+
+    def add_indent(self, column: int) -> bool:
+        """The scanner goes one level in."""
+        self._refuse_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _refuse_depth(self, levels: int) -> None:
+        if levels > MAX_LEVELS:
+            raise Fault(f"it is nested more than {MAX_LEVELS} levels deep at line {self.line + 1}")
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """One node, weighed. Raises Fault."""
+        mark = self.peek_event().start_mark
+        place = f"at line {mark.line + 1}, column {mark.column + 1}"
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is None:
+            return None
+        if is_alias and node not in self.weights:
+            raise Fault(f"it has an anchor that holds itself {place}")
+        if not is_alias:
+            self._weigh(node, place)
+        count, depth = self.weights[node]
+        if count > MAX_VALUES or len(self.weights) > MAX_VALUES:
+            raise Fault(f"it has more than {MAX_VALUES:,} values {place}, counting what aliases repeat")
+        self._refuse_depth(depth)
+        return node
+
+    def _weigh(self, node: yaml.Node, place: str) -> None:
+        if node.tag not in PLAIN_TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise Fault(f"it is not valid YAML for a recipe: {shown(tag)} {place} stands for no plain value")
+        inside: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
+                raise Fault(f"it has a number of more than {MAX_NUMBER} characters {place}")
+            if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
+                raise Fault(f"it has a character that no text may hold (NUL, or half of a surrogate pair) {place}")
+        elif isinstance(node, yaml.MappingNode):
+            inside = [part for pair in node.value for part in pair]
+            if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+                raise Fault(f"it has a key that is no plain text {place}")
+        else:
+            inside = node.value
+        weighed = [self.weights[part] for part in inside]
+        self.weights[node] = 1 + sum(count for count, _ in weighed), 1 + max((depth for _, depth in weighed), default=0)
+
+
+def yaml_values(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """The plain values of a YAML document, None for an empty one, and the line (from 1) of every key by its path.
+
+    A list's parts are numbered from 0. Raises Fault for what is no YAML, for more than ``MAX_RECIPE`` bytes, ``MAX_VALUES``
+    values or ``MAX_LEVELS`` levels, for tags of other than plain values, anchors that hold themselves, and a key that stands
+    twice.
+    """
+    if len(text) > MAX_RECIPE or len(text.encode("utf-8", "surrogatepass")) > MAX_RECIPE:
+        raise Fault(f"it is larger than {MAX_RECIPE:,} bytes")
+    lines: dict[tuple[str, ...], int] = {}
+    try:
+        loader = _Composer(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, {}
+            _lines(node, (), lines)
+            return loader.construct_document(node), lines
+        finally:
+            loader.dispose()
+    except Fault:
+        raise
+    except Exception as error:  # over values such as `!!int ""` PyYAML lets through what int(), dict and re raise
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or error or type(error).__name__)
+        raise Fault(f"it is not valid YAML{place}: {problem.splitlines()[0][: 2 * MAX_SHOWN]}") from None
+
+
+def _lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            line = key.start_mark.line + 1
+            if here in lines:
+                raise Fault(f"{shown('.'.join(here))} stands twice, at lines {lines[here]} and {line}; keep one")
+            lines[here] = line
+            _lines(value, here, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            _lines(value, (*path, str(number)), lines)
+
+
+class _Shown(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, MAX_SHOWN, MAX_SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write out an int of more than 4,300 digits."""
+        return super().repr_int(x, level) if abs(x) < 10**40 else f"a number of {x.bit_length():,} bits"
+
+
+def shown(value: object) -> str:
+    """The beginning of a value of any size and depth, as Python writes it: ``'text'``, ``[1, 2, …]``; control characters
+    are escaped."""
+    return _SHOWN.repr(value)
+
+
+_SHOWN = _Shown()
