@@ -1,6 +1,6 @@
 """Chat: a conversation with a trained model in the terminal.
 
-Knows a run, its chat template and generation; must not know training.
+Knows a run, its chat template and generation; must not know training. What the model writes is shown, and moves no cursor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from transformers import TextStreamer
 
-from qlora.errors import RunError
+from qlora.data.rendering import CutOff, Refused, Renderer
+from qlora.errors import RunError, visible
 from qlora.evaluation import answer, room
 from qlora.run import chat_tokenizer, load_run
 
@@ -25,14 +26,21 @@ class Conversation:
         self.tokenizer = chat_tokenizer(folder)
         self.model = load_run(folder)
         self.messages: list[dict[str, str]] = []
+        template = self.tokenizer.chat_template
+        self._renderer = None if template is None else Renderer(template, self.tokenizer.special_tokens_map)
 
     def say(self, text: str, max_new_tokens: int = LONGEST_ANSWER, streamer: Any = None) -> str:
         """The answer to ``text``, greedy; both are remembered. A run on raw text continues the text and remembers nothing."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        if self.tokenizer.chat_template is None:
+        if self._renderer is None:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
         else:
-            ids = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                rendered = self._renderer.text(asked, add_generation_prompt=True)
+            except (Refused, CutOff) as error:
+                how = "refuses this conversation" if isinstance(error, Refused) else "was stopped, as"
+                raise RunError(f"The run's chat template {how}: {error}. Begin anew with /new.") from None
+            ids = self.tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         left = room(self.model, len(ids))
         if left is not None and left < max_new_tokens:
             raise RunError(
@@ -40,9 +48,16 @@ class Conversation:
                 "begin anew with /new, or ask in fewer words."
             )
         reply = answer(self.model, ids, max_new_tokens, streamer)
-        if self.tokenizer.chat_template is not None:
+        if self._renderer is not None:
             self.messages = [*asked, {"role": "assistant", "content": reply}]
         return reply
+
+
+class _Screen(TextStreamer):
+    """Prints an answer as it comes."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text), stream_end)
 
 
 def talk(folder: str | Path, lines: TextIO | None = None) -> None:
@@ -52,7 +67,7 @@ def talk(folder: str | Path, lines: TextIO | None = None) -> None:
     terminal = source.isatty()
     if terminal:
         print("Ask away. /new begins a new conversation, /quit leaves.")
-    streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Screen(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         if terminal:
             print("> ", end="", flush=True)
@@ -66,4 +81,4 @@ def talk(folder: str | Path, lines: TextIO | None = None) -> None:
             try:
                 conversation.say(text, streamer=streamer)
             except RunError as error:
-                print(error)
+                print(visible(error))

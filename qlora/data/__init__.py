@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,14 @@ from qlora.config import DataSection
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import IGNORE_INDEX, Example, fit, text_examples
+from qlora.data.files import DataFile
 from qlora.data.formats import Conversation, Parsed, parse
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.report import Counts, Report
 from qlora.data.sources import read_records
 from qlora.data.split import needs_pieces, split_pieces, split_records
-from qlora.errors import DataError
+from qlora.errors import DataError, listed
 
 __all__ = [
     "IGNORE_INDEX",
@@ -77,6 +79,8 @@ class Data:
     """Those with an answer; none for raw text."""
     virtual_tokens: int = 0
     """How many the rows leave room for, before every example."""
+    files: tuple[DataFile, ...] = ()
+    """The files it was read from, in the recipe's order; a hub data set has none here."""
 
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
@@ -104,12 +108,15 @@ class Data:
         chosen = set(order)
         order += [index for index in range(total) if index not in chosen]
         prompts: list[Prompt] = []
-        for index in order:
-            if len(prompts) == count:
-                break
-            prompt = self._continuation(pieces[index]) if pieces else self._question(self.held_out_conversations[index])
-            if 0 < len(prompt.ids) < longest:
-                prompts.append(prompt)
+        with self.template.renderer if self.template else nullcontext():
+            for index in order:
+                if len(prompts) == count:
+                    break
+                prompt = (
+                    self._continuation(pieces[index]) if pieces else self._question(self.held_out_conversations[index])
+                )
+                if 0 < len(prompt.ids) < longest:
+                    prompts.append(prompt)
         return prompts
 
     def _question(self, conversation: Conversation) -> Prompt:
@@ -138,6 +145,7 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_token
             f"data.max_length={section.max_length} leaves no room for a text beside the method's {virtual_tokens} virtual "
             "tokens; raise data.max_length, or lower method.tokens."
         )
+    files = _look(section)
     records = read_records(section.train, section.subset, section.split, section.limit)
     parsed = parse(records, section.form, section.columns)
     held = Parsed(parsed.form)
@@ -147,6 +155,8 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_token
         held = parse(given, parsed.form, section.columns)
     elif section.held_out_fraction and not in_pieces:
         parsed, held = split_records(parsed, section.held_out_fraction, seed)
+    if changed := [file.name for file in files if file.change()]:
+        raise DataError(f"{listed(changed)} changed while it was read; wait until it is written, then begin again.")
     train_on = _resolve_train_on(section.train_on, parsed.form)
     template = ChatTemplate(tokenizer, section.chat_template) if parsed.form != "text" else None
 
@@ -179,7 +189,15 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_token
         section.max_length,
         held.conversations,
         virtual_tokens,
+        files,
     )
+
+
+def _look(section: DataSection) -> tuple[DataFile, ...]:
+    """The data files of a recipe, before they are read."""
+    names = [section.train] if isinstance(section.train, str) else list(section.train)
+    names += [name for name in (section.held_out, section.chat_template) if name is not None]
+    return tuple(file for name in names if (file := DataFile.look(name)) is not None)
 
 
 def _resolve_train_on(train_on: str, form: str) -> str:

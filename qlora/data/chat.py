@@ -11,8 +11,10 @@ template is the whole truth, so there is never a second bos. Masks come from pos
 
 - A template that rewrites earlier turns (Qwen3 removes their thoughts) makes a conversation of n answers n examples,
   each as the model would have seen it, with its last answer trained.
-- A template with ``{% generation %}`` blocks states its own mask, and transformers reads it.
+- A template with ``{% generation %}`` blocks states its own mask.
 - Without a template, ``DEFAULT_TEMPLATE``: plain text, existing tokens only, eos at the end of the assistant's turn.
+
+A template comes from a stranger: it runs in a process of its own (rendering.py), which cuts it off.
 
 Knows templates and tokenizers; must not know files of data, lengths or packing.
 """
@@ -21,17 +23,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
 import numpy
 from numpy.typing import NDArray
 
 from qlora.data.dialect import Dialect
 from qlora.data.examples import Example, make_example
 from qlora.data.formats import Conversation
+from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer
+from qlora.durable import expanded
 from qlora.errors import DataError
 
 DEFAULT_TEMPLATE = """\
@@ -44,6 +46,7 @@ DEFAULT_TEMPLATE = """\
 """The template of tokenizers without one. A tokenizer that begins every text with bos gets it here too."""
 
 _BATCH = 512  # texts tokenised at once: the offsets of no more are in memory
+_GROUP = 64  # conversations rendered at once: few enough that their texts are no burden
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.
@@ -55,7 +58,8 @@ class ChatTemplate:
     """A tokenizer's chat template, or the one that stands in for it.
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
-    (None where the template has none). Raises DataError when the template file cannot be read or is not Jinja.
+    (None where the template has none). Raises DataError when the template file cannot be read or is not Jinja, and when the
+    template is cut off: it loops, or asks for too much memory.
     """
 
     def __init__(self, tokenizer: Any, file: str | None = None) -> None:
@@ -66,18 +70,16 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.name, self.text = _find(tokenizer, file)
-        self._source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
+        source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
+        self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        try:
-            self._render([{"role": "user", "content": "Hi"}])
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"The chat template ({self.name}) is not valid Jinja: line {error.lineno}, {error}."
-            ) from None
-        except Exception:  # it may refuse such a short conversation, which is its right
-            pass
-        self.dialect = Dialect(self._render)
-        self.end_of_turn = self._end_of_turn()
+        with self.renderer:
+            try:
+                self._try()
+                self.dialect = Dialect(self.renderer.text)
+                self.end_of_turn = self._end_of_turn()
+            except CutOff as error:  # at the first time: every other question would cost as long
+                raise self._cut_off("a short conversation, made up to try it,", error) from None
         self._states_mask = _GENERATION.search(self.text) is not None
 
     def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
@@ -89,11 +91,14 @@ class ChatTemplate:
         texts: list[str] = []
         spans: list[list[tuple[int, int]]] = []
         owners: list[int] = []
-        for owner, conversation in enumerate(conversations):
-            for text, answers in self._rendered(conversation, train_on):
-                texts.append(text)
-                spans.append(answers)
-                owners.append(owner)
+        with self.renderer:
+            for first in range(0, len(conversations), _GROUP):
+                rendered = self._rendered(conversations[first : first + _GROUP], train_on)
+                for owner, examples in enumerate(rendered, first):
+                    for text, answers in examples:
+                        texts.append(text)
+                        spans.append(answers)
+                        owners.append(owner)
         encoded: list[list[Example]] = [[] for _ in conversations]
         for first in range(0, len(texts), _BATCH):
             batch = self.tokenizer(
@@ -104,7 +109,10 @@ class ChatTemplate:
                 if train_on == "all":
                     trained = numpy.ones(len(ids), dtype=bool)
                 else:
-                    trained = self._mask(ids, offsets, spans[at], place)
+                    answers = spans[at]
+                    if self._states_mask:
+                        answers = _runs(offsets, answers)[-1 if train_on == "completion" else 0 :]
+                    trained = self._mask(ids, offsets, answers, place)
                 encoded[owners[at]].append(make_example(ids, trained))
         return encoded
 
@@ -113,41 +121,56 @@ class ChatTemplate:
         answer that was given."""
         messages, tools = self.dialect.speak(conversation)
         first = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
-        text = self._checked(conversation.place, messages[:first], tools, add_generation_prompt=True)
+        (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         given = next(message for message in conversation.messages if message["role"] == "assistant")
         return messages[:first], ids, given["content"]
 
     # --- text and spans ----------------------------------------------------------------------------------------------
 
-    def _rendered(self, conversation: Conversation, train_on: str) -> list[tuple[str, list[tuple[int, int]]]]:
-        """(text, spans of answers in characters) of each example that the conversation gives."""
-        messages, tools = self.dialect.speak(conversation)
-        place = conversation.place
-        whole = self._checked(place, messages, tools)
-        if train_on == "all":
-            return [(whole, [])]
-        if self._states_mask:
-            spans = self._stated_spans(place, messages, tools)
-            return [(whole, spans[-1:] if train_on == "completion" else spans)]
-        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        if train_on == "completion":
-            answers = answers[-1:]
-        upto = {at: self._checked(place, messages[: at + 1], tools) for at in answers[:-1]}
-        upto[answers[-1]] = whole  # nothing follows the last answer: formats.py left it off
-        spans = [(self._start(place, messages, tools, at, upto[at]), self._end(upto[at])) for at in answers]
-        if all(whole.startswith(text) for text in upto.values()):
-            return [(whole, spans)]
-        return [(upto[at], [span]) for at, span in zip(answers, spans, strict=True)]
+    def _rendered(
+        self, conversations: Sequence[Conversation], train_on: str
+    ) -> Iterator[list[tuple[str, list[tuple[int, int]]]]]:
+        """For each conversation the (text, spans of answers in characters) of the examples that it gives."""
+        jobs, answers = [], []
+        for conversation in conversations:
+            messages, tools = self.dialect.speak(conversation)
+            found = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+            if train_on == "completion":
+                found = found[-1:]
+            if train_on == "all" or self._states_mask:
+                found = []
+            # the whole, which ends with the last answer (formats.py left off what follows), what ends with the others, and
+            # what each is the answer to
+            cuts = [(len(messages), False), *((at + 1, False) for at in found[:-1]), *((at, True) for at in found)]
+            jobs.append(Job(messages, tools, cuts))
+            answers.append(found)
+        places = [conversation.place for conversation in conversations]
+        for place, job, found, texts in zip(places, jobs, answers, self._checked(places, jobs), strict=True):
+            yield self._examples(place, job, found, texts)
 
-    def _start(self, place: str, messages: list[dict[str, Any]], tools: Any, at: int, upto: str) -> int:
-        """Where the answer ``messages[at]`` begins in ``upto``, the rendering that ends with it."""
-        asked = self._checked(place, messages[:at], tools, add_generation_prompt=True)
+    def _examples(
+        self, place: str, job: Job, answers: list[int], rendered: list[Rendered]
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
+        if not answers:
+            return [(text, spans) for text, spans in rendered]
+        texts = [text for text, _ in rendered]
+        whole, upto, asked = texts[0], [*texts[1 : len(answers)], texts[0]], texts[len(answers) :]
+        spans = [
+            (self._start(place, job, at, before, text), self._end(text))
+            for at, before, text in zip(answers, asked, upto, strict=True)
+        ]
+        if all(whole.startswith(text) for text in upto):
+            return [(whole, spans)]
+        return [(text, [span]) for text, span in zip(upto, spans, strict=True)]
+
+    def _start(self, place: str, job: Job, at: int, asked: str, upto: str) -> int:
+        """Where the answer of message ``at`` begins in ``upto``, the rendering that ends with it; ``asked`` ends before it."""
         if upto.startswith(asked):
             return len(asked)
         # A generation prompt may hold more than a finished turn does (DeepSeek-R1 opens the thoughts in it): the answer
         # begins where the two part, but never before the end of the earlier turns.
-        before = self._checked(place, messages[:at], tools)
+        (((before, _),),) = self._checked([place], [Job(job.messages, job.tools, [(at, False)])])
         if not upto.startswith(before):
             raise DataError(
                 f"{_capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
@@ -161,25 +184,6 @@ class ChatTemplate:
         """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""
         bare = text.rstrip()
         return len(bare) if bare.endswith(self._special) else len(text)
-
-    def _stated_spans(self, place: str, messages: list[dict[str, Any]], tools: Any) -> list[tuple[int, int]]:
-        """The spans of the template's ``{% generation %}`` blocks, from transformers' mask of the tokens."""
-        try:
-            batch = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=self._source,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-                date_string=_DATE,
-            )
-        except Exception as error:
-            raise self._refusal(place, error) from None
-        trained = numpy.asarray(batch["assistant_masks"], dtype=bool)
-        offsets = numpy.asarray(batch["offset_mapping"]).reshape(-1, 2)
-        edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[0], trained, [0]])))
-        return [(int(offsets[a, 0]), int(offsets[b - 1, 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -205,41 +209,60 @@ class ChatTemplate:
         """The special token that directly follows an answer, or None."""
         mark = "qlora-answer"
         try:
-            text = self._render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
-        except Exception:
+            text = self.renderer.text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
+        except Refused:
             return None
         tail = text[text.rfind(mark) + len(mark) :].lstrip()
         found = max((token for token in self._special if tail.startswith(token)), key=len, default=None)
         return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found))
 
-    # --- rendering, in transformers' sandbox --------------------------------------------------------------------------
+    # --- rendering ---------------------------------------------------------------------------------------------------
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._source,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            date_string=_DATE,
+    def _try(self) -> None:
+        try:
+            self.renderer.text([{"role": "user", "content": "Hi"}])
+        except Refused as error:  # it may refuse such a short conversation, which is its right
+            if error.line is not None:
+                raise DataError(
+                    f"The chat template ({self.name}) is not valid Jinja: line {error.line}, {error}."
+                ) from None
+
+    def _checked(self, places: Sequence[str], jobs: Sequence[Job]) -> list[list[Rendered]]:
+        """``Renderer.render``, whose exceptions become a DataError that names the record, of those at ``places``."""
+        try:
+            return self.renderer.render(jobs, mark_answers=self._states_mask)
+        except Refused as error:
+            place = _capital(places[error.job])
+            raise DataError(f"{place} is refused by the chat template ({self.name}): {error}.") from None
+        except CutOff as error:
+            raise self._cut_off(places[error.job], error) from None
+
+    def _cut_off(self, place: str, error: CutOff) -> DataError:
+        return DataError(
+            f"The chat template ({self.name}) was stopped at {place} as {error}. A template is a program of its author's; "
+            "give another one in data.chat_template."
         )
 
-    def _checked(self, place: str, *arguments: Any, **options: Any) -> str:
-        try:
-            return self._render(*arguments, **options)
-        except Exception as error:  # a template is a program of its author's: any exception means that it refuses
-            raise self._refusal(place, error) from None
 
-    def _refusal(self, place: str, error: Exception) -> DataError:
-        reason = str(error).strip().rstrip(".") or type(error).__name__
-        return DataError(f"{_capital(place)} is refused by the chat template ({self.name}): {reason}.")
+def _runs(offsets: list[Any], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ``{% generation %}`` blocks of a text as the tokens that hold them, those side by side as one.
+
+    ``offsets``: the (begin, end) characters of each token. ``spans`` and what is returned: (begin, end) in characters.
+    """
+    begins, ends = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2).T
+    trained = numpy.zeros(len(begins), dtype=bool)
+    for start, end in spans:
+        if start < end:
+            trained |= (ends > start) & (begins < end) & (ends > begins)
+    edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[0], trained, [0]])))
+    return [(int(begins[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _find(tokenizer: Any, file: str | None) -> tuple[str, str]:
     """(name, Jinja source) of the template to use: the file, the tokenizer's own, or the default."""
     if file is not None:
         try:
-            return f"'{file}'", Path(file).expanduser().read_text(encoding="utf-8")
+            return f"'{file}'", expanded(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.chat_template '{file}' cannot be read ({error}); expected a Jinja file.") from None
     if tokenizer.chat_template:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora.data.formats import Conversation
+from qlora.data.rendering import Refused
 from qlora.data.values import Mistake, function_calls, json_inside
 from qlora.errors import DataError
 
@@ -25,7 +26,7 @@ _MARK = "qlora_probe"
 
 
 class Dialect:
-    """Which roles and fields a template renders. ``render(messages, tools)`` gives a text or raises."""
+    """Which roles and fields a template renders. ``render(messages, tools)`` gives a text or raises Refused."""
 
     def __init__(self, render: Callable[..., str]) -> None:
         user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -38,7 +39,7 @@ class Dialect:
         def shows(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
             try:
                 return _MARK in render(messages, tools)
-            except Exception:
+            except Refused:
                 return False
 
         self.system = shows([{"role": "system", **mark}, user])

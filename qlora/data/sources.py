@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.values import json_fault, kind
+from qlora.durable import expanded
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 
 
@@ -62,7 +63,7 @@ def read_records(
 
 
 def _records(source: str, subset: str | None, split: str) -> Iterator[Record]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _READERS)

@@ -183,3 +183,9 @@ def test_local_files_never_touch_the_network(write: Any, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match="no data file"):
         read_records("./org/name")
     assert fields(write("a.jsonl", [{"a": 1}])) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/a.jsonl", "~nobody-has-this-name"])
+def test_a_home_that_nobody_has_is_no_file(name: str) -> None:
+    with pytest.raises(DataError, match="There is no data file"):
+        read_records(name)
