@@ -7,21 +7,24 @@ imported before it is needed, so that ``qlora doctor`` runs where torch does not
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest
+from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest, redacted, visible
 
 USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
 
   plan      RECIPE                 what it takes in memory and on disk, how long a step takes, what else would fit
   preview   RECIPE [count=2]       examples as the model sees them, trained tokens marked
   train     RECIPE                 train, evaluate, report; overwrite=true replaces an old run
-  resume    RUN                    go on from the newest checkpoint
+  resume    RUN                    go on from the newest checkpoint [training.micro_batch_size=1 and the like]
   evaluate  RUN                    held-out loss and answers, measured now
   chat      RUN                    talk to the trained model
   export    RUN merged             a plain 16-bit model [out=FOLDER base=original dtype=fp16 overwrite=true]
@@ -41,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if words else 2
     _quiet_libraries()
+    stopped: list[int] = []
+    try:
+        with _lasting_errors(), _terminated(stopped):
+            return _status(words, stopped)
+    except KeyboardInterrupt:  # once more, while the first was told
+        return _stopped(stopped)
+
+
+def _status(words: list[str], stopped: list[int]) -> int:
+    """Run the command; every error becomes one sentence. ``stopped``: the signals that ended it."""
     try:
         if words[0] not in VERBS:
             raise InputError(
@@ -48,30 +61,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return VERBS[words[0]](words[1:]) or 0
     except QloraError as error:
-        print(f"qlora: {error}", file=sys.stderr)
+        print(f"qlora: {visible(error)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("qlora: stopped; nothing that was saved is lost.", file=sys.stderr)
-        return 130
+        return _stopped(stopped)
     except BrokenPipeError:  # | head
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return 0
     except OSError as error:
         if disk_is_full(error):
             return _full(error)
-        print(f"qlora: {error}", file=sys.stderr)
+        print(f"qlora: {visible(error)}", file=sys.stderr)
         return 2
     except Exception as error:
         if _out_of_memory(error):
             print(
-                f"qlora: Out of memory ({first_line(error)}); lower training.micro_batch_size or data.max_length, or set "
+                f"qlora: Out of memory ({visible(first_line(error))}); lower training.micro_batch_size or data.max_length, or set "
                 "training.accumulation=micro_batch_major.",
                 file=sys.stderr,
             )
             return 3
         if disk_is_full(error):  # safetensors has an exception of its own
             return _full(error)
-        traceback.print_exc()
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
         print("qlora: this is a defect of qlora; please report it with the lines above.", file=sys.stderr)
         return 1
 
@@ -81,7 +94,7 @@ def _plan(words: list[str]) -> int:
     from qlora.planner import survey
 
     found = survey(recipe)
-    print(found)
+    print(visible(redacted(str(found))))
     return 0 if found.fits else 3
 
 
@@ -108,10 +121,10 @@ def _train(words: list[str]) -> None:
 
 
 def _resume(words: list[str]) -> None:
-    folder = _run("resume", words)
+    folder = _run("resume", words[:1])
     from qlora import run
 
-    _summary(run.resume(folder))
+    _summary(run.resume(folder, *words[1:]))
 
 
 def _evaluate(words: list[str]) -> None:
@@ -253,14 +266,14 @@ def _summary(run: Any) -> None:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
     print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
     for item in run.generations:
-        print(f"\n? {item.prompt}")
+        print(f"\n? {visible(item.prompt)}")
         for name, text in (("expected", item.expected), ("before", item.before), ("after", item.after)):
             if text is not None:
-                print(f"  {name + ':':<10}{' '.join(text.split())}")
-    print(f"\nRun folder   {run.folder}")
+                print(f"  {name + ':':<10}{visible(' '.join(text.split()))}")
+    print(f"\nRun folder   {visible(run.folder)}")
     if run.report:
-        print(f"Report       {run.report}")
-    print(f"Try next     {_command()} chat {run.folder}")
+        print(f"Report       {visible(run.report)}")
+    print(f"Try next     {_command()} chat {visible(shlex.quote(str(run.folder)))}")
 
 
 def _command() -> str:
@@ -275,10 +288,64 @@ def _command() -> str:
 
 def _full(error: Exception) -> int:
     print(
-        f"qlora: The disk is full ({error}); make room and go on with qlora resume RUN, or begin again.",
+        f"qlora: The disk is full ({visible(error)}); make room and go on with qlora resume RUN, or begin again.",
         file=sys.stderr,
     )
     return 3
+
+
+def _stopped(stopped: list[int]) -> int:
+    """The exit status after a signal: SIGINT's where nothing was noted."""
+    return 128 + (stopped[-1] if stopped else signal.SIGINT)
+
+
+@contextmanager
+def _terminated(stopped: list[int]) -> Iterator[None]:
+    """Inside, SIGTERM ends the work as Ctrl-C does, so that what is half-written is removed; it is noted in ``stopped``."""
+
+    def note(number: int, frame: Any) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, note)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _lasting_errors() -> Iterator[None]:
+    """Inside, work goes on when nobody takes what it says any more: a terminal that was closed, a full disk under a log."""
+    stream = sys.stderr
+    sys.stderr = cast(TextIO, _Lasting(stream))
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+
+
+class _Lasting:
+    """A stream whose failures are nobody's, and to which nothing writes a secret."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(redacted(text))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -297,6 +364,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if hasattr(sys.stdout, "reconfigure"):  # an answer's letters that the terminal lacks are no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def entry() -> None:

@@ -11,20 +11,28 @@
     ├── DoesNotFitError         3   memory or disk is too small for what was asked; also a MemoryError
     └── Stopped           130, 143  a signal arrived; the state was saved first
 
-A message is one or two sentences: what was found, what was expected, what to do next. This file knows no other module.
+A message is one or two sentences: what was found, what was expected, what to do next. Below the tree: what every text goes
+through that leaves the program, so that it holds no secret (``redacted``) and moves no cursor (``visible``). This file knows
+no other module.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class QloraError(Exception):
-    """Root of the tree. ``exit_status`` is what the command line exits with."""
+    """Root of the tree. ``exit_status`` is what the command line exits with. A message never holds a secret."""
 
     exit_status = 1
+
+    def __init__(self, *details: object) -> None:
+        super().__init__(*(redacted(detail) for detail in details))
 
 
 class InputError(QloraError, ValueError):
@@ -99,8 +107,90 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+LONGEST_NAME = 200  # characters of one name: a stranger's may fill the screen
+
+
 def listed(names: Iterable[object], limit: int = 5) -> str:
     """The first ``limit`` names, comma-separated, with how many were left out: ``a, b, c and 4 more``."""
     every = [str(name) for name in names]
-    shown = ", ".join(every[:limit])
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in every[:limit])
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
+
+
+# --- text that leaves ------------------------------------------------------------------------------------------------
+
+REDACTED = "[redacted]"
+
+_ADDRESS = re.compile(r"(://)(?:[^\s/@:'\"]*:[^\s/@'\"]*|[^\s/@'\"]{16,})@")  # https://user:password@host
+_NAMED = re.compile(
+    r"(\b(?:bearer|authorization:(?:\s*basic)?)\s+"
+    r"|[?&](?:[\w-]*(?:token|secret|signature|credential|password|policy|key)[\w-]*|sig)=)[^\s&'\"<>]{8,}",
+    re.IGNORECASE,
+)
+_KEYS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:hf_|api_org_)[A-Za-z0-9]{16,}"  # the hub's
+    r"|sk-(?:[a-z0-9]{1,8}-){0,2}(?=[A-Za-z_]*[0-9])[A-Za-z0-9_]{20,}[A-Za-z0-9_-]*"  # of those who serve models
+    r"|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}"
+    r")"
+)
+_SECRET_NAMES = {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIALS", "APIKEY"}
+_PLACE_NAMES = {
+    "PATH",
+    "FILE",
+    "DIR",
+    "FOLDER",
+    "HOME",
+    "NAME",
+    "ID",
+    "TYPE",
+    "URL",
+}  # HF_TOKEN_PATH says where the token is
+_SHORTEST_SECRET = 8  # characters; TOKEN=true would take every "true" with it
+
+
+def redacted(value: Any) -> Any:
+    """``value`` without secrets, also inside lists and mappings: what looks like a key, passwords in addresses, and the
+    values of environment variables that are called TOKEN, SECRET, PASSWORD, API_KEY.
+
+    For what is said and written of a run, not for the data: what people train on is theirs.
+    """
+    if isinstance(value, dict):
+        return {redacted(key): redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted, value)) if type(value) in (list, tuple) else value
+    if not isinstance(value, str):
+        return value
+    for secret in _secrets_here():
+        value = value.replace(secret, REDACTED)
+    value = _ADDRESS.sub(rf"\1{REDACTED}@", value)
+    return _KEYS.sub(REDACTED, _NAMED.sub(rf"\1{REDACTED}", value))
+
+
+def _secrets_here() -> list[str]:
+    """The secrets of the environment, the longest first: one may be a part of another."""
+    found = set()
+    for name, secret in os.environ.items():
+        words = name.upper().split("_")
+        secret = secret.strip()
+        named = _SECRET_NAMES.intersection(words) or (words[-1] == "KEY" and {"API", "ACCESS", "PRIVATE"} & set(words))
+        if named and words[-1] not in _PLACE_NAMES and len(secret) >= _SHORTEST_SECRET:
+            found.add(secret)
+    return sorted(found, key=len, reverse=True)
+
+
+# Controls but tab and line feed, marks that turn the direction of writing, line separators, halves of surrogate pairs,
+# and the invisible letters of "tags".
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def visible(value: object) -> str:
+    """``value`` as text for a terminal: what would move the cursor, colour or retitle is shown as its escape (``\\x1b``).
+
+    Letters of every script stay, with tabs and line feeds.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))

@@ -12,10 +12,11 @@ while the run goes on. This room knows the run folder's files alone; it must not
 
 from __future__ import annotations
 
-import os
+import shlex
 from pathlib import Path
 
-from qlora.errors import RunError
+from qlora.durable import file_written_aside
+from qlora.errors import DoesNotFitError, RunError, disk_is_full
 from qlora.reporting.page import render
 from qlora.reporting.records import Records, read_records
 
@@ -30,12 +31,15 @@ def write_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     html = render(read_records(folder))
-    report, aside = folder / "report.html", folder / f".report.html.{os.getpid()}"
+    report = folder / "report.html"
     try:
-        aside.write_text(html, encoding="utf-8")
-        aside.replace(report)
+        with file_written_aside(report) as aside:
+            aside.write_text(html, encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        if disk_is_full(error):
+            raise DoesNotFitError(
+                f"The disk of '{report}' is full ({error}); make room, then write it: qlora report {shlex.quote(str(folder))}"
+            ) from None
         raise RunError(
             f"'{report}' cannot be written ({error}); free some space or change the folder's rights."
         ) from None

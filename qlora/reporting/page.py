@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora.config import parts_of
 from qlora.device import bytes_text
+from qlora.errors import redacted
 from qlora.reporting import sections
 from qlora.reporting.figures import (
     MISSING,
@@ -70,7 +71,7 @@ def render(records: Records) -> str:
 
 def _folder(records: Records) -> str:
     """The run folder as its owner typed it, where the recipe still tells; else its name. Never the absolute path."""
-    told = records.recipe.folder if records.recipe else None
+    told = redacted(records.recipe.folder) if records.recipe else None
     return told if told and told.rstrip("/").rpartition("/")[2] == records.name else records.name
 
 
@@ -112,7 +113,7 @@ def _facts(records: Records) -> list[str]:
     if isinstance(device, dict):
         device = device.get("name")
     facts.append(device if isinstance(device, str) else "")
-    return [fact for fact in facts if fact]
+    return [redacted(fact) for fact in facts if fact]
 
 
 def _method_text(section: Any) -> str:

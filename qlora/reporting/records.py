@@ -1,7 +1,8 @@
 """What a run folder holds, read without trusting it: a run may be going on, stopped, torn or written by someone else.
 
 Knows the names of the run folder's files and of their fields; must not know HTML, and imports nothing that trains.
-Whatever is missing is empty, whatever is broken is left out and *said* in ``notes``.
+Whatever is missing is empty, whatever is broken is left out and *said* in ``notes``. No secret gets further than this file,
+but what the data and the models said stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config import Recipe
-from qlora.errors import RecipeError, RunError, listed
+from qlora.errors import RecipeError, RunError, listed, redacted
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,16 @@ def read_records(folder: Path) -> Records:
     evaluation = _mapping(folder / "evaluation.json", notes)
     steps, held_out = _metrics(folder / "metrics.jsonl", notes)
     return Records(
-        name=folder.absolute().name,
+        name=redacted(folder.absolute().name),
         recipe=recipe,
-        recipe_text=text,
-        plan=_mapping(folder / "plan.json", notes),
-        environment=_mapping(folder / "environment.json", notes),
+        recipe_text=redacted(text),
+        plan=redacted(_mapping(folder / "plan.json", notes)),
+        environment=redacted(_mapping(folder / "environment.json", notes)),
         evaluation=evaluation,
-        method=_mapping(folder / "method.json", notes),
+        method=redacted(_mapping(folder / "method.json", notes)),
         steps=steps,
         held_out=_with_before_and_after(held_out, evaluation, steps[-1]["step"] if steps else 0),
-        notes=notes,
+        notes=redacted(notes),
     )
 
 

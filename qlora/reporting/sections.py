@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from qlora.config import Recipe, Section, parts_of
 from qlora.device import bytes_text
+from qlora.errors import redacted
 from qlora.reporting.charts import WIDE, bars, draw
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import MISSING, Figures, exact_text, significant
@@ -275,7 +276,7 @@ def _pairs(values: Mapping[Any, Any]) -> Markup:
 
 
 def _value_text(value: Any) -> str:
-    """A value as a recipe spells it: ``true``, ``null``, ``2e-04``, ``a, b``."""
+    """A value as a recipe spells it: ``true``, ``null``, ``2e-04``, ``a, b``. A recipe may name an address with a password."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -284,7 +285,7 @@ def _value_text(value: Any) -> str:
         return ", ".join(_value_text(item) for item in value)
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_value_text(item)}" for key, item in value.items()) or "{}"
-    return str(value)
+    return str(redacted(str(value)))
 
 
 def _words(key: str) -> str:
