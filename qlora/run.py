@@ -9,8 +9,11 @@ Every room is called from here and none calls this one. What a run leaves behind
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import Signals as Signal
@@ -27,9 +30,18 @@ from qlora.device import (
     resolve_compute_dtype,
     resolve_device,
     total_memory_bytes,
-    versions,
 )
-from qlora.errors import RunError, Stopped
+from qlora.durable import (
+    clear_leftovers,
+    expanded,
+    file_written_aside,
+    folder_written_aside,
+    read_json,
+    seal,
+    sync,
+    write_json,
+)
+from qlora.errors import RunError, Stopped, listed, redacted, visible
 from qlora.evaluation import HeldOut, answers, score
 from qlora.export import Merged
 from qlora.export import export_adapter as write_adapter
@@ -41,13 +53,18 @@ from qlora.folder import (
     check_data,
     clear,
     device_here,
+    differences,
     environment_of,
+    full_disk_said,
     open_run,
-    read_json,
+    read_adapter,
     require_free,
+    shown,
+    taken,
     template_of,
-    write_json,
+    with_changes,
 )
+from qlora.lock import run_lock
 from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.files import load_adapter, save_portable
 from qlora.model import load_base
@@ -97,9 +114,18 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     Everything that can be wrong with the input is found before the folder is made. Raises InputError, DoesNotFitError,
     or Stopped after a signal, with a checkpoint saved.
     """
+    folder = expanded(recipe.folder or "runs/run")
+    with full_disk_said(folder, "train it again"), _kernels_kept():
+        return _train(recipe, folder, quiet)
+
+
+def _train(recipe: Recipe, folder: Path, quiet: bool) -> Run:
     begin = time.perf_counter()
-    folder = Path(recipe.folder or "runs/run").expanduser()
-    require_free(folder, recipe.overwrite)
+    if folder.is_dir():  # said now, not after minutes of loading
+        with taken(folder, recipe.overwrite):
+            pass
+    else:
+        require_free(folder, recipe.overwrite)
     _use_threads(recipe)
     say = _speaker(quiet)
     data = _load_data(recipe)
@@ -110,6 +136,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
     # a run's own recipe must not replace the run when it is trained again
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     device = _limited(resolve_device(resolved.device.name), resolved)
+    prompts = _prompts(data, resolved)
     model = _load_model(resolved, device, quiet)
     trainer = Trainer(model, data, resolved.training, folder, resolved.memory)
     model.prepare(trainer.batches())
@@ -118,45 +145,59 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
         for sentence in (*rehearsal.notes, f"{rehearsal} {bytes_text(planned.memory.total)} were predicted."):
             say(sentence)
 
-    clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    write_json(folder / "plan.json", _plan_values(planned, data, trainer, rehearsal))
-    write_json(folder / "environment.json", environment_of(resolved, data, model.base.folder, model.device))
-    with stoppable(f"qlora resume {folder}") as signals:
-        return _go_on(resolved, folder, model, data, trainer, signals, begin, quiet)
+    with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
+        clear(folder)
+        with file_written_aside(folder / "recipe.yaml") as aside:
+            aside.write_bytes(resolved.to_yaml().encode())  # as the digest has it, also where lines end otherwise
+        write_json(folder / "plan.json", redacted(_plan_values(planned, data, trainer, rehearsal)))
+        # last: from here on there is a run that can be resumed
+        write_json(folder / "environment.json", environment_of(resolved, data, model.base.folder, model.device))
+        with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
+            return _go_on(resolved, folder, model, data, trainer, signals, prompts, begin, quiet)
 
 
-def resume(folder: str | Path, quiet: bool = False) -> Run:
-    """Continue a run from its newest checkpoint, as if it had never stopped.
+def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
+    """Continue a run from its newest checkpoint that is whole, as if it had never stopped.
 
-    Raises RunError when the folder is no run, or when its recipe or data are not those that it began with.
+    ``overrides`` are ``section.key=value`` of settings that change memory, speed or safety alone; they hold for this call.
+    Raises RunError when the folder is no run or another process trains in it, and when its recipe or data are not those
+    that it began with; RecipeError for an override that would make it another run.
     """
-    begin = time.perf_counter()
     folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        open_run(folder)  # which says what is wrong
+    with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), run_lock(folder), _kernels_kept():
+        return _resume(folder, overrides, quiet)
+
+
+def _resume(folder: Path, overrides: Sequence[str], quiet: bool) -> Run:
+    begin = time.perf_counter()
     recipe, environment = open_run(folder)
+    begun, recipe = recipe, with_changes(recipe, overrides, folder)
+    for place in (folder, folder / "checkpoints"):
+        clear_leftovers(place)
     _use_threads(recipe)
     data = _load_data(recipe)
     check_data(data, environment, folder)
     check_base(recipe, environment, folder)
     say, device = _speaker(quiet), _limited(device_here(recipe), recipe)
-    if str(device) != recipe.device.name:
-        say(f"The run began on {recipe.device.name} and goes on on {device}: not bit for bit any more.")
-    now = versions()
-    for name in ("torch", "transformers", "bitsandbytes"):
-        if now[name] != environment.get("versions", {}).get(name):
-            say(f"{name} was {environment.get('versions', {}).get(name)} and is {now[name]}: not bit for bit any more.")
+    if changed := differences(recipe, environment, device):
+        say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
+    if recipe != begun:
+        say("What was given for this call may change the order of sums: the run goes on, perhaps not bit for bit.")
     found = checkpoints.find(folder / "checkpoints")
+    prompts = _prompts(data, recipe)
     model = _load_model(recipe, device, quiet, values_follow=bool(found))
     trainer = Trainer(model, data, recipe.training, folder, recipe.memory)
     if found:
-        trainer.load(found[-1])
+        for sentence in checkpoints.load_newest(trainer, folder / "checkpoints"):
+            say(sentence)
     else:
         model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
     MetricsLog(folder / "metrics.jsonl").rewind(trainer.step_number)
-    with stoppable(f"qlora resume {folder}") as signals:
-        return _go_on(recipe, folder, model, data, trainer, signals, begin, quiet)
+    with stoppable(f"qlora resume {shown(folder)}") as signals:
+        return _go_on(recipe, folder, model, data, trainer, signals, prompts, begin, quiet)
 
 
 def _go_on(
@@ -166,13 +207,13 @@ def _go_on(
     data: Data,
     trainer: Trainer,
     signals: Signals,
+    prompts: list[Prompt],
     begin: float,
     quiet: bool,
 ) -> Run:
     """From a trainer at any step to a finished run folder."""
     log, settings, say = MetricsLog(folder / "metrics.jsonl"), recipe.evaluation, _speaker(quiet)
     held_out = data.held_out[: settings.held_out_rows]
-    prompts = data.held_out_prompts(settings.prompts) if data.held_out else []
     measured = read_json(folder / "evaluation.json")
     before, generations = _read_evaluation(measured, folder)
     if measured and len(generations) != len(prompts):
@@ -205,6 +246,18 @@ def _go_on(
         write_json(folder / "evaluation.json", _evaluation_values(before, None, generations))
 
     training = recipe.training
+    watched = list(data.files)
+
+    def save() -> Path:
+        sync(log.path)  # the lines of the steps that the checkpoint counts as done
+        for file in [file for file in watched if file.change()]:
+            watched.remove(file)  # say it once
+            progress.say(
+                f"'{file.name}' {file.change()} since this run read it: the run goes on with what it read, but can only be "
+                "resumed once that is put back."
+            )
+        return trainer.save()
+
     signals.wait = True
     with Progress(trainer.total_steps, trainer.step_number, quiet) as progress:
         for step in trainer:
@@ -214,21 +267,25 @@ def _go_on(
             if held_out and settings.every and step.number % settings.every == 0 and not last:
                 progress.say(f"Held-out loss after step {step.number}: {held_out_now(step.number).loss:.4f}")
             if last or (training.save_every and step.number % training.save_every == 0):
-                trainer.save()
+                save()
             if signals.arrived:
-                place = trainer.save()
+                place = save()
                 raise Stopped(
                     f"{Signal(signals.arrived).name} arrived before step {step.number} of {trainer.total_steps} ended; the "
-                    f"state is in '{place}'. Go on with: qlora resume {folder}",
+                    f"state is in '{place}'. Go on with: qlora resume {shown(folder)}",
                     signals.arrived,
                 )
     signals.wait = False
-    if why := save_portable(model, folder / "adapter"):
-        say(f"The adapter is saved in its own form. {why}.")
+    if signals.arrived:  # after the last look at it
+        raise KeyboardInterrupt
+    with folder_written_aside(folder / "adapter", overwrite=True) as aside:
+        if why := save_portable(model, aside):
+            say(f"The adapter is saved in its own form. {why}.")
+        if data.template is not None:
+            (aside / TEMPLATE).write_text(data.template.text, encoding="utf-8")
+        seal(aside)
     if found := model.report():
-        write_json(folder / "method.json", found)
-    if data.template is not None:
-        (folder / "adapter" / TEMPLATE).write_text(data.template.text, encoding="utf-8")
+        write_json(folder / "method.json", redacted(found))
     after = None
     if held_out:
         say("Measuring the held-out loss after training …")
@@ -266,10 +323,10 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
         raise RunError(
             f"The recipe of '{folder}' holds nothing out; evaluate needs data.held_out or held_out_fraction."
         )
+    prompts = data.held_out_prompts(recipe.evaluation.prompts)
     model = load_run(folder, quiet)
     rows = data.held_out[: recipe.evaluation.held_out_rows]
     after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
-    prompts = data.held_out_prompts(recipe.evaluation.prompts)
     texts = _answer(model, prompts, recipe.evaluation.max_new_tokens)
     generations = [Generation(p.text, p.answer, None, text) for p, text in zip(prompts, texts, strict=True)]
     return Run(
@@ -314,19 +371,25 @@ def merge(
     folder = Path(folder)
     recipe, environment = open_run(folder)
     section = recipe.model
-    return merge_files(
-        check_base(recipe, environment, folder),
-        adapter_folder(folder),
-        Path(out).expanduser() if out is not None else folder / "merged",
-        quantization=section.quantization,
-        double_quant=section.double_quant,
-        compute_dtype=section.compute_dtype,
-        base=base,
-        dtype=dtype,
-        overwrite=overwrite,
-        trust_remote_code=section.trust_remote_code,
-        chat_template=template_of(recipe, folder),
-    )
+    source, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    place = expanded(out) if out is not None else folder / "merged"
+    with full_disk_said(place, "export it again"):
+        return read_adapter(
+            folder,
+            lambda adapter: merge_files(
+                source,
+                adapter,
+                place,
+                quantization=section.quantization,
+                double_quant=section.double_quant,
+                compute_dtype=section.compute_dtype,
+                base=base,
+                dtype=dtype,
+                overwrite=overwrite,
+                trust_remote_code=section.trust_remote_code,
+                chat_template=template,
+            ),
+        )
 
 
 def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str | None:
@@ -334,13 +397,13 @@ def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
 
     Returns None, or why the method is no plain LoRA; its own form is written then.
     """
-    folder, out = Path(folder), Path(out).expanduser()
+    folder, out = Path(folder), expanded(out)
     recipe, environment = open_run(folder)
-    base = check_base(recipe, environment, folder)
-    why = write_adapter(recipe.model, base, adapter_folder(folder), out, overwrite)
-    if (template := template_of(recipe, folder)) is not None:
-        (out / TEMPLATE).write_text(template, encoding="utf-8")
-    return why
+    base, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    with full_disk_said(out, "export it again"):
+        return read_adapter(
+            folder, lambda adapter: write_adapter(recipe.model, base, adapter, out, overwrite, chat_template=template)
+        )
 
 
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
@@ -400,7 +463,8 @@ def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
     device = _limited(device_here(recipe), recipe)
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
         return load_adapter(load_base(recipe.model, device, progress=not quiet, memory=recipe.memory), adapter)
-    return load_adapter(_load_model(recipe, device, quiet, values_follow=True), adapter)
+    model = _load_model(recipe, device, quiet, values_follow=True)
+    return read_adapter(folder, lambda place: load_adapter(model, place), adapter)
 
 
 def chat_tokenizer(folder: str | Path) -> Any:
@@ -446,12 +510,32 @@ def _damaged(folder: Path) -> RunError:
 
 
 def _limited(device: torch.device, recipe: Recipe) -> torch.device:
-    """``device``, of whose memory this process takes no more than the recipe allows from here on; a CPU has no such limit."""
+    """``device``, of whose memory this process takes no more than the recipe allows from here on (a CPU has no such limit),
+    and with kernels that give the same bits every time where the recipe asks for them."""
+    if recipe.device.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it, before cuBLAS begins
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     limit = recipe.device.memory
     if limit is not None and device.type == "cuda":
         _, total = total_memory_bytes(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, amount(limit) / total), device)
     return device
+
+
+@contextmanager
+def _kernels_kept() -> Iterator[None]:
+    """Inside, ``device.deterministic`` may choose other kernels; afterwards this process has those that it had."""
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _prompts(data: Data, recipe: Recipe) -> list[Prompt]:
+    """What is asked before and after training. Found before a model is loaded: rendering begins a process."""
+    return data.held_out_prompts(recipe.evaluation.prompts) if data.held_out else []
 
 
 def _plan_values(planned: Plan, data: Data, trainer: Trainer, rehearsal: Rehearsal | None) -> dict[str, Any]:
@@ -481,4 +565,4 @@ def _use_threads(recipe: Recipe) -> None:
 
 
 def _speaker(quiet: bool) -> Any:
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else (lambda text: print(visible(redacted(text)), file=sys.stderr, flush=True))

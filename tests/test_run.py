@@ -24,8 +24,9 @@ from qlora import run
 from qlora.chat import talk
 from qlora.cli import main
 from qlora.config import Recipe
+from qlora.durable import write_json
 from qlora.errors import RunError
-from qlora.folder import RUN_FILES, write_json
+from qlora.folder import RUN_FILES
 from qlora.training import MetricsLog, checkpoint
 from tests.conftest import conversations, tiny_values, write_lines
 
@@ -40,7 +41,8 @@ DRIVER = """
 import json, os, sys
 import qlora.run
 from qlora.cli import main
-from qlora.folder import RUN_FILES, write_json
+from qlora.durable import write_json
+from qlora.folder import RUN_FILES
 from qlora.training import MetricsLog, checkpoint
 write = MetricsLog.write
 for recipe, number, last in json.loads(sys.argv[1]):
@@ -141,7 +143,9 @@ def wounded(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == set(RUN_FILES) - {"method.json"}  # LoRA finds nothing out
+    assert {path.name for path in finished.iterdir()} == {*RUN_FILES, ".lock"} - {
+        "method.json"
+    }  # LoRA finds nothing out
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["000009", "000010"]
 
     steps = [line for line in lines_of(finished) if "loss" in line]
@@ -482,7 +486,7 @@ def test_run_of_a_device_that_is_not_here_goes_on(
     environment["recipe_sha256"] = hashlib.sha256(recipe.encode()).hexdigest()
     (copy / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     assert main(["resume", str(copy)]) == 0
-    assert "began on cuda:7 and goes on on" in capsys.readouterr().err
+    assert "(device cuda:7, now cpu): it goes on, but not bit for bit" in capsys.readouterr().err
 
 
 def test_a_home_in_the_folders_name_is_the_home(
