@@ -10,7 +10,7 @@ INSTALLED := .venv/installed
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-short test lint gpu-check
+.PHONY: help quickstart quickstart-short test lint gpu-check survive audit
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 24
@@ -39,6 +39,15 @@ gpu-check: $(INSTALLED)  ## laws, planned against measured memory and the benchm
 		$(BIN)/python recipes/quickstart_data.py && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8 \
 		&& $(BIN)/python benchmarks/on_gpu.py --limit 24GiB; \
 	else echo "No CUDA device: nothing was measured."; fi
+
+survive: $(INSTALLED)  ## inject every fault, fuzz, compare every resume, soak; the table goes to runs/survive (an hour; goes on where it was)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,fuzz]'
+	@mkdir -p runs/survive
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.survive --out runs/survive/table.md
+
+audit: $(INSTALLED)  ## known vulnerabilities of the pinned versions, by PyPI's records; needs the network
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
 
 # setuptools is installed first and used in place, so that the pinned one builds, not the newest.
 $(INSTALLED): pyproject.toml constraints.txt

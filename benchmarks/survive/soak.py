@@ -1,0 +1,164 @@
+"""Does a long run grow? Memory, open files and threads of one process over 2,000 steps.
+
+    qlora.train in a process of its own     a checkpoint every 50 steps, a held-out loss every 100
+      └─ looked at every 100 steps, after a collection: resident memory, /proc/self/fd, /proc/self/task
+
+What a run needs is there after a warm-up; from then on nothing may pile up. Memory is judged by its slope: a line through the
+second half of the samples, by least squares. Linux only, since it reads /proc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import yaml
+
+from benchmarks.survive.matrix import write_base
+from benchmarks.survive.size import Size
+
+LIMIT = 32.0
+"""KiB by which memory may grow in a hundred steps: less than any tensor a step, more than the allocator's noise."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# what is soaked: (memory, method, training)
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "lora, resident": ({}, {"name": "lora", "r": 8, "dropout": 0.1}, {}),
+    "adalora, streamed from disk, layer inputs on disk": (
+        {"layers": "streamed", "tier": "disk", "layer_inputs": "disk"},
+        {"name": "adalora", "r": 4, "initial_r": 8},
+        {"optimizer": "adamw_8bit"},
+    ),
+}
+
+
+def run(place: Path, size: Size, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Three rows a variant: what it did at the start (after the warm-up), at the end, and at most; and whether it ``grows``.
+
+    ``growth`` and ``limit`` are in KiB per 100 steps, and are None for what is counted.
+    """
+    base, rows = write_base(place / "base"), []
+    data = write_text(place / "text.jsonl")
+    for name in size.of(list(VARIANTS)[-1:], list(VARIANTS)):
+        steps, every = size.of(60, 2000), size.of(4, 100)
+        path = place / f"{list(VARIANTS).index(name)}.yaml"
+        values = recipe_of(name, base, data, path.with_suffix(""), steps, size.of(5, 50), size.of(10, 100))
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        samples = look_at(path, every)
+        # 60 steps are few for a slope: there one late allocation counts as much as sixty would
+        found = judge(samples, warm=steps // 4, limit=size.of(64 * LIMIT, LIMIT))
+        rows += [{"variant": name, "steps": steps, **row} for row in found]
+        say(
+            f"soak: {name}, {steps} steps: " + "; ".join(f"{r['what']} {r['at_start']} to {r['at_end']}" for r in found)
+        )
+    return rows
+
+
+def judge(samples: Sequence[Mapping[str, float]], warm: int, limit: float) -> list[dict[str, Any]]:
+    """The rows of one run's ``samples``: step, memory in KiB, files and threads. ``warm``: the last step of the warm-up.
+
+    Files and threads grow when there are more at the end than at the start; memory when the slope of the second half is
+    above ``limit``, in KiB per 100 steps.
+    """
+    after = [sample for sample in samples if sample["step"] > warm]
+    late = after[len(after) // 2 :]
+    slope = 100 * float(numpy.polyfit([s["step"] for s in late], [s["memory"] for s in late], 1)[0])
+    rows = []
+    for key, what, unit in (
+        ("memory", "resident memory, MiB", 1024),
+        ("files", "open files", 1),
+        ("threads", "threads", 1),
+    ):
+        values = [round(sample[key] / unit, 1) if unit > 1 else int(sample[key]) for sample in after]
+        row: dict[str, Any] = {"what": what, "at_start": values[0], "at_end": values[-1], "largest": max(values)}
+        if key == "memory":
+            rows.append({**row, "growth": round(slope, 1), "limit": limit, "grows": slope > limit})
+        else:
+            rows.append({**row, "growth": None, "limit": None, "grows": values[-1] > values[0]})
+    return rows
+
+
+def look_at(recipe: Path, every: int) -> list[dict[str, float]]:
+    """Train ``recipe`` in a process of its own; a sample each ``every`` steps."""
+    call = [sys.executable, "-m", "benchmarks.survive.soak", str(recipe), str(every)]
+    done = subprocess.run(
+        call,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **ONE_THREAD},
+    )
+    if done.returncode:
+        raise RuntimeError(f"The soaked run ended with {done.returncode}: {done.stderr[-2000:]}")
+    samples: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return samples
+
+
+def recipe_of(
+    name: str, base: Path, data: Path, folder: Path, steps: int, save_every: int, evaluate_every: int
+) -> dict[str, Any]:
+    """The recipe of a variant, as plain values."""
+    memory, method, training = VARIANTS[name]
+    return {
+        "model": {"name": str(base), "compute_dtype": "fp32"},
+        "method": method,
+        "data": {"train": str(data), "form": "text", "held_out_fraction": 0.1, "max_length": 24},
+        "training": {
+            "steps": steps, "batch_size": 2, "micro_batch_size": 1, "save_every": save_every, **training
+        },
+        "memory": {**memory, "cache": str(base.with_name("cache"))},
+        "evaluation": {"every": evaluate_every, "prompts": 0},
+        "device": {"name": "cpu", "threads": 1},
+        "folder": str(folder),
+    }  # fmt: skip
+
+
+def write_text(path: Path, documents: int = 60) -> Path:
+    """A file of texts of 4 to 20 random words of ``write_base``'s vocabulary."""
+    random = numpy.random.default_rng(5)
+    texts = [" ".join(f"w{n}" for n in random.integers(3, 96, int(random.integers(4, 21)))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def sample() -> dict[str, float]:
+    """This process now: resident memory in KiB, open files, threads. What is free inside the allocator is given back first."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    status = dict(line.split(":", 1) for line in lines if ":" in line)
+    return {
+        "memory": float(status["VmRSS"].split()[0]),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": int(status["Threads"]),
+    }
+
+
+def main(recipe: str, every: int) -> None:
+    """In a process of its own: train, and print the samples as one line of JSON."""
+    from qlora import run as qlora_run
+    from qlora.config import Recipe
+    from qlora.training import MetricsLog
+
+    write, samples = MetricsLog.write, list[dict[str, float]]()
+
+    def look(self: MetricsLog, line: Mapping[str, Any]) -> None:
+        write(self, line)
+        if "loss" in line and line["step"] % every == 0:
+            samples.append({"step": line["step"], **sample()})
+
+    MetricsLog.write = look  # type: ignore[method-assign, assignment]
+    qlora_run.train(Recipe.from_yaml(recipe), quiet=True)
+    print(json.dumps(samples))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
