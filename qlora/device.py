@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qlora.durable import expanded
 from qlora.errors import DoesNotFitError, RecipeError
 
 GIB = 1024**3
@@ -292,7 +293,7 @@ def _pageable_rate(memory: torch.Tensor, device: torch.device) -> float:
 def cache_folder() -> Path:
     """Where downloads are kept: ``$QLORA_CACHE``, else ``qlora`` in the user's cache folder."""
     if place := os.environ.get("QLORA_CACHE"):
-        return Path(place).expanduser()
+        return expanded(place)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qlora"
 
 

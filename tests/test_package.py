@@ -24,7 +24,7 @@ OWNERS = {
     "huggingface_hub": {"qlora/model/"},
     "peft": set(),
     "pickle": set(),
-    "yaml": {"qlora/config.py"},
+    "yaml": {"qlora/config.py", "qlora/strangers.py"},
 }
 
 
