@@ -161,6 +161,10 @@ def _refused(nursery: Nursery, course: Course, number: int, where: float) -> str
     for place in (trial.folder / "checkpoints").iterdir():
         names = sorted(path.name for path in place.iterdir())
         _spoil(place / names[int(where * len(names))], where, _flip)
+    ended = nursery.run("evaluate", trial.folder)  # the finished adapter is whole still
+    if ended.status or "The finished adapter is whole and is used" not in ended.errors:
+        return f"evaluate beside a whole adapter: exit status {ended.status}, {ended.errors[-300:]}"
+    _spoil(trial.folder / "adapter" / "adapter_model.safetensors", where, _flip)
     before = _content(trial.folder)
     for words in (["resume", trial.folder], ["evaluate", trial.folder], ["export", trial.folder, "merged"]):
         ended = nursery.run(*words)

@@ -330,7 +330,7 @@ def test_generation_config_may_be_missing(copy: Path) -> None:
     ("text", "sentence"),
     [
         ('{"eos_token_id": ', "not readable JSON"),
-        ("[7]", "holds list; expected a JSON object"),
+        ("[7]", "holds list instead of an object"),
         ('{"eos_token_id": "</s>"}', "has the eos_token_id '</s>'; expected a token's number"),
         ('{"eos_token_id": [7, true]}', "has the eos_token_id"),
     ],

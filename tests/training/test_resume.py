@@ -309,13 +309,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished: Path, stopped: Path, tmp_pa
     assert_same_run(folder, finished)
 
 
-def test_deterministic_kernels_give_a_cpu_the_same_run(values: dict[str, Any], finished: Path, tmp_path: Path) -> None:
-    """Which is the same run twice, too."""
-    try:
-        run.train(recipe_of(values, tmp_path / "run", "device.deterministic=true"), quiet=True)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_kernels_give_a_cpu_the_same_run(
+    values: dict[str, Any], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is the same run twice, too; and the process has its own kernels again afterwards."""
+    found, take = [], Trainer.__next__
+
+    def looking(trainer: Trainer) -> Any:
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return take(trainer)
+
+    monkeypatch.setattr(Trainer, "__next__", looking)
+    run.train(recipe_of(values, tmp_path / "run", "device.deterministic=true"), quiet=True)
+    assert found
+    assert all(found)
+    assert not torch.are_deterministic_algorithms_enabled()
     assert_same_run(tmp_path / "run", finished)
 
 
