@@ -46,7 +46,7 @@ survive: $(INSTALLED)  ## inject every fault, fuzz, compare every resume, soak; 
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.survive --out runs/survive/table.md
 
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned versions, by PyPI's records; needs the network
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt pip-audit
 	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
 
 # setuptools is installed first and used in place, so that the pinned one builds, not the newest.
