@@ -76,14 +76,8 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
 def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Recipe:
     """The run's recipe with ``section.key=value`` overrides. Raises RecipeError where one would make it another run."""
     changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
-    before, after = recipe.model_dump(mode="json"), changed.model_dump(mode="json")
-    keys = [
-        f"{section}.{key}" if isinstance(values, dict) else section
-        for section, values in after.items()
-        for key in (values if isinstance(values, dict) else (section,))
-        if (values[key] if isinstance(values, dict) else values)
-        != (before[section].get(key) if isinstance(values, dict) else before[section])
-    ]
+    before, after = _by_key(recipe), _by_key(changed)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if strange := [key for key in keys if key not in CHANGEABLE]:
         raise RecipeError(
             f"{listed(strange)} cannot change within a run: going on would be no continuation. A resumed run may change "
@@ -91,6 +85,18 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
             "folder=runs/…"
         )
     return changed
+
+
+def _by_key(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values by ``section.key``."""
+    found: dict[str, Any] = {}
+    for section, values in recipe.model_dump(mode="json").items():
+        found |= (
+            {f"{section}.{key}": value for key, value in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
+    return found
 
 
 def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.survive.kills import Course, Trial, courses
 from benchmarks.survive.size import Size
-from benchmarks.survive.tiny import Nursery, difference, in_turns, metrics, nurseries, one_sentence, row
+from benchmarks.survive.tiny import Nursery, difference, metrics, nurseries, one_sentence, row, row_of
 from qlora.durable import SEAL, damage
 
 READERS = (["evaluate", "{run}"], ["export", "{run}", "adapter"], ["export", "{run}", "merged"], ["report", "{run}"])
@@ -32,13 +32,7 @@ def run(place: Path, size: Size, say: Callable[[str], None]) -> list[dict[str, A
     plain, cached = courses(place, several)
 
     def tried(fault: str, trials: Sequence[Any], work: Callable[[Nursery, Any], str | None]) -> None:
-        def one(nursery: Nursery, trial: Any) -> str | None:
-            if (lost := work(nursery, trial)) is not None:
-                say(f"{fault}: {trial}: {lost}")
-            return lost
-
-        rows.append(row(fault, in_turns(several, trials, one)))
-        say(f"{fault}: {rows[-1]['survived']} of {rows[-1]['trials']} survived")
+        rows.append(row_of(fault, several, trials, work, say))
 
     checkpoint = plain.expected / "checkpoints" / "000006"
     names = sorted(path.name for path in checkpoint.iterdir())

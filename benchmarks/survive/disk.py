@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.survive.kills import Course, Trial, courses
 from benchmarks.survive.size import Size
-from benchmarks.survive.tiny import Ended, Nursery, difference, in_turns, nurseries, one_sentence, row
+from benchmarks.survive.tiny import Ended, Nursery, difference, nurseries, one_sentence, row_of
 
 PAGE = 4096  # bytes in which a tmpfs gives room
 EXPORTS = ("merged", "portable")
@@ -29,13 +29,7 @@ def run(place: Path, size: Size, say: Callable[[str], None]) -> list[dict[str, A
     plain, cached = courses(place, several)
 
     def tried(fault: str, trials: Sequence[Any], work: Callable[[Nursery, Any], str | None]) -> None:
-        def one(nursery: Nursery, trial: Any) -> str | None:
-            if (lost := work(nursery, trial)) is not None:
-                say(f"{fault}: {trial}: {lost}")
-            return lost
-
-        rows.append(row(fault, in_turns(several, trials, one)))
-        say(f"{fault}: {rows[-1]['survived']} of {rows[-1]['trials']} survived")
+        rows.append(row_of(fault, several, trials, work, say))
 
     if first.mounts:
         disks = {id(nursery): _Disk(nursery, place / f"tmpfs{n}") for n, nursery in enumerate(several)}

