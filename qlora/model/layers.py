@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge
 
 from qlora.device import rng_state, set_rng_state
@@ -144,7 +145,7 @@ class _Recompute(torch.autograd.Function):
                     output = _run(boundary.layer, inputs, part, len(grad), ctx.args, ctx.kwargs)[0]
                 if output.requires_grad:  # else what trains here is switched off, and nothing below asks
                     if boundary.unread is None:
-                        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, device)]
+                        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, grad)]
                     edge = get_gradient_edge(output)
                     del output  # nobody reads it
                     torch.autograd.backward(edge, grad[part])
@@ -239,11 +240,14 @@ def _visit(boundary: RecomputedLayer, count: int) -> Iterator[None]:
             yield
 
 
-def _drew_after(linear: nn.Module, device: torch.device) -> bool:
-    """Whether numbers were drawn since ``linear``, an MLP in tiles, drew its own: left out, it would leave others to them."""
-    if not isinstance(linear, TiledMLP) or linear.left is None:
+def _drew_after(linear: nn.Module, grad: Tensor) -> bool:
+    """Whether numbers were drawn since ``linear``, an MLP in tiles, drew its own: left out, it would leave others to them.
+
+    ``grad`` is what came into the layer's backward; in a dry run it is fake, nothing is drawn, and no bits can be compared.
+    """
+    if not isinstance(linear, TiledMLP) or linear.left is None or isinstance(grad, FakeTensor):
         return False
-    return any(not torch.equal(state, linear.left[kind]) for kind, state in rng_state(device).items())
+    return any(not torch.equal(state, linear.left[kind]) for kind, state in rng_state(grad.device).items())
 
 
 def _run(
