@@ -147,7 +147,7 @@ def worker(what: str, folder: Path, threads: int) -> None:
 
 def recipe(settings: dict[str, Any]) -> Any:
     """The quickstart's settings, written out."""
-    from qlora.config import Recipe
+    from qlora.recipe import Recipe
 
     dtype = "fp32" if settings["device"] == "cpu" else "bf16"
     return Recipe.from_dict(

@@ -27,7 +27,28 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import qlora
 
-WORDS = "what does copytree do it copies a whole folder hello there how are you today fine thank said the fox".split()
+WORDS = [
+    "what",
+    "does",
+    "copytree",
+    "do",
+    "it",
+    "copies",
+    "a",
+    "whole",
+    "folder",
+    "hello",
+    "there",
+    "how",
+    "are",
+    "you",
+    "today",
+    "fine",
+    "thank",
+    "said",
+    "the",
+    "fox",
+]
 TEMPLATE = """{% for message in messages %}{{ '<|start|>' + message['role'] + '
 ' + message['content'] + '<|end|>
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant

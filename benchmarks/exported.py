@@ -17,12 +17,12 @@ from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora import run
 from qlora.data import load_data
-from qlora.device import DTYPES, resolve_device
-from qlora.folder import adapter_folder, open_run
-from qlora.model.shards import find_model
+from qlora.machine.device import DTYPES, resolve_device
+from qlora.model.checkpoint import find_model
 from qlora.model.tokenizer import load_tokenizer
+from qlora.runs import run
+from qlora.runs.folder import adapter_folder, open_run
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from qlora import run
-from qlora.config import DEFAULT_MODEL, Recipe
+from qlora.recipe import DEFAULT_MODEL, Recipe
+from qlora.runs import run
 
 SETS = ("dolly_3k", "oasst_chat", "toolcall_sharegpt", "instruct_pref_1k", "wikitext2")
 

@@ -26,12 +26,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from qlora.config import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.data import Row
-from qlora.device import GIB, bytes_text, peak_memory_bytes
 from qlora.export.writer import SafetensorsWriter
+from qlora.machine.device import GIB, bytes_text, peak_memory_bytes
 from qlora.methods import apply_method
 from qlora.model import load_base
+from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.training import Trainer
 
 SIZES = {

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import qlora
-from qlora.config import parts_of
-from qlora.device import versions
-from qlora.model.layers import unwrap_layers
+from qlora.machine.device import versions
 from qlora.model.tokenizer import with_new_tokens
+from qlora.recipe import parts_of
+from qlora.residence.layers import unwrap_layers
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "methods"
 TOKENS = 16

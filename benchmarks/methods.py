@@ -30,9 +30,9 @@ ANSWERS, TOKENS = 3, 16  # how many answers of how many tokens the latency is th
 def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: list[str]) -> dict[str, Any]:
     """Train one recipe for ``steps`` steps and measure it. Bytes are of the adapter's file, seconds of a generated token."""
     import qlora
-    from qlora.config import parts_of
-    from qlora.device import peak_memory_bytes, resolve_device
-    from qlora.run import load_run
+    from qlora.machine.device import peak_memory_bytes, resolve_device
+    from qlora.recipe import parts_of
+    from qlora.runs.run import load_run
 
     run_folder = folder / recipe_path.stem
     shutil.rmtree(run_folder, ignore_errors=True)
@@ -98,7 +98,7 @@ def table(results: list[dict[str, Any]], steps: int, rows: int) -> str:
     """The results as Markdown."""
     import torch
 
-    from qlora.device import versions
+    from qlora.machine.device import versions
 
     found = versions()
     kept = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "bitsandbytes"))

@@ -21,20 +21,27 @@ import numpy
 import torch
 from transformers import LlamaConfig
 
-from qlora.arrangements import changed
-from qlora.cards import parse_memory
-from qlora.config import LoRA, MemorySection, ModelSection, Recipe
 from qlora.data import Row
-from qlora.device import bytes_text, peak_memory_bytes, release_memory, resolve_compute_dtype, resolve_device, versions
 from qlora.errors import DoesNotFitError
-from qlora.memory import estimate
+from qlora.machine.cards import parse_memory
+from qlora.machine.device import (
+    bytes_text,
+    peak_memory_bytes,
+    release_memory,
+    resolve_compute_dtype,
+    resolve_device,
+    versions,
+)
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.host import embedding_on_host, head_on_host
-from qlora.model.layers import decoder_layers
 from qlora.model.load import Base, _finish
 from qlora.model.nf4 import FrozenLinear
-from qlora.model.placement import HostHome, Image, Placement, resident_layers
 from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.planning.ladder import changed
+from qlora.planning.memory import estimate
+from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
+from qlora.residence.ends import embedding_on_host, head_on_host
+from qlora.residence.layers import decoder_layers
+from qlora.residence.placement import HostHome, Image, Placement, resident_layers
 from qlora.training import Trainer
 
 SHAPES: dict[str, dict[str, int]] = {

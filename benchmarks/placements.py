@@ -20,12 +20,12 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.config import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.data import Row
-from qlora.device import bytes_text, peak_since_reset, reset_peak_memory, resolve_device
+from qlora.machine.device import bytes_text, peak_since_reset, reset_peak_memory, resolve_device
 from qlora.methods import apply_method
 from qlora.model import load_base, load_config
 from qlora.model.nf4 import FrozenLinear
+from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.training import Trainer
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {

@@ -33,18 +33,19 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora import config, dry_run
-from qlora.config import Combined, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora import recipe as config
 from qlora.data import Row
-from qlora.device import bytes_text, versions
-from qlora.memory import estimate
+from qlora.machine.device import bytes_text, versions
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.host import embedding_on_host, head_on_host
 from qlora.model.in_memory import as_base, on_meta, quantise
-from qlora.model.layers import wrap_layers
 from qlora.model.load import Base
 from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.planning import dry_run
+from qlora.planning.memory import estimate
+from qlora.recipe import Combined, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.ends import embedding_on_host, head_on_host
+from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

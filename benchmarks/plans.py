@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
-from qlora.arrangements import Arranger, changed
-from qlora.config import Recipe
-from qlora.device import bytes_text
+from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.load import skeleton_base
-from qlora.planner import card_elsewhere, ladder_lines
+from qlora.planning.ladder import Arranger, changed
+from qlora.planning.plan import card_elsewhere, ladder_lines
+from qlora.recipe import Recipe
 
 MODELS = {
     "Llama-3.1-8B": LlamaConfig(

@@ -1,4 +1,4 @@
-"""How long a step was said to take, and how long it took: qlora/machine.py's prediction against training.
+"""How long a step was said to take, and how long it took: qlora/planning/speed.py's prediction against training.
 
     python benchmarks/predicted_speed.py --out benchmarks/results
     python benchmarks/predicted_speed.py --tiny        # a random model of 10 million numbers: needs no download
@@ -25,10 +25,10 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
-from qlora.config import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.data import Row
-from qlora.device import resolve_compute_dtype, resolve_device, versions
-from qlora.machine import measure, step_seconds, work_of
+from qlora.machine.device import resolve_compute_dtype, resolve_device, versions
+from qlora.planning.speed import measure, step_seconds, work_of
+from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "kept": {"gradient_checkpointing": False, "micro_batch_size": 2},

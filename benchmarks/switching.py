@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import qlora
-from qlora.config import DEFAULT_MODEL, LoRA, ModelSection
-from qlora.device import versions
+from qlora.machine.device import versions
 from qlora.methods import Adapters, load_adapter, save_adapter
 from qlora.model import Base, as_base
+from qlora.recipe import DEFAULT_MODEL, LoRA, ModelSection
 
 SECTIONS = {
     "every linear, r 16": LoRA(r=16, alpha=32),

@@ -13,8 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora.accounting import Account, account
-    from qlora.config import (
+    from qlora.data import Data, load_data
+    from qlora.errors import QloraError
+    from qlora.evaluation import answer, answers
+    from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
+    from qlora.model import Base, load_base, quantise
+    from qlora.planning.accounting import Account, account
+    from qlora.planning.plan import Plan, Survey, plan, survey
+    from qlora.recipe import (
         IA3,
         AdaLoRA,
         BitFit,
@@ -31,22 +37,16 @@ if TYPE_CHECKING:
         PTuning,
         Recipe,
     )
-    from qlora.data import Data, load_data
-    from qlora.errors import QloraError
-    from qlora.evaluation import answer, answers
-    from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
-    from qlora.model import Base, load_base, quantise
-    from qlora.planner import Plan, Survey, plan, survey
     from qlora.reporting import write_report
-    from qlora.run import Run, evaluate, load_run, merge, preview, resume, train
+    from qlora.runs.run import Run, evaluate, load_run, merge, preview, resume, train
     from qlora.training import Step, Trainer
 
 # While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
-    "accounting": ("Account", "account"),
-    "config": (
+    "planning.accounting": ("Account", "account"),
+    "recipe": (
         "IA3",
         "AdaLoRA",
         "BitFit",
@@ -77,8 +77,8 @@ _HOMES = {
     ),
     "model": ("Base", "load_base", "quantise"),
     "reporting": ("write_report",),
-    "planner": ("Plan", "Survey", "plan", "survey"),
-    "run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
+    "planning.plan": ("Plan", "Survey", "plan", "survey"),
+    "runs.run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
     "training": ("Step", "Trainer"),
 }
 

@@ -91,7 +91,7 @@ def _status(words: list[str], stopped: list[int]) -> int:
 
 def _plan(words: list[str]) -> int:
     recipe = _recipe("plan", words)  # first, here and below: a slip of the pen need not wait for torch
-    from qlora.planner import survey
+    from qlora.planning.plan import survey
 
     found = survey(recipe)
     print(visible(redacted(str(found))))
@@ -105,7 +105,7 @@ def _preview(words: list[str]) -> None:
     recipe = _recipe("preview", words)
     from rich.console import Console
 
-    from qlora import run
+    from qlora.runs import run
 
     console = Console(soft_wrap=True)
     for example in run.preview(recipe, int(count)):
@@ -115,21 +115,21 @@ def _preview(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     recipe = _recipe("train", words)
-    from qlora import run
+    from qlora.runs import run
 
     _summary(run.train(recipe))
 
 
 def _resume(words: list[str]) -> None:
     folder = _run("resume", words[:1])
-    from qlora import run
+    from qlora.runs import run
 
     _summary(run.resume(folder, *words[1:]))
 
 
 def _evaluate(words: list[str]) -> None:
     folder = _run("evaluate", words)
-    from qlora import run
+    from qlora.runs import run
 
     _summary(run.evaluate(folder))
 
@@ -151,8 +151,8 @@ def _export(words: list[str]) -> None:
     ):
         if options[name] not in (None, *allowed):
             raise InputError(f"{name} is '{options[name]}'; expected {' or '.join(allowed)}.")
-    from qlora import run
-    from qlora.device import bytes_text
+    from qlora.machine.device import bytes_text
+    from qlora.runs import run
 
     if target == "adapter":
         place = options["out"] or f"{folder}/portable"
@@ -202,7 +202,7 @@ def _doctor(words: list[str]) -> int:
 def _reference(words: list[str]) -> None:
     if words:
         raise InputError(f"qlora recipe takes nothing more, but found '{' '.join(words)}'.")
-    from qlora.config import reference
+    from qlora.recipe import reference
 
     print(reference(), end="")
 
@@ -222,7 +222,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 
 
 def _recipe(verb: str, words: list[str]) -> Any:
-    from qlora.config import Recipe
+    from qlora.recipe import Recipe
 
     if not words:
         raise InputError(f"qlora {verb} needs a recipe: qlora {verb} recipes/quickstart.yaml")
@@ -256,7 +256,7 @@ def _take(words: list[str], name: str) -> str | None:
 
 def _summary(run: Any) -> None:
     """What a run came to, on standard output."""
-    from qlora.device import bytes_text
+    from qlora.machine.device import bytes_text
 
     print(f"\nTrainable parameters   {run.trainable_parameters:,}")
     if run.before and run.after:
@@ -353,7 +353,7 @@ def _out_of_memory(error: Exception) -> bool:
         return True
     if "torch" not in sys.modules:  # qlora doctor runs without it
         return False
-    from qlora.device import ran_out_of_memory
+    from qlora.machine.device import ran_out_of_memory
 
     return ran_out_of_memory(error)
 

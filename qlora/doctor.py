@@ -153,7 +153,7 @@ def _cuda() -> Iterator[Finding]:
 def _cuda_device(index: int) -> Finding:
     import torch
 
-    from qlora.device import bytes_text
+    from qlora.machine.device import bytes_text
 
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
@@ -302,7 +302,7 @@ def _int8(device: str) -> Finding:
 def _memory() -> Finding:
     import torch
 
-    from qlora.device import bytes_text, total_memory_bytes
+    from qlora.machine.device import bytes_text, total_memory_bytes
 
     free, total = total_memory_bytes(torch.device("cpu"))
     if total == 0:
@@ -314,7 +314,7 @@ def _memory() -> Finding:
 
 
 def _disk(name: str, where: Callable[[], Path]) -> Finding:
-    from qlora.device import bytes_text
+    from qlora.machine.device import bytes_text
 
     folder = where()
     free = shutil.disk_usage(_existing(folder)).free
@@ -327,7 +327,7 @@ def _disk(name: str, where: Callable[[], Path]) -> Finding:
 
 
 def _cache() -> Finding:
-    from qlora.device import cache_folder
+    from qlora.machine.device import cache_folder
 
     folder = cache_folder()
     with tempfile.TemporaryFile(dir=_existing(folder)) as file:  # leaves nothing behind, not even the cache folder

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import qlora
-from qlora.device import dtype_name, resolve_device
 from qlora.evaluation import score
 from qlora.export import merge
+from qlora.machine.device import dtype_name, resolve_device
 from qlora.methods.files import save_adapter
 
 # What is wanted: every field is in docs/recipe.md; the last override of a field counts.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from qlora import run
 from qlora.chat import Conversation, talk
-from qlora.config import Recipe
 from qlora.errors import RunError
+from qlora.recipe import Recipe
+from qlora.runs import run
 from tests.conftest import conversations, tiny_values, write_lines
 
 SHORT = ("training.steps=1", "data.held_out_fraction=0", "evaluation.prompts=0")

@@ -17,8 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from qlora import cli, planner, run
+from qlora import cli
 from qlora.cli import main
+from qlora.planning import plan as planner
+from qlora.runs import run
 from tests.conftest import conversations, tiny_values, write_lines
 
 Spoil = Callable[[dict[str, Any], Path], None]
@@ -128,7 +130,7 @@ def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_recipe_verb_prints_the_reference(capfd: pytest.CaptureFixture[str]) -> None:
-    from qlora.config import reference
+    from qlora.recipe import reference
 
     assert main(["recipe"]) == 0
     assert capfd.readouterr().out.strip() == reference().strip()

@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora.config import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.data import IGNORE_INDEX, Row
-from qlora.device import bytes_text
 from qlora.evaluation import answers
-from qlora.machine import measure
-from qlora.memory import estimate
+from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import load_base
 from qlora.model.load import skeleton_base
-from qlora.model.placement import Placement
+from qlora.planning.memory import estimate
+from qlora.planning.speed import measure
+from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.conftest import write_model
 from tests.methods.tiny import difference, stir

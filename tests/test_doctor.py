@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import qlora.device
+import qlora.machine.device
 import qlora.model.nf4
 from qlora import doctor
 from qlora.doctor import Finding, examine, exit_status, print_findings

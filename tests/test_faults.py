@@ -22,7 +22,7 @@ from benchmarks.survive import damage, disk, kills
 from benchmarks.survive.kills import Course, Trial, courses
 from benchmarks.survive.size import Size
 from benchmarks.survive.tiny import Ended, Nursery, Scene, broken, difference, metrics, nurseries, one_sentence
-from qlora.durable import clear_leftovers, file_written_aside
+from qlora.files.durable import clear_leftovers, file_written_aside
 
 OFFLINE = {"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}
 

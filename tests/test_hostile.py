@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 from benchmarks.survive.changes import changed
 from benchmarks.survive.fuzz import LONGEST
 from benchmarks.survive.parsers import LLAMA, LORA, PARSERS, Parser, tensor, tensors_bytes
-from qlora.cards import parse_memory
 from qlora.cli import main
-from qlora.config import MOST_MISTAKES, Recipe
 from qlora.errors import DoesNotFitError, MethodError, ModelError, QloraError, RecipeError
+from qlora.files.strangers import MAX_JSON, MAX_LEVELS, MAX_RECIPE, MAX_VALUES, Fault, json_object, shown, yaml_values
+from qlora.machine.cards import parse_memory
 from qlora.methods import files
 from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
 from qlora.model import default, tensor_file, tokenizer
-from qlora.model.shards import (
+from qlora.model.checkpoint import (
     INDEX,
     MAX_SHARDS,
     find_model,
@@ -40,7 +40,7 @@ from qlora.model.shards import (
     read_model_config,
 )
 from qlora.model.tensor_file import MAX_HEADER
-from qlora.strangers import MAX_JSON, MAX_LEVELS, MAX_RECIPE, MAX_VALUES, Fault, json_object, shown, yaml_values
+from qlora.recipe.config import MOST_MISTAKES, Recipe
 
 ROOT = Path(__file__).parents[1]
 SOON = 10.0  # seconds of a core, on a slow one

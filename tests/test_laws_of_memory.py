@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from qlora import config
-from qlora.config import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.evaluation import answers, score
 from qlora.export import merge
 from qlora.methods import Adapters, apply_method, load_adapter, save_adapter
 from qlora.model import load_base
-from qlora.model.layers import unwrap_layers
 from qlora.model.load import Base
-from qlora.model.placement import Placement
+from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.layers import unwrap_layers
+from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_checkpoint

@@ -18,13 +18,19 @@ PACKAGES = ["qlora", *(f"qlora.{m.name}" for m in pkgutil.iter_modules(qlora.__p
 # the only files that may import these, whole folders by a trailing slash
 OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py", "qlora/doctor.py"},
-    "transformers": {"qlora/model/", "qlora/dry_run.py", "qlora/chat.py", "qlora/run.py", "qlora/doctor.py"},
+    "transformers": {
+        "qlora/model/",
+        "qlora/planning/dry_run.py",
+        "qlora/chat.py",
+        "qlora/runs/run.py",
+        "qlora/doctor.py",
+    },
     "datasets": {"qlora/data/sources.py", "qlora/doctor.py"},
     "accelerate": {"qlora/training/loop.py", "qlora/doctor.py"},
     "huggingface_hub": {"qlora/model/"},
     "peft": set(),
     "pickle": set(),
-    "yaml": {"qlora/config.py", "qlora/strangers.py"},
+    "yaml": {"qlora/recipe/config.py", "qlora/files/strangers.py"},
 }
 
 
@@ -58,7 +64,7 @@ def test_top_level_names_are_listed_once() -> None:
 def test_importing_qlora_is_quick() -> None:
     """``qlora doctor`` must run where torch does not, and a slip in a recipe must not wait for it."""
     code = (
-        "import sys, qlora, qlora.cli, qlora.config, qlora.doctor\n"
+        "import sys, qlora, qlora.cli, qlora.recipe.config, qlora.doctor\n"
         "status = qlora.cli.main(['train', 'none.yaml'])\n"
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'datasets', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora import run
 from qlora.chat import talk
 from qlora.cli import main
 from qlora.errors import REDACTED, DataError, ModelError, redacted, visible
 from qlora.model.foreign_code import foreign_code, say_foreign_code
 from qlora.model.tokenizer import load_tokenizer
+from qlora.runs import run
 from qlora.training.log import MetricsLog, Progress
 from tests.conftest import tiny_values
 
@@ -79,7 +79,7 @@ def test_errors_say_no_secret(
         raise ConnectionError(f"401 for https://me:{TOKEN}@hub/x, authorization: Bearer my-own-token-0123")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("qlora.model.shards._require_room", lambda *_: None)
+    monkeypatch.setattr("qlora.model.checkpoint._require_room", lambda *_: None)
     assert main(["train", str(recipe_file), "model.name=org/private"]) == 2
     for broken in (OSError, RuntimeError):
 
@@ -110,7 +110,7 @@ def test_a_run_folder_holds_no_secret(
     values["training"]["steps"] = 1
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    monkeypatch.setattr("qlora.planner.Plan.why", ("a reason with " + TOKEN,), raising=False)
+    monkeypatch.setattr("qlora.planning.plan.Plan.why", ("a reason with " + TOKEN,), raising=False)
     assert main(["train", str(recipe)]) == 0
     said = capfd.readouterr()
     assert TOKEN not in said.err + said.out

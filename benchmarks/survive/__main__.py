@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.survive.size import Size
-from qlora.device import versions
-from qlora.durable import write_json
+from qlora.files.durable import write_json
+from qlora.machine.device import versions
 
 PARTS = ("kills", "disk", "damage", "numbers", "fuzz", "matrix", "soak")
 FAULTS = PARTS[:4]

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.survive.kills import Course, Trial, courses
 from benchmarks.survive.size import Size
 from benchmarks.survive.tiny import Nursery, difference, metrics, nurseries, one_sentence, row, row_of
-from qlora.durable import SEAL, damage
+from qlora.files.durable import SEAL, damage
 
 READERS = (["evaluate", "{run}"], ["export", "{run}", "adapter"], ["export", "{run}", "merged"], ["report", "{run}"])
 OTHERS = ("recipe.yaml", "environment.json", "evaluation.json", "metrics.jsonl", "plan.json", "report.html")

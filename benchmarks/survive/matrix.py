@@ -26,8 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.survive.size import Size
-from qlora import config
-from qlora.config import MemorySection, ModelSection, TrainingSection
+from qlora import recipe as config
 from qlora.data import Row
 from qlora.data.examples import IGNORE_INDEX, make_example
 from qlora.data.packing import make_rows
@@ -35,6 +34,7 @@ from qlora.errors import InputError
 from qlora.evaluation import score
 from qlora.methods import apply_method
 from qlora.model import load_base
+from qlora.recipe import MemorySection, ModelSection, TrainingSection
 from qlora.training import Trainer, checkpoint
 
 VOCABULARY = 96

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from qlora.config import ModelSection, Recipe
 from qlora.data.formats import parse
 from qlora.data.sources import read_records
-from qlora.durable import SEAL, damage, seal
 from qlora.errors import ModelError, QloraError
+from qlora.files.durable import SEAL, damage, seal
 from qlora.methods.files import (
     CONFIG,
     METHOD_STATE,
@@ -37,10 +36,11 @@ from qlora.methods.files import (
     recorded_base,
 )
 from qlora.model import default
+from qlora.model.checkpoint import INDEX, fingerprint, open_checkpoint
 from qlora.model.load import load_skeleton
-from qlora.model.shards import INDEX, fingerprint, open_checkpoint
 from qlora.model.skeleton import read_config
 from qlora.model.tokenizer import load_tokenizer
+from qlora.recipe import ModelSection, Recipe
 from qlora.training import checkpoint
 from qlora.training.smaller import Way
 

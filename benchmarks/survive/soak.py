@@ -144,8 +144,8 @@ def sample() -> dict[str, float]:
 
 def main(recipe: str, every: int) -> None:
     """In a process of its own: train, and print the samples as one line of JSON."""
-    from qlora import run as qlora_run
-    from qlora.config import Recipe
+    from qlora.recipe import Recipe
+    from qlora.runs import run as qlora_run
     from qlora.training import MetricsLog
 
     write, samples = MetricsLog.write, list[dict[str, float]]()

@@ -34,9 +34,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qlora.durable import damage, read_json
-from qlora.folder import RUN_FILES
-from qlora.lock import LOCK
+from qlora.files.durable import damage, read_json
+from qlora.files.lock import LOCK
+from qlora.runs.folder import RUN_FILES
 
 WORDS = [
     "what", "does", "copytree", "do", "it", "copies", "a", "whole", "folder", "hello", "there", "how", "are", "you",
@@ -342,7 +342,7 @@ def _serve() -> None:
     import qlora.cli
     import qlora.export
     import qlora.reporting
-    import qlora.run  # noqa: F401
+    import qlora.runs.run  # noqa: F401
 
     assert torch.get_num_threads() == 1  # threads do not live through a fork
     LlamaForCausalLM(
@@ -366,9 +366,9 @@ def _serve() -> None:
 
 def _plan_once(recipe: str) -> None:
     """Keep what a dry run finds for every model and shape; the seconds that it takes are no part of a run's risks."""
-    from qlora import memory
-    from qlora.config import Recipe
-    from qlora.planner import plan
+    from qlora.planning import memory
+    from qlora.planning.plan import plan
+    from qlora.recipe import Recipe
 
     if memory.dry_run.__name__ == "remembered":
         return
@@ -563,7 +563,7 @@ class _Events:
     ) -> None:
         import safetensors.torch
 
-        from qlora import run
+        from qlora.runs import run
         from qlora.training import MetricsLog
 
         self.at, self.torn, self.folder, self.count, self.fill, self.busy = at, torn, folder, 0, fill, False

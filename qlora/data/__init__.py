@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.config import DataSection
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import IGNORE_INDEX, Example, fit, text_examples
@@ -33,6 +32,7 @@ from qlora.data.report import Counts, Report
 from qlora.data.sources import read_records
 from qlora.data.split import needs_pieces, split_pieces, split_records
 from qlora.errors import DataError, listed
+from qlora.recipe import DataSection
 
 __all__ = [
     "IGNORE_INDEX",

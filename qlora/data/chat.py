@@ -33,8 +33,8 @@ from qlora.data.dialect import Dialect
 from qlora.data.examples import Example, make_example
 from qlora.data.formats import Conversation
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer
-from qlora.durable import expanded
 from qlora.errors import DataError
+from qlora.files.durable import expanded
 
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}

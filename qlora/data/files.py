@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora.durable import expanded, sha256_of
 from qlora.errors import DataError
+from qlora.files.durable import expanded, sha256_of
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def _begun() -> _Child:
 
 
 def _forked() -> _Child:
-    from qlora.model.sandbox import prepare
+    from qlora.data.sandbox import prepare
 
     prepare()
     theirs, ours = os.pipe()
@@ -322,7 +322,7 @@ def _leave_parent(*kept: int) -> None:
 
 def main() -> None:
     """The child of systems that do not fork, at its standard input and output."""
-    from qlora.model.sandbox import prepare
+    from qlora.data.sandbox import prepare
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare()
@@ -358,7 +358,7 @@ def _answer(replies: BinaryIO, setup: dict[str, Any], job: list[Any], mark_answe
 def _reply(setup: dict[str, Any], messages: Any, tools: Any, prompt: bool, mark_answers: bool) -> dict[str, Any]:
     import jinja2
 
-    from qlora.model.sandbox import render
+    from qlora.data.sandbox import render
 
     try:
         text, answers = render(setup["template"], setup["variables"], messages, tools, prompt, mark_answers)

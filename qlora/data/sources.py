@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.values import json_fault, kind
-from qlora.durable import expanded
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
+from qlora.files.durable import expanded
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from qlora.device import total_memory_bytes
 from qlora.errors import DataError
+from qlora.machine.device import total_memory_bytes
 from qlora.methods import AdaptedModel, Adapters
 from qlora.model.checks import position_limit
 from qlora.model.nf4 import FrozenLinear, dense_cached

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from qlora.data import Row, collate
-from qlora.device import ran_out_of_memory, release_memory
 from qlora.errors import DataError, DoesNotFitError, first_line
+from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
 from qlora.model.loss import batch_loss

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from qlora.config import ModelSection
-from qlora.device import resolve_compute_dtype
-from qlora.durable import folder_written_aside
 from qlora.errors import RunError
+from qlora.files.durable import folder_written_aside
+from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, load_adapter, save_portable
 from qlora.model.load import skeleton_base
+from qlora.recipe import ModelSection
 
 
 def export_adapter(

@@ -19,18 +19,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.config import ModelSection
-from qlora.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
-from qlora.durable import folder_written_aside
 from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.writer import SafetensorsWriter
+from qlora.files.durable import folder_written_aside
+from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.targets import unplanted
+from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from qlora.model.load import Base, match_names, packed_parts, quantised_names
 from qlora.model.nf4 import dense_weight
-from qlora.model.shards import INDEX, Checkpoint, open_checkpoint
 from qlora.model.skeleton import empty_linears, empty_model, read_config, scheme_of
 from qlora.model.tokenizer import load_tokenizer
+from qlora.recipe import ModelSection
 
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
 BESIDE = (

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.config import parts_of
 from qlora.errors import MethodError, listed
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.methods.bitfit import BitFitMethod
@@ -32,6 +31,7 @@ from qlora.methods.prefix import PrefixMethod
 from qlora.methods.prompt import PromptTuningMethod, PTuningMethod
 from qlora.model.in_memory import as_base
 from qlora.model.load import Base
+from qlora.recipe import parts_of
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoraMethod,

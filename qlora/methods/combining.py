@@ -26,7 +26,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora.config import Combined
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel
 from qlora.methods.files import (
@@ -41,6 +40,7 @@ from qlora.methods.files import (
 from qlora.methods.lora import LoraMethod, rank_of, scaling_of
 from qlora.methods.method import PREFIX, generator_of
 from qlora.methods.targets import target_names
+from qlora.recipe import Combined
 
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 WAYS = ("cat", "svd", "linear", *SPARSE, *(f"{way}_svd" for way in SPARSE))

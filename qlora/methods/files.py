@@ -16,18 +16,18 @@ import pydantic
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora import config
-from qlora.config import MOST_MISTAKES
-from qlora.durable import file_written_aside, sync
+from qlora import recipe as config
 from qlora.errors import MethodError, RunError, listed, redacted
+from qlora.files.durable import file_written_aside, sync
+from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
 from qlora.methods.base import METHODS, AdaptedModel, apply_method
 from qlora.methods.lora import LoraMethod, any_transposed
 from qlora.methods.method import PREFIX
 from qlora.methods.targets import matches, pattern_value, target_names
+from qlora.model.checkpoint import fingerprint
 from qlora.model.load import Base
-from qlora.model.shards import fingerprint
 from qlora.model.tensor_file import read_header, read_tensors
-from qlora.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
+from qlora.recipe.config import MOST_MISTAKES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

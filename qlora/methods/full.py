@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.device import DTYPES, dtype_name
 from qlora.errors import MethodError, listed
+from qlora.machine.device import DTYPES, dtype_name
 from qlora.methods.method import PREFIX, Method
 from qlora.methods.planted import Planted
-from qlora.model.host import held_on_host
 from qlora.model.load import Base
 from qlora.model.nf4 import FrozenLinear
+from qlora.residence.ends import held_on_host
 
 
 class FullMethod(Method):

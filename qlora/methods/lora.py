@@ -35,7 +35,7 @@ class LoraLinear(Planted):
 
     ``base`` is the frozen linear (GPT-2's Conv1D is one too); ``lora_A`` [r, in] and ``lora_B`` [out, r] train. While
     ``enabled`` is off, the base answers alone. While ``unread`` is on, nobody reads the answer but its gradient is wanted
-    (see ``model/layers.py``).
+    (see ``residence/layers.py``).
     """
 
     def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:

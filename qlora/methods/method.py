@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora.device import DTYPES
 from qlora.errors import MethodError, listed
+from qlora.machine.device import DTYPES
 from qlora.methods.planted import Planted
 from qlora.model.load import Base
 

@@ -26,10 +26,10 @@ from qlora.errors import MethodError, listed, nearest
 from qlora.methods.method import PREFIX, Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import leaf, matches
-from qlora.model.host import HostLinear, on_device
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.load import Base
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
-from qlora.model.shards import open_checkpoint
+from qlora.residence.ends import HostLinear, on_device
 
 # PEFT adds both of these to every classifier's modules_to_save, whichever of them it has.
 CLASSIFIERS = ("classifier", "score")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.load import Base, checkpoint_weight, packed_parts
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_away, is_transposed
-from qlora.model.shards import Checkpoint, open_checkpoint
 
 
 def copy_to_keep(base: Base, path: str, linear: nn.Module) -> Tensor | None:

@@ -30,7 +30,7 @@ from qlora.errors import MethodError, ModelError
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.prompt import KEY, load_network, make_real, network_state, tokens_of_text
-from qlora.model.layers import decoder_layers
+from qlora.residence.layers import decoder_layers
 
 CACHES = ("past_key_values", "layer_past")  # what attentions call the cache that they are given
 SPREAD = 0.1

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.config import parts_of
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel, apply_method, refuse_adapted
 from qlora.methods.files import load_adapter, read_adapter_config
@@ -31,6 +30,7 @@ from qlora.methods.lora import LoraLinear
 from qlora.methods.planted import Planted
 from qlora.model.in_memory import as_base
 from qlora.model.load import Base
+from qlora.recipe import parts_of
 
 BY_ROWS = ("lora", "dora", "adalora", "ia3", "bitfit")
 """Methods whose planted modules answer each row of a batch from that row alone, so that rows can be told apart."""

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.method_sections import Targets
 from qlora.methods.planted import Planted
 from qlora.model.nf4 import is_linear
+from qlora.recipe.methods import Targets
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,10 +8,10 @@ a module of yours ─────────── in_memory (quantised, as it 
 
 from __future__ import annotations
 
+from qlora.model.checkpoint import Checkpoint, find_model, open_checkpoint
 from qlora.model.in_memory import as_base, quantise
 from qlora.model.load import Base, load_base, quantised_names
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_cached, dense_weight, is_linear
-from qlora.model.shards import Checkpoint, find_model, open_checkpoint
 from qlora.model.skeleton import load_config
 from qlora.model.tokenizer import load_tokenizer
 

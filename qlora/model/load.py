@@ -26,15 +26,10 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora.config import MemorySection, ModelSection
-from qlora.device import bytes_text, resolve_compute_dtype, resolve_device, trim_heap, versions
 from qlora.errors import ModelError, listed
-from qlora.model.cache import FileHome, cache_folder_of, cache_key, open_cache
-from qlora.model.host import embedding_on_host, head_on_host, refuse_half
-from qlora.model.layers import decoder_layers
+from qlora.machine.device import bytes_text, resolve_compute_dtype, resolve_device, trim_heap, versions
+from qlora.model.checkpoint import Checkpoint, find_model, fingerprint, open_checkpoint, read_json
 from qlora.model.nf4 import FrozenLinear, Linear4bit, dense_weight
-from qlora.model.placement import Home, HostHome, Image, Placement, frozen_linears, resident_layers, settle
-from qlora.model.shards import Checkpoint, find_model, fingerprint, open_checkpoint, read_json
 from qlora.model.skeleton import (
     FOUR_BIT,
     Scheme,
@@ -46,6 +41,11 @@ from qlora.model.skeleton import (
     scheme_of,
 )
 from qlora.model.tokenizer import load_tokenizer
+from qlora.recipe import MemorySection, ModelSection
+from qlora.residence.cache import FileHome, cache_folder_of, cache_key, open_cache
+from qlora.residence.ends import embedding_on_host, head_on_host, refuse_half
+from qlora.residence.layers import decoder_layers
+from qlora.residence.placement import Home, HostHome, Image, Placement, frozen_linears, resident_layers, settle
 
 # What bitsandbytes writes beside a weight that it packed: P.weight and P.weight.absmax, … in 4 bits, P.SCB, … in 8.
 FOUR_BIT_PARTS = (

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.model.host import HostLinear, fp32_product
 from qlora.model.nf4 import dense_weight
+from qlora.residence.ends import HostLinear, fp32_product
 
 IGNORE_INDEX = -100
 

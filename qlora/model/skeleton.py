@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from qlora.config import ModelSection
 from qlora.errors import ModelError, first_line, listed
+from qlora.model.checkpoint import find_model, read_model_config
 from qlora.model.foreign_code import say_foreign_code
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
-from qlora.model.shards import find_model, read_model_config
+from qlora.recipe import ModelSection
 
 FOUR_BIT = ("nf4", "fp4")
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.

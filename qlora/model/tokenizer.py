@@ -13,10 +13,10 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from qlora.config import ModelSection, parts_of
 from qlora.errors import MethodError, ModelError, first_line, listed
+from qlora.model.checkpoint import MAX_TOKENIZER, find_model, read_json
 from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
-from qlora.model.shards import MAX_TOKENIZER, find_model, read_json
+from qlora.recipe import ModelSection, parts_of
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.

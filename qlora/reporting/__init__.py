@@ -15,8 +15,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from qlora.durable import file_written_aside
 from qlora.errors import DoesNotFitError, RunError, disk_is_full
+from qlora.files.durable import file_written_aside
 from qlora.reporting.page import render
 from qlora.reporting.records import Records, read_records
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora.config import parts_of
-from qlora.device import bytes_text
 from qlora.errors import redacted
+from qlora.machine.device import bytes_text
+from qlora.recipe import parts_of
 from qlora.reporting import sections
 from qlora.reporting.figures import (
     MISSING,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora.config import Recipe
 from qlora.errors import RecipeError, RunError, listed, redacted
+from qlora.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlora.config import Recipe, Section, parts_of
-from qlora.device import bytes_text
 from qlora.errors import redacted
+from qlora.machine.device import bytes_text
+from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting.charts import WIDE, bars, draw
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import MISSING, Figures, exact_text, significant

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from qlora.durable import clear_leftovers, damage, delete_folder, folder_written_aside, seal
 from qlora.errors import MethodError, NonFiniteError, RunError, listed
+from qlora.files.durable import clear_leftovers, damage, delete_folder, folder_written_aside, seal
 from qlora.methods.files import (
     read_adapter_tensors,
     read_method_state,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
-from qlora.model.layers import RecomputedLayer
+from qlora.residence.layers import RecomputedLayer
 from qlora.training.optim import step_alone
 
 

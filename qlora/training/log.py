@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from qlora.device import bytes_text
-from qlora.durable import file_written_aside
 from qlora.errors import redacted, visible
+from qlora.files.durable import file_written_aside
+from qlora.machine.device import bytes_text
 from qlora.training.loop import Step
 
 

@@ -27,9 +27,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from qlora.config import MemorySection, TrainingSection
 from qlora.data import Data, Row, collate, step_rows, steps_per_epoch
-from qlora.device import peak_memory_bytes, ran_out_of_memory, release_memory
 from qlora.errors import (
     DataError,
     DoesNotFitError,
@@ -40,12 +38,14 @@ from qlora.errors import (
     first_line,
     listed,
 )
+from qlora.machine.device import peak_memory_bytes, ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel
-from qlora.model.cache import cache_folder_of, unwritable
 from qlora.model.checks import check_boundary, check_loss_path, check_packing, check_rows
-from qlora.model.layer_inputs import LayerInputs
-from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
+from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.cache import cache_folder_of, unwritable
+from qlora.residence.layer_inputs import LayerInputs
+from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.training import checkpoint
 from qlora.training.in_backward import InBackward, NotFinite, stay_out
 from qlora.training.not_finite import Blame, find_blame

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from qlora.data import Row
 from qlora.methods.planted import Planted
-from qlora.model.layers import RecomputedLayer
 from qlora.model.nf4 import dense_weight
+from qlora.residence.layers import RecomputedLayer
 
 
 @dataclass(frozen=True)

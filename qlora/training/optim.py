@@ -15,8 +15,8 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from qlora.config import TrainingSection
 from qlora.errors import RunError, listed
+from qlora.recipe import TrainingSection
 
 
 def make_optimizer(

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data import IGNORE_INDEX, Row
-from qlora.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
 from qlora.errors import first_line
-from qlora.model.layers import RecomputedLayer
+from qlora.machine.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
+from qlora.residence.layers import RecomputedLayer
 from qlora.training.optim import make_state, steps_taken_back
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.config import TrainingSection
+from qlora.recipe import TrainingSection
 
 SMALLEST_CHUNK = 16  # positions; below it the head is read too often for what is saved
 

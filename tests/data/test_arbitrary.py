@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora.config import DataSection
 from qlora.data import load_data
 from qlora.errors import DataError
+from qlora.recipe import DataSection
 from tests.data import conftest as families
 from tests.data.conftest import make_tokenizer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora.config import DataSection
 from qlora.data import Data, load_data
 from qlora.errors import DataError
+from qlora.recipe import DataSection
 from tests.data import conftest as families
 from tests.data.conftest import make_tokenizer
 

@@ -9,9 +9,9 @@ import numpy
 import pytest
 from rich.console import Console
 
-from qlora.config import DataSection
 from qlora.data import IGNORE_INDEX, Data, load_data
 from qlora.errors import DataError
+from qlora.recipe import DataSection
 from tests.data import conftest as families
 from tests.data.conftest import LINES, make_tokenizer
 

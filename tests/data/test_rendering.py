@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from qlora.data import rendering
+from qlora.data import rendering, sandbox
 from qlora.data.chat import ChatTemplate
 from qlora.data.formats import parse
 from qlora.data.rendering import CutOff, Job, Refused, Renderer
 from qlora.data.sources import Record
 from qlora.errors import DataError
-from qlora.model import sandbox
 from tests.data import conftest as families
 from tests.data.conftest import make_tokenizer
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.config import DataSection, Recipe
 from qlora.data import Data, Row, load_data
 from qlora.data.examples import Example, make_example
 from qlora.data.formats import Parsed
 from qlora.data.split import needs_pieces, split_pieces
 from qlora.errors import DataError
+from qlora.recipe import DataSection, Recipe
 from tests.data.conftest import LINES
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain-text.yaml"

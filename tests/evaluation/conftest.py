@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from qlora.methods import AdaptedModel
-from qlora.model.layers import unwrap_layers
+from qlora.residence.layers import unwrap_layers
 from tests.training.tiny import tiny_model
 
 

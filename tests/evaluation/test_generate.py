@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import DataError
 from qlora.evaluation import answer, answers, room
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.layers import wrap_layers
 from qlora.model.nf4 import FrozenLinear
+from qlora.residence.layers import wrap_layers
 from tests.methods import tiny
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 10, 11], [40, 41, 42], [77, 3]]

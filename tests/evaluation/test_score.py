@@ -10,7 +10,6 @@ import numpy
 import pytest
 import torch
 
-from qlora.config import PrefixTuning
 from qlora.data import IGNORE_INDEX, Row, collate
 from qlora.data.examples import Example, make_example
 from qlora.data.packing import make_rows
@@ -18,7 +17,8 @@ from qlora.errors import DataError
 from qlora.evaluation import score
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
-from qlora.model.layers import decoder_layers, wrap_layers
+from qlora.recipe import PrefixTuning
+from qlora.residence.layers import decoder_layers, wrap_layers
 from tests.methods.tiny import VOCABULARY, stir
 from tests.model.test_loss import LargestLogits, random_model
 from tests.training.tiny import random_rows

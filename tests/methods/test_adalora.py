@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.targets import find_linears

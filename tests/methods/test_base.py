@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, LoraLinear, apply_method
 from tests.methods.tiny import logits_of, stir, tiny_base, tiny_checkpoint

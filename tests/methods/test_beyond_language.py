@@ -32,7 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model import as_base, dense_weight, quantise

@@ -22,13 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.bitfit import BiasLayer, BitFitMethod
-from qlora.model.layers import wrap_layers
 from qlora.model.loss import batch_loss
+from qlora.residence.layers import wrap_layers
 from tests.methods import tiny
 from tests.methods.tiny import TOKENS, difference, logits_of, tiny_base, tiny_checkpoint
 

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qlora import config
+from qlora import recipe as config
 from qlora.data import collate
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, Planted, apply_method, load_adapter, save_adapter
 from qlora.methods.bottleneck import Adapter, Bottleneck, BottleneckMethod
 from qlora.model.in_memory import as_base
-from qlora.model.layers import decoder_layers, unwrap_layers, wrap_layers
 from qlora.model.load import Base
 from qlora.model.loss import batch_loss
+from qlora.residence.layers import decoder_layers, unwrap_layers, wrap_layers
 from tests.methods.adapters_oracle import make
 from tests.methods.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.training.tiny import gradients, random_rows

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, combine, load_adapter, save_adapter, save_combined
 from qlora.methods.combining import WAYS, drawn

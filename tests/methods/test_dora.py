@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import apply_method, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable
 from qlora.methods.lora import LoraLinear
-from qlora.model.layers import wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_weight
+from qlora.residence.layers import wrap_layers
 from tests.methods.against_peft import BATCH, gradients_of, merge_in_place, plain_model, with_our_values, worst_of
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 

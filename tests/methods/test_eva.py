@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
-from qlora import config
+from qlora import recipe as config
 from qlora.data.batches import collate
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, eva, load_adapter, save_adapter
 from qlora.methods.eva import Directions
-from qlora.model.layers import wrap_layers
 from qlora.model.loss import IGNORE_INDEX
+from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 from tests.methods.tiny import VOCABULARY, difference, logits_of, tiny_base, tiny_checkpoint
 from tests.training.tiny import random_rows

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora import config
-from qlora.durable import clear_leftovers, folder_written_aside
+from qlora import recipe as config
 from qlora.errors import MethodError, RunError
+from qlora.files.durable import clear_leftovers, folder_written_aside
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.lora import LoraMethod
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint

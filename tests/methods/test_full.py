@@ -13,21 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora import config
-from qlora.config import ModelSection, TrainingSection
+from qlora import recipe as config
 from qlora.data import Row
 from qlora.errors import MethodError
 from qlora.export import merge
-from qlora.memory import estimate
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model import Base, load_base
-from qlora.model.layers import wrap_layers
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import load_skeleton
+from qlora.planning.memory import estimate
+from qlora.recipe import ModelSection, TrainingSection
+from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
-from tests.test_memory import peak_of
+from tests.planning.test_memory import peak_of
 
 CPU = torch.device("cpu")
 BATCH = {

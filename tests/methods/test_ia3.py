@@ -22,7 +22,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, initial, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable
-from qlora.model.layers import wrap_layers
+from qlora.model.checkpoint import Checkpoint
 from qlora.model.load import Base
 from qlora.model.nf4 import dense_weight
-from qlora.model.shards import Checkpoint
 from qlora.model.skeleton import load_skeleton
+from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 from tests.methods.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.training.tiny import random_rows

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora import config
-from qlora.config import TrainingSection
+from qlora import recipe as config
 from qlora.data import Row
 from qlora.data.batches import collate
 from qlora.data.examples import make_example
@@ -25,6 +24,7 @@ from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, sav
 from qlora.model.load import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
+from qlora.recipe import TrainingSection
 from qlora.training import Trainer
 from tests.methods.tiny import FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora import config
-from qlora.config import TrainingSection
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, LoraLinear, apply_method, load_adapter, save_adapter
 from qlora.methods.files import save_portable
@@ -23,6 +22,7 @@ from qlora.methods.method import adapter_dtype
 from qlora.methods.targets import pattern_value
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, dense_cached
+from qlora.recipe import TrainingSection
 from qlora.training.optim import make_optimizer
 from tests.methods.against_peft import BATCH, merge_in_place, plain_model, with_our_values, worst_of
 from tests.methods.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-from qlora import config
+from qlora import recipe as config
 from qlora.data import Row
 from qlora.errors import MethodError
 from qlora.evaluation import answers, score

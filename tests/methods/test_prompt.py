@@ -9,8 +9,7 @@ import peft
 import pytest
 import torch
 
-from qlora import config
-from qlora.config import TrainingSection
+from qlora import recipe as config
 from qlora.data import collate
 from qlora.data.examples import Example
 from qlora.data.packing import make_rows
@@ -19,8 +18,9 @@ from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.prompt import KEY, EncodedPrompt, PromptEmbedding
 from qlora.model import load_base
-from qlora.model.layers import unwrap_layers, wrap_layers
 from qlora.model.loss import batch_loss
+from qlora.recipe import TrainingSection
+from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.training import Trainer
 from tests.methods.against_peft import plain_model
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import Planted, apply_method
 from qlora.methods.sublayers import at, find_layers, stood, width

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.evaluation import answers
 from qlora.methods import AdaptedModel, Adapters, LoraLinear, Planted, apply_method, load_adapter, save_adapter
@@ -111,7 +111,7 @@ def test_nothing_is_read_or_copied_but_the_adapter(folder: Path, monkeypatch: py
     adapters = Adapters(tiny_base(folder / "base"))
     here = {name: values.data_ptr() for name, values in adapters.model.state_dict(keep_vars=True).items()}
     modules = dict(adapters.model.named_modules())
-    monkeypatch.setattr("qlora.model.shards.Checkpoint.read", None)  # reading a weight of the base would fail
+    monkeypatch.setattr("qlora.model.checkpoint.Checkpoint.read", None)  # reading a weight of the base would fail
     for name in LORAS:
         adapters.load(name, folder / name)
     for name in (*LORAS, "sql", None):

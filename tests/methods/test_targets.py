@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora import config
+from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import apply_method
 from qlora.methods.targets import choose_targets, matches, target_names

@@ -19,9 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qlora.config import ModelSection
 from qlora.methods import AdaptedModel
 from qlora.model.load import Base, load_base
+from qlora.recipe import ModelSection
 
 VOCABULARY = 96
 SIZES = {

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora.errors import ModelError
-from qlora.model import layers
 from qlora.model.checks import check_boundary, check_loss_path, check_packing, packs_one_row, position_limit
-from qlora.model.layers import decoder_layers, wrap_layers
+from qlora.residence import layers
+from qlora.residence.layers import decoder_layers, wrap_layers
 from tests.model.test_loss import FAMILIES, IDS, VOCABULARY, random_model
 
 

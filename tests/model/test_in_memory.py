@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from qlora.config import ModelSection
 from qlora.errors import ModelError
 from qlora.model import as_base, dense_weight, load_base, quantise
 from qlora.model.in_memory import main_dtype, on_meta
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.recipe import ModelSection
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from qlora.config import ModelSection
 from qlora.errors import ModelError
 from qlora.model import load_base, load_config, load_tokenizer, quantised_names
+from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
-from qlora.model.shards import Checkpoint
+from qlora.recipe import ModelSection
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -47,9 +47,9 @@ def test_it_leaves_an_adapter_and_a_plain_model_with_the_same_logits(done: tuple
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qlora.config import ModelSection
     from qlora.methods.files import load_adapter
     from qlora.model.load import load_base
+    from qlora.recipe import ModelSection
 
     folder, _ = done
     ids = torch.arange(10, 40)[None]

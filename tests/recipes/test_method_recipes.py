@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import qlora
 from qlora.chat import Conversation
 from qlora.cli import main
-from qlora.config import Recipe, parts_of
 from qlora.errors import MethodError
 from qlora.methods import METHODS
 from qlora.methods.files import WEIGHTS
+from qlora.recipe import Recipe, parts_of
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -63,4 +63,4 @@ def test_recipe_trains(path: Path, tiny_model: Path, chat_data: Path, tmp_path: 
         with pytest.raises(MethodError, match="cannot be merged"):
             qlora.merge(run)
     else:
-        assert qlora.run.compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3
+        assert qlora.runs.run.compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.config import Recipe
+from qlora.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"

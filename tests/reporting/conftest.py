@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora.config import Recipe
+from qlora.recipe import Recipe
 
 
 class RunFolder:

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers import Trainer as TheirTrainer
 
-from qlora.config import TrainingSection
 from qlora.data import collate, step_rows
 from qlora.model.nf4 import dense_weight
+from qlora.recipe import TrainingSection
 from qlora.training import Trainer
 from tests.methods.tiny import tiny_checkpoint
 from tests.training.tiny import random_rows, tiny_model

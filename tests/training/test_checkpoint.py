@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.config import TrainingSection
-from qlora.durable import damage, seal
 from qlora.errors import RunError
+from qlora.files.durable import damage, seal
 from qlora.methods import AdaptedModel
 from qlora.methods.files import read_adapter_tensors
-from qlora.model.layers import unwrap_layers
 from qlora.model.nf4 import FrozenLinear
+from qlora.recipe import TrainingSection
+from qlora.residence.layers import unwrap_layers
 from qlora.training import Trainer, checkpoint
 from tests.methods.tiny import TOKENS, logits_of, stir, tiny_checkpoint
 from tests.training.tiny import adapter_bytes, random_rows, tiny_model

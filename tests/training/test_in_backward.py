@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from qlora import config
-from qlora.config import TrainingSection
+from qlora import recipe as config
 from qlora.data import collate
 from qlora.errors import DoesNotFitError, NonFiniteError, RecipeError, RunError
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.layers import RecomputedLayer, decoder_layers
 from qlora.model.loss import batch_loss
+from qlora.recipe import TrainingSection
+from qlora.residence.layers import RecomputedLayer, decoder_layers
 from qlora.training import Trainer
 from qlora.training.in_backward import InBackward
 from tests.methods.tiny import stir, tiny_base, tiny_checkpoint

@@ -13,19 +13,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans, integers, sampled_from
 
-from qlora.config import TrainingSection
 from qlora.data import IGNORE_INDEX, Data, Row, collate, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import layers
-from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.model.loss import batch_loss
+from qlora.recipe import TrainingSection
+from qlora.residence import layers
+from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.training import Trainer, learning_rate, loop
 from qlora.training.smaller import Way
 from tests.methods.test_laws import CASES, spoken
 from tests.methods.tiny import VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
-from tests.model.test_layers import small_model
+from tests.residence.test_layers import small_model
 from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.config import TrainingSection
 from qlora.data import Row, step_rows
 from qlora.errors import NonFiniteError
 from qlora.methods import AdaptedModel
 from qlora.model.nf4 import dense_weight
+from qlora.recipe import TrainingSection
 from qlora.training import Step, Trainer, checkpoint
 from qlora.training.optim import optimizer_tensors
 from tests.methods.tiny import tiny_checkpoint

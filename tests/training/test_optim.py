@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from qlora.config import TrainingSection
 from qlora.errors import RunError
+from qlora.recipe import TrainingSection
 from qlora.training.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, quiet_paging
 
 OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]

@@ -10,12 +10,13 @@ import numpy
 import pytest
 import torch
 
-from qlora import config, device
-from qlora.config import TrainingSection
+from qlora import recipe as config
 from qlora.data import Row, collate, step_rows
 from qlora.errors import DoesNotFitError
+from qlora.machine import device
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.layers import decoder_layers, unwrap_layers
+from qlora.recipe import TrainingSection
+from qlora.residence.layers import decoder_layers, unwrap_layers
 from qlora.training import Trainer, loop, rehearsal
 from qlora.training.optim import optimizer_tensors, steps_taken_back
 from qlora.training.rehearsal import worst_rows

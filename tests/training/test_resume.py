@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from benchmarks.survive import matrix
 from benchmarks.survive.matrix import Cell
 from benchmarks.survive.size import Size
-from qlora import run
-from qlora.config import Recipe
 from qlora.data import step_rows
 from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
+from qlora.recipe import Recipe
+from qlora.runs import run
 from qlora.training import MetricsLog, Trainer, checkpoint
 from tests.conftest import tiny_values
-from tests.test_run import WEIGHTS, assert_same_run, lines_of
+from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
 
 # another instruction set sums in another order
 INSTRUCTIONS = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

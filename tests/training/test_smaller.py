@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.config import MemorySection, TrainingSection
 from qlora.errors import DoesNotFitError, RecipeError, RunError
 from qlora.evaluation import score
 from qlora.methods import AdaptedModel
-from qlora.model.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.model.loss import batch_loss
+from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.training import Progress, Step, Trainer, loop
 from qlora.training.smaller import Way
 from tests.methods.tiny import stir, tiny_checkpoint
-from tests.model.test_layers import small_model
+from tests.residence.test_layers import small_model
 from tests.training.tiny import adapter_bytes, random_rows, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]  # by 8: steps of 8, 8 and 3 rows an epoch

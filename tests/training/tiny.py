@@ -8,11 +8,11 @@ from typing import Any
 import numpy
 import torch
 
-from qlora.config import LoRA
 from qlora.data import Row
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.methods import AdaptedModel, apply_method
+from qlora.recipe import LoRA
 from tests.methods.tiny import VOCABULARY, stir, tiny_base, tiny_checkpoint
 
 

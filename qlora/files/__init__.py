@@ -1,0 +1,1 @@
+"""Files that are whole or absent, locks, and what strangers wrote. Nothing in here knows what a file is about."""

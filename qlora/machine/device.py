@@ -1,0 +1,310 @@
+"""The ground: which device and dtype, random state, peak memory, bytes as text.
+
+Knows torch and the operating system; must not know a model, a recipe's other sections or bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import shutil
+import sys
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.errors import DoesNotFitError, RecipeError
+from qlora.files.durable import expanded
+
+GIB = 1024**3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REFUSALS = (
+    "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
+    "not enough memory: you tried to allocate",  # and on Windows
+    "CUDA error: out of memory",  # the driver: pinned memory, a kernel's own
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What libraries say when memory is refused."""
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → the device. One device only; others are left alone.
+
+    Raises RecipeError when a CUDA device is asked for and there is none by that number, and in one of several processes.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise RecipeError(
+            f"A launcher started this as one of {processes} processes (WORLD_SIZE), but a run has one process and one "
+            "device; start it without the launcher, and choose a GPU by device.name=cuda:1 or CUDA_VISIBLE_DEVICES."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(name.partition(":")[2] or 0)  # torch.device reads 999 as -25
+        if index >= count:
+            raise RecipeError(
+                f"device.name is '{name}', but this machine shows {count} CUDA devices; use 'auto' or 'cpu'."
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def resolve_compute_dtype(device: torch.device, requested: str = "auto") -> torch.dtype:
+    """The dtype of activations. ``auto``: bf16 where CUDA has it in hardware, fp16 on older GPUs, fp32 on CPUs.
+
+    A T4 says yes to bf16 through emulation, which is slower than fp16, so emulation does not count. On CPUs fp32 is the
+    one dtype that is fast everywhere: the bf16 backward is up to 60 times slower without AVX512-BF16.
+    """
+    if requested != "auto":
+        return DTYPES[requested]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` → ``bf16``."""
+    return {value: key for key, value in DTYPES.items()}[dtype]
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random state, as byte tensors: ``cpu`` and, on a GPU, ``cuda``."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what ``rng_state`` returned."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: allocated on the GPU, or resident in this process."""
+    return max(_peak(device), _earlier_peaks.get(str(device), 0))
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let ``peak_since_reset`` begin anew; False where the system cannot, so that it tells of the whole process.
+
+    ``peak_memory_bytes`` goes on as if nothing had happened.
+    """
+    before = peak_memory_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:  # 5 sets the high-water mark of the resident set to what is resident now (Linux 4.0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+    _earlier_peaks[str(device)] = before
+    return True
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """The most memory held since ``reset_peak_memory``."""
+    return _peak(device)
+
+
+_earlier_peaks: dict[str, int] = {}
+"""By device, the peak before the last reset, which torch and the system forget."""
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux; its ru_maxrss is inherited from the process that started this one
+        return _fields("/proc/self/status")["VmHWM"]
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows keeps no such count
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was refused, of the GPU or of the host, and not something else.
+
+    torch has a class for its own CUDA allocator alone; the CPU's, the driver and cuBLAS complain in words. DoesNotFitError is
+    a MemoryError: host memory or a disk for layer inputs.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more, after memory was refused.
+
+    Only outside of the ``except`` block is that true of the tensors in the frames that the exception went through.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed memory of the C heap back to the system.
+
+    glibc keeps freed blocks below 32 MiB and cuts them up: merging a 324 MiB file of 8 MiB matrices grew the process by
+    180 MiB without this call and by 1 MiB with it, at half a millisecond a call; quantising 7B in pieces grew it by more
+    than a GiB. Other systems need no such call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def total_memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device: the GPU's memory, or the machine's. (0, 0) where the system does not tell.
+
+    A container's limit counts where it is lower than the machine's memory.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    try:
+        fields = _fields("/proc/meminfo")
+        free, total = fields["MemAvailable"], fields["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        return 0, 0
+    limit, used = _container()
+    return (min(free, max(0, limit - used)), min(total, limit)) if limit else (free, total)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The sizes that a file of ``name: count kB`` lines gives, in bytes."""
+    lines = (line.split() for line in Path(path).read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
+
+
+def _container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """(limit, used) bytes of the control group that a container runs in, version 2 or 1; (0, 0) without a limit.
+
+    Files that the kernel can drop are not counted as used.
+    """
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, held = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            if most.isdecimal() and int(most) < 2**60:  # version 1 says "none" by a number near 2**63
+                return int(most), max(0, held - int(counts.get(cache, 0)))
+        except (OSError, ValueError):
+            continue
+    return 0, 0
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people, in binary units: ``1.25 GiB``, ``12.0 MiB``, ``512 B``."""
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    if count >= 1024**2:
+        return f"{count / 1024**2:.1f} MiB"
+    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{int(count)} B"
+
+
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise DoesNotFitError when the disk under ``folder`` has less than ``needed`` bytes free for ``what``."""
+    free = free_disk(folder)
+    if free < needed:
+        raise DoesNotFitError(
+            f"{what} needs {bytes_text(needed)} under '{folder}', but {bytes_text(free)} are free; free some or choose another folder."
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk that ``folder`` is on, or will be once it is made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def host_bytes(count: int, device: torch.device) -> torch.Tensor:
+    """``count`` bytes of host memory, uint8, from which ``device`` copies: page-locked where that is a GPU.
+
+    Locked in place, because torch's own pinned memory is rounded up to a power of two. Where the system refuses (a limit on
+    locked memory, a container), it is ordinary memory, with a warning that says what copies from it cost.
+    Raises DoesNotFitError where there is no such memory.
+    """
+    try:
+        memory = torch.empty(count, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise DoesNotFitError(
+            f"{bytes_text(count)} of host memory were refused; stop what else is running, or set memory.tier=disk."
+        ) from error
+    if device.type == "cuda" and count and not _lock(memory) and not _refused:
+        rate = _pageable_rate(memory, device)
+        _refused.append(rate)
+        warnings.warn(
+            f"The system refuses to lock host memory (ulimit -l?), so copies to the GPU wait for the CPU: {bytes_text(rate)} a "
+            "second were measured, and nothing computes meanwhile. Raise the limit to have them overlap.",
+            stacklevel=2,
+        )
+    return memory
+
+
+_refused: list[float] = []
+"""The rate that was measured when the system first refused to lock memory; it is said once."""
+
+
+def _lock(memory: torch.Tensor) -> bool:
+    """Page-lock ``memory`` for as long as this tensor lives (its views may not outlive it); False where the system refuses."""
+    runtime: Any = torch.cuda.cudart()
+    place, size = memory.data_ptr(), memory.numel()
+    if int(runtime.cudaHostRegister(place, size, 0)) != 0:
+        with contextlib.suppress(RuntimeError):  # CUDA reports the refusal once more, to whoever asks next
+            torch.zeros(1, device="cuda")
+        return False
+    weakref.finalize(memory, runtime.cudaHostUnregister, place)  # runs before the memory is given back
+    return True
+
+
+def _pageable_rate(memory: torch.Tensor, device: torch.device) -> float:
+    """Bytes a second from ordinary host memory to ``device``, measured once over at most 64 MiB."""
+    part = memory[: 64 * 1024**2]
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    part.to(device)
+    torch.cuda.synchronize(device)
+    return len(part) / (time.perf_counter() - begin)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``$QLORA_CACHE``, else ``qlora`` in the user's cache folder."""
+    if place := os.environ.get("QLORA_CACHE"):
+        return expanded(place)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qlora"
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with: Python, torch and the libraries that decide its numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("qlora", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

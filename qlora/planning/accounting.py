@@ -1,0 +1,113 @@
+"""Accounting: how many numbers a method trains and how many bytes they take on disk, from shapes alone.
+
+    config.json, configuration or module ─► skeleton on meta ─► method planted there ─► counted
+
+No weight is read, made or drawn, so a model of 175 billion parameters is counted in a second. Knows skeletons, methods and
+AdamW's moments; must not know data, activations or what fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qlora.machine.device import bytes_text
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import as_base, quantise
+from qlora.model.in_memory import on_meta
+from qlora.model.nf4 import FrozenLinear
+from qlora.model.skeleton import any_skeleton
+
+SMALL = 4096  # bitsandbytes' 8-bit optimizers keep the moments of smaller matrices in 32 bits
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a method adds to a base."""
+
+    parameters: int
+    """Numbers in the base, packed ones counted one by one, shared ones once."""
+    trainable: dict[str, int]
+    """Numbers that train, by method."""
+    adapter_bytes: int
+    """The tensors of the adapter's file."""
+    method_bytes: int
+    """The tensors that a resumed run needs beside them; 0 for most methods."""
+    optimizer_bytes: int
+    """AdamW's two moments."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that train, in all."""
+        return sum(self.trainable.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a run continues from: adapter, method state and moments."""
+        return self.adapter_bytes + self.method_bytes + self.optimizer_bytes
+
+    def __str__(self) -> str:
+        each = " + ".join(name if len(self.trainable) == 1 else f"{name} {n:,}" for name, n in self.trainable.items())
+        part = 100 * self.trainable_parameters / max(1, self.parameters)
+        return "\n".join(
+            [
+                f"{each}: {self.trainable_parameters:,} trainable parameters ({part:.3g}% of {self.parameters:,})",
+                f"  {'adapter on disk':<20}{bytes_text(self.adapter_bytes):>12}",
+                f"  {'checkpoint on disk':<20}{bytes_text(self.checkpoint_bytes):>12}",
+            ]
+        )
+
+
+def account(
+    model: str | Path | nn.Module | Any, method: Any, quantization: str = "none", optimizer: str = "adamw"
+) -> Account:
+    """What ``method``, a section such as ``LoRA(r=8)``, trains in ``model``, and what that takes on disk.
+
+    ``model`` is a folder with a config.json (it needs neither weights nor a tokenizer), a name on the hub, a transformers
+    configuration, or a module of yours, which stays as it is. An ``adapter_dtype`` of ``auto`` counts as fp32: ask for bf16
+    to count 16 bits. ``quantization`` decides what can be planted and changes no count: LoftQ wants nf4, full fine-tuning
+    none. ``optimizer`` as in the recipe's ``training`` section.
+
+    Raises ModelError where there is no such model, and MethodError where the method does not fit it.
+    """
+    skeleton = on_meta(model) if isinstance(model, nn.Module) else any_skeleton(model)
+    if quantization != "none":
+        quantise(skeleton, quantization)
+    parameters = count_parameters(skeleton)
+    return account_of(apply_method(as_base(skeleton), method), parameters, optimizer)
+
+
+def account_of(adapted: AdaptedModel, parameters: int, optimizer: str) -> Account:
+    """The same for what is planted already, in a base of ``parameters`` numbers; weights may be on meta."""
+    trainable: dict[str, int] = {}
+    for method in adapted.methods:
+        name = method.section.name
+        count = sum(values.numel() for values in method.parameters().values())
+        trainable[name] = trainable.get(name, 0) + count
+    return Account(
+        parameters=parameters,
+        trainable=trainable,
+        adapter_bytes=bytes_of(adapted.adapter_state().values()),
+        method_bytes=bytes_of(adapted.method_state().values()),
+        optimizer_bytes=sum(moments(values.numel(), optimizer) for values in adapted.trainable_parameters().values()),
+    )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, on meta too."""
+    return sum(values.numel() * values.dtype.itemsize for values in tensors)
+
+
+def moments(count: int, optimizer: str) -> int:
+    """Bytes of the two moments of ``count`` parameters: in fp32, or in 8 bits with an fp32 scale for each block of 256."""
+    return 2 * count + 8 * -(-count // 256) if optimizer.endswith("8bit") and count >= SMALL else 8 * count
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the model, packed ones counted one by one, shared ones once."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    return packed + sum(p.numel() for p in model.parameters())

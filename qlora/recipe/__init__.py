@@ -1,0 +1,80 @@
+"""The recipe: what is wanted, in one typed and frozen schema.
+
+schema (what every section shares) ─► methods (a section for each method) ─► config (the recipe itself)
+
+Knows YAML and pydantic; must not know torch, a model or a data set.
+"""
+
+from __future__ import annotations
+
+from qlora.recipe.config import (
+    DEFAULT_MODEL,
+    DataSection,
+    DeviceSection,
+    EvaluationSection,
+    MemorySection,
+    ModelSection,
+    Recipe,
+    TrainingSection,
+    reference,
+)
+from qlora.recipe.methods import (
+    IA3,
+    AdaLoRA,
+    AnyMethod,
+    BitFit,
+    Bottleneck,
+    Combined,
+    DoRA,
+    Dtype,
+    Full,
+    LoRA,
+    LowRankSection,
+    MethodSection,
+    Modules,
+    NewTokens,
+    OneMethod,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    TargetedSection,
+    VirtualTokens,
+    named,
+    parts_of,
+)
+from qlora.recipe.schema import Section
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "IA3",
+    "AdaLoRA",
+    "AnyMethod",
+    "BitFit",
+    "Bottleneck",
+    "Combined",
+    "DataSection",
+    "DeviceSection",
+    "DoRA",
+    "Dtype",
+    "EvaluationSection",
+    "Full",
+    "LoRA",
+    "LowRankSection",
+    "MemorySection",
+    "MethodSection",
+    "ModelSection",
+    "Modules",
+    "NewTokens",
+    "OneMethod",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+    "Recipe",
+    "Section",
+    "TargetedSection",
+    "TrainingSection",
+    "VirtualTokens",
+    "named",
+    "parts_of",
+    "reference",
+]

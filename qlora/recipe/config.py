@@ -1,0 +1,425 @@
+"""The recipe: everything a run needs to know, in one typed and frozen schema.
+
+Each field is documented once, by the text under it; ``reference()`` prints those texts as the README's table. A recipe
+never changes after it is validated: ``auto`` values are resolved into a *new* recipe, which is what runs and what the
+run folder keeps. This file knows YAML and pydantic; it must not know torch, a model or a data set.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from qlora.errors import RecipeError, nearest
+from qlora.files.strangers import MAX_RECIPE, Fault, read_bytes, shown, yaml_values
+from qlora.recipe.methods import AnyMethod, LoRA, named
+from qlora.recipe.schema import Section, type_text
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
+MOST_MISTAKES = 10  # that one message names
+
+
+class ModelSection(Section):
+    """The base model: which checkpoint, and how its frozen weights are held."""
+
+    name: str = Field(DEFAULT_MODEL, min_length=1)
+    """A local folder with safetensors, a hub id (`org/name`), or `smollm2-135m-instruct`, the embedded default."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the newest when left out."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen linears are stored. `none` keeps them in the compute dtype."""
+    double_quant: bool = True
+    """Quantise the 4-bit scales themselves to 8 bits (QLoRA paper, section 3): 0.37 bit a parameter saved."""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The dtype of activations and matrix products. `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on CPUs."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Leave it off unless you have read that code."""
+
+    @field_validator("revision")
+    @classmethod
+    def _a_name_in_git(cls, revision: str | None) -> str | None:
+        # the hub's client looks it up as a file in its cache: ../../x would be another file than a revision's
+        if revision is not None and (not re.fullmatch(r"\w[\w./+-]*", revision) or ".." in revision):
+            raise ValueError(f"is {shown(revision)}; expected a branch, tag or commit")
+        return revision
+
+
+class DataSection(Section):
+    """The training data and how it becomes rows of tokens."""
+
+    train: str | tuple[str, ...] = Field(min_length=1)
+    """A file (.jsonl, .json, .csv, .parquet, .txt), several files, or a hub id."""
+    held_out: str | None = None
+    """A file or hub id that is never trained on; loss and answers are measured on it."""
+    held_out_fraction: float = Field(0.0, ge=0, lt=1)
+    """Part of `train` to hold out when there is no `held_out` file, drawn by `training.seed`: whole records, or, of raw
+    text in too few documents for that (fewer than 1 / held_out_fraction, as a single .txt is), pieces of at most
+    `max_length` tokens. No token is in both parts."""
+    subset: str | None = None
+    """A hub data set's configuration name."""
+    split: str = "train"
+    """A hub data set's split to train on."""
+    held_out_split: str = "test"
+    """A hub data set's split for `held_out`."""
+    form: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """The form of a record. `auto` detects it from the fields, and says what it found."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Other names for a form's fields, as `{prompt: question, completion: answer}`."""
+    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens carry loss. `auto`: the assistant's turns of a conversation, the completion of a pair, all of a text."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the tokenizer's own."""
+    max_length: int = Field(1024, ge=8, le=1_048_576)
+    """The length of a row in tokens; also the longest example."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to an example above `max_length`. Raw text is never cut off: it is split into rows."""
+    packing: bool = True
+    """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many records."""
+
+    @model_validator(mode="after")
+    def _one_held_out(self) -> Self:
+        if self.held_out is not None and self.held_out_fraction > 0:
+            raise ValueError("has both held_out and held_out_fraction; expected one of them")
+        return self
+
+
+class TrainingSection(Section):
+    """The optimizer and the loop."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows; ignored when `steps` is given."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all."""
+    batch_size: int = Field(16, ge=1)
+    """Rows an optimizer step. The last step of an epoch takes what is left."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Rows that go through the model at once. Changes memory and speed, never the result."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW with 32-bit state, or bitsandbytes' 8-bit and paged ones (paged: the state may leave a full GPU for host memory)."""
+    learning_rate: float = Field(2e-4, gt=0, le=10)
+    """The peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: to zero along a line or a half cosine, or not at all."""
+    warmup_fraction: float = Field(0.03, ge=0, le=1)
+    """Part of all steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; `null` for no clipping."""
+    gradient_checkpointing: bool = True
+    """Keep only each layer's input and recompute the rest in backward."""
+    accumulation: Literal["layer_major", "micro_batch_major"] = "layer_major"
+    """`layer_major` sends a step's micro-batches through one layer before the next, so that each layer is dequantised once
+    a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
+    loss_chunk: int = Field(256, ge=1)
+    """Target positions whose logits exist at the same time."""
+    optimizer_in_backward: bool = False
+    """Move a layer's parameters as soon as its gradients are whole, and free these: one layer's gradients at a time. Needs
+    `accumulation: layer_major` and `max_grad_norm: null`, since the norm of all gradients is known only at the end."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What happens when a step's loss or a gradient is not finite (NaN, infinity). Either way no parameter moves, and the
+    step, its rows and the first bad module are named. `skip` then goes on with the next step."""
+    skip_limit: int = Field(10, ge=1)
+    """How many steps `not_finite: skip` may skip before the run stops all the same."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds the adapter's initial values, the order of the rows and dropout."""
+    save_every: int = Field(100, ge=0)
+    """Steps between checkpoints, which is what a killed run loses at most; 0 saves the last step only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints are kept."""
+
+
+class MemorySection(Section):
+    """Where the frozen weights and the layer inputs are kept. Changes memory and speed, never the result."""
+
+    budget: str | None = Field(None, pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$")
+    """`auto` (what is free) or an amount such as `6GiB`: the plan then chooses the fastest arrangement that fits, and writes
+    it into the resolved recipe: every field below, and `training.micro_batch_size`, `accumulation` and `loss_chunk`. The rows
+    of a step never change. Left out: what the recipe says is taken as it stands, and refused if it does not fit."""
+    layers: Literal["resident", "streamed"] | Annotated[int, Field(ge=0)] = "resident"
+    """How many of the frozen decoder layers stay on the device: all, none, or so many, evenly spread. The rest are fetched
+    for each visit, the next one while this one computes."""
+    tier: Literal["host", "disk"] = "host"
+    """Where layers that do not stay are kept: in (pinned) host memory, or in the NF4 file cache on disk. On a CPU only
+    `disk` saves memory."""
+    slots: int = Field(2, ge=2, le=64)
+    """Places on the device for layers that do not stay: one computes, the others are being filled."""
+    embedding: Literal["device", "host"] = "device"
+    """`host` keeps the input embedding in host memory; only the rows of the tokens at hand travel."""
+    head: Literal["device", "host"] = "device"
+    """`host` keeps the output head in host memory; slices of the vocabulary travel, and the loss is summed over them."""
+    layer_inputs: Literal["device", "host", "disk"] = "device"
+    """Where the inputs of the layers wait for backward (with `training.gradient_checkpointing`)."""
+    mlp_tile: int | None = Field(None, ge=1)
+    """Tokens that go through a layer's MLP at once, where a long row would not fit; all of them when left out."""
+    cache: str | None = None
+    """The folder of the NF4 file cache; `nf4` in qlora's cache folder when left out. Runs share it."""
+    rehearse: bool = True
+    """Run the worst batch that the data can give once before the first step, and show the peak it took."""
+
+
+class EvaluationSection(Section):
+    """What is measured before, during and after training."""
+
+    every: int = Field(0, ge=0)
+    """Steps between held-out evaluations; 0 evaluates before and after only."""
+    held_out_rows: int | None = Field(None, ge=1)
+    """Only the first so many held-out rows."""
+    prompts: int = Field(3, ge=0)
+    """Held-out prompts that are answered before and after training."""
+    max_new_tokens: int = Field(64, ge=1)
+    """The longest answer in tokens."""
+
+
+class DeviceSection(Section):
+    """Where it runs."""
+
+    name: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    threads: int | None = Field(None, ge=1, le=4096)
+    """CPU threads; all cores when left out."""
+    memory: str | None = None
+    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here. In
+    training it is a limit: what needs more is refused, and a GPU gives this process no more."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits every time, where a GPU has faster ones; an operation without such a kernel
+    is refused. A CPU gives the same bits anyway, for the same number of threads."""
+    host_memory: str | None = None
+    """The host memory to plan for, as `64GiB`; this machine's free memory when left out."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_card_may_be_a_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # YAML reads 4090 as one
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    model: ModelSection = ModelSection()
+    method: AnyMethod = LoRA()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+    evaluation: EvaluationSection = EvaluationSection()
+    device: DeviceSection = DeviceSection()
+    folder: str | None = None
+    """The run folder; `runs/` and the recipe file's name when left out."""
+    overwrite: bool = False
+    """Delete an existing run folder first; without it an existing one is refused."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_by_default(cls, value: Any) -> Any:
+        return named(value)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *overrides: str) -> Recipe:
+        """Read a recipe file; each override is ``section.key=value`` with a YAML value.
+
+        Raises RecipeError naming every mistake: the key, its place, and the nearest valid key.
+        """
+        path = Path(path)
+        try:
+            text = read_bytes(path, MAX_RECIPE).decode("utf-8")
+        except FileNotFoundError:
+            raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
+        values, lines = _parse(text, str(path))
+        if values.get("folder") is None:
+            values["folder"] = str(Path("runs") / path.stem)
+        return cls.from_dict(values, *overrides, source=str(path), lines=lines)
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        *overrides: str,
+        source: str = "the recipe",
+        lines: dict[tuple[str, ...], int] | None = None,
+    ) -> Recipe:
+        """Validate plain values. ``lines`` maps a key's path to its line in ``source``, for the messages."""
+        merged = _unfolded(values)
+        places = dict(lines or {})
+        for override in overrides:
+            places.pop(_override(merged, override), None)  # its value no longer stands in the file
+        try:
+            return cls.model_validate(merged)
+        except pydantic.ValidationError as error:
+            count = error.error_count()
+            mistakes = [_sentence(cls, item, places) for item in error.errors(include_url=False)[:MOST_MISTAKES]]
+            if count > MOST_MISTAKES:
+                mistakes.append(f"and {count - MOST_MISTAKES:,} more.")
+            many = f"{count:,} mistakes in {source}:" if count > 1 else f"{source}:"
+            raise RecipeError("\n  ".join([many, *mistakes]) if count > 1 else f"{many} {mistakes[0]}") from None
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every value written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def reference() -> str:
+    """Every field with its type, default and documentation, as Markdown tables: ``qlora recipe`` and docs/recipe.md."""
+    lines: list[str] = []
+    top = [(name, field) for name, field in Recipe.model_fields.items() if not _sections_of(field.annotation)]
+    tables: list[tuple[str, type[Section], list[tuple[str, FieldInfo]]]] = []
+    for name, field in Recipe.model_fields.items():
+        for tag, section in _sections_of(field.annotation).items():
+            fields = sorted(section.model_fields.items(), key=lambda item: item[0] != "name")
+            tables.append((f"{name}: {tag}" if tag else name, section, fields))
+    for title, model, fields in [*tables, ("(top level)", Recipe, top)]:
+        lines += [
+            f"### `{title}`",
+            "",
+            " ".join((model.__doc__ or "").split()),
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for name, field in fields:
+            default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{name}` | {default} | {meaning} Type: {type_text(field.annotation)}. |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _sections_of(annotation: Any) -> dict[str, type[Section]]:
+    """The sections that a field may hold: ``{"": DataSection}``, ``{"lora": LoRA, …}`` where a name tells them apart."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {"": annotation}
+    found: dict[str, type[Section]] = {}
+    for part in typing.get_args(annotation):
+        for section in _sections_of(part).values():
+            if "name" in section.model_fields:
+                found[str(section.model_fields["name"].default)] = section
+    return found
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """YAML text → its values, and the line of every key."""
+    try:
+        values, lines = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"'{source}' cannot be used: {fault}; expected sections of 'key: value' lines.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"'{source}' holds {'nothing' if values is None else type(values).__name__}; expected sections such as 'model:' and 'data:'."
+        )
+    return values, lines
+
+
+def _unfolded(value: Any) -> Any:
+    """A copy in which no two places share what an alias stands for: an override of one must not change the other."""
+    if isinstance(value, dict):
+        return {key: _unfolded(inner) for key, inner in value.items()}
+    return [_unfolded(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put one ``section.key=value`` into ``values``, in place, and return the key's path."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    said = shown(override)
+    if not equals or not all(path) or len(path) > DEEPEST:
+        raise RecipeError(f"{said} is not an override; expected section.key=value, as in training.epochs=2.")
+    try:
+        value, _ = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
+    place: Any = values
+    for part in path[:-1]:
+        if isinstance(place, dict) and place.get(part) is None:  # a section without a key reads as null
+            place[part] = {}
+        place = _inside(place, part, said)
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"{said} goes into {shown(part)}, which is a single value and not a section.")
+    if isinstance(place, list):
+        _inside(place, path[-1], said)
+        place[int(path[-1])] = value
+    else:
+        place[path[-1]] = value
+    return tuple(path)
+
+
+def _inside(place: Any, part: str, said: str) -> Any:
+    """The value ``part`` of a section, or, by its number from 0, of a list such as several methods."""
+    if isinstance(place, dict):
+        return place[part]
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(place):
+        raise RecipeError(f"{said} names {shown(part)} in a list of {len(place)}; expected a number from 0.")
+    return place[int(part)]
+
+
+def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
+    """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
+    path, owner = _place(recipe, item["loc"])
+    key = shown(".".join(path) or "the recipe")
+    line = lines.get(tuple(path))
+    place = f" (line {line})" if line else ""
+    if item["type"] == "extra_forbidden":
+        hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
+        return f"{key}{place} is not a known key.{hint}"
+    if item["type"] == "union_tag_invalid":
+        known = [tag for tag in _sections_of(Recipe.model_fields["method"].annotation) if tag != "combined"]
+        tag = str(item["ctx"]["tag"])
+        return f"'{'.'.join(path)}.name' is {shown(tag)}; expected one of {', '.join(known)}.{nearest(tag, known)}"
+    if item["type"] == "union_tag_not_found":
+        return f"{key}{place} is {shown(item['input'])}; expected a section with a name, or a list of such."
+    if item["type"] == "missing":
+        return f"{key} is missing; it has no default."
+    if item["type"] == "value_error":
+        return f"{key}{place} {item['ctx']['error']}."
+    return f"{key}{place} is {shown(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _place(recipe: type[Section], loc: tuple[Any, ...]) -> tuple[list[str], type[Section]]:
+    """pydantic's place of a mistake → (the key's path in the recipe, the section that it stands in).
+
+    pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') is data.train, and ('method',
+    'combined', 'parts', 0, 'lora', 'r') is method.0.r.
+    """
+    path: list[str] = []
+    owner, inside = recipe, {"": recipe}
+    for part in loc:
+        if path == ["method"] and part == "one":
+            continue
+        if len(inside) > 1 and str(part) in inside:  # a union's tag
+            inside = {"": inside[str(part)]}
+            continue
+        section = inside.get("")
+        if section is None:
+            if isinstance(part, int):
+                path.append(str(part))
+            continue
+        if path == ["method"] and part == "parts":
+            inside = _sections_of(section.model_fields["parts"].annotation)
+            continue
+        owner = section
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        inside = _sections_of(field.annotation) if field else {}
+    return path, owner

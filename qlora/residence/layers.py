@@ -1,0 +1,297 @@
+"""The recompute boundary: a decoder layer that keeps only its input, and runs a step's micro-batches one by one.
+
+    forward    input [R, T, D] kept ─► micro-batch 1, 2, … through the layer, without a graph ─► output [R, T, D]
+    backward   micro-batch 1, 2, … again, with a graph, each freed before the next
+
+Given all R rows of a step at once, every layer is visited twice a step however many micro-batches there are, and its
+frozen weights are dequantised once a visit (layer-major accumulation). Given one micro-batch it is plain gradient
+checkpointing (Chen et al. 2016, arXiv:1604.06174).
+
+The recompute leaves out the layer's last product where nothing but the output reads it (``unread_linears``): nobody
+reads that output again.
+
+Four facts decide the form. A KV cache would be appended to a second time by the recompute, so there is none here.
+Parameters inside the layer get their gradients by an inner backward, straight into ``.grad``. Everything with a row for
+each row of the batch (masks, positions, rotary tables) must be cut along with the rows. Some families' layers answer with
+a tuple, of which their decoder reads the first entry (Falcon, GPT-J, Bloom, MPT): then so does the boundary.
+
+A shape does not always tell what has a row for each row, so a trainer compares before it trains (``check_boundary``).
+
+Whole tensors [R, T, D] alive at one time, beside what a micro-batch needs inside the layer (m: rows of a micro-batch):
+
+                                  inputs on the device            inputs in host memory or on disk
+    forward, in layer i of L      i + 1 inputs, the output        1 input, the output
+    the turn: loss                L inputs, the last output       1 input, the last output
+    backward, in layer i          i + 1 inputs, 2 gradients       2 · m / R inputs, 2 gradients
+
+With one micro-batch (m = R) the output is the layer's own and the input's gradient autograd's own; with several, each is
+gathered in a tensor beside that of the micro-batch at hand. The gradient that came in is not written over: a hook or a
+second reader of the same states may hold it.
+
+Knows modules and tensors; must not know what is quantised, what is adapted, or where rows come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import get_gradient_edge
+
+from qlora.errors import ModelError
+from qlora.machine.device import rng_state, set_rng_state
+from qlora.model.nf4 import dense_cached
+from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
+from qlora.residence.layer_inputs import KeptInput, LayerInputs
+from qlora.residence.tiles import TiledMLP, tile_mlps
+
+
+class RecomputedLayer(Boundary):
+    """A decoder layer behind the boundary. Without gradients, or outside training, it is the layer itself."""
+
+    inside = "layer"
+
+    def __init__(self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rows = rows
+        """Rows that go through the layer at once."""
+        self.inputs = inputs
+        """Where the input waits for backward; None for the device."""
+        self.unread: list[nn.Module] | None = None
+        """Linears whose products the recompute may leave out; None until the first recompute has found them."""
+        self.after_backward: Callable[[nn.Module], None] | None = None
+        """Called with the layer when a backward has gone through it with all its micro-batches: its parameters have the
+        gradients of these rows, in ``.grad``."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
+        if not (torch.is_grad_enabled() and self.training):
+            return self.layer(hidden, *args, **kwargs)
+        if _wants_gradient((args, kwargs)):
+            raise ModelError(
+                f"A {type(self.layer).__name__} takes more than its hidden states from layers that train, and the recompute "
+                "boundary would lose those gradients; set training.gradient_checkpointing=false."
+            )
+        return _Recompute.apply(hidden, self.anchor(hidden.device), self, args, kwargs)
+
+    def micro_batches(self, count: int) -> Iterator[slice]:
+        """Row slices that cover ``count`` rows; the last may be short."""
+        for start in range(0, count, self.rows):
+            yield slice(start, min(start + self.rows, count))
+
+
+class _Recompute(torch.autograd.Function):
+    """``anchor`` needs a gradient where the layer trains, so that there is a graph even though the first layer's input
+    needs none. Below the lowest layer that trains there is no graph, and nothing is kept or recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        anchor: Tensor,
+        boundary: RecomputedLayer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor | tuple[Tensor | None, ...]:
+        ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
+        ctx.parts = list(boundary.micro_batches(len(hidden)))
+        ctx.random = [] if draws(boundary.layer) else None
+        ctx.kept = None
+        if any(ctx.needs_input_grad):
+            if boundary.inputs is None or boundary.inputs.place == "device":
+                ctx.save_for_backward(hidden)
+            else:  # on its way while the layer computes
+                ctx.kept = boundary.inputs.keep(hidden, ctx.parts)
+        output: Tensor | None = None
+        others: tuple[None, ...] | None = None
+        with torch.no_grad(), _visit(boundary, len(hidden)):
+            for part in ctx.parts:
+                if ctx.random is not None:
+                    ctx.random.append(rng_state(hidden.device))
+                answer, others = _run(boundary.layer, hidden[part], part, len(hidden), args, kwargs)
+                if (
+                    len(ctx.parts) == 1 and not answer._is_view()
+                ):  # a view could not be written over, and may be the input
+                    output = answer
+                    break
+                if output is None:
+                    output = answer.new_empty(len(hidden), *answer.shape[1:])
+                output[part] = answer
+                del answer  # before the next one is made
+        assert output is not None
+        return output if others is None else (output, *others)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor | None, ...]:
+        boundary: RecomputedLayer = ctx.boundary
+        kept: KeptInput | None = ctx.kept
+        hidden: Tensor | None = None if kept is not None else ctx.saved_tensors[0].detach()
+        needed, device, whole = ctx.needs_input_grad[0], grad.device, len(ctx.parts) == 1
+        grad_hidden: Tensor | None = None
+        after = None if ctx.random is None else rng_state(device)
+        with torch.enable_grad(), _visit(boundary, len(grad)):
+            for number, part in enumerate(ctx.parts):
+                if ctx.random is not None:
+                    set_rng_state(ctx.random[number], device)
+                rows = hidden[part] if hidden is not None else kept.rows(number)  # type: ignore[union-attr]
+                inputs = rows.detach().requires_grad_(needed)
+                del rows
+                with left_out(boundary.unread or []):
+                    output = _run(boundary.layer, inputs, part, len(grad), ctx.args, ctx.kwargs)[0]
+                if output.requires_grad:  # else what trains here is switched off, and nothing below asks
+                    if boundary.unread is None:
+                        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, grad)]
+                    edge = get_gradient_edge(output)
+                    del output  # nobody reads it
+                    torch.autograd.backward(edge, grad[part])
+                    del edge
+                if whole:
+                    grad_hidden = inputs.grad
+                elif inputs.grad is not None:
+                    if grad_hidden is None:
+                        grad_hidden = inputs.grad.new_zeros(len(grad), *inputs.shape[1:])
+                    grad_hidden[part] = inputs.grad
+                del inputs
+        if after is not None:
+            set_rng_state(after, device)
+        if kept is not None:
+            kept.done()
+        del hidden, kept
+        if boundary.after_backward is not None:
+            boundary.after_backward(boundary.layer)
+        return grad_hidden, None, None, None, None
+
+
+def wrap_layers(model: Any, rows: int, inputs: LayerInputs | None = None, mlp_tile: int | None = None) -> None:
+    """Put every decoder layer of a causal language model behind the boundary, in place, ``rows`` rows at a time.
+
+    ``inputs`` says where their inputs wait for backward (None: on the device), and ``mlp_tile`` how many tokens go through
+    an MLP at once (None: all). After the method is planted, since paths change: ``model.layers.0.mlp`` becomes
+    ``model.layers.0.layer.mlp``, with tiles ``model.layers.0.layer.mlp.whole``. Wrapping again changes rows, inputs and
+    tiles alone. Raises ModelError before anything is changed, where the model has no such layers or MLPs.
+    """
+    layers = decoder_layers(model)
+    tile_mlps([layer.layer if isinstance(layer, RecomputedLayer) else layer for layer in layers], mlp_tile)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, RecomputedLayer):
+            layer.rows, layer.inputs, layer.unread = rows, inputs, None
+        else:
+            layers[index] = RecomputedLayer(layer, rows, inputs).train(layer.training)
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in eval mode goes through the boundaries as in training, but without dropout."""
+    boundaries = [module for module in model.modules() if isinstance(module, Boundary)]
+    for boundary in boundaries:
+        boundary.training = True
+    try:
+        yield
+    finally:
+        for boundary in boundaries:
+            boundary.training = False
+
+
+def kept_by(model: nn.Module) -> set[LayerInputs]:
+    """What keeps the inputs of the model's layers, where that is not the device."""
+    boundaries = (module for module in model.modules() if isinstance(module, RecomputedLayer))
+    return {boundary.inputs for boundary in boundaries if boundary.inputs is not None}
+
+
+def unwrap_layers(model: Any) -> None:
+    """Take the boundaries away again; the model's paths are as they were."""
+    tile_mlps([model], None)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RecomputedLayer):
+                setattr(parent, name, child.layer)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
+    depth = model.config.num_hidden_layers
+    named = model.get_decoder().named_modules()
+    # the outermost of that length: the network of a P-tuning may have one too
+    found = [
+        (path.count("."), module)
+        for path, module in named
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if found:
+        return min(found, key=lambda place: place[0])[1]
+    raise ModelError(
+        f"No list of {depth} decoder layers was found in this {model.config.model_type} model; "
+        "set training.gradient_checkpointing=false."
+    )
+
+
+@contextmanager
+def _visit(boundary: RecomputedLayer, count: int) -> Iterator[None]:
+    """Dequantise once for all micro-batches of a visit; with only one, each matrix is dropped as soon as it was used."""
+    if count <= boundary.rows:
+        yield
+    else:
+        with dense_cached(boundary.layer):
+            yield
+
+
+def _drew_after(linear: nn.Module, grad: Tensor) -> bool:
+    """Whether numbers were drawn since ``linear``, an MLP in tiles, drew its own: left out, it would leave others to them.
+
+    ``grad`` is what came into the layer's backward; in a dry run it is fake, nothing is drawn, and no bits can be compared.
+    """
+    if not isinstance(linear, TiledMLP) or linear.left is None or isinstance(grad, FakeTensor):
+        return False
+    return any(not torch.equal(state, linear.left[kind]) for kind, state in rng_state(grad.device).items())
+
+
+def _run(
+    layer: nn.Module, inputs: Tensor, part: slice, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[None, ...] | None]:
+    """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``.
+
+    The second is None where the layer gives a bare tensor. In a tuple the others stand empty: attention weights would be
+    those of one micro-batch, and without a cache there is nothing else.
+    """
+    tokens = inputs.shape[1]
+    output = layer(inputs, *_cut(args, part, count, tokens), **_cut(kwargs, part, count, tokens))
+    if not isinstance(output, tuple):
+        return output, None
+    return output[0], (None,) * (len(output) - 1)
+
+
+def _cut(value: Any, part: slice, count: int, tokens: int) -> Any:
+    """Rows ``part`` of every tensor that has one for each of ``count`` rows, inside tuples, lists and dicts too.
+
+    Example, 4 rows of T tokens cut to 0:2: positions [4, T] → [2, T]; rotary table [4, T, 64] → [2, T, 64]; mask
+    [4, 1, T, T] → [2, 1, T, T]. As they are: a shared table [1, T, 64]; MPT's bias for its 4 heads [4, 1, 2048]; and
+    Bloom's for each row and head [4 · 4, 1, T], whose shape could as well be one for 16 heads.
+    """
+    if isinstance(value, Tensor):
+        return value[part] if _has_rows(value, count, tokens) else value
+    if isinstance(value, dict):
+        return {key: _cut(item, part, count, tokens) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_cut(item, part, count, tokens) for item in value)
+    return value
+
+
+def _has_rows(value: Tensor, count: int, tokens: int) -> bool:
+    """Whether this surely has a row for each row: [R, T, …], or scores [R, …, …, T]."""
+    if value.dim() < 2 or len(value) != count:
+        return False
+    return value.shape[1] == tokens or (value.dim() == 4 and value.shape[3] == tokens)
+
+
+def _wants_gradient(value: Any) -> bool:
+    """Whether a tensor in here, inside tuples, lists and dicts too, is to get a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(_wants_gradient(item) for item in value.values())
+    return isinstance(value, tuple | list) and any(_wants_gradient(item) for item in value)

@@ -1,0 +1,308 @@
+"""The run folder: what lies in it, by which names, and how it is opened, cleared and written.
+
+What each file holds is in the README. Knows files; must not know models or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qlora.recipe import Recipe
+from qlora.data import Data
+from qlora.data.chat import ChatTemplate
+from qlora.machine.device import resolve_device, versions
+from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover, read_json
+from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
+from qlora.files.lock import LOCK, run_lock
+from qlora.model.checkpoint import find_model, fingerprint
+from qlora.model.tokenizer import load_tokenizer
+from qlora.training import checkpoint as checkpoints
+
+Some = TypeVar("Some")
+TEMPLATE = "chat_template.jinja"
+# What a run may go on with otherwise than it began: it changes memory, speed or safety, and never which numbers are meant.
+CHANGEABLE = (
+    "device.name", "device.threads", "device.memory", "device.deterministic", "memory.layers", "memory.tier",
+    "memory.slots", "memory.embedding", "memory.head", "memory.layer_inputs", "memory.mlp_tile", "memory.cache",
+    "training.micro_batch_size", "training.accumulation", "training.loss_chunk", "training.not_finite",
+    "training.skip_limit", "training.save_every", "training.keep_checkpoints",
+)  # fmt: skip
+NOT_BEGUN = {LOCK, "recipe.yaml", "plan.json"}  # what there is before environment.json says that a run has begun
+RUN_FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "evaluation.json",
+    "environment.json",
+    "method.json",
+    "report.html",
+)
+
+
+def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """(recipe, environment) of a run folder. Raises RunError when it is none, or when its recipe was edited."""
+    path = folder / "recipe.yaml"
+    if path.is_file() and not _began(folder):
+        raise RunError(
+            f"The run in '{folder}' was stopped before it began; train it: qlora train RECIPE folder={shown(folder)} "
+            "overwrite=true"
+        )
+    if not path.is_file() or not (folder / "environment.json").is_file():
+        raise RunError(
+            f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
+        )
+    environment = read_json(folder / "environment.json")
+    if "recipe_sha256" not in environment:
+        raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
+    if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
+        raise RunError(
+            f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {shown(path)} folder=runs/…"
+        )
+    return Recipe.from_yaml(path), environment
+
+
+def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Recipe:
+    """The run's recipe with ``section.key=value`` overrides. Raises RecipeError where one would make it another run."""
+    changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
+    before, after = _by_key(recipe), _by_key(changed)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if strange := [key for key in keys if key not in CHANGEABLE]:
+        raise RecipeError(
+            f"{listed(strange)} cannot change within a run: going on would be no continuation. A resumed run may change "
+            f"{listed(CHANGEABLE, 99)}; for anything else train anew: qlora train {shown(folder / 'recipe.yaml')} "
+            "folder=runs/…"
+        )
+    return changed
+
+
+def _by_key(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's plain values by ``section.key``."""
+    found: dict[str, Any] = {}
+    for section, values in recipe.model_dump(mode="json").items():
+        found |= (
+            {f"{section}.{key}": value for key, value in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
+    return found
+
+
+def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
+    """Raise RunError when the data are not those that the run in ``folder`` began with."""
+    if data.fingerprint != environment.get("data_fingerprint"):
+        known = environment.get("data_files")
+        known = known if isinstance(known, dict) else {}
+        other = [file.name for file in data.files if known.get(file.name, file.sha256) != file.sha256]
+        why = f"{listed(other)} has other content" if other else "the same files give other tokens"
+        raise RunError(
+            f"The data of '{folder}' has changed since the run began ({why}): going on would be no "
+            "continuation, and what was held out may have been trained on. Put the old data back, or train anew into "
+            "another folder."
+        )
+
+
+def check_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Path:
+    """The base's folder. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
+    base = find_model(
+        recipe.model.name, recipe.model.revision, progress=True, trust_remote_code=recipe.model.trust_remote_code
+    )
+    if fingerprint(base) != environment.get("base_fingerprint"):
+        raise RunError(
+            f"The model in '{base}' is not the one that '{folder}' was trained on (other configuration, tokenizer or "
+            "tensors), so its adapter means nothing there. Put the old model back, or train anew."
+        )
+    return base
+
+
+def device_here(recipe: Recipe) -> torch.device:
+    """The run's device, or the one that ``auto`` means where this machine has no such device."""
+    try:
+        return resolve_device(recipe.device.name)
+    except RecipeError:
+        return resolve_device("auto")
+
+
+def template_of(recipe: Recipe, folder: Path) -> str | None:
+    """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
+    planned = read_json(folder / "plan.json").get("data")
+    if "text" in (recipe.data.form, planned.get("form") if isinstance(planned, dict) else None):
+        return None
+    kept = folder / "adapter" / TEMPLATE
+    if kept.is_file():
+        try:
+            return kept.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"'{kept}' is damaged ({error}); write it again: qlora resume {shown(folder)}") from None
+    return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where a run's adapter lies as it was trained: its newest checkpoint, else ``adapter/``, the form for others."""
+    adapter = folder / "adapter"
+    try:
+        found, lost = checkpoints.newest(folder / "checkpoints")
+    except checkpoints.DamagedError as error:
+        if damage(adapter) is not None:
+            raise
+        found, lost = None, [f"{error} The finished adapter is whole and is used."]
+    for sentence in lost:
+        print(sentence, file=sys.stderr, flush=True)
+    if found is not None:
+        return found
+    if (adapter / "adapter_config.json").is_file():
+        if (adapter / SEAL).is_file() and (why := damage(adapter)):
+            raise RunError(
+                f"'{adapter}' is not what was written ({why}), and there is no checkpoint to write it again from; put it "
+                f"back from a copy, or delete {SEAL} there if you changed it yourself."
+            )
+        return adapter
+    raise RunError(
+        f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {shown(folder)}"
+    )
+
+
+def read_adapter(folder: Path, read: Callable[[Path], Some], place: Path | None = None) -> Some:
+    """``read`` a run's adapter (at ``place``); a newer one where a run that goes on deleted that checkpoint meanwhile."""
+    while True:
+        place = place or adapter_folder(folder)
+        try:
+            return read(place)
+        except (QloraError, OSError):
+            if place.is_dir():
+                raise
+            place = None
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise RunError unless a run may be made in ``folder``."""
+    if folder.is_file():
+        raise RunError(f"'{folder}' is a file; expected the name of a new run folder.")
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
+    if not _began(folder) and names <= NOT_BEGUN:
+        return
+    if not overwrite:
+        raise RunError(
+            f"There is something in '{folder}' already. Go on with it (qlora resume {shown(folder)}), choose another place "
+            "(folder=runs/…), or replace it (overwrite=true)."
+        )
+    if not (folder / "recipe.yaml").is_file():
+        raise RunError(f"'{folder}' is not a run folder, so overwrite=true does not touch it; choose another folder.")
+
+
+@contextmanager
+def taken(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Inside, ``folder`` is this process's, for a new run in it. Raises RunError when it is another's or not free."""
+    require_free(folder, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise RunError(f"The run folder '{folder}' cannot be made ({error}); choose another (folder=runs/…).") from None
+    with run_lock(folder):
+        require_free(folder, overwrite)  # another process may have begun and ended since
+        yield
+
+
+@contextmanager
+def full_disk_said(folder: Path, advice: str) -> Iterator[None]:
+    """Inside, a disk that is full is told by what lies on it, with ``advice``. Raises DoesNotFitError."""
+    try:
+        yield
+    except QloraError:
+        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        place = getattr(error, "filename", None) or folder
+        raise DoesNotFitError(
+            f"The disk of '{place}' is full, or no file may be that large ({first_line(error)}); what was saved is whole. "
+            f"Make room, then {advice}."
+        ) from None
+
+
+def shown(path: Path) -> str:
+    """A path as a shell takes it: quoted where it must be."""
+    return shlex.quote(str(path))
+
+
+def clear(folder: Path) -> None:
+    """Delete an old run's files, and nothing else that may lie beside them.
+
+    First what says that there is a run, and last what says that it was one: a kill in between leaves neither half a run
+    nor a folder that is taken for somebody else's.
+    """
+    clear_leftovers(folder)
+    last = "recipe.yaml"
+    for name in ("environment.json", *(name for name in RUN_FILES if name != last), "merged", "portable", last):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            delete_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def environment_of(recipe: Recipe, data: Data, base: Path, device: torch.device) -> dict[str, Any]:
+    """What ``environment.json`` holds: versions, device, and the fingerprints that ``resume`` compares."""
+    return {
+        "versions": versions(),
+        "device_name": device_text(device),
+        "data_fingerprint": data.fingerprint,
+        "base_fingerprint": fingerprint(base),
+        "recipe_sha256": _digest(recipe.to_yaml().encode()),
+        "data_files": {file.name: file.sha256 for file in data.files},
+        **_git_state(),
+    }
+
+
+def device_text(device: torch.device) -> str:
+    """The device as ``environment.json`` names it. A CPU's sums depend on its instructions and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"CPU ({kind}), {torch.get_num_threads()} threads"
+
+
+def differences(recipe: Recipe, environment: dict[str, Any], device: torch.device) -> list[str]:
+    """In what this machine differs from the one that the run began on, as ``torch 2.12.0, now 2.13.0``."""
+    known = environment.get("versions")
+    before = {"device": recipe.device.name, "hardware": environment.get("device_name")}
+    before |= known if isinstance(known, dict) else {}
+    now = {"device": str(device), "hardware": device_text(device), **versions()}
+    return [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+
+
+def _git_state() -> dict[str, Any]:
+    """The commit that the current folder is at, and whether files were changed since; nothing known outside of a checkout."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": commit or None, "git_changed": None if changes is None or not commit else bool(changes)}
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _began(folder: Path) -> bool:
+    return (folder / "environment.json").is_file()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

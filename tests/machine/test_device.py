@@ -1,0 +1,123 @@
+"""The ground: devices by name, dtypes by device, random state put back, bytes for people, room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from qlora.errors import DoesNotFitError, RecipeError
+from qlora.machine import device
+
+CPU = torch.device("cpu")
+NAMES = (  # of a control group's files, in version 2 and 1
+    {"limit": "memory.max", "used": "memory.current", "stat": "memory.stat"},
+    {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "stat": "memory.stat"},
+)
+
+
+def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device.resolve_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.resolve_device("auto") == CPU
+    for name in ("cuda", "cuda:3"):
+        with pytest.raises(RecipeError, match="0 CUDA devices"):
+            device.resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: None)
+    assert device.resolve_device("auto") == torch.device("cuda", 0)
+    assert device.resolve_device("cuda:1") == torch.device("cuda", 1)
+    for name in ("cuda:2", "cuda:999"):  # torch.device("cuda:999").index is -25
+        with pytest.raises(RecipeError, match="2 CUDA devices"):
+            device.resolve_device(name)
+
+
+def test_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert device.resolve_device("cpu") == CPU
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="one of 2 processes"):
+        device.resolve_device("cpu")
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(folder: Path, limit: str, **files: str) -> None:
+        folder.mkdir(exist_ok=True)
+        for name, text in {"limit": limit, **files}.items():
+            (folder / NAMES[folder.name == "memory"][name]).write_text(text + "\n")
+
+    assert device._container(tmp_path) == (0, 0)
+    write(tmp_path, "max", used="700000000", stat="anon 1\ninactive_file 200000000")
+    assert device._container(tmp_path) == (0, 0)
+    write(tmp_path / "memory", str(2**63 - 4096), used="5", stat="total_inactive_file 1")
+    assert device._container(tmp_path) == (0, 0)
+    write(tmp_path / "memory", "900", used="500", stat="total_inactive_file 100")
+    assert device._container(tmp_path) == (900, 400)
+    write(tmp_path, "1000000000")
+    assert device._container(tmp_path) == (10**9, 5 * 10**8)
+    monkeypatch.setattr(device, "_container", lambda: (10**9, 5 * 10**8))
+    assert device.total_memory_bytes(CPU) == (5 * 10**8, 10**9)
+    monkeypatch.setattr(device, "_container", lambda: (10**9, 2 * 10**9))
+    assert device.total_memory_bytes(CPU)[0] == 0
+
+
+def test_compute_dtype_is_what_the_device_does_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert device.resolve_compute_dtype(CPU) == torch.float32
+    assert device.resolve_compute_dtype(CPU, "bf16") == torch.bfloat16
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):  # a T4 would emulate bf16
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert device.resolve_compute_dtype(cuda) == expected
+    assert [device.dtype_name(dtype) for dtype in device.DTYPES.values()] == ["fp32", "bf16", "fp16"]
+
+
+def test_random_state_comes_back() -> None:
+    state = device.rng_state(CPU)
+    again = torch.rand(3)
+    assert not torch.equal(torch.rand(3), again)
+    device.set_rng_state(state, CPU)
+    assert torch.equal(torch.rand(3), again)
+
+
+def test_bytes_for_people() -> None:
+    shown = {512: "512 B", 2048: "2.0 KiB", 12 * 1024**2: "12.0 MiB", 5 * 1024**3 // 4: "1.25 GiB"}
+    assert {count: device.bytes_text(count) for count in shown} == shown
+
+
+def test_memory_of_this_process_and_machine() -> None:
+    free, total = device.total_memory_bytes(CPU)
+    assert 0 < free <= total
+    before = device.peak_memory_bytes(CPU)
+    block = numpy.ones(60_000_000 + before // 8)  # more than was ever held
+    assert device.peak_memory_bytes(CPU) >= before + 400_000_000
+    assert block[-1] == 1
+    assert 2**20 < before < total
+
+
+def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000 if place == tmp_path else 0))
+    device.require_disk(tmp_path / "not" / "yet", 1000, "It")
+    with pytest.raises(DoesNotFitError, match=r"It needs 1001 B"):
+        device.require_disk(tmp_path / "not" / "yet", 1001, "It")
+    assert not (tmp_path / "not").exists()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CACHE", "/somewhere")
+    assert device.cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("QLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert device.cache_folder() == Path("/cache/qlora")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert device.cache_folder() == Path.home() / ".cache/qlora"
+
+
+def test_versions_name_what_decides_the_numbers() -> None:
+    found = device.versions()
+    assert found["torch"] == torch.__version__
+    assert all(found[name] for name in ("python", "qlora", "transformers", "bitsandbytes", "safetensors"))

@@ -1,0 +1,229 @@
+"""The dry run: its few layers against all of them, on fake tensors and on true ones, over families and real shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from qlora.machine.device import bytes_text
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model.in_memory import as_base, quantise
+from qlora.model.load import Base
+from qlora.model.loss import head_of, hidden_states, summed_loss
+from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.planning.dry_run import Ledger, Shape, dry_run, shortened
+from qlora.planning.memory import estimate
+from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
+from qlora.residence.layers import decoder_layers, wrap_layers
+from qlora.training import Trainer
+from tests.planning.test_memory import NEAR, compare, peak_of, rows_of
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"head_dim": 32, "sliding_window": 64}
+FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": lambda **sizes: LlamaConfig(**SMALL, **sizes),
+    "qwen2": lambda **sizes: Qwen2Config(**SMALL, **sizes),
+    "mistral": lambda **sizes: MistralConfig(**SMALL, sliding_window=64, **sizes),
+    "gemma2": lambda **sizes: Gemma2Config(**SMALL, **WINDOW, **sizes),
+    "gemma3": lambda **sizes: Gemma3TextConfig(**SMALL, **WINDOW, layer_types=["sliding_attention"] * 3 + ["full_attention"] * 3, **sizes),
+}  # fmt: skip
+WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "layer-major, packed": (True, {"batch_size": 3, "micro_batch_size": 1}),
+    "micro-batches": (False, {"batch_size": 3, "micro_batch_size": 1, "accumulation": "micro_batch_major"}),
+    "no checkpointing": (False, {"batch_size": 2, "micro_batch_size": 2, "gradient_checkpointing": False}),
+}
+
+
+def small(family: str, layers: int = 6, method: Any = None) -> AdaptedModel:
+    torch.manual_seed(0)
+    config = FAMILIES[family](num_hidden_layers=layers, vocab_size=1000)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    return apply_method(as_base(quantise(model)), method or LoRA(r=8))
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        ("qwen2", "layer-major, packed"),
+        ("mistral", "micro-batches"),
+        ("gemma2", "layer-major, packed"),
+        ("gemma3", "no checkpointing"),
+    ],
+)
+def test_every_family_takes_what_was_estimated(family: str, way: str) -> None:
+    """With windows shorter than the rows, layers of two kinds in turn, norms before and behind."""
+    packed, settings = WAYS[way]
+    compare(f"{family}, {way}", small(family), 160, packed, **settings)
+
+
+def large(kind: str, layers: int) -> AdaptedModel:
+    """A skeleton with the widths of a known model."""
+    widths = {
+        "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
+        "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+                "vocab_size": 128256},
+    }[kind]  # fmt: skip
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=131072, **widths)
+    model: Any = empty_model(config, ModelSection(name=kind), torch.bfloat16)
+    empty_linears(model, Scheme("nf4", True, False), torch.bfloat16, set())
+    model.tie_weights()
+    base = Base(
+        model.requires_grad_(False), None, Path(), kind, None, "nf4", True, torch.device("meta"), torch.bfloat16
+    )
+    return apply_method(base, LoRA(r=16, adapter_dtype="bf16"))
+
+
+def true_step(adapted: AdaptedModel, training: TrainingSection, length: int, tile: int | None) -> int:
+    """The peak of a whole step with all layers, all micro-batches, all tiles and all chunks of the loss, on fake tensors."""
+    together = training.gradient_checkpointing and training.accumulation == "layer_major"
+    rows = training.batch_size if together else training.micro_batch_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: Any = shortened(adapted, packed=False, more=len(decoder_layers(adapted.model)))[0].model
+        assert len(decoder_layers(model)) == len(decoder_layers(adapted.model))
+        if training.gradient_checkpointing:
+            wrap_layers(model, training.micro_batch_size, mlp_tile=tile)
+        model.train()
+        ledger = Ledger(model, "cuda")
+        with ledger:
+            for _ in range(training.batch_size // rows):
+                ids = torch.zeros(rows, length, dtype=torch.long)
+                batch = {"input_ids": ids, "position_ids": torch.arange(length).repeat(rows, 1)}
+                hidden = hidden_states(model, batch).flatten(0, 1)
+                places = torch.arange(len(hidden))
+                loss = summed_loss(hidden, head_of(model), ids.flatten(), places, training.loss_chunk)
+                del hidden, places
+                loss.backward()
+                del loss, batch, ids
+        return ledger.peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "length", "tile", "settings"),
+    [
+        ("7B", 5, 2048, None, {"batch_size": 3, "micro_batch_size": 1}),
+        ("7B", 4, 1024, None, {"batch_size": 2, "micro_batch_size": 1, "gradient_checkpointing": False}),
+        ("70B", 4, 8192, 4096, {"batch_size": 1, "micro_batch_size": 1, "loss_chunk": 4096}),
+        ("70B", 4, 512, None, {"batch_size": 3, "micro_batch_size": 1, "accumulation": "micro_batch_major"}),
+    ],
+)
+def test_large_shapes_take_what_was_estimated(
+    kind: str, layers: int, length: int, tile: int | None, settings: dict[str, Any]
+) -> None:
+    """The estimate ran three layers, two micro-batches, two tiles and two chunks."""
+    adapted, training = large(kind, layers), TrainingSection(**settings)
+    planned = estimate(adapted, training, length, torch.device("cuda"), memory=MemorySection(mlp_tile=tile))
+    found = true_step(adapted, training, length, tile)
+    print(f"{kind}: planned {bytes_text(planned.step)}, true {bytes_text(found)}, {planned.step / found - 1:+.2%}")
+    assert abs(planned.step / found - 1) < NEAR
+
+
+def test_few_layers_stand_for_all_of_their_kind() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert shortened(large("70B", 12), False)[1] == [0, *[1] * 10, 2]
+        # sliding and full attention in turn, with something below that trains or without
+        assert shortened(small("gemma2", 8), False)[1] == [0, 1, 2, 1, 2, 1, 2, 3]
+        assert shortened(small("llama", 7, Modules(modules=("layers.2.mlp",))), False)[1] == [0, 1, 2, 3, 3, 3, 4]
+
+
+def test_a_list_of_the_same_length_elsewhere_does_not_mislead() -> None:
+    """P-tuning's network has three layers of its own, as many as would be kept."""
+    model = small("llama", 6, PTuning(tokens=3, hidden_size=16))
+    compare("p_tuning", model, 64, batch_size=2, micro_batch_size=2)
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = small("gemma2")
+    before = {name: (id(values), values.sum().item()) for name, values in model.model.named_parameters()}
+    config = model.model.config.to_dict()  # type: ignore[union-attr, operator]
+    dry_run(model, Shape(2, 1, 32, 1, 8, True, False), "cpu")
+    assert {name: (id(values), values.sum().item()) for name, values in model.model.named_parameters()} == before
+    assert model.model.config.to_dict() == config  # type: ignore[union-attr, operator]
+    assert all(values.grad is None for values in model.model.parameters())
+    assert math.isfinite(next(Trainer(model, rows_of(model, 1, 16), TrainingSection(steps=1, batch_size=1))).loss)
+
+
+def test_what_lives_is_counted_and_what_dies_is_not() -> None:
+    with FakeTensorMode():
+        linear = nn.Linear(64, 64, bias=False)
+        ledger = Ledger(linear, "cpu")
+        with ledger:
+            x = torch.empty(10, 64)
+            for _ in range(5):
+                y = linear(x)
+            assert y.view(-1).shape == (640,)
+            assert ledger.live == 2 * 10 * 64 * 4  # x and the last y; neither the weight nor a view
+            assert ledger.take_peak() == 3 * 10 * 64 * 4
+            y.sum().backward()
+            assert ledger.gradients() == 64 * 64 * 4
+
+
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+KERNELS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "dropout": (lambda x: torch.native_dropout(x, 0.1, True), ((200, 300),)),
+    "mean": (lambda x: x.mean(-1, keepdim=True), ((200, 300),)),
+    "mixed dtypes": (lambda x: x * x.new_ones(200, 1, dtype=torch.float32), ((200, 300),)),
+    "condition": (lambda x, y: torch.where(x > 0, x, y), ((200, 300), (200, 300))),
+    "attention": (lambda q, k, v: ATTENTION(q, k, v, is_causal=True), ((1, 4, 900, 64),) * 3),
+    "attention, short": (lambda q, k, v: ATTENTION(q, k, v, is_causal=True), ((2, 4, 200, 32),) * 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_kernels_take_inside_is_counted(name: str, dtype: torch.dtype) -> None:
+    act, shapes = KERNELS[name]
+    true = [torch.randn(shape).to(dtype).requires_grad_(name.startswith("attention")) for shape in shapes]
+
+    def forth_and_back(tensors: list[Tensor]) -> None:
+        result = act(*tensors)
+        if tensors[0].requires_grad:
+            torch.autograd.grad(result, tensors, torch.ones_like(result))
+
+    forth_and_back(true)  # the first call of a kernel may make what it keeps
+    measured = peak_of(lambda: forth_and_back(true))
+    with FakeTensorMode():
+        fake = [torch.empty(shape, dtype=dtype, requires_grad=true[0].requires_grad) for shape in shapes]
+        ledger = Ledger(nn.ParameterList(nn.Parameter(values.detach()) for values in fake), "cpu")
+        with ledger:
+            forth_and_back(fake)
+    print(f"{name}: counted {ledger.peak}, measured {measured}")
+    assert ledger.peak == pytest.approx(measured, rel=NEAR, abs=256)
+
+
+def test_a_gpu_is_not_counted_as_a_cpu() -> None:
+    """Its kernels cast as they read, and its allocator rounds up."""
+    with FakeTensorMode():
+        x = torch.empty(100, 100, dtype=torch.bfloat16)
+        y = torch.empty(100, 1)
+        found = {}
+        for device in ("cpu", "cuda"):
+            ledger = Ledger(nn.ParameterList(), device)
+            with ledger:
+                x * y
+            found[device] = ledger.peak
+    assert found == {"cpu": 40_000 + 40_000, "cuda": 40_448}

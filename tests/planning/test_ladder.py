@@ -1,0 +1,307 @@
+"""Arrangements: each rung takes what it says, the fastest that fits is taken, and nothing that is computed changes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, LlamaConfig, OPTConfig
+
+from qlora.cli import main
+from qlora.errors import DoesNotFitError, RecipeError
+from qlora.machine.cards import card
+from qlora.machine.device import GIB, bytes_text
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model.load import cached_bytes, load_base, skeleton_base
+from qlora.planning.ladder import Arrangement, Arranger, Target, _reached, changed
+from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
+from qlora.planning.speed import rates_of
+from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
+from tests.conftest import write_model
+from tests.data.conftest import make_tokenizer
+
+SIZES = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 8000, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("mid") / "model", **SIZES)
+
+
+@pytest.fixture(autouse=True)
+def small_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model beside the libraries' own memory would leave nothing to choose."""
+    monkeypatch.setattr("qlora.planning.memory.RUNTIME", {"cpu": 2**20, "cuda": 2**20})
+    monkeypatch.setattr("qlora.planning.memory.HOST_RUNTIME", 2**20)
+
+
+def recipe_of(folder: Path, *overrides: str, **sections: dict[str, Any]) -> Recipe:
+    values: dict[str, Any] = {
+        "model": {"name": str(folder)},
+        "data": {"train": "none.jsonl", "max_length": 2048},
+        "training": {"batch_size": 2},
+        **sections,
+    }
+    return Recipe.from_dict(values, *overrides)
+
+
+@functools.cache
+def planted(folder: Path, kind: str) -> AdaptedModel:
+    """One for all tests, so that a step of one shape is tried once."""
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    base = skeleton_base(ModelSection(name=str(folder)), torch.device("meta"), dtype)
+    return apply_method(base, LoRA(r=8, adapter_dtype="bf16" if kind == "cuda" else "fp32"))
+
+
+def arranger(folder: Path, free: int, kind: str = "cuda", host: int = 64 * GIB, **sections: Any) -> Arranger:
+    adapted = planted(folder, kind)
+    target = Target("a card", torch.device(kind), free, free, host, 1000 * GIB, rates_of(card("3090")))
+    return Arranger(adapted, recipe_of(folder, **sections), target)
+
+
+def tokens_a_step(one: Arrangement) -> int:
+    return one.recipe.training.batch_size * one.recipe.data.max_length
+
+
+def test_a_ladder_goes_down_in_memory_and_in_speed_and_keeps_every_token(folder: Path) -> None:
+    found = arranger(folder, 24 * GIB)
+    rungs = found.ladder()
+    assert len(rungs) >= 4
+    needs = [one.needed.total for one in rungs]
+    seconds = [one.seconds.expected for one in rungs if one.seconds]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == len(needs)
+    assert seconds == sorted(seconds)
+    assert {tokens_a_step(one) for one in rungs} == {2 * 2048}
+    assert rungs[-1].recipe.memory.layers == "streamed"
+    assert rungs[-1].needed.total < 0.5 * rungs[0].needed.total
+    chosen = found.fastest(rungs)
+    assert chosen is rungs[0]
+    lines = ladder_lines(rungs, found.target, chosen)
+    assert lines[0].startswith("→ fits")
+    assert sum(line.startswith("→") for line in lines) == 1
+
+
+def test_as_many_layers_stay_as_fit(folder: Path) -> None:
+    """Between the rung with all layers and the one with none there is one that fills the device."""
+    wide = arranger(folder, 24 * GIB).ladder()
+    streamed, resident = (
+        wide[-1],
+        max((one for one in wide if one.recipe.memory.layers == "resident"), key=lambda one: -one.needed.total),
+    )
+    free = (streamed.needed.total + resident.needed.total) // 2
+    assert streamed.needed.total < free < resident.needed.total
+    found = arranger(folder, free)
+    chosen = found.fastest()
+    assert chosen is not None
+    stay = chosen.recipe.memory.layers
+    assert isinstance(stay, int)
+    assert 0 < stay < 12
+    assert chosen.needed.total <= free
+    more = found.look({**chosen.changes, "memory.layers": stay + 1})
+    assert more.needed.total > free
+
+
+def test_host_memory_and_disk_count_too(folder: Path) -> None:
+    """Layers that host memory cannot hold are streamed from the file cache; a disk that is too small is a refusal."""
+    smallest = arranger(folder, 24 * GIB).ladder()[-1]
+    on_disk = {**smallest.changes, "memory.tier": "disk", "memory.layer_inputs": "disk"}
+    tight = arranger(folder, 24 * GIB).look(on_disk).needed
+    host = tight.host_total + 2**20
+    little = arranger(folder, tight.total + 2**20, host=host)
+    assert little.target.lacking(smallest.needed) == [
+        f"host memory: {bytes_text(smallest.needed.host_total)} of {bytes_text(host)}"
+    ]
+    chosen = little.fastest()
+    assert chosen is not None
+    assert (chosen.recipe.memory.tier, chosen.recipe.memory.layer_inputs) == ("disk", "disk")
+    assert chosen.needed.host_total <= host
+    assert chosen.needed.disk["file_cache"] > 0
+    assert arranger(folder, tight.total + 2**20, host=2**20).fastest() is None
+
+
+def test_on_a_cpu_only_the_disk_saves_memory(folder: Path) -> None:
+    rungs = arranger(folder, 24 * GIB, "cpu").ladder()
+    for one in rungs:
+        assert (one.recipe.memory.embedding, one.recipe.memory.head) == ("device", "device")
+        assert one.recipe.memory.layers == "resident" or one.recipe.memory.tier == "disk"
+        assert one.needed.host_total == one.needed.total
+    assert rungs[-1].needed.disk["file_cache"] > 0
+
+
+def test_the_largest_rows_and_context_are_those_that_just_fit(folder: Path) -> None:
+    found = arranger(folder, GIB // 2)
+    one = found.look({"training.gradient_checkpointing": True})
+    rows, context = found.most_rows(one), found.longest_context(one)
+    assert rows is not None
+    assert context is not None
+    for changes, larger in (
+        ({"training.micro_batch_size": rows, "training.batch_size": rows}, {"training.micro_batch_size": rows * 5 // 4, "training.batch_size": rows * 5 // 4}),
+        ({"training.micro_batch_size": 1, "data.max_length": context}, {"training.micro_batch_size": 1, "data.max_length": context * 5 // 4}),
+    ):  # fmt: skip
+        assert found.look(changes).needed.total <= 1.02 * found.target.free
+        assert found.look(larger).needed.total > found.target.free
+
+
+def test_a_system_that_does_not_tell_what_is_free_refuses_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora.planning.plan.total_memory_bytes", lambda device: (0, 0))
+    planned = plan(recipe_of(folder, device={"name": "cpu"}))
+    assert planned.why[-1].startswith("The free memory of this device is not known")
+
+
+def test_where_a_parabola_reaches_a_number() -> None:
+    square = [1000 + 7 * n + 3 * n * n for n in (4, 8, 16)]
+    assert _reached([4, 8, 16], square, 1000 + 7 * 100 + 3 * 100 * 100) == 100
+    assert _reached([4, 8, 16], [10, 20, 40], 1000) == 400
+    assert _reached([1, 2, 4], [5, 5, 5], 6) > 10**6
+
+
+def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> None:
+    """What runs holds plain values: no budget is left in it, and it plans to itself again."""
+    resident = plan(recipe_of(folder, device={"name": "cpu"}))
+    assert resident.recipe.memory.layers == "resident"
+    budget = int(0.7 * resident.memory.total)
+    tight = recipe_of(folder, device={"name": "cpu"}, memory={"budget": f"{budget}B", "cache": str(tmp_path / "cache")})
+    planned = plan(tight)
+    assert planned.memory.total <= budget
+    assert planned.recipe.memory.budget is None
+    assert planned.chosen.changes
+    assert tokens_a_step(planned.chosen) == 2 * 2048
+    assert any("budget" in sentence for sentence in planned.why)
+    assert plan(planned.recipe).memory == planned.memory
+    roomy = plan(recipe_of(folder, device={"name": "cpu"}, memory={"budget": "auto", "cache": str(tmp_path / "cache")}))
+    assert roomy.recipe.memory.layers == "resident"
+    with pytest.raises(DoesNotFitError, match="No arrangement fits"):
+        plan(recipe_of(folder, device={"name": "cpu"}, memory={"budget": "2MiB"}))
+
+
+def test_what_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
+    resident = plan(recipe_of(folder, device={"name": "cpu"}))
+    limit = f"{int(0.8 * resident.memory.total)}B"
+    with pytest.raises(DoesNotFitError) as refused:
+        plan(recipe_of(folder, device={"name": "cpu", "memory": limit}))
+    text = str(refused.value)
+    assert "layer inputs" in text
+    assert "Set memory.budget=auto, or this yourself: " in text
+    do = text.rpartition("or this yourself: ")[2].rpartition(" (")[0].split()
+    changes = [word for word in do if "=" in word]
+    again = recipe_of(folder, *changes, device={"name": "cpu", "memory": limit})
+    assert plan(again).memory.total <= 0.8 * resident.memory.total
+
+
+@pytest.mark.parametrize("name", ["T4", "3060-12", "3090", "4090", "5090", "A100-40", "L4", "H100"])
+def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None:
+    """Weights are not needed: the folder has its config.json alone."""
+    bare = folder.parent / "bare"
+    bare.mkdir(exist_ok=True)
+    (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
+    recipe = recipe_of(bare, device={"memory": name, "host_memory": "64GiB"})
+    target, dtype, resolved, _ = card_elsewhere(recipe)
+    assert (target.free, target.host_free, target.device.type) == (card(name).memory, 64 * GIB, "cuda")
+    assert dtype == (torch.float16 if name == "T4" else torch.bfloat16)
+    assert resolved.method.adapter_dtype == ("fp32" if name == "T4" else "bf16")
+    assert target.rates is not None
+    assert target.rates.matrix.expected == 0.5 * card(name).flops
+    if name not in ("T4", "4090"):  # a whole survey takes seconds
+        return
+    found = survey(recipe)
+    assert found.fits
+    assert found.plan.target.device.type == "cuda"
+    assert found.plan.recipe.model.compute_dtype == ("fp16" if name == "T4" else "bf16")
+    assert found.longest_context is not None
+    text = str(found)
+    assert all(part in text for part in ("tokens/s", "Largest that fits", "From the fastest arrangement", "Assumed"))
+
+
+def test_the_command_line_says_no_by_its_exit_status(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_of(folder).to_yaml(), encoding="utf-8")
+    assert main(["plan", str(path), "device.memory=150MiB", "device.host_memory=8GiB"]) == 3
+    printed = capsys.readouterr().out
+    assert "As the recipe stands it does not fit" in printed
+    assert main(["plan", str(path), "device.memory=150MiB", "memory.budget=auto", "device.host_memory=8GiB"]) == 0
+    assert main(["plan", str(path), "device.memory=twelve"]) == 2
+    assert main(["plan", str(path), "device.memory=20MiB"]) == 3
+    assert "No arrangement fits" in capsys.readouterr().err
+
+
+def test_a_card_may_be_given_as_a_number(folder: Path) -> None:
+    """``device.memory=4090`` is a whole number to YAML."""
+    assert recipe_of(folder, "device.memory=4090").device.memory == "4090"
+
+
+def test_amounts_are_bytes_or_cards() -> None:
+    assert amount("2GiB") == 2 * GIB
+    assert amount("rtx 4090") == card("4090").memory
+    with pytest.raises(RecipeError, match="not a card"):
+        amount("a lot")
+
+
+def test_changes_are_values_of_a_recipe(folder: Path) -> None:
+    recipe = changed(recipe_of(folder), {"memory.head": "host", "training.micro_batch_size": 2, "data.max_length": 99})
+    assert (recipe.memory.head, recipe.training.micro_batch_size, recipe.data.max_length) == ("host", 2, 99)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+ODD: dict[str, tuple[Any, dict[str, Any]]] = {
+    "no MLP to cut": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4096), {}),
+    "rows that cannot be cut": (BloomConfig(**SMALL), {}),
+    "every weight trains": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "full"}),
+    "the head is adapted": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "lora", "r": 2, "target_modules": ["q_proj", "lm_head"]}),
+    "new tokens": (LlamaConfig(**SMALL, intermediate_size=64), [{"name": "lora", "r": 2}, {"name": "new_tokens", "tokens": ["<x>"]}]),
+    "tied": (LlamaConfig(**SMALL, intermediate_size=64, tie_word_embeddings=True), {"name": "lora", "r": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_path: Path) -> None:
+    config, method = ODD[name]
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    quantization = "none" if method == {"name": "full"} else "nf4"
+    base = skeleton_base(
+        ModelSection(name=str(tmp_path), quantization=quantization), torch.device("meta"), torch.bfloat16
+    )
+    base.tokenizer = make_tokenizer()
+    recipe = Recipe.from_dict(
+        {
+            "data": {"train": "none.jsonl", "max_length": 2048},
+            "training": {"batch_size": 2},
+            **({"method": method} if method else {}),
+        }
+    )
+    target = Target("a card", torch.device("cuda"), 24 * GIB, 24 * GIB, 64 * GIB, 1000 * GIB, rates_of(card("3090")))
+    rungs = Arranger(apply_method(base, recipe.method), recipe, target).ladder()
+    assert rungs
+    memories = [one.recipe.memory for one in rungs]
+    if name == "no MLP to cut":
+        assert {memory.mlp_tile for memory in memories} == {None}
+    if name == "rows that cannot be cut":
+        assert {one.recipe.training.accumulation for one in rungs} == {"micro_batch_major"}
+    if name == "every weight trains":
+        assert {memory.layers for memory in memories} == {"resident"}
+    if name in ("every weight trains", "the head is adapted", "new tokens"):
+        assert {memory.head for memory in memories} == {"device"}
+    if name == "tied":
+        assert {memory.embedding == memory.head for memory in memories} == {True}
+
+
+def test_what_the_file_cache_holds_already_is_not_counted_again(folder: Path, tmp_path: Path) -> None:
+    memory = MemorySection(layers="streamed", tier="disk", cache=str(tmp_path / "cache"))
+    section = ModelSection(name=str(folder))
+    assert cached_bytes(section, torch.float32, torch.device("cpu"), memory) == 0
+    load_base(section, torch.device("cpu"), memory=memory)
+    written = cached_bytes(section, torch.float32, torch.device("cpu"), memory)
+    assert written == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert written > 10 * 2**20
+    assert cached_bytes(section, torch.bfloat16, torch.device("cpu"), memory) == 0

@@ -1,0 +1,115 @@
+"""The plan of every method, from a config.json alone: no tokenizer, no weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qlora import recipe as config
+from qlora.cli import main
+from qlora.errors import DoesNotFitError, MethodError
+from qlora.machine.device import bytes_text
+from qlora.methods import apply_method
+from qlora.methods.files import portable_bytes, save_portable
+from qlora.model.load import skeleton_base
+from qlora.planning.accounting import account
+from qlora.planning.plan import REST, plan
+from qlora.recipe import Recipe
+from tests.methods.test_laws import CASES, Case
+from tests.methods.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that holds config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copy(tiny_checkpoint(tmp_path_factory.mktemp("whole")) / "config.json", folder)
+    return folder
+
+
+def recipe_of(bare: Path, case: Case, **training: object) -> Recipe:
+    values = {
+        "model": {"name": str(bare), "quantization": case.quantization},
+        "method": case.section.model_dump(),
+        "data": {"train": "none.jsonl", "max_length": 64},
+        "training": {"batch_size": 2, "micro_batch_size": 2, **training},
+        "device": {"name": "cpu"},
+        "folder": str(bare / "run"),
+    }
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_is_planned(bare: Path, name: str) -> None:
+    case = CASES[name]
+    planned = plan(recipe_of(bare, case))
+    counted = account(bare, case.section, case.quantization)
+    assert planned.account == counted
+    assert (planned.parameters, planned.trainable_parameters) == (counted.parameters, counted.trainable_parameters)
+    assert planned.memory.device["optimizer"] == counted.optimizer_bytes == 8 * counted.trainable_parameters
+    assert planned.memory.device["adapter"] == 4 * counted.trainable_parameters
+    # 3 are kept, one more is written before the oldest goes, and the adapter stands apart at the end
+    keep = planned.recipe.training.keep_checkpoints + 1
+    adapter = planned.disk_bytes - keep * counted.checkpoint_bytes - REST
+    if name in ("rslora", "pissa", "loftq", "adalora"):  # one rank for all, two pairs for one, no averages
+        assert adapter > 0
+    else:
+        assert adapter == counted.adapter_bytes + counted.method_bytes
+
+    lines = str(planned).splitlines()
+    assert f"{counted.trainable_parameters:,} trainable parameters" in lines[1]
+    assert all(part in lines[1] for part in (*counted.trainable, "in fp32"))
+    for title, count in (
+        ("adapter on disk", counted.adapter_bytes),
+        ("checkpoint on disk", counted.checkpoint_bytes),
+        ("run folder at most", planned.disk_bytes),
+    ):
+        assert f"  {title:<20}{bytes_text(count):>12}" in lines
+
+
+def test_the_adapter_for_others_is_counted_as_it_is_written(bare: Path, tmp_path: Path) -> None:
+    for name in ("lora", "rslora", "pissa", "houlsby"):
+        base = skeleton_base(recipe_of(bare, CASES[name]).model, torch.device("cpu"), torch.float32)
+        model = apply_method(base, CASES[name].section, values_follow=True)
+        save_portable(model, tmp_path / name)
+        written = sum(
+            tensor.nbytes for file in (tmp_path / name).glob("*.safetensors") for tensor in load_file(file).values()
+        )
+        assert portable_bytes(model) == written
+
+
+def test_each_kind_of_method_changes_what_is_held(bare: Path) -> None:
+    """Full fine-tuning holds weights, gradients and moments; a head of its own stands beside the frozen one."""
+    lora, full, head = (plan(recipe_of(bare, CASES[name])).memory for name in ("lora", "full", "head"))
+    parameters = plan(recipe_of(bare, CASES["full"])).parameters
+    assert full.device["adapter"] == full.device["optimizer"] // 2 == 4 * parameters
+    assert "quantised_weights" not in full.device
+    assert full.device["other_weights"] < 4 * 96  # rotary frequencies
+    assert head.device["adapter"] == 4 * 96 * 64
+    assert head.device["other_weights"] == lora.device["other_weights"]
+    assert head.total < lora.total  # no gradient goes below the head
+    eight = plan(recipe_of(bare, CASES["full"], optimizer="adamw_8bit")).account
+    assert eight.optimizer_bytes < 0.35 * full.device["optimizer"]
+
+
+def test_a_command_line_prints_it(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(bare, CASES["lora_and_prompt"]).model_dump(mode="json")), encoding="utf-8")
+    assert main(["plan", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "lora 3,328 + prompt_tuning 192: 3,520 trainable parameters" in printed
+    assert "adapter on disk" in printed
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MethodError, match="are packed"):
+        plan(recipe_of(bare, Case(config.Full(), quantization="nf4")))
+    monkeypatch.setattr("qlora.planning.plan.total_memory_bytes", lambda device: (2**20, 2**30))
+    with pytest.raises(DoesNotFitError, match="trainable parameters") as refused:
+        plan(recipe_of(bare, CASES["lora"]))
+    assert "No arrangement fits. The smallest" in str(refused.value)

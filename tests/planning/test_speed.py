@@ -1,0 +1,472 @@
+"""Speed: the units of what is measured, the work of a step against what a real step does, and the published limits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig
+
+from qlora.data import Row
+from qlora.errors import ModelError, RecipeError
+from qlora.machine.cards import card
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import as_base, load_base, quantise
+from qlora.model.nf4 import Linear4bit
+from qlora.model.skeleton import any_skeleton
+from qlora.planning import speed as machine
+from qlora.planning.speed import (
+    NVME,
+    Pass,
+    Rate,
+    Rates,
+    Seconds,
+    Shapes,
+    Work,
+    measure,
+    rates_of,
+    shapes_of,
+    step_seconds,
+    work_of,
+    work_of_shapes,
+)  # fmt: skip
+from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.training import Trainer
+from tests.conftest import write_model
+
+CPU = torch.device("cpu")
+ENDLESS = Rate(1e30, 1e30, 1e30)
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "kept": {"gradient_checkpointing": False, "micro_batch_size": 2},
+    "recomputed": {"micro_batch_size": 4},
+    "layer-major": {"micro_batch_size": 1},
+    "micro-batch-major": {"micro_batch_size": 2, "accumulation": "micro_batch_major"},
+}
+
+
+def attention_flops(*tensors: Any, out_val: Any = None, times: int = 4, **_: Any) -> int:
+    """Every pair of positions, for queries [B, heads, T, width], the first of four dimensions that is given."""
+    batch, heads, length, width = next(t for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4).shape
+    return times * batch * heads * length * length * width
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: partial(attention_flops, times=8),
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts the FLOPs of every product, mostly with torch's own formulas. torch's FlopCounterMode also follows modules, which
+    a recompute inside a backward confuses, and does not know these three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in FLOPS:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        found = func(*args, **kwargs)
+        if func._overloadpacket in FLOPS:
+            self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=found)
+        return found
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, so that what the first one saves, whose input wants no gradient, is little."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    return write_model(tmp_path_factory.mktemp("deep") / "model", **sizes)
+
+
+def trained(model: AdaptedModel, training: TrainingSection, length: int, **options: Any) -> Trainer:
+    """A trainer that has done its first step, in which the boundary finds what it may leave out."""
+    draw = numpy.random.default_rng(0)
+    places = numpy.arange(length, dtype=numpy.int32)
+    drawn = [draw.integers(3, 300, length).astype(numpy.int32) for _ in range(training.batch_size)]
+    trainer = Trainer(model, [Row(ids, ids.copy(), places, (n,)) for n, ids in enumerate(drawn)], training, **options)
+    next(trainer)
+    return trainer
+
+
+def llama_70b(**section: Any) -> Shapes:
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256,
+    )  # fmt: skip
+    base = as_base(quantise(any_skeleton(config), "nf4", compute_dtype="bf16"))
+    return shapes_of(apply_method(base, LoRA(r=16, **section)))
+
+
+@pytest.fixture(scope="module")
+def large() -> Shapes:
+    return llama_70b()
+
+
+# --- how much a step does, against a real one -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("kept", LoRA(r=16)),
+        ("layer-major", LoRA(r=16)),
+        ("micro-batch-major", LoRA(r=4, target_modules=("q_proj", "v_proj"))),
+        ("recomputed", Full()),
+    ],
+)
+def test_flops_are_those_of_a_real_step(deep: Path, name: str, method: Any) -> None:
+    training = TrainingSection(batch_size=4, steps=2, max_grad_norm=None, **ARRANGEMENTS[name])
+    quantization = "none" if isinstance(method, Full) else "nf4"
+    model = apply_method(load_base(ModelSection(name=str(deep), quantization=quantization), CPU), method)
+    # the counter knows no causal attention: it counts every pair, as a mask makes the kernels do
+    work = work_of(model, training, MemorySection(), 16, dtype_bytes=4, packing=True)
+    trainer = trained(model, training, 16)
+    with Counter() as counter:
+        next(trainer)
+    assert work.tokens == 64
+    # above by the first layer's products that no gradient goes through, and by the last tokens, which nothing follows
+    assert 0.975 < counter.flops / work.total("flops") <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("kept", 0), ("recomputed", 0), ("layer-major", 1), ("micro-batch-major", 0)]
+)
+def test_dequantised_bytes_are_those_of_a_real_step(
+    deep: Path, name: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainingSection(batch_size=4, steps=2, **ARRANGEMENTS[name])
+    model = apply_method(load_base(ModelSection(name=str(deep)), CPU), LoRA(r=4))
+    work = work_of(model, training, MemorySection(), 8, dtype_bytes=4)
+    trainer, made, original = trained(model, training, 8), [], Linear4bit.dequantise
+
+    def watched(linear: Linear4bit, dtype: torch.dtype) -> torch.Tensor:
+        dense = original(linear, dtype)
+        made.append(dense.nbytes)
+        return dense
+
+    monkeypatch.setattr(Linear4bit, "dequantise", watched)
+    next(trainer)
+    if exact:
+        assert sum(made) == work.total("dequantised")
+    assert 0.92 < sum(made) / work.total("dequantised") <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "slots"),
+    [
+        ("layer-major", "streamed", 2),
+        ("micro-batch-major", "streamed", 3),
+        ("layer-major", 3, 2),
+        ("layer-major", 4, 2),
+    ],
+)
+def test_fetched_bytes_are_those_of_a_real_step(
+    deep: Path, tmp_path_factory: pytest.TempPathFactory, name: str, layers: Any, slots: int
+) -> None:
+    training = TrainingSection(batch_size=4, steps=3, **ARRANGEMENTS[name])
+    cache = tmp_path_factory.getbasetemp() / "nf4-of-test-machine"
+    memory = MemorySection(layers=layers, slots=slots, tier="disk", cache=str(cache))
+    base = load_base(ModelSection(name=str(deep)), CPU, memory=memory)
+    model = apply_method(base, LoRA(r=4))
+    one = shapes_of(model).image_bytes[0]
+    work = work_of(model, training, memory, 8, dtype_bytes=4)
+    trainer = trained(model, training, 8, memory=memory)
+    placement: Any = base.placement
+    before = placement.fetched
+    next(trainer)
+    fetched = placement.fetched - before
+    assert work.total("read") == work.total("to_device") == fetched * one
+    assert work_of(model, training, replace_tier(memory), 8, dtype_bytes=4).total("read") == 0
+
+
+def replace_tier(memory: MemorySection) -> MemorySection:
+    return memory.model_copy(update={"tier": "host"})
+
+
+def test_layers_below_the_lowest_that_trains_only_go_forward(deep: Path) -> None:
+    base = load_base(ModelSection(name=str(deep)), CPU)
+    model = apply_method(base, LoRA(r=4, target_modules=("layers.4.mlp.up_proj", "layers.5.mlp.up_proj")))
+    shapes = shapes_of(model)
+    assert (shapes.layers, shapes.with_graph) == (6, 2)
+    training = TrainingSection(batch_size=4, steps=2, micro_batch_size=1)
+    work = work_of(model, training, MemorySection(layers="streamed"), 8, dtype_bytes=4)
+    assert work.backward.dequantised == work.forward.dequantised / 3
+    assert work.backward.to_device == 0  # both are in the slots when backward begins
+    trainer = trained(model, training, 8)
+    with Counter() as counter:
+        next(trainer)
+    # of the two, nothing below up_proj in the lower one gets a gradient
+    assert 0.8 < counter.flops / work.total("flops") <= 1.0
+
+
+def test_layers_in_no_list_are_counted_together(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: Any) -> Any:
+        raise ModelError("No list of decoder layers.")
+
+    model = apply_method(load_base(ModelSection(name=str(deep)), CPU), LoRA(r=4))
+    listed = shapes_of(model)
+    monkeypatch.setattr(machine, "decoder_layers", none)
+    together = shapes_of(model)
+    assert together == replace(listed, left_out=together.left_out)
+    assert together.left_out == listed.left_out // 6
+
+
+def test_what_is_elsewhere_travels(large: Shapes) -> None:
+    training = TrainingSection(batch_size=4, micro_batch_size=1)
+    inputs, head = 2 * 4 * 512 * 80 * 8192, 2 * 128256 * 8192
+
+    def work(accumulation: str = "layer_major", **memory: Any) -> Work:
+        section = training.model_copy(update={"accumulation": accumulation})
+        return work_of_shapes(large, section, MemorySection(**memory), 512, dtype_bytes=2)
+
+    nothing = work()
+    assert [nothing.total(kind) for kind in ("to_device", "to_host", "read", "written")] == [0, 0, 0, 0]
+    on_host = work(layer_inputs="host")
+    assert (on_host.forward.to_host, on_host.backward.to_device, on_host.total("written")) == (inputs, inputs, 0)
+    on_disk = work(layer_inputs="disk")
+    assert (on_disk.forward.written, on_disk.backward.read) == (inputs, inputs)
+    assert work(embedding="host").total("to_device") == 2 * 4 * 512 * 8192
+    # the slices come once for the sum and once for the gradient; and again for each micro-batch where these go alone
+    assert work(head="host").loss.to_device == 2 * head
+    assert work("micro_batch_major", head="host").loss.to_device == 4 * 2 * head
+    assert work(head="host").loss.flops == nothing.loss.flops * 6 / 4
+    assert work("micro_batch_major", layers="streamed").total("to_device") == 4 * work(layers="streamed").total(
+        "to_device"
+    )
+
+
+# --- the published limits -------------------------------------------------------------------------------------------------
+
+
+def test_the_shapes_of_a_70b_model(large: Shapes) -> None:
+    assert large.blocks == large.packed == 80 * (2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672)
+    assert large.blocks == pytest.approx(68.451e9, rel=1e-5)
+    assert sum(large.image_bytes) == pytest.approx(35.312e9, rel=1e-4)
+    assert sum(large.image_bytes) / large.blocks == pytest.approx(0.5159, rel=1e-4)
+    assert (large.head, large.trained, large.layers, large.with_graph) == (128256 * 8192, 207093760, 80, 80)
+    assert 2 * large.left_out / (6 * large.blocks) == pytest.approx(0.09, abs=0.005)  # what a recompute leaves out
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("T4", 699), ("3090", 367), ("4090", 852), ("H100", 2551)])
+def test_a_forward_hides_its_transfer_behind_so_many_tokens(large: Shapes, name: str, tokens: int) -> None:
+    """B ≥ 0.258 · F / β, which leaves dequantising aside, for a 70B model at half of the peak."""
+    rates = replace(rates_of(card(name)), dequantise=ENDLESS)
+    assert tokens == pytest.approx(0.258 * rates.matrix.expected / rates.to_device.expected, rel=0.01)
+
+    def hidden(length: int) -> bool:
+        work = work_of_shapes(
+            large, TrainingSection(batch_size=1), MemorySection(layers="streamed"), length, dtype_bytes=2
+        )
+        forward = Work(work.tokens, work.forward, Pass(), Pass(), Pass())
+        return step_seconds(forward, rates).bound == "arithmetic"
+
+    found = next(length for length in range(1, 10_000) if hidden(length))
+    # below it by the two layers of 80 that backward left in the slots, the adapters' arithmetic and attention's
+    assert 0.94 < found / tokens < 1.0
+
+
+@pytest.mark.parametrize(("name", "limit"), [("T4", 78), ("3090", 86), ("4090", 199), ("H100", 1192)])
+def test_the_limit_of_a_streamed_70b_model(large: Shapes, name: str, limit: int) -> None:
+    """Tokens a second at half of the peak, for so many tokens that neither copies nor dequantising count."""
+    plain = replace(large, left_out=0, trained=0)  # the table counts neither
+    training = TrainingSection(batch_size=512, micro_batch_size=1)
+    speed = {}
+    for shapes in (plain, large):
+        work = work_of_shapes(shapes, training, MemorySection(layers="streamed"), 128, dtype_bytes=2)
+        seconds = step_seconds(work, rates_of(card(name)))
+        assert seconds.bound == "arithmetic"
+        speed[shapes is plain] = work.tokens / seconds.expected
+    assert speed[True] == pytest.approx(limit, rel=0.02)
+    assert 1.05 < speed[False] / speed[True] < 1.1  # the products left out, less the adapters
+
+
+def test_seventy_billion_from_one_disk(large: Shapes) -> None:
+    """10.1 s a step at 7 GB/s."""
+    memory = MemorySection(layers="streamed", tier="disk")
+    work = work_of_shapes(large, TrainingSection(batch_size=1), memory, 64, dtype_bytes=2)
+    fast = replace(rates_of(card("4090")), disk_read=Rate(7e9, 7e9, 7e9))
+    seconds = step_seconds(work, fast)
+    assert seconds.bound == "the disk"
+    assert seconds.expected == pytest.approx(10.1, rel=0.06)
+
+
+def test_less_is_never_faster(large: Shapes) -> None:
+    rates = rates_of(card("3090"))
+
+    def seconds(accumulation: str = "layer_major", **memory: Any) -> float:
+        training = TrainingSection(batch_size=8, micro_batch_size=1, accumulation=accumulation)
+        work = work_of_shapes(large, training, MemorySection(**memory), 128, dtype_bytes=2)
+        return step_seconds(work, rates).expected
+
+    resident = seconds()
+    assert resident <= seconds(layers=40) <= seconds(layers="streamed") < seconds(layers="streamed", tier="disk")
+    assert resident < seconds("micro_batch_major") < seconds("micro_batch_major", layers="streamed")
+    assert seconds(layers="streamed", layer_inputs="disk", tier="disk") > seconds(layers="streamed", tier="disk")
+
+
+# --- seconds from known rates ---------------------------------------------------------------------------------------------
+
+
+def known(**rates: Any) -> Rates:
+    one = Rate(5.0, 10.0, 20.0)
+    values: dict[str, Any] = dict.fromkeys(
+        [
+            "matrix",
+            "dequantise",
+            "elementwise",
+            "to_device",
+            "to_device_pageable",
+            "to_host",
+            "disk_read",
+            "disk_write",
+        ],
+        one,
+    )
+    return Rates(**{**values, "source": "made up", **rates})
+
+
+def test_copies_run_beside_the_arithmetic_of_their_pass_alone() -> None:
+    forward = Pass(flops=100, dequantised=50, elementwise=50, to_device=30, to_host=250, read=20, written=40)
+    backward = Pass(flops=300, to_device=100)
+    found = step_seconds(Work(1, forward, Pass(), backward, Pass()), known())
+    # forward 20 s of arithmetic, 3 s down, 25 s up, 6 s of disk: 25; backward 30 and 10: 30
+    assert (found.expected, found.bound) == (55.0, "arithmetic")
+    assert found.low == 55.0 / 2
+    assert found.high == 2 * (20 + 3 + 25 + 6 + 30 + 10)
+    assert str(found) == "55 s a step (27.5 to 188), bound by arithmetic"
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [
+        ("flops", "arithmetic"),
+        ("dequantised", "arithmetic"),
+        ("elementwise", "arithmetic"),
+        ("to_device", "copies to the device"),
+        ("to_host", "copies to the host"),
+        ("read", "the disk"),
+        ("written", "the disk"),
+    ],
+)
+def test_every_kind_of_work_takes_its_time(kind: str, bound: str) -> None:
+    work = Work(1, Pass(), Pass(), Pass(), Pass(**{kind: 70.0}))
+    assert step_seconds(work, known()) == Seconds(7.0, 3.5, 14.0, bound)
+    assert work.total(kind) == 70.0
+
+
+def test_an_unknown_disk_is_refused_only_where_it_is_used() -> None:
+    rates = known(disk_read=None, disk_write=None, notes=("The disk of 'x' was not measured: Permission denied.",))
+    assert step_seconds(Work(1, Pass(flops=10), Pass(), Pass(), Pass()), rates).expected == 1.0
+    for one in (Pass(read=2.0**30), Pass(written=2.0**30)):
+        with pytest.raises(
+            RecipeError, match=r"1\.00 GiB a step go through the disk.* Permission denied\. Give a folder"
+        ):
+            step_seconds(Work(1, one, Pass(), Pass(), Pass()), rates)
+
+
+def test_a_card_that_is_not_here_says_what_is_assumed() -> None:
+    rates = rates_of(card("4090"))
+    assert (rates.matrix.low, rates.matrix.expected, rates.matrix.high) == pytest.approx((57.82e12, 82.6e12, 107.38e12))
+    assert rates.to_device.expected == 25e9
+    assert rates.elementwise is None
+    assert rates.disk_read == Rate(*NVME)
+    assert "Assumed: 50% (35% to 65%) of the data sheet's 165.2 TFLOP/s" in str(rates)
+    assert "Assumed: an NVMe disk" in str(rates)
+    lent = rates_of(card("4090"), here=known())
+    assert lent.disk_read == Rate(5.0, 10.0, 20.0)
+    assert "NVMe" not in str(lent)
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------------
+
+
+def test_units_by_a_clock_that_ticks_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measurement takes exactly one second, so every rate is its own amount."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
+    rates = measure(CPU, torch.float32, tmp_path)
+    assert rates.matrix.expected == 2 * 256 * 1024 * 1024
+    assert rates.dequantise.expected == 4 * 1024 * 1024
+    assert rates.elementwise is not None
+    assert rates.elementwise.expected == 3 * 4 * 2 * 1024 * 1024
+    assert rates.to_device == rates.to_host == rates.to_device_pageable
+    assert rates.to_device.expected == 16 * 2**20
+    assert rates.disk_read is not None
+    assert rates.disk_write is not None
+    assert rates.disk_read.expected == rates.disk_write.expected == 16 * 2**20
+    assert (rates.matrix.low, rates.matrix.high) == pytest.approx(
+        (0.9 * rates.matrix.expected, 1.1 * rates.matrix.expected)
+    )
+
+
+def test_measured_quickly_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    state, begin = torch.get_rng_state(), time.process_time()
+    rates = measure(CPU, torch.float32, tmp_path)
+    assert time.process_time() - begin < 10  # half a second on an idle core
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    found = [rate for rate in vars(rates).values() if isinstance(rate, Rate)]
+    assert len(found) == 8
+    for rate in found:
+        assert 0 < rate.low < rate.expected < rate.high
+    # between an old core and a large server: a slip of a unit is further off
+    assert 1e8 < rates.matrix.expected < 1e14
+    assert "matrix products" in str(rates)
+
+
+def test_a_folder_that_is_not_there_yet_is_measured_above_it(tmp_path: Path) -> None:
+    assert measure(CPU, torch.float32, tmp_path / "not" / "yet").disk_read is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused(number: int) -> Callable[[int], None]:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output error")])
+def test_a_disk_that_fails_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    monkeypatch.setattr(machine.os, "fsync", refused(number))
+    rates = measure(CPU, torch.float32, tmp_path)
+    assert (rates.disk_read, rates.disk_write) == (None, None)
+    assert f"The disk of '{tmp_path}' was not measured: {reason}" in str(rates)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    rates = measure(CPU, torch.float32, file)
+    assert rates.disk_read is None
+    assert "was not measured: Not a directory." in str(rates)
+    assert file.read_text() == "no folder"
+
+
+def test_a_system_without_fadvise_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(machine.os, "posix_fadvise")
+    rates = measure(CPU, torch.float32, tmp_path)
+    assert rates.disk_read is not None
+    assert "the disk's reading rate is that of its cache" in str(rates)

@@ -1,0 +1,128 @@
+"""The recipe: every field documented once, nothing unknown accepted, every mistake named with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from qlora.errors import RecipeError
+from qlora.recipe import LoRA, Recipe, Section, reference
+from qlora.recipe import methods as method_sections
+
+MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
+
+
+def sections() -> dict[str, type[Section]]:
+    """Each section of a recipe by its heading in the reference; a method's has the method's name in it."""
+    kinds = [field.annotation for field in Recipe.model_fields.values()]
+    methods = [kind for kind in vars(method_sections).values() if isinstance(kind, type) and "name" in fields_of(kind)]
+    return {
+        **{name: kind for name, kind in zip(Recipe.model_fields, kinds, strict=True) if fields_of(kind)},
+        **{f"method: {kind.model_fields['name'].default}": kind for kind in methods},
+    }
+
+
+def fields_of(kind: Any) -> dict[str, Any]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
+
+
+def test_every_field_is_documented_and_in_the_reference() -> None:
+    tables = {part.split("`")[0]: part for part in reference().split("### `")[1:]}
+    assert tables.keys() == sections().keys() | {"(top level)"}
+    assert len(tables) == 6 + 13 + 1
+    for heading, section in {**sections(), "(top level)": Recipe}.items():
+        for name, field in section.model_fields.items():
+            if section is not Recipe or name not in ("method", *sections()):
+                assert field.description, f"{heading} {name} has no text under it"
+                assert f"\n| `{name}` | " in tables[heading], f"{heading} {name} is not in the reference"
+
+
+def test_reference_gives_defaults_as_yaml_has_them() -> None:
+    rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
+    assert rows["dropout"].startswith("| `dropout` | `0.0` |")
+    assert rows["epochs"].startswith("| `epochs` | `1` |")
+    assert rows["save_every"].startswith("| `save_every` | `100` |")
+    assert rows["double_quant"].startswith("| `double_quant` | `true` |")
+    assert rows["steps"].startswith("| `steps` | `null` |")
+    assert rows["betas"].startswith("| `betas` | `[0.9, 0.999]` |")
+    assert "| `train` | required |" in rows["train"]
+    assert "`nf4`, `fp4`, `int8`, `none`" in rows["quantization"]
+
+
+def test_docs_are_generated() -> None:
+    written = (Path(__file__).parents[1] / "docs/recipe.md").read_text(encoding="utf-8")
+    assert written == reference(), "regenerate docs/recipe.md: qlora recipe"
+
+
+def test_all_mistakes_at_once_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("modle: {name: x}\nmethod:\n  r: 0\n  alhpa: 3\ntraining:\n  shedule: linear\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(path)
+    head, *mistakes = str(caught.value).splitlines()
+    assert head == f"5 mistakes in {path}:"
+    together = "\n".join(mistakes)
+    for expected in (
+        "'modle' (line 1) is not a known key. Did you mean 'model'?",
+        "'method.r' (line 3) is 0; expected",
+        "'method.alhpa' (line 4) is not a known key. Did you mean 'alpha'?",
+        "'training.shedule' (line 6) is not a known key. Did you mean 'schedule'?",
+        "'data' is missing",
+    ):
+        assert expected in together
+
+
+def test_key_with_nothing_near_lists_what_there_is() -> None:
+    with pytest.raises(RecipeError, match="The keys there are name, threads"):
+        Recipe.from_dict({**MINIMAL, "device": {"zzz": 1}})
+
+
+def test_overrides_are_yaml_and_come_last(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data:\ntraining: {epochs: 3, learning_rate: 2e-4}\n", encoding="utf-8")
+    recipe = Recipe.from_yaml(
+        path,
+        "data.train=[a.jsonl, b.jsonl]",
+        "training.epochs=5",
+        "method.target_modules=[q_proj]",
+        "model.revision=null",
+    )
+    assert recipe.data.train == ("a.jsonl", "b.jsonl")
+    assert recipe.training.epochs == 5
+    assert recipe.training.learning_rate == 2e-4  # YAML 1.1 reads 2e-4 as text
+    assert recipe.method.target_modules == ("q_proj",)
+    assert recipe.folder == "runs/mine"
+    with pytest.raises(RecipeError, match=r"'training.epochs' is 'x'"):
+        Recipe.from_yaml(path, "data.train=a", "training.epochs=x")
+
+
+def test_overrides_leave_the_values_given_alone() -> None:
+    values = {"data": {"train": "a"}, "training": {"epochs": 1}}
+    assert Recipe.from_dict(values, "training.epochs=4", "device.threads=2").training.epochs == 4
+    assert values == {"data": {"train": "a"}, "training": {"epochs": 1}}
+
+
+def test_recipe_is_frozen() -> None:
+    recipe = Recipe.from_dict(MINIMAL)
+    with pytest.raises(pydantic.ValidationError):
+        recipe.folder = "elsewhere"  # type: ignore[misc]
+    with pytest.raises(pydantic.ValidationError):
+        recipe.training.epochs = 2  # type: ignore[misc]
+    with pytest.raises(pydantic.ValidationError):
+        LoRA(alhpa=3)  # type: ignore[call-arg]
+
+
+def test_yaml_of_a_recipe_reads_back_as_the_same(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(MINIMAL, "data.columns={prompt: frage}", "training.betas=[0.8, 0.95]", "folder=runs/ü")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(path) == recipe
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(RecipeError, match=r"'training.epochs' is true; expected whole number"):
+        Recipe.from_dict(MINIMAL, "training.epochs=true")
+    assert Recipe.from_dict(MINIMAL, "model.double_quant=false").model.double_quant is False

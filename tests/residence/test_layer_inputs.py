@@ -1,0 +1,342 @@
+"""Where layer inputs wait changes memory alone: the same bits come back, and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora.data import collate
+from qlora.errors import DoesNotFitError, ModelError
+from qlora.methods import AdaptedModel
+from qlora.model.checks import check_boundary
+from qlora.model.loss import batch_loss
+from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
+from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
+from tests.methods.tiny import TOKENS, tiny_checkpoint
+from tests.model.test_loss import random_model
+from tests.planning.test_memory import peak_of
+from tests.residence.test_layers import FAMILIES, ROWS, assert_equal, step_gradients
+from tests.training.tiny import gradients, tiny_model
+
+CPU = torch.device("cpu")
+PLACES = ["device", "host", "host memory", "disk"]
+PARTS = [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def inputs_in(place: str, folder: Path | None = None) -> LayerInputs:
+    """``host memory`` is what a GPU's ``host`` does, but for the streams."""
+    inputs = LayerInputs("host" if place == "host memory" else place, CPU, folder)
+    if place == "host memory":
+        inputs.place = "host"
+    return inputs
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    """Four layers: of two the last one's input never leaves, and the first one's lies at the beginning of the file."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=4)
+    return tiny_model(folder, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+    return tiny_model(tmp_path_factory.mktemp("llama"), dropout=0.3)
+
+
+@pytest.fixture
+def model(adapted: AdaptedModel) -> Iterator[AdaptedModel]:
+    yield adapted
+    unwrap_layers(adapted.model)
+
+
+@pytest.fixture
+def dropping(llama: AdaptedModel) -> Iterator[AdaptedModel]:
+    yield llama
+    unwrap_layers(llama.model)
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_gradients_are_the_same_bits(model: AdaptedModel, tmp_path: Path, rows: int) -> None:
+    wrap_layers(model.model, rows)
+    expected = step_gradients(model)
+    for place in PLACES:
+        inputs = inputs_in(place, tmp_path)
+        wrap_layers(model.model, rows, inputs)
+        for _ in range(2):  # the second step uses memory and file again
+            assert_equal(step_gradients(model), expected)
+        assert kept_by(model.model) == {inputs}
+        assert not inputs.waiting
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_dropout_and_an_evaluation_in_the_middle(dropping: AdaptedModel, place: str) -> None:
+    """What an evaluation reads neither waits nor is drawn for."""
+    network = dropping.model
+    batch = collate(ROWS, 0)
+
+    def step(evaluate: bool) -> dict[str, Tensor]:
+        network.train()
+        torch.manual_seed(5)
+        loss, _ = batch_loss(network, batch, 16)
+        if evaluate:
+            network.eval()
+            with torch.no_grad():
+                network(input_ids=TOKENS, use_cache=False)
+            network.train()
+        loss.backward()
+        network.eval()
+        return gradients(dropping)
+
+    wrap_layers(network, 3)
+    expected = step(False)
+    wrap_layers(network, 3, inputs_in(place))
+    assert_equal(step(True), expected)
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_several_forwards_before_their_backwards(dropping: AdaptedModel, place: str, order: tuple[int, int]) -> None:
+    def step(inputs: LayerInputs | None) -> dict[str, Tensor]:
+        wrap_layers(dropping.model, 2, inputs)
+        dropping.model.train()
+        torch.manual_seed(5)
+        losses = [batch_loss(dropping.model, collate(rows, 0), 16)[0] for rows in (ROWS[:3], ROWS[3:])]
+        for number in order:
+            losses[number].backward()
+        dropping.model.eval()
+        return gradients(dropping)
+
+    assert_equal(step(inputs_in(place)), step(None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", ["host memory", "disk"])
+def test_every_bit_comes_back(place: str, dtype: torch.dtype) -> None:
+    inputs = inputs_in(place)
+    bits = torch.randint(-(2**15), 2**15, (3, 5, 7, 6), dtype=torch.int16)
+    hidden = [
+        (one.int() * 65537 if dtype == torch.float32 else one).view(dtype) for one in bits
+    ]  # NaN and infinity too
+    hidden[1] = hidden[1].transpose(1, 2).contiguous().transpose(1, 2)  # as attention may leave it
+    kept = [inputs.keep(one, PARTS) for one in hidden]
+    inputs.settle()
+    assert all(one.here is None for one in kept)
+    for one, expected in reversed(list(zip(kept, hidden, strict=True))):
+        for number, part in enumerate(PARTS):
+            found = one.rows(number)
+            assert found.dtype == dtype
+            assert torch.equal(found.contiguous().view(torch.uint8), expected[part].contiguous().view(torch.uint8))
+        one.done()
+    assert not inputs.waiting
+
+
+@pytest.mark.parametrize("place", ["host memory", "disk"])
+def test_one_piece_ahead_and_the_turn_fetches_nothing(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_in(place)
+    kept = [inputs.keep(torch.full((5, 2), float(number)), PARTS) for number in range(3)]
+    assert [one.here is None for one in kept] == [True, True, False]
+    seen: list[tuple[int, int]] = []
+    fetch = KeptInput.fetch
+
+    def watched(self: KeptInput, number: int) -> None:
+        before = len(self.coming)
+        fetch(self, number)
+        if len(self.coming) > before:
+            seen.append((kept.index(self), number))
+
+    monkeypatch.setattr(KeptInput, "fetch", watched)
+    order = [(layer, number) for layer in (2, 1, 0) for number in range(3)]
+    for at, (layer, number) in enumerate(order):
+        kept[layer].rows(number)
+        ahead = at + 2 if layer < 2 or number == 2 else 3
+        assert seen == order[3:ahead]
+        assert sum(len(one.coming) for one in kept) == (1 if 3 <= ahead - 1 < 9 and ahead > 3 else 0)
+        if number == 2:
+            kept[layer].done()
+
+
+@pytest.mark.parametrize("place", ["host memory", "disk"])
+def test_a_graph_that_is_dropped_leaves_nothing(dropping: AdaptedModel, place: str) -> None:
+    inputs = inputs_in(place)
+    network = dropping.model
+    wrap_layers(network, 2, inputs)
+    network.train()
+    loss, _ = batch_loss(network, collate(ROWS, 0), 16)
+    assert len(inputs.waiting) == 2
+    del loss
+    gc.collect()
+    assert not inputs.waiting
+    decoder_layers(network)[1].after_backward = {}.__getitem__  # and one whose step fails in the middle of its backward
+    loss, _ = batch_loss(network, collate(ROWS, 0), 16)
+    with pytest.raises(KeyError):
+        loss.backward()
+    decoder_layers(network)[1].after_backward = None
+    assert len(inputs.waiting) == 1
+    del loss
+    network.zero_grad()
+    gc.collect()
+    assert not inputs.waiting
+    held = len(inputs.memory.free)
+    expected = step_gradients(dropping)
+    assert len(inputs.memory.free) == held == (0 if place == "disk" else 2)
+    assert inputs.file is None or inputs.file.end == 0
+    wrap_layers(network, 2)
+    assert_equal(step_gradients(dropping), expected)
+
+
+def test_host_memory_is_used_again() -> None:
+    memory = HostMemory(CPU)
+    first, second = memory.take(100), memory.take(100)
+    assert (len(first), len(second)) == (100, 100)
+    memory.give(first)
+    memory.give(second)
+    assert memory.take(60) is first
+    memory.give(first)
+    longer = memory.take(130)  # in the place of one of them
+    assert len(longer) == 130
+    assert len(memory.free) == 1
+    memory.give(longer)
+    assert len(memory.take(101)) == 130
+    assert len(memory.take(100)) == 100
+    assert not memory.free
+
+
+def test_the_file_is_emptied_and_has_no_name(tmp_path: Path) -> None:
+    inputs = LayerInputs("disk", CPU, tmp_path / "new")
+    kept = [inputs.keep(torch.ones(5, 1000), PARTS) for _ in range(3)]
+    inputs.settle()
+    assert inputs.file is not None
+    size = inputs.file.file.seek(0, 2)
+    assert size == 3 * 5 * 1000 * 4
+    assert not list((tmp_path / "new").iterdir())
+    for one in reversed(kept):
+        one.rows(0)
+        one.done()
+    inputs.file.work(int).result()
+    assert inputs.file.file.seek(0, 2) == 0
+    file = inputs.file.file
+    del inputs, kept, one
+    gc.collect()
+    assert file.closed
+
+
+def test_a_full_disk_is_said_in_a_sentence(dropping: AdaptedModel, tmp_path: Path) -> None:
+    """The kernel itself refuses; the next step, with room again, goes on as if nothing had been."""
+    wrap_layers(dropping.model, 2)
+    expected = step_gradients(dropping)
+    inputs = LayerInputs("disk", CPU, tmp_path)
+    wrap_layers(dropping.model, 2, inputs)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(DoesNotFitError, match=rf"disk under '{tmp_path}' is full.*memory.layer_inputs=host"):
+            step_gradients(dropping)
+        with pytest.raises(DoesNotFitError, match="is full"):  # before anything is spent
+            check_boundary(dropping.model, list(range(3, 19)), 7, 2, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dropping.model.zero_grad()
+    gc.collect()
+    assert not inputs.waiting
+    assert_equal(step_gradients(dropping), expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ModelError, match=r"cannot be kept in a file under .*file' \(.*memory.cache.*memory.layer_inputs=host"
+    ):
+        LayerInputs("disk", CPU, tmp_path / "file")
+
+
+def test_a_file_that_is_cut_off_is_noticed() -> None:
+    inputs = LayerInputs("disk", CPU)
+    kept = [inputs.keep(torch.ones(5, 10), PARTS) for _ in range(2)]
+    assert inputs.file is not None
+    inputs.file.work(inputs.file.file.truncate, 30).result()
+    with pytest.raises(ModelError, match="the file ends too early"):
+        kept[0].rows(0)
+
+
+@pytest.mark.parametrize("place", ["host memory", "disk"])
+def test_an_input_that_its_layer_writes_over_is_refused(place: str) -> None:
+    inputs = inputs_in(place)
+    hidden = torch.ones(5, 4)
+    kept = inputs.keep(hidden, PARTS)
+    hidden.add_(1)
+    for act in (lambda: kept.rows(0), lambda: inputs.keep(hidden, PARTS)):
+        with pytest.raises(ModelError, match=r"writes over its own input.*gradient_checkpointing=false"):
+            act()
+
+
+def test_a_second_backward_is_refused() -> None:
+    inputs = inputs_in("disk")
+    kept = inputs.keep(torch.ones(5, 4), PARTS)
+    kept.done()
+    with pytest.raises(RuntimeError, match="a second time"):
+        kept.rows(0)
+
+
+def test_what_gets_no_gradient_is_not_kept(dropping: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the lowest layer that trains nothing is recomputed, so its input is not written either."""
+    inputs = inputs_in("disk")
+    wrap_layers(dropping.model, 2, inputs)
+    for values in decoder_layers(dropping.model)[0].parameters():
+        monkeypatch.setattr(values, "requires_grad", False)
+    sent: list[KeptInput] = []
+    monkeypatch.setattr(KeptInput, "send", lambda self: sent.append(self))
+    dropping.model.train()
+    batch_loss(dropping.model, collate(ROWS, 0), 16)
+    dropping.model.eval()
+    assert len(sent) == 1
+
+
+def deep(layers: int = 10) -> nn.Module:
+    return random_model("Llama", num_hidden_layers=layers, intermediate_size=32, max_position_embeddings=256)
+
+
+def step_of(network: nn.Module) -> Callable[[], None]:
+    ids = torch.arange(4 * 200).reshape(4, 200) % 90
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(200).expand(4, 200)}
+
+    def step() -> None:
+        network.train()
+        batch_loss(network, batch, 16)[0].backward()
+        network.zero_grad()
+
+    return step
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_the_peak_has_no_inputs_in_it(place: str) -> None:
+    """Of ten layers' inputs none is left but the newest, and in backward one micro-batch's rows and the next."""
+    network = deep()
+    decoder_layers(network)[0].requires_grad_(True)  # so that every layer has a graph
+    one = 4 * 200 * 32 * 4
+    wrap_layers(network, 1)
+    step_of(network)()
+    resident = peak_of(step_of(network))
+    wrap_layers(network, 1, inputs_in(place))
+    saved = resident - peak_of(step_of(network))
+    assert (8.9 * one <= saved <= 10 * one) if place == "disk" else saved == 0
+
+
+def test_host_on_a_cpu_copies_nothing() -> None:
+    inputs = LayerInputs("host", CPU)
+    assert inputs.place == "device"
+    network = deep(2)
+    decoder_layers(network)[0].requires_grad_(True)
+    wrap_layers(network, 1, inputs)
+    loss = network(input_ids=torch.arange(6)[None], use_cache=False).logits.sum()
+    network.train()
+    loss = network(input_ids=torch.arange(6)[None], use_cache=False).logits.sum()
+    assert not inputs.waiting
+    loss.backward()
