@@ -38,7 +38,10 @@ if TYPE_CHECKING:
         Recipe,
     )
     from qlora.reporting import write_report
-    from qlora.runs.run import Run, evaluate, load_run, merge, preview, resume, train
+    from qlora.runs.evaluate import evaluate, load_run, preview
+    from qlora.runs.export import merge
+    from qlora.runs.session import Run
+    from qlora.runs.train import resume, train
     from qlora.training import Step, Trainer
 
 # While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
@@ -78,7 +81,10 @@ _HOMES = {
     "model": ("Base", "load_base", "quantise"),
     "reporting": ("write_report",),
     "planning.plan": ("Plan", "Survey", "plan", "survey"),
-    "runs.run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
+    "runs.evaluate": ("evaluate", "load_run", "preview"),
+    "runs.export": ("merge",),
+    "runs.session": ("Run",),
+    "runs.train": ("resume", "train"),
     "training": ("Step", "Trainer"),
 }
 

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 from qlora.data.rendering import CutOff, Refused, Renderer
 from qlora.errors import RunError, visible
 from qlora.evaluation import answer, room
-from qlora.runs.run import chat_tokenizer, load_run
+from qlora.runs.evaluate import chat_tokenizer, load_run
 
 LONGEST_ANSWER = 256
 

@@ -105,33 +105,33 @@ def _preview(words: list[str]) -> None:
     recipe = _recipe("preview", words)
     from rich.console import Console
 
-    from qlora.runs import run
+    from qlora.runs.evaluate import preview
 
     console = Console(soft_wrap=True)
-    for example in run.preview(recipe, int(count)):
+    for example in preview(recipe, int(count)):
         console.print(example if console.is_terminal else str(example), markup=False, highlight=False)
         console.print()
 
 
 def _train(words: list[str]) -> None:
     recipe = _recipe("train", words)
-    from qlora.runs import run
+    from qlora.runs.train import train
 
-    _summary(run.train(recipe))
+    _summary(train(recipe))
 
 
 def _resume(words: list[str]) -> None:
     folder = _run("resume", words[:1])
-    from qlora.runs import run
+    from qlora.runs.train import resume
 
-    _summary(run.resume(folder, *words[1:]))
+    _summary(resume(folder, *words[1:]))
 
 
 def _evaluate(words: list[str]) -> None:
     folder = _run("evaluate", words)
-    from qlora.runs import run
+    from qlora.runs.evaluate import evaluate
 
-    _summary(run.evaluate(folder))
+    _summary(evaluate(folder))
 
 
 def _export(words: list[str]) -> None:
@@ -152,20 +152,20 @@ def _export(words: list[str]) -> None:
         if options[name] not in (None, *allowed):
             raise InputError(f"{name} is '{options[name]}'; expected {' or '.join(allowed)}.")
     from qlora.machine.device import bytes_text
-    from qlora.runs import run
+    from qlora.runs.export import compare_merged, export_adapter, merge
 
     if target == "adapter":
         place = options["out"] or f"{folder}/portable"
-        why = run.export_adapter(folder, place, overwrite=options["overwrite"] == "true")
+        why = export_adapter(folder, place, overwrite=options["overwrite"] == "true")
         print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
         return
     chosen: dict[str, Any] = {key: value for key, value in options.items() if value and key in ("base", "dtype")}
-    merged = run.merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
+    merged = merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
     print(
         f"Merged model: {merged.folder} ({merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted)"
     )
     try:
-        difference = run.compare_merged(folder, merged)
+        difference = compare_merged(folder, merged)
     except QloraError as error:  # the export is done and whole; only the comparison is not
         print(f"Its logits were not compared with the adapter model's: {error}")
         return

@@ -81,6 +81,10 @@ class Data:
     """How many the rows leave room for, before every example."""
     files: tuple[DataFile, ...] = ()
     """The files it was read from, in the recipe's order; a hub data set has none here."""
+    section: DataSection | None = None
+    """The recipe's section that it was read by."""
+    seed: int = 0
+    """What is held out was drawn by it."""
 
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
@@ -190,6 +194,8 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_token
         held.conversations,
         virtual_tokens,
         files,
+        section,
+        seed,
     )
 
 

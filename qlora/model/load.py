@@ -75,6 +75,8 @@ class Base:
     """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
     placement: Placement | None = None
     """The layers that do not stay on the device; None where all do."""
+    section: ModelSection | None = None
+    """The recipe's section that it was loaded by; None for a model of yours."""
 
 
 def load_base(
@@ -134,6 +136,7 @@ def load_base(
         end_tokens=ends,
         names={target: name for name, target in names.items()},
         placement=placement,
+        section=section,
     )
 
 

@@ -135,7 +135,7 @@ def estimate(
         where[kind] = kept * run.input_bytes
         if away == "disk" and place == "cuda":
             host["pinned_layer_inputs"] = run.input_bytes  # on its way to the file
-    found = run.moments(freed=training.optimizer_in_backward)
+    found = run.moments()
     steps = {
         layer: optimizer_step_bytes(together, training, place)
         for layer, together in _moved_together(adapted, training).items()
@@ -329,13 +329,7 @@ def optimizer_step_bytes(parameters: list[nn.Parameter], training: TrainingSecti
 def _moved_together(adapted: AdaptedModel, training: TrainingSection) -> dict[int | None, list[nn.Parameter]]:
     """The parameters that the optimizer moves in one call: all of them, or a layer's by its number and the others at the end."""
     trained = list(adapted.trainable_parameters().values())
-    if not training.optimizer_in_backward:
-        return {None: trained}
-    owners = {id(p): n for n, layer in enumerate(decoder_layers(adapted.model)) for p in layer.parameters()}
-    parts: dict[int | None, list[nn.Parameter]] = {}
-    for values in trained:
-        parts.setdefault(owners.get(id(values)), []).append(values)
-    return parts
+    return {None: trained}
 
 
 def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:

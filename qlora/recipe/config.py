@@ -129,9 +129,6 @@ class TrainingSection(Section):
     a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
     loss_chunk: int = Field(256, ge=1)
     """Target positions whose logits exist at the same time."""
-    optimizer_in_backward: bool = False
-    """Move a layer's parameters as soon as its gradients are whole, and free these: one layer's gradients at a time. Needs
-    `accumulation: layer_major` and `max_grad_norm: null`, since the norm of all gradients is known only at the end."""
     not_finite: Literal["stop", "skip"] = "stop"
     """What happens when a step's loss or a gradient is not finite (NaN, infinity). Either way no parameter moves, and the
     step, its rows and the first bad module are named. `skip` then goes on with the next step."""
@@ -164,7 +161,7 @@ class MemorySection(Section):
     """`host` keeps the input embedding in host memory; only the rows of the tokens at hand travel."""
     head: Literal["device", "host"] = "device"
     """`host` keeps the output head in host memory; slices of the vocabulary travel, and the loss is summed over them."""
-    layer_inputs: Literal["device", "host", "disk"] = "device"
+    layer_inputs: Literal["device", "host"] = "device"
     """Where the inputs of the layers wait for backward (with `training.gradient_checkpointing`)."""
     mlp_tile: int | None = Field(None, ge=1)
     """Tokens that go through a layer's MLP at once, where a long row would not fit; all of them when left out."""
