@@ -59,10 +59,10 @@ def measure(options: argparse.Namespace, name: str, scratch: Path) -> None:
     training = TrainingSection(steps=options.steps, batch_size=options.rows, micro_batch_size=1, schedule="constant")
     trainer = Trainer(model, rows, training, memory=memory)
     trainer._gradients(rows)
-    gradients = {name: p.grad.cpu().clone() for name, p in trainer.parameters.items() if p.grad is not None}
+    gradients = {name: p.grad.cpu().clone() for name, p in trainer.state.parameters.items() if p.grad is not None}
     save_file(gradients, scratch / f"{list(ARRANGEMENTS).index(name)}.safetensors")
     del gradients
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
     alone = reset_peak_memory(device)
     steps = list(trainer)
     speeds = sorted(step.tokens_per_second for step in steps)

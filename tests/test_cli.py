@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from qlora import cli
 from qlora.cli import main
 from qlora.planning import plan as planner
-from qlora.runs import run
+from qlora.runs import train as run
 from tests.conftest import conversations, tiny_values, write_lines
 
 Spoil = Callable[[dict[str, Any], Path], None]

@@ -15,7 +15,7 @@ from qlora.cli import main
 from qlora.errors import REDACTED, DataError, ModelError, redacted, visible
 from qlora.model.foreign_code import foreign_code, say_foreign_code
 from qlora.model.tokenizer import load_tokenizer
-from qlora.runs import run
+from qlora.runs import train as run
 from qlora.training.log import MetricsLog, Progress
 from tests.conftest import tiny_values
 

@@ -181,7 +181,7 @@ def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, **trai
     }  # fmt: skip
     trainer = Trainer(model, rows_for(section, cell.packing), TrainingSection(**settings), place, where)
     if again:
-        lost = checkpoint.load_newest(trainer, place / "checkpoints")
+        lost = trainer.load_newest()
         if lost:
             raise AssertionError(f"A checkpoint that nobody touched is damaged: {lost}")
     else:

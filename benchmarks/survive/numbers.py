@@ -92,7 +92,7 @@ def inject(trainer: Trainer, kind: str, value: float) -> list[str]:
             embedding.weight[BAD] = value
         return ["model.embed_tokens"]
     if kind == "gradient":
-        name, parameter = list(trainer.parameters.items())[len(trainer.parameters) // 2]
+        name, parameter = list(trainer.state.parameters.items())[len(trainer.state.parameters) // 2]
         parameter.register_hook(lambda gradient: gradient * value)
         return [name]
     norm = network.get_submodule("model.norm")
@@ -103,10 +103,10 @@ def inject(trainer: Trainer, kind: str, value: float) -> list[str]:
 
 def state_of(trainer: Trainer) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Every byte that a step may move."""
-    moments = optimizer_tensors(trainer.optimizer, trainer.parameters)
+    moments = optimizer_tensors(trainer.state.optimizer, trainer.state.parameters)
     values = {
         name: p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        for name, p in trainer.parameters.items()
+        for name, p in trainer.state.parameters.items()
     }
     return values, {name: m.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, m in moments.items()}
 

@@ -42,7 +42,7 @@ from qlora.model.skeleton import read_config
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection, Recipe
 from qlora.training import checkpoint
-from qlora.training.smaller import Way
+from qlora.training.way import Way
 
 MIB = 1024**2
 

@@ -131,7 +131,7 @@ class Trainer:
         """
         if self.log is not None or self.folder is None or not isinstance(self.data, Data):
             return
-        recipe = self.recipe or recipe_of(self.model, self.data, self.training, self.memory)
+        recipe = self.recipe or recipe_of(self.model, self.data, self.training, self.memory, self.folder)
         if recipe is None:
             return
         begin(self.folder, recipe, self.data, self.model.base)

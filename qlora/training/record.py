@@ -53,7 +53,9 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base) -> None:
     write_json(folder / ENVIRONMENT, environment_of(recipe, data, base))
 
 
-def recipe_of(model: AdaptedModel, data: Data, training: TrainingSection, memory: MemorySection) -> Recipe | None:
+def recipe_of(
+    model: AdaptedModel, data: Data, training: TrainingSection, memory: MemorySection, folder: Path
+) -> Recipe | None:
     """The recipe of parts that were put together in Python; None where one of them did not come from a section.
 
     Raises RecipeError when the data was split by another seed than the recipe can say.
@@ -73,6 +75,7 @@ def recipe_of(model: AdaptedModel, data: Data, training: TrainingSection, memory
         training=training,
         memory=memory,
         device=DeviceSection(name=str(base.device)),
+        folder=str(folder),
     )
 
 

@@ -261,7 +261,7 @@ def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Pa
     second.load(place)
     assert [next(second).loss for _ in range(4)] == losses[6:]
     ends = [
-        {key: values.detach().numpy().tobytes() for key, values in trainer.parameters.items()}
+        {key: values.detach().numpy().tobytes() for key, values in trainer.state.parameters.items()}
         for trainer in (whole, second)
     ]
     assert ends[0] == ends[1]

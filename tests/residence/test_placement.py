@@ -383,7 +383,7 @@ def test_a_fault_of_the_reader_is_the_callers_and_the_next_step_is_right(folder:
         with pytest.raises(ModelError, match=r"^The file cache 'x' cannot be read\.$"):
             next(trainer)
         assert trainer.step_number == 1
-        assert all(values.grad is None for values in trainer.parameters.values())
+        assert all(values.grad is None for values in trainer.state.parameters.values())
     placement.home.read = read  # type: ignore[method-assign]
     losses.append(next(trainer).loss)
     assert losses == expected

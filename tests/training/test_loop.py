@@ -21,12 +21,13 @@ from qlora.model.loss import batch_loss
 from qlora.recipe import TrainingSection
 from qlora.residence import layers
 from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
-from qlora.training import Trainer, learning_rate, loop
-from qlora.training.smaller import Way
+from qlora.training import Trainer, learning_rate, recover, step
+from qlora.training.state import LARGEST_SCALE
+from qlora.training.way import Way
 from tests.methods.test_laws import CASES, spoken
 from tests.methods.tiny import VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
 from tests.residence.test_layers import small_model
-from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
+from tests.training.tiny import adapter_bytes, go, gradients, mean_gradients, random_rows, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
 WAYS = [(size, way) for size in (1, 2, 4, 8) for way in ("layer_major", "micro_batch_major", "resident")]
@@ -64,7 +65,7 @@ def gradients_of(model: AdaptedModel, rows: list[Row], size: int, way: str) -> t
     if way != "resident":
         how["accumulation"] = way
     trainer = Trainer(model, rows, section(micro_batch_size=size, **how))
-    loss, targets = trainer._gradients(rows)
+    loss, targets = mean_gradients(trainer, rows)
     assert targets == sum(row.target_tokens for row in rows)
     return loss, gradients(model)
 
@@ -134,13 +135,16 @@ def test_it_learns(model: AdaptedModel) -> None:
 @pytest.mark.parametrize("limit", [0.05, 1e9, None])
 def test_clipping_is_torchs(model: AdaptedModel, limit: float | None) -> None:
     trainer = Trainer(model, ROWS, section(max_grad_norm=limit))
-    loss, _ = trainer._gradients(ROWS[:8])
-    before = {name: value.grad.clone() for name, value in trainer.parameters.items() if value.grad is not None}
-    norm = trainer._clip(loss)
+    mean_gradients(trainer, ROWS[:8])
+    before = {name: value.grad.clone() for name, value in trainer.state.parameters.items() if value.grad is not None}
+    norm = step.unscale(trainer.state)
+    with pytest.MonkeyPatch.context() as patched:  # clipped, but not taken
+        patched.setattr(trainer.state.optimizer, "step", lambda: None)
+        step.update(trainer.state, 1e-3, norm)
     found = gradients(model)
-    for name, value in trainer.parameters.items():
+    for name, value in trainer.state.parameters.items():
         value.grad = before[name].clone()
-    expected = float(torch.nn.utils.clip_grad_norm_(trainer.parameters.values(), math.inf if limit is None else limit))
+    expected = float(torch.nn.utils.clip_grad_norm_(trainer.state.parameters.values(), math.inf if limit is None else limit))
     assert norm == pytest.approx(expected)
     after = gradients(model)
     assert all(torch.allclose(found[name], after[name], rtol=1e-6) for name in after)
@@ -154,9 +158,9 @@ def test_the_norm_of_bf16_gradients_is_in_fp32() -> None:
     exact = math.sqrt(sum(float(values.double().square().sum()) for values in whole))
     assert abs(float(torch.nn.utils.get_total_norm(whole)) / exact - 1) > 1e-5  # torch's own
     for parts in (whole, [whole[0], whole[1].float()]):
-        assert loop.total_norm(parts) == pytest.approx(exact, rel=1e-6)
-    assert loop.total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
-    assert loop.total_norm([]) == 0
+        assert step.total_norm(parts) == pytest.approx(exact, rel=1e-6)
+    assert step.total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
+    assert step.total_norm([]) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -206,7 +210,7 @@ def state_of(trainer: Trainer) -> tuple[Any, ...]:
 
     moments = {
         name: value.numpy().tobytes()
-        for name, value in optimizer_tensors(trainer.optimizer, trainer.parameters).items()
+        for name, value in optimizer_tensors(trainer.state.optimizer, trainer.state.parameters).items()
     }
     return adapter_bytes(trainer.model), moments, trainer.step_number
 
@@ -235,7 +239,7 @@ def test_a_row_that_gives_nan_is_refused_by_name(model: AdaptedModel, way: str) 
             ):
                 next(trainer)
             assert state_of(trainer) == before
-            assert all(value.grad is None for value in trainer.parameters.values())
+            assert all(value.grad is None for value in trainer.state.parameters.values())
             assert not model.model.training
     finally:
         embedding.data[bad] = kept
@@ -245,7 +249,7 @@ def test_a_row_that_gives_nan_is_refused_by_name(model: AdaptedModel, way: str) 
 def test_a_gradient_that_is_not_finite_is_refused_by_name(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS, section())
     name = "model.layers.1.mlp.down_proj.lora_B"
-    handle = trainer.parameters[name].register_hook(lambda grad: grad * math.inf)
+    handle = trainer.state.parameters[name].register_hook(lambda grad: grad * math.inf)
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match=f"gradient norm (inf|nan) .*{name}"):
         next(trainer)
@@ -268,7 +272,7 @@ def test_an_interrupted_step_leaves_no_gradients(model: AdaptedModel) -> None:
         next(trainer)
     handle.remove()
     assert state_of(trainer) == before
-    assert all(value.grad is None for value in trainer.parameters.values())
+    assert all(value.grad is None for value in trainer.state.parameters.values())
     assert not model.model.training
 
 
@@ -278,9 +282,9 @@ def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping
     expected = adapter_bytes(dropping)
     stir(dropping, 0.05)
     trainer = Trainer(dropping, ROWS, section())
-    trainer.loss_scale = 2.0**14
+    trainer.state.loss_scale = 2.0**14
     overflows = iter([True, True])
-    parameter = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"]
+    parameter = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"]
 
     def overflow(value: torch.Tensor) -> None:
         assert value.grad is not None
@@ -291,48 +295,48 @@ def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping
     step = next(trainer)
     handle.remove()
     # layer-major with micro-batches of 2: both overflows fall into the first try
-    assert trainer.loss_scale == 2.0**13
+    assert trainer.state.loss_scale == 2.0**13
     assert (step.loss, step.grad_norm) == (plain.loss, plain.grad_norm)
     assert adapter_bytes(dropping) == expected
 
 
 def test_an_overflow_that_no_scale_cures_is_refused(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS[:2], section(batch_size=2))
-    trainer.loss_scale = 8.0
-    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    trainer.state.loss_scale = 8.0
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match="Step 1"):
         next(trainer)
     handle.remove()
-    assert trainer.loss_scale == 1.0
+    assert trainer.state.loss_scale == 1.0
     assert state_of(trainer) == before
 
 
 def test_a_skipped_step_leaves_the_scale_as_it_was(model: AdaptedModel) -> None:
     """One bad row must not leave the next five hundred steps without a scale."""
     trainer = Trainer(model, ROWS[:2], section(batch_size=2, steps=2, not_finite="skip"))
-    trainer.loss_scale = 8.0
-    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    trainer.state.loss_scale = 8.0
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
     assert next(trainer).skipped
     handle.remove()
-    assert trainer.loss_scale == 8.0
+    assert trainer.state.loss_scale == 8.0
     assert not next(trainer).skipped
 
 
 def test_fp16_bases_start_with_a_loss_scale(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Trainer(model, ROWS, section()).loss_scale == 1.0
+    assert Trainer(model, ROWS, section()).state.loss_scale == 1.0
     monkeypatch.setattr(model.base, "compute_dtype", torch.float16)
-    assert Trainer(model, ROWS, section()).loss_scale == 2.0**14
+    assert Trainer(model, ROWS, section()).state.loss_scale == 2.0**14
 
 
 def test_a_scale_that_fell_rises_again(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SCALE_GROWTH", 3)
+    monkeypatch.setattr(recover, "SCALE_GROWTH", 3)
     plain = Trainer(model, ROWS, section(steps=9))
-    assert [next(plain).number and plain.loss_scale for _ in range(4)] == [1.0] * 4
+    assert [next(plain).number and plain.state.loss_scale for _ in range(4)] == [1.0] * 4
     trainer = Trainer(model, ROWS, section(steps=9))
-    trainer.scaled, trainer.loss_scale = True, loop.LARGEST_SCALE / 2
-    scales = [next(trainer).number and trainer.loss_scale for _ in range(6)]
-    assert [scale / loop.LARGEST_SCALE for scale in scales] == [0.5, 0.5, 1, 1, 1, 1]
+    trainer.state.loss_scale = LARGEST_SCALE / 2
+    scales = [next(trainer).number and trainer.state.loss_scale for _ in range(6)]
+    assert [scale / LARGEST_SCALE for scale in scales] == [0.5, 0.5, 1, 1, 1, 1]
 
 
 def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:
@@ -554,8 +558,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def arranged(trainer: Trainer, size: int, way: str) -> Trainer:
-    trainer._arrange(Way(size, way == "layer_major", 256))
-    return trainer
+    return go(trainer, Way(size, way == "layer_major", 256))
 
 
 @pytest.fixture
@@ -573,7 +576,7 @@ def test_any_rows_in_any_split_give_the_loss_by_definition(
     model = trainer.model
     expected, wanted = alone(model, rows)
     for way in ("layer_major", "micro_batch_major"):
-        loss, targets = arranged(trainer, size, way)._gradients(rows)
+        loss, targets = mean_gradients(arranged(trainer, size, way), rows)
         found = gradients(model)
         assert targets == sum(row.target_tokens for row in rows)
         assert loss == pytest.approx(expected, rel=LOSS)
@@ -598,7 +601,7 @@ def test_the_denominator_is_exact(trainer: Trainer, size: int) -> None:
     number = {id(row): place for place, row in enumerate(rows)}
     counts = [row.target_tokens for row in rows]
     trainer._loss = lambda some: sum(weights[number[id(row)]] * row.target_tokens for row in some)  # type: ignore[method-assign]
-    loss, targets = trainer._gradients(rows)
+    loss, targets = mean_gradients(trainer, rows)
     assert targets == sum(counts)
     assert loss == sum(place * count for place, count in enumerate(counts, 1)) / targets
     assert weights.grad is not None
@@ -627,11 +630,11 @@ def test_accumulation_is_the_same_for_every_method(method_base: Path, name: str,
     trainer = Trainer(adapted, rows, section())
     ways = [(1, "layer_major"), (1, "micro_batch_major"), (2, "layer_major"), (4, "micro_batch_major")]
     for window, splits in ((rows[:8], ways), (rows[8:], ways[1:3])):
-        whole, _ = arranged(trainer, 8, "layer_major")._gradients(window)
+        whole, _ = mean_gradients(arranged(trainer, 8, "layer_major"), window)
         expected = gradients(adapted)
         assert all(values.any() for values in expected.values())
         for size, way in splits:
-            loss, _ = arranged(trainer, size, way)._gradients(window)
+            loss, _ = mean_gradients(arranged(trainer, size, way), window)
             found = gradients(adapted)
             assert loss == pytest.approx(whole, rel=LOSS), (size, way)
             assert_close(found, expected)

@@ -12,6 +12,8 @@ from qlora.data import Row
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.methods import AdaptedModel, apply_method
+from qlora.training import Trainer, step
+from qlora.training.way import Way
 from qlora.recipe import LoRA
 from tests.methods.tiny import VOCABULARY, stir, tiny_base, tiny_checkpoint
 
@@ -37,6 +39,18 @@ def tiny_model(folder: Path, family: str = "llama", stirred: bool = True, **meth
     if stirred:
         stir(model, 0.05)
     return model
+
+
+def mean_gradients(trainer: Trainer, rows: list[Row]) -> tuple[float, int]:
+    """Fill ``.grad`` as a step does; (mean loss, target tokens)."""
+    return step.gradients(trainer.state, trainer.objective, rows), trainer.objective.denominator(rows)
+
+
+def go(trainer: Trainer, way: Way) -> Trainer:
+    """Have rows go this way from now on."""
+    trainer.state.way = way
+    trainer.passage.take(way)
+    return trainer
 
 
 def adapter_bytes(model: AdaptedModel) -> dict[str, bytes]:
