@@ -104,10 +104,10 @@ class Recovery:
             elif verdict is Verdict.RESCALED:
                 state.loss_scale = max(1.0, state.loss_scale / 2)
             else:
-                state.loss_scale = before  # what no scale cured says nothing of the next step's
                 what = self._what(found, rows, places)
                 if verdict is Verdict.STOP:
                     raise self._stopped(what)
+                state.loss_scale = before  # what no scale cured says nothing of the next step's
                 state.skipped += 1
                 limit = state.training.skip_limit
                 notes.append(f"{what}. No step was taken; it is skipped ({state.skipped} of at most {limit}).")
@@ -119,7 +119,7 @@ class Recovery:
         try:
             loss = gradients(state, self.objective, rows)
             norm = unscale(state)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too leaves no gradients behind
             state.optimizer.zero_grad(set_to_none=True)
             if not ran_out_of_memory(error):
                 raise
