@@ -25,6 +25,7 @@ from qlora.files.durable import folder_written_aside
 from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.targets import unplanted
+from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from qlora.model.load import Base, match_names, packed_parts, quantised_names
 from qlora.model.nf4 import dense_weight
@@ -170,7 +171,7 @@ class _Source:
     def _untied(self) -> dict[str, str]:
         """What the adapter made different from the tensor that it was tied to, as ``{"lm_head.weight": "model.embed…"}``."""
         names = {target: name for name, target in self.names.items()}
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = anatomy.tied_names(self.model)
         return {
             lacking: names[present]
             for pair in tied.items()
@@ -181,7 +182,7 @@ class _Source:
     def _untie(self) -> None:
         """Where the checkpoint holds different weights for what its config.json ties, they are two, as in ``load_base``."""
         stored = {target: name for name, target in self.names.items()}
-        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+        for target, origin in anatomy.tied_names(self.model).items():
             if {target, origin} <= stored.keys():
                 first, second = (self.checkpoint.read(stored[name]) for name in (target, origin))
                 if not torch.equal(first, second):
@@ -270,7 +271,7 @@ class _Source:
             for key, value in self.checkpoint.config.items()
             if key not in ("quantization_config", "torch_dtype")
         }
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = anatomy.tied_names(self.model)
         present = set(self.names.values())
         both = bool(self.untied) or any(target in present and origin in present for target, origin in tied.items())
         values = {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}

@@ -19,6 +19,8 @@ import torch
 
 from qlora.errors import DataError, ModelError, NonFiniteError, QloraError, first_line
 from qlora.machine.device import ran_out_of_memory
+from qlora.model import anatomy
+from qlora.model.anatomy import position_limit  # noqa: F401 (its old home)
 from qlora.model.loss import head_of, hidden_states
 from qlora.residence.layers import kept_by, recomputing
 from qlora.residence.tiles import TiledMLP, tiles_of
@@ -54,22 +56,6 @@ def packs_one_row(model: Any) -> bool:
     return "flash" in str(getattr(model.config, "_attn_implementation", None))
 
 
-def position_limit(model: Any) -> int | None:
-    """How many positions a text may have in this model; None where its configuration sets no bound.
-
-    Where rotary tables are stretched, ``max_position_embeddings`` may still name the length before: Qwen2.5 with YaRN
-    has 32,768 there and reaches 4 times as far.
-    """
-    named = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(named, int) or named < 1:
-        return None
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    # Gemma 3 has a table for each kind of layer
-    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
-    reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
-    return max(named, *(int(positions) for positions in reach))
-
-
 class HasIds(Protocol):
     """A row of the data, as far as a model is concerned: int arrays [n] of token ids and positions."""
 
@@ -86,7 +72,7 @@ def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int 
     ``first``: positions taken before every text; ``virtual``: how many of these are tokens of the stream. ``what`` is what
     a message calls a row.
     """
-    embeddings, positions = model.get_input_embeddings().num_embeddings, position_limit(model)
+    embeddings, positions = anatomy.embedding_rows(model), anatomy.position_limit(model)
     for number, row in enumerate(rows):
         largest, longest = int(row.ids.max()), first + int(row.positions.max()) + 1
         if largest >= embeddings:

@@ -28,6 +28,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qlora.errors import ModelError, listed
 from qlora.machine.device import bytes_text, resolve_compute_dtype, resolve_device, trim_heap, versions
+from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, find_model, fingerprint, open_checkpoint, read_json
 from qlora.model.nf4 import FrozenLinear, Linear4bit, dense_weight
 from qlora.model.skeleton import (
@@ -226,7 +227,7 @@ def match_names(model: Any, checkpoint: Checkpoint, scheme: Scheme, name: str) -
             "such as bitsandbytes packed. Fetch the checkpoint again."
         )
     found = set(names.values())
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = anatomy.tied_names(model)
     allowed = getattr(model, "_keys_to_ignore_on_load_missing", None)
     # of weights that are tied to each other one is enough, whichever it is
     filled = found | {tied[key] for key in found & tied.keys()}
@@ -378,7 +379,7 @@ def _version(path: Path) -> str:
 def _shared(source: _Source, layers: nn.ModuleList) -> list[str]:
     """The linears that stand in several layers, and those whose weight is tied to another one."""
     owners = Counter(id(linear) for layer in layers for linear in frozen_linears([layer]))
-    tied: dict[str, str] = getattr(source.model, "all_tied_weights_keys", None) or {}
+    tied = anatomy.tied_names(source.model)
     names = {name.removesuffix(".weight") for name in (*tied, *tied.values())}
     return [
         path
@@ -389,8 +390,8 @@ def _shared(source: _Source, layers: nn.ModuleList) -> list[str]:
 
 def _on_host(model: Any, memory: MemorySection) -> set[int]:
     """The ids of modules whose weights are read into host memory and stay there."""
-    found = {id(model.get_input_embeddings())} if memory.embedding == "host" else set()
-    return found | ({id(model.get_output_embeddings())} if memory.head == "host" else set())
+    found = {id(anatomy.embedding(model))} if memory.embedding == "host" else set()
+    return found | ({id(anatomy.head(model))} if memory.head == "host" else set())
 
 
 def _fill(source: _Source, names: dict[str, str], outside: set[int], advance: Callable[[int], None]) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora.model import anatomy
 from qlora.model.nf4 import dense_weight
 from qlora.residence.ends import HostLinear, fp32_product
 
@@ -74,19 +75,14 @@ class Head:
 
 def head_of(model: Any) -> Head:
     """The output head of a causal language model, with the scaling that its family puts on logits."""
-    config = model.config
-    multiplier = 1.0
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
-        multiplier *= scale
-    if scale := getattr(config, "logits_scaling", None):  # Granite divides
-        multiplier /= scale
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(model.get_output_embeddings(), multiplier, softcap)
+    module = anatomy.head(model)
+    assert module is not None
+    return Head(module, *anatomy.logit_scale(model))
 
 
 def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of ``input_ids`` and ``position_ids``, without logits and without a cache."""
-    output = model.get_decoder()(
+    output = anatomy.decoder(model)(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, return_dict=True
     )
     hidden_BTD: Tensor = output.last_hidden_state

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line, listed
+from qlora.model import anatomy
 from qlora.model.checkpoint import find_model, read_model_config
 from qlora.model.foreign_code import say_foreign_code
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
@@ -235,9 +236,8 @@ def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
 
 def dense_modules(model: Any) -> list[str]:
     """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
+    for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
@@ -251,7 +251,7 @@ def _refuse_mostly_dense(model: Any, quantization: str) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
-    outside.add(id(model.get_output_embeddings()))
+    outside.add(id(anatomy.head(model)))
     dense = {
         f"{name}.{key}": weight.numel()
         for name, module in model.named_modules()

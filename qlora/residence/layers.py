@@ -44,6 +44,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
@@ -210,24 +211,6 @@ def unwrap_layers(model: Any) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, RecomputedLayer):
                 setattr(parent, name, child.layer)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
-    depth = model.config.num_hidden_layers
-    named = model.get_decoder().named_modules()
-    # the outermost of that length: the network of a P-tuning may have one too
-    found = [
-        (path.count("."), module)
-        for path, module in named
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if found:
-        return min(found, key=lambda place: place[0])[1]
-    raise ModelError(
-        f"No list of {depth} decoder layers was found in this {model.config.model_type} model; "
-        "set training.gradient_checkpointing=false."
-    )
 
 
 @contextmanager
