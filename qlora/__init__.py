@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qlora.errors import QloraError
     from qlora.evaluation import answer, answers
     from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
-    from qlora.model import Base, load_base, quantise
+    from qlora.model import Base, quantise
     from qlora.planning.accounting import Account, account
     from qlora.planning.plan import Plan, Survey, plan, survey
     from qlora.recipe import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Recipe,
     )
     from qlora.reporting import write_report
+    from qlora.residence.load import load_base
     from qlora.runs.run import Run, evaluate, load_run, merge, preview, resume, train
     from qlora.training import Step, Trainer
 
@@ -75,7 +76,8 @@ _HOMES = {
         "save_adapter",
         "save_combined",
     ),
-    "model": ("Base", "load_base", "quantise"),
+    "model": ("Base", "quantise"),
+    "residence.load": ("load_base",),
     "reporting": ("write_report",),
     "planning.plan": ("Plan", "Survey", "plan", "survey"),
     "runs.run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from qlora.errors import ModelError, listed, nearest
 from qlora.machine.device import DTYPES
 from qlora.model import anatomy
-from qlora.model.load import Base
+from qlora.model.base import Base
+from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.nf4 import FrozenLinear, Linear4bit
-from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linear, matches
+from qlora.model.skeleton import empty_linear, matches
 
 QUANTISED = (*FOUR_BIT, "int8")
 

@@ -30,6 +30,7 @@ from qlora.errors import ModelError
 from qlora.machine.device import host_bytes
 from qlora.model import anatomy
 from qlora.model.anatomy import is_tied
+from qlora.model.loss import fp32_product
 
 SLICE = 64 * 1024**2
 """Bytes of the head that travel at once: 2 to 5 ms on PCI Express, against which a copy's start is nothing. Two of them lie
@@ -145,13 +146,6 @@ class _Product(torch.autograd.Function):
         for start, stop, weight in ctx.linear.slices(grad.dtype):
             total += fp32_product(rows[:, start:stop], weight)
         return total.to(grad.dtype).view(*grad.shape[:-1], -1), None
-
-
-def fp32_product(x: Tensor, y: Tensor) -> Tensor:
-    """x y, the sums left in fp32 as they are made: what is summed up further is not to be rounded to 16 bits in between."""
-    if x.dtype != torch.float32 and x.is_cuda:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()  # a CPU is no slower in it
 
 
 def refuse_half(model: Any, embedding: bool, head: bool) -> None:

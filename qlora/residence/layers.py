@@ -19,7 +19,7 @@ A shape does not always tell what has a row for each row, so a trainer compares 
 
 Whole tensors [R, T, D] alive at one time, beside what a micro-batch needs inside the layer (m: rows of a micro-batch):
 
-                                  inputs on the device            inputs in host memory or on disk
+                                  inputs on the device            inputs in host memory
     forward, in layer i of L      i + 1 inputs, the output        1 input, the output
     the turn: loss                L inputs, the last output       1 input, the last output
     backward, in layer i          i + 1 inputs, 2 gradients       2 · m / R inputs, 2 gradients
@@ -161,7 +161,7 @@ class _Recompute(torch.autograd.Function):
         if after is not None:
             set_rng_state(after, device)
         if kept is not None:
-            kept.done()
+            kept.forget()
         del hidden, kept
         if boundary.after_backward is not None:
             boundary.after_backward(boundary.layer)

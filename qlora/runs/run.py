@@ -67,10 +67,10 @@ from qlora.runs.folder import (
 from qlora.files.lock import run_lock
 from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.files import load_adapter, save_portable
-from qlora.model import load_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
 from qlora.planning.plan import Plan, amount, plan
 from qlora.reporting import write_report
+from qlora.residence.load import load_base
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
 from qlora.training.rehearsal import Rehearsal

@@ -40,10 +40,10 @@ from qlora.errors import (
 )
 from qlora.machine.device import peak_memory_bytes, ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel
-from qlora.model.checks import check_boundary, check_loss_path, check_packing, check_rows
+from qlora.model.checks import check_loss_path, check_packing, check_rows
 from qlora.model.loss import batch_loss
 from qlora.recipe import MemorySection, TrainingSection
-from qlora.residence.cache import cache_folder_of, unwritable
+from qlora.residence.checks import check_boundary
 from qlora.residence.layer_inputs import LayerInputs
 from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.training import checkpoint
@@ -150,7 +150,7 @@ class Trainer:
         self.way = Way.of(self.training)
         """How steps go through the model now; smaller than the recipe's after memory ran out."""
         place = self.memory.layer_inputs
-        self.inputs = None if place == "device" else LayerInputs(place, model.device, self._disk_folder())
+        self.inputs = None if place == "device" else LayerInputs(place, model.device)
         if self.training.gradient_checkpointing:
             self._arrange(self.way)
             stay_out(model.model)
@@ -517,16 +517,6 @@ class Trainer:
                 raise RecipeError(
                     f"training.optimizer_in_backward moves a layer and frees its gradients at once, but {why}."
                 )
-
-    def _disk_folder(self) -> Path:
-        """Where layer inputs wait: on the disk that the plan looked at."""
-        folder = cache_folder_of(self.memory)
-        if self.memory.layer_inputs == "disk":
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise unwritable(folder, error) from error
-        return folder
 
     def _check_rows(self) -> None:
         """One look at every row: has each token an embedding, and each position a place in the model?"""
