@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qlora.data import collate
 from qlora.errors import DoesNotFitError, ModelError
 from qlora.methods import AdaptedModel
-from qlora.model.checks import check_boundary
 from qlora.model.loss import batch_loss
+from qlora.residence.checks import check_boundary
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
 from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
 from tests.methods.tiny import TOKENS, tiny_checkpoint
