@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qlora.machine.device import bytes_text, dtype_name
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.nf4 import FrozenLinear, away_of
 
 if TYPE_CHECKING:
     from qlora.model.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class Base:
     """The opened folder; None for a model that came from none."""
 
     def __repr__(self) -> str:
-        """Example: ``Base 'smollm2': LlamaForCausalLM, 134,515,008 parameters in nf4 (scales quantised too), 112.4 MiB …``"""
+        """Name, architecture, parameters, quantisation and bytes, device, and where layers wait; three or four lines."""
         count, held = counted(self.model)
         how = "unquantised" if self.quantization == "none" else f"in {self.quantization}"
         how += " (scales quantised too)" if self.double_quant and self.quantization != "none" else ""
@@ -75,8 +75,13 @@ class Base:
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
-    """(parameters, a packed weight's numbers counted one by one; bytes of what is not on meta)."""
+    """(parameters, a packed weight's numbers counted one by one; bytes of what lies somewhere to stay)."""
     packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     count = sum(values.numel() for values in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
-    tensors = {id(values): values for values in (*model.parameters(), *model.buffers())}.values()
-    return count, sum(values.numel() * values.itemsize for values in tensors if not values.is_meta)
+    staying = [module for module in model.modules() if away_of(module) is None]
+    tensors = {
+        id(values): values
+        for module in staying
+        for values in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return count, sum(values.nbytes for values in tensors.values() if not values.is_meta)
