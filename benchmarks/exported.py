@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.data import load_data
 from qlora.machine.device import DTYPES, resolve_device
-from qlora.model.checkpoint import find_model
+from qlora.model.hub import find_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.runs import run
 from qlora.runs.folder import adapter_folder, open_run

@@ -30,8 +30,8 @@ from qlora.data import Row
 from qlora.export.writer import SafetensorsWriter
 from qlora.machine.device import GIB, bytes_text, peak_memory_bytes
 from qlora.methods import apply_method
-from qlora.model import load_base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 
 SIZES = {

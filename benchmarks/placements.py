@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from qlora.data import Row
 from qlora.machine.device import bytes_text, peak_since_reset, reset_peak_memory, resolve_device
 from qlora.methods import apply_method
-from qlora.model import load_base, load_config
+from qlora.model import load_config
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {

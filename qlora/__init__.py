@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qlora.errors import QloraError
     from qlora.evaluation import answer, answers
     from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
-    from qlora.model import Base, load_base, quantise
+    from qlora.model import Base, quantise
     from qlora.planning.accounting import Account, account
     from qlora.planning.plan import Plan, Survey, plan, survey
     from qlora.recipe import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Recipe,
     )
     from qlora.reporting import write_report
+    from qlora.residence.load import load_base
     from qlora.runs.evaluate import evaluate, load_run, preview
     from qlora.runs.export import merge
     from qlora.runs.session import Run
@@ -78,7 +79,8 @@ _HOMES = {
         "save_adapter",
         "save_combined",
     ),
-    "model": ("Base", "load_base", "quantise"),
+    "model": ("Base", "quantise"),
+    "residence.load": ("load_base",),
     "reporting": ("write_report",),
     "planning.plan": ("Plan", "Survey", "plan", "survey"),
     "runs.evaluate": ("evaluate", "load_run", "preview"),

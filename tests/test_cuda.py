@@ -20,11 +20,11 @@ from qlora.data import IGNORE_INDEX, Row
 from qlora.evaluation import answers
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import load_base
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.planning.speed import measure
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.conftest import write_model

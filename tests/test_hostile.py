@@ -31,14 +31,8 @@ from qlora.machine.cards import parse_memory
 from qlora.methods import files
 from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
 from qlora.model import default, tensor_file, tokenizer
-from qlora.model.checkpoint import (
-    INDEX,
-    MAX_SHARDS,
-    find_model,
-    fingerprint,
-    open_checkpoint,
-    read_model_config,
-)
+from qlora.model.checkpoint import INDEX, MAX_SHARDS, fingerprint, open_checkpoint, read_model_config
+from qlora.model.hub import find_model
 from qlora.model.tensor_file import MAX_HEADER
 from qlora.recipe.config import MOST_MISTAKES, Recipe
 

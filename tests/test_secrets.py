@@ -79,7 +79,7 @@ def test_errors_say_no_secret(
         raise ConnectionError(f"401 for https://me:{TOKEN}@hub/x, authorization: Bearer my-own-token-0123")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("qlora.model.checkpoint._require_room", lambda *_: None)
+    monkeypatch.setattr("qlora.model.hub._require_room", lambda *_: None)
     assert main(["train", str(recipe_file), "model.name=org/private"]) == 2
     for broken in (OSError, RuntimeError):
 

@@ -33,8 +33,8 @@ from qlora.data.packing import make_rows
 from qlora.errors import InputError
 from qlora.evaluation import score
 from qlora.methods import apply_method
-from qlora.model import load_base
 from qlora.recipe import MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer, checkpoint
 
 VOCABULARY = 96

@@ -37,8 +37,8 @@ from qlora.methods.files import (
 )
 from qlora.model import default
 from qlora.model.checkpoint import INDEX, fingerprint, open_checkpoint
-from qlora.model.load import load_skeleton
-from qlora.model.skeleton import read_config
+from qlora.model.config import load_config
+from qlora.model.skeleton import load_skeleton
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection, Recipe
 from qlora.training import checkpoint
@@ -188,9 +188,7 @@ def _index(folder: Path, content: bytes) -> None:
 def _config(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     section = ModelSection(name=str(folder))
-    if (
-        getattr(read_config(folder, section), "num_hidden_layers", 0) <= 50
-    ):  # more take longer to build, a thousand seconds
+    if getattr(load_config(section), "num_hidden_layers", 0) <= 50:  # more take longer to build, a thousand seconds
         load_skeleton(section, torch.float32)
 
 

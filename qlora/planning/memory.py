@@ -27,8 +27,9 @@ from qlora.model.nf4 import FrozenLinear
 from qlora.planning.accounting import bytes_of, moments
 from qlora.planning.dry_run import DryRun, Moment, Shape, dry_run
 from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.image import ALIGNMENT, frozen_linears
 from qlora.residence.layers import decoder_layers
-from qlora.residence.placement import ALIGNMENT, frozen_linears, resident_layers
+from qlora.residence.placement import resident_layers
 
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed

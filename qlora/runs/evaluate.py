@@ -1,7 +1,7 @@
 """Evaluate, preview, and the trained model itself, for whoever wants to use it.
 
-    run folder ─► base + adapter ─► held-out loss and answers, measured now
-    recipe ─► the first examples as the model sees them
+run folder ─► base + adapter ─► held-out loss and answers, measured now
+recipe ─► the first examples as the model sees them
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qlora.evaluation import answers, score
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel
 from qlora.methods.files import load_adapter
-from qlora.model import load_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
 from qlora.recipe import Recipe
+from qlora.residence.load import load_base
 from qlora.runs.folder import (
     adapter_folder,
     check_base,

@@ -1,7 +1,7 @@
 """Export: a run's adapter merged into its base, or alone, and how far what was exported is from what was trained.
 
-    run folder ─► adapter + base ─► merged (plain safetensors)  ─► compared with the trained model on held-out text
-                                └─► the adapter as plain LoRA
+run folder ─► adapter + base ─► merged (plain safetensors)  ─► compared with the trained model on held-out text
+                            └─► the adapter as plain LoRA
 """
 
 from __future__ import annotations

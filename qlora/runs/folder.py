@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from qlora.recipe import Recipe
 from qlora.data import Data
 from qlora.data.chat import ChatTemplate
-from qlora.machine.device import resolve_device
-from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover, read_json
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
+from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover, read_json
 from qlora.files.lock import LOCK, run_lock
+from qlora.machine.device import resolve_device
 from qlora.model.checkpoint import find_model, fingerprint
 from qlora.model.tokenizer import load_tokenizer
+from qlora.recipe import Recipe
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import digest
 

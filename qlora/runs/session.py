@@ -24,10 +24,10 @@ from qlora.evaluation import HeldOut, answers
 from qlora.files.durable import read_json, write_json
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import load_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
 from qlora.planning.plan import amount
 from qlora.recipe import Recipe
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 
 

@@ -13,8 +13,9 @@ from qlora.data import Row, step_rows
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
 from qlora.methods import AdaptedModel
-from qlora.model.checks import check_boundary, check_loss_path, check_packing, check_rows
+from qlora.model.checks import check_loss_path, check_packing, check_rows
 from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.checks import check_boundary
 from qlora.residence.layer_inputs import LayerInputs
 from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.training.way import Way

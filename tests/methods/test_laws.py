@@ -21,7 +21,7 @@ from qlora.errors import MethodError
 from qlora.evaluation import answers, score
 from qlora.export import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.recipe import TrainingSection

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from qlora.methods import AdaptedModel
-from qlora.model.load import Base, load_base
+from qlora.model.base import Base
 from qlora.recipe import ModelSection
+from qlora.residence.load import load_base
 
 VOCABULARY = 96
 SIZES = {

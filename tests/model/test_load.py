@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from qlora.errors import ModelError
-from qlora.model import load_base, load_config, load_tokenizer, quantised_names
+from qlora.model import load_config, load_tokenizer, quantised_names
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
+from qlora.residence.load import load_base
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
