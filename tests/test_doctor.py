@@ -57,7 +57,7 @@ def test_a_library_that_breaks_on_import_makes_wrong_lines_and_no_crash(
     monkeypatch.setattr(builtins, "__import__", breaking)
     # Modules that were loaded before would hide the breakage. Their parents' attributes are set to what they are, so that
     # monkeypatch puts them back too: other tests must not meet a second Linear4bit.
-    for parent, child in ((qlora, "device"), (qlora, "model"), (qlora.model, "nf4")):
+    for parent, child in ((qlora.machine, "device"), (qlora, "model"), (qlora.model, "nf4")):
         monkeypatch.setattr(parent, child, getattr(parent, child))
         monkeypatch.delitem(sys.modules, f"{parent.__name__}.{child}")
     findings = examine()
