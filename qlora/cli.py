@@ -39,7 +39,7 @@ also be written as --section.key=value. More: qlora VERB --help, qlora --version
 def plan(words: list[str]) -> int:
     """RECIPE: memory, disk, seconds per step and what else would fit; loads no weights.
 
-    device.memory=4090 (or 24GiB) plans for a GPU you don't have.
+    Any value of the recipe may follow; device.memory=4090 (or 24GiB) plans for a GPU you don't have.
     """
     recipe = _recipe("plan", words)
     from qlora.planning.plan import survey
@@ -66,7 +66,10 @@ def preview(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    """RECIPE: train, evaluate, report; overwrite=true replaces an old run."""
+    """RECIPE: train, evaluate, report; overwrite=true replaces an old run.
+
+    Any value of the recipe may follow: training.epochs=2 method.r=8. `qlora recipe` lists them.
+    """
     recipe = _recipe("train", words)
     from qlora.runs import run
 
@@ -76,7 +79,7 @@ def train(words: list[str]) -> None:
 def resume(words: list[str]) -> None:
     """RUN: go on from the newest checkpoint.
 
-    What concerns memory, speed and safety alone may be changed, such as training.micro_batch_size=1.
+    Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1.
     """
     folder = _run("resume", words[:1])
     from qlora.runs import run
@@ -150,9 +153,8 @@ def report(words: list[str]) -> None:
     print(write_report(_run("report", words)))
 
 
-def doctor(words: list[str]) -> int:
+def doctor(_: list[str]) -> int:
     """Is this machine ready? One line per check, with the fix."""
-    _nothing("doctor", words)
     from qlora.doctor import examine, exit_status, print_findings
 
     findings = examine()
@@ -160,9 +162,8 @@ def doctor(words: list[str]) -> int:
     return exit_status(findings)
 
 
-def recipe(words: list[str]) -> None:
+def recipe(_: list[str]) -> None:
     """Every value of a recipe, with its default and meaning."""
-    _nothing("recipe", words)
     from qlora.recipe import reference
 
     print(reference(), end="")
@@ -214,26 +215,28 @@ def _do(words: list[str]) -> int:
     verb, *rest = words or ["--help"]
     if verb == "--version":
         print(f"qlora {metadata.version('qlora')}")
-    elif verb in ("help", "--help", "-h"):
-        lines = [f"  {name:<9} {takes:<19} {text}" for name in VERBS for takes, text, _ in [_help(name)]]
+        return 0
+    if verb in ("help", "--help", "-h"):
+        lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
         print(USAGE.format(verbs="\n".join(lines)), end="")
         return 0 if words else 2
-    elif verb not in VERBS:
+    if verb not in VERBS:
         raise InputError(f"'{verb}' is not a verb of qlora.{nearest(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
-    elif {"--help", "-h"} & set(rest):
-        takes, text, more = _help(verb)
-        values = " [section.key=value …]" if verb in ("plan", "preview", "train", "resume") else ""
-        print(f"qlora {verb} {takes}".rstrip() + values, text, *filter(None, [more]), sep="\n\n")
-    else:
-        return VERBS[verb]([_plain(verb, word) for word in rest]) or 0
-    return 0
+    takes, does, more = _help(verb)
+    if {"--help", "-h"} & set(rest):
+        print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
+        return 0
+    rest = [_plain(verb, word) for word in rest]
+    if rest and not takes:
+        raise InputError(f"qlora {verb} takes nothing more, but found '{' '.join(rest)}'.")
+    return VERBS[verb](rest) or 0
 
 
 def _help(verb: str) -> tuple[str, str, str]:
     """What a verb takes, what it does, and more of it: its docstring, ``RUN: talk to the trained model.``, in parts."""
     first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
-    takes, _, text = first.rpartition(": ")
-    return takes, text[0].upper() + text[1:], more
+    takes, _, does = first.rpartition(": ")
+    return takes, does[0].upper() + does[1:], more
 
 
 def _plain(verb: str, word: str) -> str:
@@ -269,11 +272,6 @@ def _run(verb: str, words: list[str]) -> Path:
             f"There is no run folder '{path}'; expected one that qlora train made, such as runs/quickstart."
         )
     return path
-
-
-def _nothing(verb: str, words: list[str]) -> None:
-    if words:
-        raise InputError(f"qlora {verb} takes nothing more, but found '{' '.join(words)}'.")
 
 
 def _taken(words: list[str], *names: str) -> dict[str, str]:
