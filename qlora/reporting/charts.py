@@ -69,6 +69,8 @@ def smooth(points: Sequence[Point], weights: Sequence[float]) -> tuple[list[Poin
     # "full" and cut, because "same" returns the kernel's length where the kernel is the longer one
     cut = slice(len(kernel) // 2, len(kernel) // 2 + len(points))
     mean = numpy.convolve(weight * values, kernel)[cut] / numpy.convolve(weight, kernel)[cut]
+    if not numpy.isfinite(mean).all():  # weights or values that no run has
+        return [], 0
     spacing = (steps[-1] - steps[0]) / (len(points) - 1)
     return list(zip(steps.tolist(), mean.tolist(), strict=True)), round(2 * sigma * spacing)
 

@@ -46,6 +46,13 @@ def test_few_points_are_not_smoothed_and_many_over_a_bounded_reach() -> None:
     assert reach == 500
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_cannot_be_smoothed_is_not() -> None:
+    points = [(float(step), 1e308) for step in range(10)]
+    assert smooth(points, [1e308] * 10) == ([], 0)
+    assert smooth(points, [0.0] * 10) == ([], 0)
+
+
 def test_thinning_keeps_spikes() -> None:
     points = [(float(step), 100.0 if step == 7_777 else 1.0) for step in range(20_000)]
     kept = thinned(points)
