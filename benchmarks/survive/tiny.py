@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -543,6 +544,7 @@ def _suffer(
     verb = cli.VERBS.get(words[0])
     if verb is not None:
 
+        @functools.wraps(verb)  # its docstring says what it takes
         def begins(arguments: list[str]) -> int | None:
             os.write(begun, b".")
             return verb(arguments)
