@@ -27,13 +27,9 @@ if TYPE_CHECKING:
     from qlora.recipe import Recipe
     from qlora.runs.run import Run
 
-USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
-
-{verbs}
-
-A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
-also be written as --section.key=value. More: qlora VERB --help, qlora --version.
-"""
+USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
+NOTES = """A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
+also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
 
 
 def plan(words: list[str]) -> int:
@@ -203,10 +199,8 @@ def _status(words: list[str], stopped: list[int]) -> int:
         if isinstance(error, OSError):
             return _failed(2, error)
         if _out_of_memory(error):
-            advice = (
-                "lower training.micro_batch_size or data.max_length, or set training.accumulation=micro_batch_major."
-            )
-            return _failed(3, f"Out of memory ({first_line(error)}); {advice}")
+            less = "lower training.micro_batch_size or data.max_length, or set training.accumulation=micro_batch_major."
+            return _failed(3, f"Out of memory ({first_line(error)}); {less}")
         print(visible(traceback.format_exc()), end="", file=sys.stderr)
         return _failed(1, "this is a defect of qlora; please report it with the lines above.")
 
@@ -218,7 +212,7 @@ def _do(words: list[str]) -> int:
         return 0
     if verb in ("help", "--help", "-h"):
         lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
-        print(USAGE.format(verbs="\n".join(lines)), end="")
+        print(USAGE, "", *lines, "", NOTES, sep="\n")
         return 0 if words else 2
     if verb not in VERBS:
         raise InputError(f"'{verb}' is not a verb of qlora.{nearest(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
