@@ -100,7 +100,9 @@ def train(folder: Path, cache: Path, limit: float, layers: str, length: int) -> 
     )
     trainer = Trainer(model, rows, training, memory=memory)
     steps = [{"loss": step.loss, "seconds": step.seconds} for step in trainer]
-    moved = sum(values.abs().sum().item() for name, values in trainer.state.parameters.items() if name.endswith("lora_B"))
+    moved = sum(
+        values.abs().sum().item() for name, values in trainer.state.parameters.items() if name.endswith("lora_B")
+    )
     found = {
         "load_seconds": loaded,
         "after_load": after_load,

@@ -81,7 +81,9 @@ def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, t
     trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(**values))
     loss, _ = trainer._gradients(trainer.rows)
     found = {
-        name: values.grad.float().clone() for name, values in trainer.state.parameters.items() if values.grad is not None
+        name: values.grad.float().clone()
+        for name, values in trainer.state.parameters.items()
+        if values.grad is not None
     }
     trainer.state.optimizer.zero_grad(set_to_none=True)
     return loss, found
@@ -250,7 +252,10 @@ def test_gradients_do_not_depend_on_where_things_wait(
         model, section = placed(deep, tmp_path, "fp32", **memory)
         trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(micro_batch_size=1), memory=section)
         found.append(
-            ([next(trainer).loss for _ in range(3)], {n: p.detach().clone() for n, p in trainer.state.parameters.items()})
+            (
+                [next(trainer).loss for _ in range(3)],
+                {n: p.detach().clone() for n, p in trainer.state.parameters.items()},
+            )
         )
     (losses, plain), (others, moved) = found
     assert others == pytest.approx(losses, rel=1e-4)

@@ -35,7 +35,7 @@ from qlora.evaluation import score
 from qlora.methods import apply_method
 from qlora.recipe import MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer, checkpoint
+from qlora.training import Trainer
 
 VOCABULARY = 96
 STEPS = 5

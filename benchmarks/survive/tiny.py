@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -342,7 +343,7 @@ def _serve() -> None:
     import qlora.cli
     import qlora.export
     import qlora.reporting
-    import qlora.runs.run  # noqa: F401
+    import qlora.runs.train  # noqa: F401
 
     assert torch.get_num_threads() == 1  # threads do not live through a fork
     LlamaForCausalLM(
@@ -543,6 +544,7 @@ def _suffer(
     verb = cli.VERBS.get(words[0])
     if verb is not None:
 
+        @functools.wraps(verb)  # its docstring says what it takes
         def begins(arguments: list[str]) -> int | None:
             os.write(begun, b".")
             return verb(arguments)
@@ -563,7 +565,6 @@ class _Events:
     ) -> None:
         import safetensors.torch
 
-        from qlora.runs import run
         from qlora.training import MetricsLog
 
         self.at, self.torn, self.folder, self.count, self.fill, self.busy = at, torn, folder, 0, fill, False

@@ -253,7 +253,9 @@ def test_memory_is_what_was_estimated(tmp_path: Path, embeddings: bool, tied: bo
     assert trained == sum(values.nbytes for values in parameters)
     trainer = Trainer(model, rows(4, 128, 3000), training)
     next(trainer)
-    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.state.optimizer, trainer.state.parameters).values())
+    state = sum(
+        tensor.nbytes for tensor in optimizer_tensors(trainer.state.optimizer, trainer.state.parameters).values()
+    )
     assert planned.device["optimizer"] == pytest.approx(state, rel=0.001)
     measured = peak_of(lambda: next(trainer))
     step = planned.total - frozen - trained - planned.device["optimizer"] - planned.device["runtime"]

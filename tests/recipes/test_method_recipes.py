@@ -63,4 +63,4 @@ def test_recipe_trains(path: Path, tiny_model: Path, chat_data: Path, tmp_path: 
         with pytest.raises(MethodError, match="cannot be merged"):
             qlora.merge(run)
     else:
-        assert qlora.runs.run.compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3
+        assert compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3

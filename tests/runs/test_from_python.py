@@ -50,6 +50,6 @@ def test_another_recipes_folder_is_refused(tiny_model: Path, chat_data: Path, tm
 def test_data_that_a_resumed_run_would_split_otherwise_is_refused(
     tiny_model: Path, chat_data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match="drawn by the seed 3, but training.seed is 0"):
+    with pytest.raises(RecipeError, match=r"drawn by the seed 3, but training.seed is 0"):
         next(trainer_in(tmp_path / "run", tiny_model, chat_data, seed=3))
     assert not (tmp_path / "run").exists()

@@ -21,8 +21,9 @@ from qlora.model.loss import batch_loss
 from qlora.recipe import TrainingSection
 from qlora.residence import layers
 from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
-from qlora.training import Trainer, learning_rate, recover, step
+from qlora.training import Trainer, learning_rate, recover
 from qlora.training.state import LARGEST_SCALE
+from qlora.training.step import total_norm, unscale, update
 from qlora.training.way import Way
 from tests.methods.test_laws import CASES, spoken
 from tests.methods.tiny import VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
@@ -137,14 +138,16 @@ def test_clipping_is_torchs(model: AdaptedModel, limit: float | None) -> None:
     trainer = Trainer(model, ROWS, section(max_grad_norm=limit))
     mean_gradients(trainer, ROWS[:8])
     before = {name: value.grad.clone() for name, value in trainer.state.parameters.items() if value.grad is not None}
-    norm = step.unscale(trainer.state)
+    norm = unscale(trainer.state)
     with pytest.MonkeyPatch.context() as patched:  # clipped, but not taken
         patched.setattr(trainer.state.optimizer, "step", lambda: None)
-        step.update(trainer.state, 1e-3, norm)
+        update(trainer.state, 1e-3, norm)
     found = gradients(model)
     for name, value in trainer.state.parameters.items():
         value.grad = before[name].clone()
-    expected = float(torch.nn.utils.clip_grad_norm_(trainer.state.parameters.values(), math.inf if limit is None else limit))
+    expected = float(
+        torch.nn.utils.clip_grad_norm_(trainer.state.parameters.values(), math.inf if limit is None else limit)
+    )
     assert norm == pytest.approx(expected)
     after = gradients(model)
     assert all(torch.allclose(found[name], after[name], rtol=1e-6) for name in after)
@@ -158,9 +161,9 @@ def test_the_norm_of_bf16_gradients_is_in_fp32() -> None:
     exact = math.sqrt(sum(float(values.double().square().sum()) for values in whole))
     assert abs(float(torch.nn.utils.get_total_norm(whole)) / exact - 1) > 1e-5  # torch's own
     for parts in (whole, [whole[0], whole[1].float()]):
-        assert step.total_norm(parts) == pytest.approx(exact, rel=1e-6)
-    assert step.total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
-    assert step.total_norm([]) == 0
+        assert total_norm(parts) == pytest.approx(exact, rel=1e-6)
+    assert total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
+    assert total_norm([]) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -303,7 +306,9 @@ def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping
 def test_an_overflow_that_no_scale_cures_is_refused(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS[:2], section(batch_size=2))
     trainer.state.loss_scale = 8.0
-    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(
+        lambda grad: grad * math.nan
+    )
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match="Step 1"):
         next(trainer)
@@ -316,7 +321,9 @@ def test_a_skipped_step_leaves_the_scale_as_it_was(model: AdaptedModel) -> None:
     """One bad row must not leave the next five hundred steps without a scale."""
     trainer = Trainer(model, ROWS[:2], section(batch_size=2, steps=2, not_finite="skip"))
     trainer.state.loss_scale = 8.0
-    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(
+        lambda grad: grad * math.nan
+    )
     assert next(trainer).skipped
     handle.remove()
     assert trainer.state.loss_scale == 8.0

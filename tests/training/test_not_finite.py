@@ -199,7 +199,7 @@ def test_the_limit_holds_also_across_a_resume_and_what_was_done_is_saved(base: P
 
     trainer = spoiled()
     assert [next(trainer).skipped for _ in range(2)] == [True, True]
-    place = trainer.save()
+    trainer.save()
     again = spoiled()
     assert again.load_newest() == []
     assert (again.state.skipped, again.step_number) == (2, 2)

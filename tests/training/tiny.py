@@ -12,9 +12,9 @@ from qlora.data import Row
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.methods import AdaptedModel, apply_method
+from qlora.recipe import LoRA
 from qlora.training import Trainer, step
 from qlora.training.way import Way
-from qlora.recipe import LoRA
 from tests.methods.tiny import VOCABULARY, stir, tiny_base, tiny_checkpoint
 
 
