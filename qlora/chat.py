@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from transformers import TextStreamer
 
-from qlora.data.rendering import CutOff, Refused, Renderer
+from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
 from qlora.evaluation import answer, room
 from qlora.runs.run import chat_tokenizer, load_run
@@ -60,6 +60,7 @@ class _Screen(TextStreamer):
         super().on_finalized_text(visible(text), stream_end)
 
 
+@one_child()
 def talk(folder: str | Path, lines: TextIO | None = None) -> None:
     """Read questions line by line and print the answers as they come. ``/new`` forgets, ``/quit`` or end of input leaves."""
     source = lines or sys.stdin

@@ -17,18 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qlora.data.values import json_fault, kind
+from qlora.data.values import capital, json_fault, kind
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
+from qlora.files.strangers import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record: its fields, and where it stands, for messages: ``line 7 of 'train.jsonl'``."""
 
-    fields: dict[str, Any]
+    fields: JsonObject
     source: str
     unit: str
     number: int
@@ -130,10 +130,11 @@ def _json(path: Path, source: str) -> Iterator[Record]:
         yield Record(_object(value, f"record {number} of '{source}'"), source, "record", number)
 
 
-def _parsed(text: str, source: str, number: int | None = None) -> Any:
+def _parsed(text: str, source: str, number: int | None = None) -> object:
     """What the JSON ``text`` holds: line ``number`` of the file, or all of it."""
     try:
-        return json.loads(text)
+        found: object = json.loads(text)
+        return found
     except (ValueError, RecursionError) as error:
         fault = json_fault(error)
         if number is None and isinstance(error, json.JSONDecodeError):
@@ -148,9 +149,9 @@ def _parsed(text: str, source: str, number: int | None = None) -> Any:
         raise DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}") from None
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: object, place: str) -> JsonObject:
     if not isinstance(value, dict):
-        raise DataError(f"{place[0].upper()}{place[1:]} is {kind(value)}; expected an object with named fields.")
+        raise DataError(f"{capital(place)} is {kind(value)}; expected an object with named fields.")
     return value
 
 
