@@ -31,12 +31,12 @@ from qlora.machine.device import (
     resolve_device,
     total_memory_bytes,
 )
+from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.files.durable import (
     clear_leftovers,
     expanded,
     file_written_aside,
     folder_written_aside,
-    read_json,
     seal,
     sync,
     write_json,
@@ -214,7 +214,10 @@ def _go_on(
     """From a trainer at any step to a finished run folder."""
     log, settings, say = MetricsLog(folder / "metrics.jsonl"), recipe.evaluation, _speaker(quiet)
     held_out = data.held_out[: settings.held_out_rows]
-    measured = read_json(folder / "evaluation.json")
+    try:
+        measured = read_object(folder / "evaluation.json", MAX_OURS) or {}
+    except Fault:
+        raise _damaged(folder) from None
     before, generations = _read_evaluation(measured, folder)
     if measured and len(generations) != len(prompts):
         raise _damaged(folder)
