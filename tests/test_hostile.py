@@ -40,7 +40,8 @@ from qlora.model.checkpoint import (
     read_model_config,
 )
 from qlora.model.tensor_file import MAX_HEADER
-from qlora.recipe.config import MOST_MISTAKES, Recipe
+from qlora.recipe import Recipe
+from qlora.recipe.reading import MOST_MISTAKES
 
 ROOT = Path(__file__).parents[1]
 SOON = 10.0  # seconds of a core, on a slow one
