@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import struct
-import sys
 import time
 import tracemalloc
 import zipfile
@@ -17,16 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from benchmarks.survive.changes import changed
-from benchmarks.survive.fuzz import LONGEST
-from benchmarks.survive.parsers import LLAMA, LORA, PARSERS, Parser, tensor, tensors_bytes
-from qlora.cli import main
 from qlora.errors import DoesNotFitError, MethodError, ModelError, QloraError, RecipeError
-from qlora.files.strangers import MAX_JSON, MAX_LEVELS, MAX_RECIPE, MAX_VALUES, Fault, json_object, shown, yaml_values
+from qlora.files.strangers import MAX_JSON, Fault
 from qlora.machine.cards import parse_memory
 from qlora.methods import files
 from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
@@ -40,8 +33,8 @@ from qlora.model.checkpoint import (
     read_model_config,
 )
 from qlora.model.tensor_file import MAX_HEADER
-from qlora.recipe import Recipe
-from qlora.recipe.reading import MOST_MISTAKES
+from tests.hostile.changes import changed
+from tests.hostile.parsers import LLAMA, LONGEST, LORA, PARSERS, Parser, tensor, tensors_bytes
 
 ROOT = Path(__file__).parents[1]
 SOON = 10.0  # seconds of a core, on a slow one
@@ -378,124 +371,7 @@ def test_adapter_config_is_refused(name: str, tmp_path: Path) -> None:
     assert str(caught.value).isprintable()
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------
-
-DATA = "data: {train: x}\n"
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
-)
-MERGED_LAUGHS = "a: &a {x: 1}\n" + "".join(
-    f"{y}: &{y} {{<<: [{', '.join([f'*{x}'] * 9)}]}}\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
-)
-RECIPES: dict[str, tuple[str | bytes, str]] = {
-    "a billion laughs": (LAUGHS, "more than 20,000 values"),
-    "a billion laughs by merging": (MERGED_LAUGHS, "more than 20,000 values"),
-    "a list in itself": ("data: &a [*a]", "an anchor that holds itself at line 1, column 11"),
-    "a mapping in itself": ("&a\ndata: *a", "an anchor that holds itself"),
-    "a merge of itself": ("data: &a {<<: *a}", "an anchor that holds itself"),
-    "a chain of aliases": ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 99)), f"more than {MAX_LEVELS} levels"),
-    "an alias of nothing": ("data: *x", "undefined alias"),
-    "Python": ("data: !!python/object/apply:os.system ['touch made']", "'!!python/object/apply:os.system'"),
-    "Python's names": ("data: !!python/name:os.system", "'!!python/name:os.system'"),
-    "a tag of one's own": ("data: !x {train: y}", "stands for no plain value"),
-    "a set": (DATA + "method: {target_modules: !!set {a, b}}", "'!!set'"),
-    "bytes": (DATA + "folder: !!binary aGk=", "'!!binary'"),
-    "an ordered map": (DATA + "method: !!omap [a: 1]", "'!!omap'"),
-    "an empty number": (DATA + "training: {epochs: !!int ''}", "not valid YAML"),
-    "a truth that is none": (DATA + "overwrite: !!bool x", "not valid YAML"),
-    "a date that is none": (DATA + "folder: !!timestamp x", "not valid YAML"),
-    "an impossible date": (DATA + "folder: 2024-13-45", "not valid YAML"),
-    "a number to the base of sixty": (DATA + f"training: {{epochs: {'1:' * 400}1.5}}", "a number of more than 64 characters"),
-    "many digits": (DATA + f"training: {{epochs: {'9' * 100_000}}}", "a number of more than 64 characters"),
-    "many hexadecimal digits": (DATA + f"training: {{epochs: 0x{'f' * 100_000}}}", "a number of more than 64 characters"),
-    "a number too large to count": (DATA + "training: {epochs: 999999999999999999999}", "expected a number below 2⁵³"),
-    "a float too large": (DATA + "training: {learning_rate: 1.0e+999}", "finite number|less than or equal"),
-    "a NUL": (b"folder: \x00", "not valid YAML"),
-    "an escaped NUL": (DATA + r'folder: "a\0b"', "no text may hold"),
-    "half a character": (DATA + r'folder: "\ud800"', "no text may hold"),
-    "no character": (DATA + r'folder: "\U7fffffff"', "not valid YAML"),
-    "not UTF-8": (b"folder: \xe9", "UTF-8"),
-    "UTF-16": ("folder: a".encode("utf-16"), "UTF-8"),
-    "a list as a key": ("? [a]\n: b", "a key that is no plain text"),
-    "a mapping as a key": ("{{a: b}: c}", "a key that is no plain text"),
-    "an anchor as a key": ("x: &x [1]\n*x : y", "a key that is no plain text"),
-    "a key twice in a list": (DATA + "method:\n- {r: 4,\n   r: 8}", "'method.0.r' stands twice, at lines 3 and 4"),
-    "two documents": ("data: x\n---\ndata: y", "not valid YAML"),
-    "a large file": ("#" * (MAX_RECIPE + 1), f"at most {MAX_RECIPE:,}"),
-    "many values": (DATA + f"x: [{'1,' * 100_000}]", f"more than {MAX_VALUES:,} values"),
-    "nested": ("[" * 200_000, f"nested more than {MAX_LEVELS} levels"),
-    "nested in blocks": ("- " * 100_000, f"nested more than {MAX_LEVELS} levels"),
-    "many mistakes": (DATA + "".join(f"k{number}: 1\n" for number in range(3000)), f"and {3000 - MOST_MISTAKES:,} more"),
-    "many wrong files": (f"data: {{train: [{'1,' * 9000}]}}", "more"),
-    "many methods": (DATA + f"method: [{'{},' * 9000}]", "more than once"),
-    "many tokens": (DATA + f"method: {{name: new_tokens, tokens: [{'a,' * 9000}]}}", "more than once"),
-    "rows that are negative": (DATA + "method: {name: new_tokens, tokens: [a], ids: [-1]}", "method.ids"),
-    "a long value": (DATA + f"training: {{epochs: {'x' * 100_000}}}", "'training.epochs' .line 2. is 'xxx"),
-    "a long key": (DATA + f"? {'x' * 100_000}\n: 1", "is not a known key"),
-    "orders to a terminal": (DATA + '"\\e[2J": 1', r"'\\x1b\[2J' .line 2. is not a known key"),
-    "a revision that is a path": (DATA + "model: {revision: ../../../etc/passwd}", "expected a branch, tag or commit"),
-    "a revision that is absolute": (DATA + "model: {revision: /etc/passwd}", "expected a branch, tag or commit"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, said = RECIPES[name]
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    began = time.process_time()
-    with pytest.raises(RecipeError, match=said) as caught:
-        Recipe.from_yaml(path)
-    assert time.process_time() - began < SOON
-    assert len(str(caught.value)) < 3000
-    assert [item.name for item in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_laughs_take_no_memory() -> None:
-    for text in (LAUGHS, MERGED_LAUGHS):
-        tracemalloc.start()
-        try:
-            with pytest.raises(Fault, match="values"):
-                yaml_values(text)
-            assert tracemalloc.get_traced_memory()[1] < 2 * 10**6
-        finally:
-            tracemalloc.stop()
-
-
-def test_anchors_and_merges_of_a_recipe_are_read() -> None:
-    text = "x: &x {train: a.jsonl, limit: 5}\ndata: {<<: *x, limit: 6}\ny: [*x, *x]\n"
-    values, lines = yaml_values("\ufeff" + text)
-    assert values == yaml.safe_load(text)
-    assert lines["data", "limit"] == 2
-    parts = yaml_values("data: {train: a}\nmethod: [&b {name: bottleneck, form: pfeiffer}, *b]")[0]
-    forms = [part.form for part in Recipe.from_dict(parts, "method.1.form=lin").method.parts]
-    assert forms == ["pfeiffer", "lin"]  # the override of one is none of the other
-
-
-OVERRIDES = {
-    "no value": ("training.epochs", "expected section.key=value"),
-    "no key": ("=1", "expected section.key=value"),
-    "very deep": (".".join("a" * 5000) + "=1", "expected section.key=value"),
-    "very long": ("a" * 10**6, "expected section.key=value"),
-    "a number of a list with 5,000 digits": (f"method.{'9' * 5000}.r=1", "in a list of 1"),
-    "a superscript": ("method.².r=1", "in a list of 1"),
-    "a negative number": ("method.-1.r=1", "in a list of 1"),
-    "an anchor in itself": ("data.train=&a [*a]", "an anchor that holds itself"),
-    "Python": ("data.train=!!python/object/apply:os.system ['true']", "stands for no plain value"),
-    "nested": ("data.train=" + "[" * 10_000, "nested more than"),
-    "a long value": ("training.epochs=" + "x" * 10**5, "is 'xxx"),
-    "not YAML": ("data.train=[", "not valid YAML"),
-    "half a character": ("folder=\ud800", "not valid YAML|no text may hold"),
-}
-
-
-@pytest.mark.parametrize("name", OVERRIDES)
-def test_override_is_refused(name: str) -> None:
-    override, said = OVERRIDES[name]
-    with pytest.raises(RecipeError, match=said) as caught:
-        Recipe.from_dict({"data": {"train": "x"}, "method": [{"name": "lora"}]}, override)
-    assert len(str(caught.value)) < 1000
+# --- words of the command line ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -517,24 +393,6 @@ def test_name_of_a_model_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModelError) as caught:
         find_model(name, weights=False)
     assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    "name", ["a billion laughs", "Python", "a list in itself", "an escaped NUL", "not UTF-8", "nested", "a long value"]
-)
-def test_command_line_says_one_line(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text, _ = RECIPES[name]
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert main(["train", str(path)]) == 2
-    errors = capfd.readouterr().err
-    assert errors.startswith("qlora: ")
-    assert errors.count("\n") == 1
-    assert "Traceback" not in errors
-    assert [item.name for item in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 # --- pickles, and the one GGUF file that is read ---------------------------------------------------------------------
@@ -764,44 +622,3 @@ def test_any_change_is_read_or_refused_in_a_sentence(
         assert len(said) <= LONGEST
 
     each()
-
-
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(), st.lists))
-def test_what_is_shown_of_a_value_is_short_and_printable(value: object) -> None:
-    assert len(shown(value)) < 800
-    assert shown(value).isprintable()
-
-
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
-@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789eE+-.aNI\\ud', max_size=60).map(str.encode))
-def test_json_is_what_the_json_module_reads_or_a_fault(content: bytes) -> None:
-    try:
-        values = json_object(content)
-    except Fault:
-        return
-    assert str(values) == str(json.loads(content))
-
-
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
-@given(st.text(alphabet="{}[]\"',:?-&*!|>#\n ab01<=.~%", max_size=40))
-def test_yaml_is_what_pyyaml_reads_or_a_fault(text: str) -> None:
-    try:
-        values, _ = yaml_values(text)
-    except Fault:
-        return
-    assert str(values) == str(yaml.safe_load(text))
-
-
-def test_both_engines_find_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("atheris", reason="pip install 'qlora[fuzz]' brings the fuzzer that is guided by coverage")
-    if sys.platform == "win32":
-        pytest.skip("needs fork")
-    from benchmarks.survive import fuzz
-    from benchmarks.survive.size import Size
-
-    said: list[str] = []
-    rows = fuzz.run(tmp_path, Size(small=True), said.append, only="adapter")  # of all: make survive
-    assert len(rows) == len(said) == 4
-    assert [row for row in rows if row["failures"]] == []
-    assert all(row["inputs"] >= 10 for row in rows)

@@ -35,8 +35,8 @@ from typing import Any, TypeVar
 import yaml
 
 from qlora.files.durable import damage
-from qlora.files.strangers import Fault, read_object
 from qlora.files.lock import LOCK
+from qlora.files.strangers import Fault, read_object
 from qlora.runs.folder import RUN_FILES
 
 WORDS = [
