@@ -20,6 +20,7 @@ OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py", "qlora/doctor.py"},
     "transformers": {
         "qlora/model/",
+        "qlora/data/sandbox.py",
         "qlora/planning/dry_run.py",
         "qlora/chat.py",
         "qlora/runs/run.py",
@@ -35,9 +36,16 @@ OWNERS = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """The top-level packages that a file imports, wherever in it."""
+    """The top-level packages that a file imports, wherever in it, but for what only a type checker reads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unread = {
+        inside
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inside in ast.walk(node)
+    }
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in set(ast.walk(tree)) - unread:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
