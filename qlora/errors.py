@@ -137,15 +137,7 @@ _KEYS = re.compile(
 )
 _SECRET_NAMES = {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIALS", "APIKEY"}
 _PLACE_NAMES = {
-    "PATH",
-    "FILE",
-    "DIR",
-    "FOLDER",
-    "HOME",
-    "NAME",
-    "ID",
-    "TYPE",
-    "URL",
+    *["PATH", "FILE", "DIR", "FOLDER", "HOME", "NAME", "ID", "TYPE", "URL"]
 }  # HF_TOKEN_PATH says where the token is
 _SHORTEST_SECRET = 8  # characters; TOKEN=true would take every "true" with it
 

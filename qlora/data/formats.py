@@ -100,17 +100,22 @@ def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, s
     DataError is raised; it names the first that is wrong, what it holds, and how many more there are.
     """
     renamed = _renamed(records, columns or {})
+    first = renamed[0]
     if form == "auto":
-        form = detect_form(renamed[0].fields) or _refuse_unknown(renamed[0])
+        form = detect_form(first.fields) or ""
+    if not form:
+        forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
+        raise DataError(
+            f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}, which are no known form. The forms "
+            f"are {forms}; name other fields with data.columns, as in {{prompt: question, completion: answer}}."
+        )
     parsed = Parsed(form)
     mistakes: list[str] = []
     for record in renamed:
         try:
-            _require_form(record, form, renamed[0].place)
-            if form == "text":
-                parsed.records.append(_string(record.fields, "text"))
-            else:
-                parsed.records.append(_answered(replace(_FORMS[form].read(record.fields), place=record.place)))
+            _require_form(record, form, first.place)
+            read = _FORMS[form].read(record.fields)
+            parsed.records.append(read if isinstance(read, str) else _answered(replace(read, place=record.place)))
         except Mistake as mistake:
             mistakes.append(f"{capital(record.place)} {mistake}.")
     if mistakes:
@@ -152,15 +157,6 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
         fields |= {name: record.fields[theirs] for name, theirs in columns.items() if theirs in record.fields}
         renamed.append(Record(fields, record.source, record.unit, record.number))
     return renamed
-
-
-def _refuse_unknown(record: Record) -> str:
-    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
-    raise DataError(
-        f"{capital(record.place)} has the fields {listed(record.fields, 12) or '(none)'}, which are "
-        f"no known form. The forms are {forms}; name other fields with data.columns, as in {{prompt: question, "
-        f"completion: answer}}."
-    )
 
 
 def _require_form(record: Record, form: str, first: str) -> None:
@@ -220,6 +216,12 @@ def _prompt_completion(fields: Fields) -> Conversation:
     return _pair(_string(fields, "prompt"), _string(fields, "completion"))
 
 
+def _text(fields: Fields) -> str:
+    if not (found := _string(fields, "text")).strip():
+        raise Mistake("has an empty 'text'")
+    return found
+
+
 def _pair(question: str, answer: str, system: str = "") -> Conversation:
     asked: Message = {"role": "user", "content": question}
     return Conversation((*_system(system), asked, {"role": "assistant", "content": answer}))
@@ -244,7 +246,7 @@ class _Form:
     needs: tuple[str, ...]
     takes: tuple[str, ...]
     shape: str
-    read: Callable[[Fields], Conversation]
+    read: Callable[[Fields], Conversation | str]
     turn: str | None = None
     """For forms made of turns: the field that every turn has, which tells messages from ShareGPT."""
 
@@ -262,7 +264,7 @@ _FORMS = {
     "sharegpt": _Form(("conversations",), ("system", "tools"), "a list of {from, value}", _sharegpt, turn="from"),
     "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca),
     "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion),
-    "text": _Form(("text",), (), "text", lambda fields: Conversation(())),
+    "text": _Form(("text",), (), "text", _text),
 }
 
 
@@ -309,12 +311,7 @@ def _content(content: object, number: int) -> str:
 
 def _string(fields: Fields, name: str, needed: bool = True) -> str:
     value = fields.get(name)
-    if value is None and not needed:
-        return ""
-    value = text(value, f"'{name}'")
-    if needed and not value.strip() and name == "text":
-        raise Mistake("has an empty 'text'")
-    return value
+    return "" if value is None and not needed else text(value, f"'{name}'")
 
 
 def _tools(value: object) -> tuple[JsonObject, ...]:
