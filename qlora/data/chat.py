@@ -52,7 +52,7 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"""
 """The template of tokenizers without one. A tokenizer that begins every text with bos gets it here too."""
 
-_GROUP = 256  # conversations rendered and tokenised at once: no more texts than theirs are in memory
+_GROUP = 64  # conversations rendered and tokenised at once: no more texts than theirs are in memory
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.

@@ -163,7 +163,7 @@ def test_texts_answers_and_variables() -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("when", ["true", "messages | length > 1"])
+@pytest.mark.parametrize("when", [pytest.param("true", marks=pytest.mark.slow), "messages | length > 1"])
 def test_a_looping_template_costs_its_time_once(when: str, begun: list[int]) -> None:
     """Not for each of the questions that find out what it knows."""
     template = f"{{% if {when} %}}{LOOP}{{% endif %}}" + families.CHATML
@@ -176,7 +176,7 @@ def test_a_looping_template_costs_its_time_once(when: str, begun: list[int]) -> 
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("group", [1, 64])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_the_record_at_which_a_template_is_cut_off_is_named(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.data.chat._GROUP", group)
     talk = [Record({"messages": TALK}, "a.jsonl", "line", n) for n in range(1, 8)]
