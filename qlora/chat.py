@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from transformers import TextStreamer
 
-from qlora.data.rendering import CutOff, Refused, Renderer
+from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
 from qlora.evaluation import answer, room
 from qlora.runs.evaluate import chat_tokenizer, load_run
@@ -66,6 +66,7 @@ class _Screen(TextStreamer):
         super().on_finalized_text(visible(text), stream_end)
 
 
+@one_child()
 def talk(folder: str | Path, lines: TextIO | None = None) -> None:
     """Read questions line by line and print the answers as they come. ``/new`` forgets; ``/quit`` or the input's end leaves."""
     source = lines or sys.stdin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,20 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora.data.rendering import one_child
 from tests.data.conftest import make_tokenizer
 
 WORDS = [
     "what", "does", "copytree", "do", "it", "copies", "a", "whole", "folder", "hello", "there", "how", "are", "you",
     "today", "fine", "thank", "said", "the", "fox",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_renderer() -> Iterator[None]:
+    """One process for all templates of the session: a beginning costs half a second."""
+    with one_child():
+        yield
 
 
 def write_model(folder: Path, **sizes: Any) -> Path:

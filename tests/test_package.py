@@ -21,10 +21,10 @@ OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py"},
     "transformers": {
         "qlora/model/",
+        "qlora/data/sandbox.py",
         "qlora/planning/dry_run.py",
         "qlora/runs/",
         "qlora/chat.py",
-        "qlora/data/sandbox.py",
     },
     "datasets": {"qlora/data/sources.py"},
     "accelerate": {"qlora/training/"},
@@ -37,18 +37,20 @@ OWNERS = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """The top-level packages that a file imports, wherever in it, but for the types' sake alone."""
-    found: set[str] = set()
-    open_nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while open_nodes:
-        node = open_nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
+    """The top-level packages that a file imports, wherever in it, but for what only a type checker reads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unread = {
+        inside
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inside in ast.walk(node)
+    }
+    found = set()
+    for node in set(ast.walk(tree)) - unread:
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module.partition(".")[0])
-        open_nodes += ast.iter_child_nodes(node)
     return found
 
 

@@ -27,8 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.survive.size import Size
 from qlora import recipe as config
-from qlora.data import Row
-from qlora.data.examples import IGNORE_INDEX, make_example
+from qlora.data import IGNORE_INDEX, Row
+from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.errors import InputError
 from qlora.evaluation import score

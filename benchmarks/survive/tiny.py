@@ -35,8 +35,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from qlora.files.durable import damage, read_json
+from qlora.files.durable import damage
 from qlora.files.lock import LOCK
+from qlora.files.strangers import Fault, read_object
 from qlora.runs.folder import RUN_FILES
 
 WORDS = [
@@ -162,7 +163,9 @@ def broken(folder: Path) -> str | None:
     if adapter.is_dir() and (why := damage(adapter)):
         return f"adapter: {why}"
     for name in ("environment.json", "plan.json", "evaluation.json", "method.json"):
-        if (folder / name).is_file() and not read_json(folder / name):
+        try:
+            read_object(folder / name)
+        except Fault:
             return f"{name} is torn"
     report = folder / "report.html"
     if report.is_file() and not report.read_text(encoding="utf-8").rstrip().endswith("</html>"):
@@ -338,12 +341,6 @@ def _serve() -> None:
     sys.path.insert(0, os.getcwd())
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import qlora.chat
-    import qlora.cli
-    import qlora.export
-    import qlora.reporting
-    import qlora.runs.train  # noqa: F401
 
     assert torch.get_num_threads() == 1  # threads do not live through a fork
     LlamaForCausalLM(

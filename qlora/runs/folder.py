@@ -17,8 +17,9 @@ import torch
 from qlora.data import Data
 from qlora.data.chat import ChatTemplate
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
-from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover, read_json
+from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover
 from qlora.files.lock import LOCK, run_lock
+from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import resolve_device
 from qlora.model.checkpoint import find_model, fingerprint
 from qlora.model.tokenizer import load_tokenizer
@@ -61,7 +62,10 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         raise RunError(
             f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
         )
-    environment = read_json(folder / "environment.json")
+    try:
+        environment = read_object(folder / "environment.json", MAX_OURS) or {}
+    except Fault:
+        environment = {}
     if "recipe_sha256" not in environment:
         raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
     if digest(path.read_bytes()) != environment.get("recipe_sha256"):
@@ -134,7 +138,10 @@ def device_here(recipe: Recipe) -> torch.device:
 
 def template_of(recipe: Recipe, folder: Path) -> str | None:
     """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
-    planned = read_json(folder / "plan.json").get("data")
+    try:
+        planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
+    except Fault:
+        planned = None  # the template beside the adapter tells as much
     if "text" in (recipe.data.form, planned.get("form") if isinstance(planned, dict) else None):
         return None
     kept = folder / "adapter" / TEMPLATE

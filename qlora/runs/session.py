@@ -21,7 +21,8 @@ import torch
 from qlora.data import Data, Prompt, load_data
 from qlora.errors import RunError, redacted, visible
 from qlora.evaluation import HeldOut, answers
-from qlora.files.durable import read_json, write_json
+from qlora.files.durable import write_json
+from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
@@ -158,14 +159,14 @@ def speaker(quiet: bool) -> Callable[[str], None]:
 
 def read_evaluation(folder: Path) -> tuple[HeldOut | None, list[Generation]] | None:
     """(held out before, generations) from ``evaluation.json``; None before it is written. Raises RunError."""
-    values = read_json(folder / "evaluation.json")
-    if not values:
-        return None
     try:
+        values = read_object(folder / "evaluation.json", MAX_OURS)
+        if values is None:
+            return None
         before = values.get("held_out", {}).get("before")
         generations = [Generation(**item) for item in values.get("generations", [])]
         return (HeldOut(**before) if before else None), generations
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, Fault):
         raise damaged_evaluation(folder) from None
 
 

@@ -18,7 +18,8 @@ import torch
 
 from qlora.data import Data
 from qlora.errors import RecipeError, RunError, disk_is_full
-from qlora.files.durable import file_written_aside, read_json, write_json
+from qlora.files.durable import file_written_aside, write_json
+from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
 from qlora.methods import AdaptedModel
 from qlora.model import Base
@@ -35,10 +36,9 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base) -> None:
     A folder of the same recipe is left as it is. Raises RunError when it holds another one's run.
     """
     text = recipe.to_yaml().encode()  # as the digest has it, also where lines end otherwise
-    known = read_json(folder / ENVIRONMENT).get("recipe_sha256") if (folder / ENVIRONMENT).is_file() else None
-    if known == digest(text):
-        return
-    if known is not None:
+    if (folder / ENVIRONMENT).is_file():
+        if recorded_digest(folder) == digest(text):
+            return
         raise RunError(
             f"There is a run of another recipe in '{folder}'; choose another folder, or delete it if it is not needed."
         )
@@ -51,6 +51,14 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base) -> None:
             raise
         raise RunError(f"The run folder '{folder}' cannot be written ({error}); choose another.") from None
     write_json(folder / ENVIRONMENT, environment_of(recipe, data, base))
+
+
+def recorded_digest(folder: Path) -> object:
+    """The digest of the recipe that the run in ``folder`` began with; None where that cannot be read."""
+    try:
+        return (read_object(folder / ENVIRONMENT, MAX_OURS) or {}).get("recipe_sha256")
+    except Fault:
+        return None
 
 
 def recipe_of(

@@ -16,6 +16,7 @@ from qlora.errors import MethodError
 from qlora.methods import METHODS
 from qlora.methods.files import WEIGHTS
 from qlora.recipe import Recipe, parts_of
+from qlora.runs.export import compare_merged
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
