@@ -22,6 +22,7 @@ from transformers import (
 from qlora.methods import AdaptedModel
 from qlora.model.load import Base, load_base
 from qlora.recipe import ModelSection
+from tests.rounding import difference as difference
 
 VOCABULARY = 96
 SIZES = {
@@ -80,9 +81,3 @@ def stir(model: AdaptedModel, size: float = 0.1) -> None:
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=TOKENS, use_cache=False).logits.float()
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max())
