@@ -490,7 +490,7 @@ class Trainer:
         reads = [
             method.section.name
             for method in self.model.methods
-            if method.reads_gradients or method.penalty() is not None
+            if method.section.name == "adalora" or method.penalty() is not None
         ]
         for wrong, why in (
             (

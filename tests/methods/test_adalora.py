@@ -325,7 +325,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path, field: str, value: An
 def test_as_plain_lora_without_what_was_pruned(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "base")
     ours = trained(folder, section=SECTION.model_copy(update={"r": 1}))
-    pairs, ranks = method_of(ours).pairs(), method_of(ours).ranks()
+    pairs, ranks = method_of(ours).layout.pairs(), method_of(ours).ranks()
     assert {path: len(lora_A) for path, (lora_A, _) in pairs.items()} == {path: max(1, r) for path, r in ranks.items()}
     assert save_portable(ours, tmp_path / "plain") is None
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -188,7 +188,7 @@ def test_where_there_is_no_place_a_sentence_says_so(tmp_path: Path, family: str,
     ):
         merge(folder, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     assert not (tmp_path / "out").exists()
-    assert "new" not in (ours.methods[0].why_not_portable() or "new")
+    assert "new" not in (ours.methods[0].layout.why_not_portable() or "new")
 
 
 def test_saved_under_the_names_of_a_plain_model(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_an_encoder_with_a_classifier() -> None:
     assert "bert.embeddings.LayerNorm" in model.planted
     assert "bert.encoder.layer.1.attention.output.LayerNorm" in model.planted
     assert "classifier" not in model.planted
-    assert model.methods[0].why_not_merged() is None
+    assert model.methods[0].merge.why_not() is None
 
 
 def test_a_channels_first_norm_is_left_alone() -> None:

@@ -162,7 +162,7 @@ def exact(folders: Path, kind: str) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for name, weight in WEIGHTS.items():
         model = load_adapter(tiny_base(folders / "base", "none"), folders / kind / name)
-        for path, (lora_A, lora_B) in model.methods[0].pairs().items():
+        for path, (lora_A, lora_B) in model.methods[0].layout.pairs().items():
             total[path] = total.get(path, torch.zeros(())) + weight * lora_B @ lora_A
     return total
 
@@ -210,7 +210,7 @@ def test_the_folder_loads_here_and_in_peft(folders: Path, tmp_path: Path, how: s
     save_combined(tmp_path / "new", adapters(folders, kind), WEIGHTS, how)
     pairs = combine(adapters(folders, kind), WEIGHTS, how)
     ours = load_adapter(tiny_base(folders / "base", "none"), tmp_path / "new")
-    loaded = {path: lora_B @ lora_A for path, (lora_A, lora_B) in ours.methods[0].pairs().items()}
+    loaded = {path: lora_B @ lora_A for path, (lora_A, lora_B) in ours.methods[0].layout.pairs().items()}
     assert worst(loaded, deltas(pairs)) < 1e-6
     assert ours.section.target_modules == ("down_proj", "q_proj", "v_proj")
     base = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
@@ -261,7 +261,7 @@ def test_loaded_adapters_are_combined_like_their_files(folders: Path) -> None:
 def test_what_is_lora_in_the_end_is_combined_when_loaded(folders: Path, tmp_path: Path, section: Any) -> None:
     model = loaded(folders, section)
     ours = deltas(combine({"it": model, "one": folders / "other" / "one"}, [1.0, 0.0], "cat"))
-    wanted = {path: lora_B @ lora_A for path, (lora_A, lora_B) in model.methods[0].pairs().items()}
+    wanted = {path: lora_B @ lora_A for path, (lora_A, lora_B) in model.methods[0].layout.pairs().items()}
     assert worst({path: ours[path] for path in wanted}, wanted) < 1e-6
     save_adapter(model, tmp_path / "it")
     with pytest.raises(MethodError, match=r"only plain LoRA is combined from its files"):

@@ -20,7 +20,7 @@ from qlora import recipe as config
 from qlora.errors import MethodError, RunError
 from qlora.files.durable import clear_leftovers, folder_written_aside
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
-from qlora.methods.lora import LoraMethod
+from qlora.methods.lora import LoraLayout
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
@@ -287,7 +287,7 @@ def test_a_load_that_is_interrupted_leaves_the_base_bare(tmp_path: Path, monkeyp
         def failing(*rest: Any, error: type[BaseException] = error) -> None:
             raise error
 
-        monkeypatch.setattr(LoraMethod, "load", failing)
+        monkeypatch.setattr(LoraLayout, "load", failing)
         with pytest.raises(error):
             load_adapter(base, tmp_path / "adapter")
         assert [name for name, _ in base.model.named_modules()] == modules

@@ -287,7 +287,7 @@ def test_a_name_that_ends_another_is_written_out(tmp_path: Path) -> None:
     network = nn.ModuleDict({"kv_fc": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})
     block = nn.ModuleDict({"layers": nn.ModuleList([network])})
     model = apply_method(block, config.IA3(target_modules=("kv_fc",), feedforward_modules=("fc",)))
-    values = model.methods[0].peft_config(model.paths)
+    values = model.methods[0].layout.peft_config(model.paths)
     ends = tuple(values["feedforward_modules"])
     assert [path for path in model.planted if path.endswith(ends)] == ["layers.0.fc"]
     assert set(ends) <= set(values["target_modules"])
