@@ -4,7 +4,7 @@ Bits are equal only where the same kernels run on the same numbers. Everywhere e
 another order than those of the next, so a bound must come from the computation itself, not from what one machine gave:
 
     no_worse(ours, plain, exact)     ours may err as the plain fp32 result does, against the same in float64
-    rounding(terms, sums)            two fp32 results without such a reference: how far another order can take them
+    rounding(sums, terms)            two fp32 results without such a reference: how far another order can take them
 
 Knows tensors and models; must not know what a test is about.
 """
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+MODEL = 18  # sums one after the other in a tiny model of two layers: 8 a layer, the embedding's norm and the head
+GRADIENT = 2 * MODEL  # there and back
+LAYER = 8  # one adapted linear or convolution: the product, the adapter's two, a norm, and there and back
+WIDTH = 128  # the terms of the longest sum in a tiny model
 FACTOR = 4.0  # ours may add up in a less lucky order than the plain result: the largest of many errors varies by this
 FLOOR = 16.0  # in eps: a plain result may be exact by luck, where ours still has to round
-LAYERS = 18  # sums one after the other in a tiny model of two layers: 8 a layer, the embedding's norm and the head
-WIDTH = 128  # the terms of its longest sum
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -35,12 +37,12 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return worst / largest if largest else worst
 
 
-def rounding(terms: int = WIDTH, sums: int = LAYERS, dtype: torch.dtype = torch.float32) -> float:
+def rounding(sums: int = MODEL, terms: int = WIDTH, dtype: torch.dtype = torch.float32) -> float:
     """What ``difference`` may be between two orders of computing the same: ``sums`` sums of ``terms`` numbers each.
 
     A sum of n numbers errs by about √n · eps/2 of their size (Higham 2002, section 2.8), two of them are √n · eps apart,
     and what one got wrong the next takes in. As it stands: the logits of a tiny model, 2.4e-5 in fp32. A mistake in a
-    formula shows from 1e-3 on. Gradients go through all sums twice: ``rounding(sums=2 * LAYERS)``.
+    formula shows from 1e-3 on. Gradients go through all sums twice: ``rounding(GRADIENT)``.
     """
     return float(torch.finfo(dtype).eps * sums * terms**0.5)
 

@@ -80,4 +80,5 @@ def stir(model: AdaptedModel, size: float = 0.1) -> None:
 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits.float()
+        logits: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
