@@ -89,8 +89,23 @@ class AdaLoraLayout(Layout):
     peft_type = "ADALORA"
     only = {"bias": ("none", None), "init_lora_weights": (True, False, None)}  # noqa: RUF012
     read = frozenset(
-        {"r", "init_r", "target_r", "lora_alpha", "lora_dropout", "target_modules", "total_step", "tinit", "tfinal"}
-        | {"deltaT", "beta1", "beta2", "orth_reg_weight", "rank_pattern", "fan_in_fan_out"}
+        [
+            "r",
+            "init_r",
+            "target_r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "total_step",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "rank_pattern",
+            "fan_in_fan_out",
+        ]
     )
 
     def fitted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -23,12 +23,14 @@ from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
 from qlora.methods.targets import choose_targets, leaf, matches
-from qlora.model.nf4 import is_linear
+from qlora.model.nf4 import features, is_linear
 from qlora.recipe.methods import BitFit
 
 
 class BiasLayer(Planted):
     """A frozen linear or LayerNorm with a ``trained_bias`` [out]; ``bias`` is the base's own."""
+
+    base: nn.Linear | nn.LayerNorm
 
     def __init__(self, base: nn.Module, bias: Tensor) -> None:
         super().__init__(base)
@@ -36,12 +38,11 @@ class BiasLayer(Planted):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] → […, out] in the dtype of ``x``."""
-        base: Any = self.base
-        y: Tensor = base(x)
+        y: Tensor = self.base(x)
         if not self.enabled:
             return y
-        bias = self.trained_bias
-        change = bias if base.bias is None else bias - base.bias.to(bias.dtype)
+        bias, own = self.trained_bias, self.base.bias
+        change = bias if own is None else bias - own.to(bias.dtype)
         return y + change.to(y.dtype)
 
     @torch.no_grad()
@@ -168,10 +169,10 @@ class BitFitMethod(Method):
 
     def new_layer(self, module: nn.Module) -> BiasLayer:
         """A bias on ``module`` that begins as its own, or at zero."""
-        old: Any = module.bias
-        size = tuple(old.shape) if old is not None else (outputs_of(module),)
+        old = module.bias
+        size = old.shape if isinstance(old, Tensor) else (features(module)[0],)
         bias = torch.zeros(size, device=self.device, dtype=self.dtype)
-        if old is not None and not old.is_meta:
+        if isinstance(old, Tensor) and not old.is_meta:
             bias.copy_(old)
         return BiasLayer(module, bias)
 
@@ -185,11 +186,6 @@ def has_norm_bias(module: nn.Module) -> bool:
 def can_carry_bias(module: nn.Module) -> bool:
     """Whether BitFit has a form for ``module``."""
     return is_linear(module) or has_norm_bias(module)
-
-
-def outputs_of(linear: Any) -> int:
-    """The outputs of a linear without a bias; Conv1D always has one."""
-    return int(linear.out_features)
 
 
 def _shapes(architecture: Any, config: Any) -> dict[str, tuple[int, ...]]:

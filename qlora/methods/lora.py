@@ -210,11 +210,18 @@ class LoraLayout(Layout):
         "bias": ("none", None),
         "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     }
-    read = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}) | {
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-    }
+    read = frozenset(
+        [
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+        ]
+    )
 
     def __init__(self, method: Method) -> None:
         super().__init__(method)

@@ -238,7 +238,7 @@ def dense_copy(module: nn.Module) -> nn.Module:
     What ``module`` keeps in host memory, the copy has on the device: it is to train there.
     """
     whole = [part for part in module.modules() if isinstance(part, FrozenLinear | HostLinear)]
-    packed: dict[int, Any] = {id(part): dense_linear(part) for part in whole}
+    packed: dict[int, nn.Module] = {id(part): dense_linear(part) for part in whole}
     streamed = [part for part in module.modules() if id(part) not in packed and getattr(part, "away", None) is not None]
     packed |= {id(part): _copy_of_streamed(part) for part in streamed}
     copied: nn.Module = copy.deepcopy(module, packed)  # deepcopy takes what its memo holds in the place of the original

@@ -184,7 +184,7 @@ class NewTokensLayout(Layout):
                 )
         return kept
 
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
+    def peft_config(self, every_path: list[str]) -> Fields:
         """PEFT's TrainableTokensConfig, or the field of another config that says the same.
 
         PEFT matches the plain end of a path, and finds a tied head by itself.
@@ -340,7 +340,7 @@ class NewTokensMethod(Method):
         mean = mean.to(self.dtype)
         return nn.Parameter(mean.repeat(len(self.ids), 1)), mean
 
-    def _announce(self, model: Any, which: int) -> None:
+    def _announce(self, model: nn.Module, which: int) -> None:
         """Give the base the tokenizer and the size before (0) or after (1)."""
         self.base.tokenizer = self.tokenizers[which]
         # a model's own loss folds its logits by these

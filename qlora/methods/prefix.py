@@ -287,7 +287,7 @@ class PrefixMethod(Method):
         return {path: PrefixAttention(base, values.to(self.device, self.dtype)) for (path, base), values in pairs}
 
     @torch.no_grad()
-    def _of_text(self, model: Any) -> list[Tensor]:
+    def _of_text(self, model: nn.Module) -> list[Tensor]:
         """The keys and values that the base has for the text, by layer [P, 2, H, E]."""
         assert self.section.init_text is not None
         ids = tokens_of_text(self.base, self.section.init_text, self.section.tokens)
@@ -333,7 +333,7 @@ class PrefixMethod(Method):
             layer.project(on)
 
 
-def refuse_other_attention(model: Any) -> None:
+def refuse_other_attention(model: nn.Module) -> None:
     """Raise MethodError for attention that takes no mask, biases it by position, or reads another layer's keys."""
     config = getattr(model, "config", None)
     kernel = getattr(config, "_attn_implementation", None)
@@ -347,7 +347,7 @@ def refuse_other_attention(model: Any) -> None:
         raise _no_place(model, "some of its layers read the keys of others")
 
 
-def find_attentions(model: Any) -> dict[str, nn.Module]:
+def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's attention by module path: what takes a cache and a mask. Raises MethodError unless each has one."""
     try:
         layers = sublayers.layers(model)
@@ -369,7 +369,7 @@ def _takes_cache(path: str, module: nn.Module) -> bool:
     return "attention_mask" in names and any(name in CACHES for name in names) and "base" not in path.split(".")
 
 
-def find_positions(model: Any) -> dict[str, nn.Module]:
+def find_positions(model: nn.Module) -> dict[str, nn.Module]:
     """What turns positions into embeddings or rotations, by module path. Raises MethodError when nothing does."""
     inside = {id(module) for module in sublayers.layers(model).modules()}
     below = {id(module) for module in sublayers.decoder(model).modules()} - inside
@@ -383,13 +383,13 @@ def find_positions(model: Any) -> dict[str, nn.Module]:
     return found
 
 
-def heads_of(model: Any) -> tuple[int, int]:
+def heads_of(model: nn.Module) -> tuple[int, int]:
     """(key-value heads, size of a head) by the model's configuration, as PEFT reads it."""
     config = sublayers.text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _no_place(model: Any, why: str) -> MethodError:
+def _no_place(model: nn.Module, why: str) -> MethodError:
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     return MethodError(f"Prefix tuning has no place in this {name} model: {why}; use another method, as prompt_tuning.")

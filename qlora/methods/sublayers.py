@@ -62,12 +62,12 @@ def sublayer(layers: dict[str, nn.Module], path: str, part: str) -> str:
     Raises MethodError, naming what the layer has, when it has no such part or one of another width.
     """
     layer = layers[path]
-    name = _first(layer, PARTS[part])
-    if name is not None and part != "whole MLP" and "residual" in arguments(at(layer, name)):
-        last = _first(at(layer, name), LAST_LINEAR)
-        name = None if last is None else f"{name}.{last}"
-    d = width(layer)
+    name, d = _first(layer, PARTS[part]), width(layer)
     module = None if name is None else at(layer, name)
+    if module is not None and part != "whole MLP" and "residual" in arguments(module):
+        last = _first(module, LAST_LINEAR)
+        name = None if last is None else f"{name}.{last}"
+        module = None if last is None else at(module, last)
     if module is None or (is_linear(module) and features(module)[0] != d):
         raise MethodError(
             f"'{path}', a {type(unplanted(layer)).__name__}, has no {part} under the names {', '.join(PARTS[part])} that "
@@ -98,14 +98,14 @@ def _children(module: nn.Module) -> list[str]:
 # ── what any model is asked ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def at(module: nn.Module, path: str) -> Any:
+def at(module: nn.Module, path: str) -> nn.Module | None:
     """The module at ``path`` inside ``module``, or None; where something is planted on the way, what stood there."""
-    found: Any = unplanted(module)
+    found = unplanted(module)
     for name in path.split("."):
-        found = getattr(found, name, None)
-        if not isinstance(found, nn.Module):
+        inside = getattr(found, name, None)
+        if not isinstance(inside, nn.Module):
             return None
-        found = unplanted(found)
+        found = unplanted(inside)
     return found
 
 

@@ -94,7 +94,8 @@ class Adapters(OnBase):
             _refuse_full(name, read_adapter_config(folder))
             adapter = load_adapter(self.base, folder)
             adapter.remove()
-        return self._keep(name, adapter)
+        self._adapters[name] = adapter
+        return adapter
 
     def add(self, name: str, adapter: Any, seed: int = 0) -> AdaptedModel:
         """Hold ``adapter`` as ``name``: an adapted model of this very base, or the section of a new one, as ``LoRA(r=8)``.
@@ -113,7 +114,8 @@ class Adapters(OnBase):
             if any(isinstance(module, Planted) for module in self.model.modules()):
                 adapter.remove()
             refuse_adapted(self.base)
-        return self._keep(name, adapter)
+        self._adapters[name] = adapter
+        return adapter
 
     def remove(self, name: str) -> AdaptedModel:
         """Let go of the adapter ``name`` and return it; when it is in use, the base answers alone from now on."""
@@ -175,10 +177,6 @@ class Adapters(OnBase):
                     yield
                 finally:
                     self._mixing = False
-
-    def _keep(self, name: str, adapter: AdaptedModel) -> AdaptedModel:
-        self._adapters[name] = adapter
-        return adapter
 
     @contextmanager
     def _bare(self, name: str) -> Iterator[None]:

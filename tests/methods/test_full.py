@@ -82,7 +82,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     training = TrainingSection(
         batch_size=4, micro_batch_size=2, steps=3, learning_rate=1e-3, schedule="constant", warmup_fraction=0.0,
-        max_grad_norm=None,
+        max_grad_norm=None, epsilon=1e-2,  # with 1e-8 Adam takes whole steps where a gradient is nothing but rounding
     )  # fmt: skip
     ours = full(folder)
     trainer = Trainer(ours, rows(), training)
@@ -102,7 +102,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for name, values in plain.named_parameters():
-        torch.testing.assert_close(ours.trainable_parameters()[name], values, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours.trainable_parameters()[name], values, rtol=rounding(), atol=rounding())
 
 
 @pytest.mark.parametrize("tied", [True, False])

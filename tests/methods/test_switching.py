@@ -407,3 +407,14 @@ def test_a_base_that_carries_something_and_full_fine_tuning_are_refused(folder: 
     with pytest.raises(MethodError, match="'whole' is full fine-tuning, which overwrites the base"):
         adapters.add("whole", config.Full())
     assert not any(isinstance(module, LoraLinear) for module in adapters.model.modules())
+
+
+def test_its_repr_lists_the_adapters(folder: Path, adapters: Adapters) -> None:
+    lines = repr(adapters).splitlines()
+    assert lines[0] == f"Adapters on {adapters.base.name} (nf4, cpu), answering: the base alone"
+    assert [line.partition(":")[0].strip() for line in lines[1:]] == list(adapters.names)
+    name = adapters.names[0]
+    assert lines[1] == f"  {name}: lora, {adapters[name].count_trainable():,} numbers"
+    adapters.use(name)
+    assert repr(adapters).splitlines()[0].endswith(f"answering: {name}")
+    assert repr(Adapters(tiny_base(folder / "base"))).endswith("no adapter yet")
