@@ -38,7 +38,7 @@ from qlora.recipe.methods import AdaLoRA
 PARTS = ("lora_A", "lora_E", "lora_B")
 AVERAGES = ("importance", "uncertainty")
 FIRST_SPREAD = 0.02  # the standard deviation that A and B begin with
-NOMINAL_STEPS = 1000  # what adapter_config.json calls all steps while nothing has told how many there are
+NOMINAL_STEPS = 1000  # total_step in adapter_config.json before the first step, when nobody knows it
 
 
 class AdaLoraLinear(Planted):
@@ -182,7 +182,7 @@ class AdaLoraLayout(Layout):
         """(E ⊙ A, scaling · B) without the triplets that do nothing; one such where there is no other."""
         found = {}
         for path, layer in self.method.planted.items():
-            if layer.lora_E.is_meta:  # none can be told apart: the most that it may be
+            if layer.lora_E.is_meta:  # they cannot be counted: the most that it may be
                 found[path] = layer.lora_A.float(), layer.lora_B.float()
                 continue
             on = layer.lora_E.flatten() != 0
@@ -207,7 +207,7 @@ class AdaLoraMethod(Method):
         """By parameter, the smoothed importance and uncertainty of its numbers, fp32; none before the first step and
         after the last allocation."""
         self.total: int | None = None
-        """All steps, as soon as training tells."""
+        """How many steps there are in all; None until training says."""
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
         """Raises MethodError where a target's smaller side is below ``initial_r``."""

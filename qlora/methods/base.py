@@ -55,7 +55,7 @@ METHODS: dict[str, type[Method]] = {
     "new_tokens": NewTokensMethod,
 }
 
-MOST_TOLD = 100  # characters of a method's settings in a repr
+MOST_SHOWN = 100  # characters of a method's settings in a repr
 
 
 class OnBase:
@@ -116,7 +116,7 @@ class AdaptedModel(OnBase):
         base = self.base
         return "\n".join(
             [
-                f"AdaptedModel: {' and '.join(map(_told, parts_of(self.section)))} on {base.name} "
+                f"AdaptedModel: {' and '.join(map(_described, parts_of(self.section)))} on {base.name} "
                 f"({'unquantised' if base.quantization == 'none' else base.quantization}, {base.device})",
                 f"  trains {numbers:,} numbers, {100 * numbers / _numbers_in(self):.3g} % of all, in {' and '.join(kinds)} "
                 f"({bytes_text(size)})",
@@ -188,17 +188,13 @@ class AdaptedModel(OnBase):
         Raises MethodError before anything is copied: keys that are missing, that nothing here is called, shapes that do
         not fit, values that are not finite. ``what`` is what such a message calls the adapter.
         """
-        self._load(self._fitted(tensors, what), None)
+        self._load(self._fitted(tensors, what), [])
 
     def method_state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside ``adapter_state``; empty for most methods."""
         return {
             f"{method.section.name}/{key}": values for method in self.methods for key, values in method.state().items()
         }
-
-    def load_method_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in what ``method_state`` gave, after the adapter's own state. Raises MethodError when it does not fit."""
-        self._load(None, self._by_method(tensors))
 
     def load_state(
         self, adapter: Mapping[str, Tensor], method: Mapping[str, Tensor], what: str = "This adapter"
@@ -228,13 +224,11 @@ class AdaptedModel(OnBase):
         return found
 
     @torch.no_grad()
-    def _load(self, adapter: Mapping[str, Tensor] | None, states: list[dict[str, Tensor]] | None) -> None:
-        if adapter is not None:
-            for method in self.methods:
-                method.layout.load(adapter)
-        if states is not None:
-            for method, values in zip(self.methods, states, strict=True):
-                method.load_state(values)
+    def _load(self, adapter: Mapping[str, Tensor], states: list[dict[str, Tensor]]) -> None:
+        for method in self.methods:
+            method.layout.load(adapter)
+        for method, values in zip(self.methods, states, strict=False):  # there is one for each, or none
+            method.load_state(values)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -286,11 +280,11 @@ def _detach(model: nn.Module, methods: list[Method]) -> None:
         method.detach(model)
 
 
-def _told(section: MethodSection) -> str:
+def _described(section: MethodSection) -> str:
     """A method for people, with what its section sets: ``lora (r=8, alpha=16.0)``."""
     chosen = {key: value for key, value in section.model_dump(exclude_defaults=True).items() if key != "name"}
-    told = f"{section.name}" + (f" ({', '.join(f'{key}={value}' for key, value in chosen.items())})" if chosen else "")  # type: ignore[attr-defined]
-    return told if len(told) <= MOST_TOLD else f"{told[:MOST_TOLD]}…"
+    text = f"{section.name}" + (f" ({', '.join(f'{key}={value}' for key, value in chosen.items())})" if chosen else "")  # type: ignore[attr-defined]
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def _numbers_in(adapted: AdaptedModel) -> int:

@@ -128,11 +128,10 @@ class Bottleneck(Planted):
 class BottleneckMerge(Merge):
     """Between down and up is an activation."""
 
-    def why_not(self) -> str | None:
-        return (
-            "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
-            "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
-        )
+    reason = (
+        "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
+        "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
+    )
 
 
 class BottleneckMethod(Method):

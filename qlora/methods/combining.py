@@ -73,12 +73,17 @@ def combine(
     Where an adapter lacks a target, the others decide there alone. Raises MethodError for what is no LoRA on linears, for
     adapters of different bases, and for different ranks in a way that adds up A and B.
     """
-    told: HowSettings = {"density": density, "rank": rank, "majority_sign_method": majority_sign_method, "seed": seed}
-    return _combine(_parts(adapters), weights, how, device, **told)
+    settings: HowSettings = {
+        "density": density,
+        "rank": rank,
+        "majority_sign_method": majority_sign_method,
+        "seed": seed,
+    }
+    return _combine(_parts(adapters), weights, how, device, **settings)
 
 
 class HowSettings(TypedDict, total=False):
-    """What a way of combining may be told; see ``combine``."""
+    """Settings of a way of combining; see ``combine``."""
 
     density: float | None
     rank: int | None

@@ -97,7 +97,7 @@ class Watcher:
 
     @property
     def settled(self) -> bool:
-        """Whether no target's directions move any more."""
+        """Whether no target's directions change any more."""
         return len(self.leaders) == len(self.planted) and all(found.settled for found in self.directions.values())
 
 
@@ -146,7 +146,7 @@ def look(
 
 
 def _refuse_without_tokens(model: nn.Module) -> None:
-    # a model without a decoder counts as its own; what it takes tells
+    # a model that names no decoder counts as its own, so ask what it takes
     if not {"input_ids", "position_ids"} <= set(arguments(decoder(model))):
         raise MethodError(
             f"method.init is eva, which sends batches of tokens through a decoder, but {type(model).__name__} has none that "

@@ -118,7 +118,7 @@ def save_pairs(
 
     ``targets`` are the names that reach exactly these paths; ``about`` are the config's fields that name the base,
     ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, and ``transposed`` says that some of the base's
-    weights lie as [in, out] (GPT-2).
+    weights are stored as [in, out] (GPT-2).
     """
     r = max(len(lora_A) for lora_A, _ in pairs.values())
     tensors = {}
@@ -391,7 +391,7 @@ def _check_same(here: Any, there: Any, paths: Iterable[str], folder: Path) -> No
 
 
 def _kind(part: Any) -> tuple[str, str]:
-    """What tells the parts of a section apart: only bottlenecks may be there several times, in different forms."""
+    """What distinguishes the parts of a section: only bottlenecks may be there several times, in different forms."""
     return part.name, getattr(part, "form", "")
 
 

@@ -77,7 +77,7 @@ class FullMethod(Method):
         self.aliases: dict[str, nn.Parameter] = {}
         """The same by every name that the model has for it."""
         self.averages: dict[str, Tensor] = {}
-        """Buffers that are saved with a model: a batch norm's running means move in training too."""
+        """Buffers that are saved with a model: a batch norm's running means change in training too."""
         self.moved = False
         """Whether the weights are known to be no longer the base's."""
         self.versions: list[int] = []

@@ -83,7 +83,7 @@ class Ia3Linear(Planted):
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, its rows or columns rescaled; ``bias`` [out] with the rows."""
         scale = self.ia3_l.to(values)
         if name == "weight":
-            # l lies along the last dimension of W for its columns, and of Conv1D's for its rows
+            # l runs along the last dimension of W for its columns, and of Conv1D's for its rows
             last = self.feedforward is not is_transposed(self.base)
             values.mul_(scale if last else scale.unsqueeze(1))
         elif name == "bias" and not self.feedforward:

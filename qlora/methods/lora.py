@@ -2,7 +2,7 @@
 
     y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ          A [r, in], B [out, r], scaling = alpha / r
 
-Knows this formula, its gradients and how it is planted; must not know how W is stored (``dense_weight`` tells), adapter
+Knows this formula, its gradients and how it is planted; must not know how W is stored (ask ``dense_weight``), adapter
 files, or the training loop.
 """
 
@@ -77,7 +77,7 @@ class LoraLinear(Planted):
         return AdaptedLinear.apply(as_autocast(x), self.beginning.lora_A, self.beginning.lora_B, self, 0.0)
 
     def before_quantising(self, weight: Tensor) -> Tensor:
-        """What the frozen weight was made from; ``weight`` lies as the checkpoint has it."""
+        """What the frozen weight was made from; ``weight`` has the checkpoint's layout."""
         return weight if self.beginning is None else self._turned(weight, self.beginning.frozen_from)
 
     def original(self, weight: Tensor) -> Tensor:
@@ -434,5 +434,5 @@ def scaling_of(section: LowRankSection, path: str) -> float:
 
 
 def any_transposed(planted: Mapping[str, Planted]) -> bool:
-    """PEFT's ``fan_in_fan_out``: whether weights lie as [in, out] somewhere. PEFT itself then looks at each."""
+    """PEFT's ``fan_in_fan_out``: whether some weights are stored as [in, out]; PEFT then looks at each."""
     return any(is_transposed(layer.base) for layer in planted.values())

@@ -88,7 +88,7 @@ class LoraEmbedding(Planted):
 
 
 class LoraConv2d(Planted):
-    """A frozen convolution with an adapter beside it: ``lora_A`` [r, in, h, w], which moves as the base does, and
+    """A frozen convolution with an adapter beside it: ``lora_A`` [r, in, h, w], which slides as the base does, and
     ``lora_B`` [out, r, 1, 1]."""
 
     base: nn.Conv2d

@@ -1,13 +1,13 @@
 """How what a method learned becomes part of the base's weights, tensor by tensor.
 
-The defaults ask the planted module that a tensor lies in, and change nothing else of the model. Knows names of tensors and
+By default the planted module that a tensor belongs to is asked, and nothing else of the model changes. Knows names of tensors and
 planted modules; must not know checkpoints, or how merged files are written.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 class Merge:
     """One method's part of a merged model."""
 
+    reason: ClassVar[str | None] = None
+    """Why no weights of a base can hold such a method, and what to do, without a full stop; None where they can."""
+
     def __init__(self, method: Method) -> None:
         self.method = method
 
     def why_not(self) -> str | None:
-        """Why the trained method cannot become part of the base's weights, and what to do, without a full stop; None where
-        it can."""
-        return None
+        """``reason``, or what speaks against merging in this model."""
+        return self.reason
 
     def merged(self, name: str, values: Tensor) -> Tensor:
         """The model's tensor ``name`` (as ``model.layers.0.mlp.up_proj.weight``), in fp32, with what was learned added."""
@@ -63,7 +65,7 @@ class Merge:
         """Write into the merged model's ``folder`` what else it needs, as a tokenizer with new tokens."""
 
     def layer_of(self, name: str) -> tuple[Planted | None, str]:
-        """(the planted module that the tensor ``name`` lies in, the tensor's name inside it); None where none does."""
+        """(the planted module that the tensor ``name`` belongs to, its name inside that); None where there is none."""
         parts = name.split(".")
         for count in range(len(parts) - 1, 0, -1):
             layer = self.method.planted.get(".".join(parts[:count]))

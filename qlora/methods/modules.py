@@ -7,10 +7,10 @@ memory for all of them is lacking. A head that is tied to the embedding is untie
 trains.
 
 The copy is kept in the adapter's dtype and computed with in the base's, so that it begins as exactly what the base is. That
-dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would not move, since a
+dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would never change, since a
 step of 1e-4 is rounded away there.
 
-Knows modules and their names; must not know what they compute, how W is stored (``dense_weight`` tells) or the training loop.
+Knows modules and their names; must not know what they compute, how W is stored (ask ``dense_weight``) or the training loop.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ matrices stay as they are, and the new rows stand beside them. A tied head uses 
 Rows begin as the mean of all rows, which is how a token looks that nothing is known of (Hewitt 2021, "Initializing New
 Word Embeddings for Pretrained Language Models").
 
-The ids are the tokenizer's next free ones. They may lie inside a vocabulary that was padded to a round number, and take
-the place of unused rows there. Where the tokenizer has more tokens than the model has rows (Gemma 3), the rows between are
+The ids are the tokenizer's next free ones. They may fall inside a vocabulary that was padded to a round number, and then
+take the place of unused rows. Where the tokenizer has more tokens than the model has rows (Gemma 3), the rows between are
 added too.
 
 While it is disabled the base answers as it would have before the first step: its own rows and logits, and for the new
@@ -335,7 +335,7 @@ class NewTokensMethod(Method):
         mean = torch.zeros(weight.shape[1], device=self.device)
         if not weight.is_meta:  # there, shapes are wanted, or values follow
             for rows in weight.split(ROWS_AT_ONCE):
-                mean += rows.to(mean.device).float().sum(0)  # it may lie in host memory
+                mean += rows.to(mean.device).float().sum(0)  # it may be in host memory
             mean /= len(weight)
         mean = mean.to(self.dtype)
         return nn.Parameter(mean.repeat(len(self.ids), 1)), mean

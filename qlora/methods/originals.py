@@ -2,7 +2,7 @@
 
     own_weight → what was quantised       put → another weight is quantised, or written       put_back → as it was loaded
 
-One weight in memory at a time: it is read from the checkpoint again. Knows checkpoints and how a linear keeps its weight;
+One weight is in memory at a time; it is read from the checkpoint again. Knows checkpoints and how a linear keeps its weight;
 must not know what is put there, or why.
 """
 
@@ -75,7 +75,7 @@ def put_back(base: Base, path: str, linear: nn.Module, kept: Tensor | None = Non
 
 
 def _write(linear: nn.Module, values: Tensor) -> None:
-    """Write over the weight as it lies."""
+    """Overwrite the weight, in the layout that it has."""
     with at_hand(linear, changed=True):
         weight = linear.weight
         assert isinstance(weight, Tensor)

@@ -7,10 +7,10 @@
 
 The prefix stands where a cache would hold earlier tokens: each attention is given a cache of ours, whose ``update``
 answers prefix and keys together and remembers nothing (see ``_PrefixedCache``), so that a layer may be recomputed as often
-as need be. In generation the real cache lies behind it and holds the tokens' own keys alone.
+as need be. In generation the real cache is behind it and holds the tokens' own keys alone.
 
-A prefix is seen through a sliding window too, at any distance, as the paper has it. PEFT's lies inside the window, and is
-lost to tokens that stand further from it than that; up to there both give the same.
+A prefix is seen through a sliding window too, at any distance, as the paper has it. PEFT's is inside the window, and
+tokens further away than that no longer see it; up to there both give the same.
 
 Knows attention modules by what their ``forward`` takes; must not know families by name, or the training loop.
 
@@ -228,11 +228,10 @@ class PrefixLayout(Layout):
 class PrefixMerge(Merge):
     """A prefix is no weight."""
 
-    def why_not(self) -> str | None:
-        return (
-            "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
-            "PEFT do, or train a LoRA"
-        )
+    reason = (
+        "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
+        "PEFT do, or train a LoRA"
+    )
 
 
 class PrefixMethod(Method):
@@ -245,7 +244,7 @@ class PrefixMethod(Method):
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
         """Raises MethodError where a prefix has no place."""
-        attentions = find_attentions(model)  # first: it tells what is no language model at all
+        attentions = find_attentions(model)  # first, for its message where this is no language model at all
         refuse_other_attention(model)
         positions = find_positions(model)
         layers = self._on_attentions(model, attentions)

@@ -181,11 +181,10 @@ class PTuningLayout(PromptLayout):
 class PromptMerge(Merge):
     """A prompt is in the text, not in a weight."""
 
-    def why_not(self) -> str | None:
-        return (
-            "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
-            "the base, as qlora and PEFT do, or train a LoRA"
-        )
+    reason = (
+        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
+        "the base, as qlora and PEFT do, or train a LoRA"
+    )
 
 
 class PromptTuningMethod(Method):

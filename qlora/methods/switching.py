@@ -214,7 +214,7 @@ class MixedRows(Planted):
 
 
 class Rows:
-    """Which adapter answers which row, and where these rows lie in a module's input."""
+    """Which adapter answers which row, and where these rows are in a module's input."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)

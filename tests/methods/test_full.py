@@ -229,6 +229,7 @@ def test_it_learns_with_every_optimizer_in_the_compute_dtype(tmp_path: Path, opt
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_what_was_estimated(tmp_path: Path, embeddings: bool, tied: bool) -> None:

@@ -282,7 +282,7 @@ def test_it_loads_behind_the_recompute_boundary(checkpoint: Path) -> None:
     state = {key: values.clone() for key, values in model.method_state().items()}
     again = apply_method(tiny_base(checkpoint), PISSA)
     wrap_layers(again.model, 1)
-    again.load_method_state(state)
+    again.load_state(again.adapter_state(), state)
     assert same({name.replace(".layer.", "."): values for name, values in frozen(again).items()}, expected)
 
 
