@@ -52,7 +52,7 @@ def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: l
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speed = statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     model = load_run(run_folder, quiet=True)
-    reasons = [why for method in model.methods if (why := method.why_not_merged()) is not None]
+    reasons = [why for method in model.methods if (why := method.merge.why_not()) is not None]
     adapted = latency(model)
     if any(part.name == "full" for part in parts_of(recipe.method)):
         base = adapted  # the same model with other numbers in it

@@ -24,7 +24,7 @@ from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart, load_adapter
-from qlora.methods.targets import unplanted
+from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint
 from qlora.model.load import packed_tensors, quantised_names
@@ -111,7 +111,7 @@ def merge(
         _write_json(aside / "config.json", source.plain_config(dtype))
         _copy_beside(base_folder, aside)
         for method in source.adapted.methods:
-            method.finish_merge(aside)
+            method.merge.finish(aside)
         if chat_template is not None:
             (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     changed = source.quantised if base == "dequantized" else set()
@@ -144,7 +144,7 @@ class _Source:
         # the model stays on meta, the adapter is on the device
         self.adapted = load_adapter(self.empty.base(device, tokenizer=checkpoint.tokenizer), adapter)
         for method in self.adapted.methods:
-            if why := method.why_not_merged():
+            if why := method.merge.why_not():
                 raise MethodError(f"{method.section.name} cannot be merged: {why}.")
         self.untied = self._untied()
         """Tensors that the source has under the name of a tied one alone → its name in the checkpoint."""
@@ -159,7 +159,7 @@ class _Source:
             lacking: names[present]
             for pair in tied.items()
             for present, lacking in (pair, pair[::-1])
-            if present in names and lacking not in names and any(m.unties(*pair) for m in self.adapted.methods)
+            if present in names and lacking not in names and any(m.merge.unties(*pair) for m in self.adapted.methods)
         }
 
     def _untie(self) -> None:
@@ -186,7 +186,7 @@ class _Source:
                     f"{list(shape)}."
                 )
             for method in self.adapted.methods:
-                shape = method.merged_shape(target, shape)
+                shape = method.merge.shape(target, shape)
             # transformers looks for model.safetensors where there is no index
             file = "model.safetensors" if single else entry.file.name
             files.setdefault(file, {})[name] = (dtype if plain else entry.dtype, shape)
@@ -197,7 +197,7 @@ class _Source:
         return files
 
     def _new_tensors(self) -> dict[str, Tensor]:
-        return {name: values for method in self.adapted.methods for name, values in method.new_tensors().items()}
+        return {name: values for method in self.adapted.methods for name, values in method.merge.new_tensors().items()}
 
     @torch.no_grad()
     def tensor(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
@@ -211,9 +211,9 @@ class _Source:
                 values = values.to(torch.float32)
                 for method in self.adapted.methods:
                     if not requantise or target not in self.quantised:
-                        values = method.original(target, values)
+                        values = method.merge.original(target, values)
                     before, version = values, values._version
-                    values = method.merged(target, values)
+                    values = method.merge.merged(target, values)
                     if values is not before or values._version != version:
                         self.carrying.add(target)
         rounded = values.to(dtype)
@@ -237,7 +237,7 @@ class _Source:
             whole = self.checkpoint.read(name).to(self.device).to(self.compute_dtype)
         weight = whole
         for method in self.adapted.methods:
-            weight = method.before_quantising(target, weight)
+            weight = method.merge.before_quantising(target, weight)
         if not parts or weight is not whole:
             linear.place(weight, self.device)
             whole = dense_weight(linear, self.compute_dtype)
@@ -257,7 +257,7 @@ class _Source:
         both = bool(self.untied) or any(target in present and origin in present for target, origin in tied.items())
         values = {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}
         for method in self.adapted.methods:
-            values = method.merged_config(values)
+            values = method.merge.config(values)
         return values
 
 

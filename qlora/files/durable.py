@@ -48,6 +48,7 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
         aside.mkdir(parents=True)
         yield aside
         for path in sorted(aside.rglob("*")):
+            follow_umask(path)
             sync(path)
         sync(aside)
         if folder.exists():
@@ -128,11 +129,20 @@ def file_written_aside(path: Path) -> Iterator[Path]:
     _ASIDE.add(aside)
     try:
         yield aside
+        follow_umask(aside)
         sync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
         _ASIDE.discard(aside)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of any new one: 0644 with umask 022. (safetensors writes through a private one of mode 0600.)"""
+    if path.is_file():
+        mask = os.umask(0o077)  # there is no other way to ask; what another thread makes meanwhile is private
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, values: JsonObject) -> None:

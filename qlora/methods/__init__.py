@@ -1,9 +1,9 @@
-"""How trainable parameters are planted in a frozen base, and how they lie on disk.
+"""How trainable parameters are planted in a frozen base, and how an adapter looks on disk and in merged weights.
 
-targets ─→ planted, method ─→ lora, … ─→ base (METHODS, AdaptedModel) ─→ files
-which      what all answer to    a file each    the model with methods in it      PEFT's layout
-                                                                                    │
-                                     switching (Adapters: several on one base) ←────┴──→ combining (several become one)
+targets ─→ method, layout, merge ─→ lora, … ─→ base (METHODS, AdaptedModel) ─→ files
+which      what all answer to       a file each    the model with methods in it      PEFT's layout
+                                                                                       │
+                                        switching (Adapters: several on one base) ←────┴──→ combining (several become one)
 """
 
 from qlora.methods.base import METHODS, AdaptedModel, apply_method

@@ -14,30 +14,31 @@ close to orthogonal. Every target begins with R = ``initial_r`` triplets; the bu
 
 Until ``final`` a triplet may come back, because its E goes on learning; after it the choice stands. The scaling never
 follows the rank. Every detail is PEFT's: scores, ties, and what counts at which step. Knows this formula and this
-schedule; must not know how W is stored, how the adapter is saved, or the training loop.
+schedule; must not know how W is stored, adapter files, or the training loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
-from qlora.methods.autocast import as_autocast
-from qlora.methods.lora import LoraMethod, _AdaptedLinear, add_delta, any_transposed
-from qlora.methods.method import PREFIX, Method
+from qlora.methods.layout import Fields, Layout, padded, whole
+from qlora.methods.lora import AdaptedLinear, add_delta, any_transposed, as_autocast, plain_config
+from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import choose_targets, target_names
-from qlora.model.load import Base
-from qlora.model.nf4 import features, is_transposed
+from qlora.model.base import Base
+from qlora.model.nf4 import features
+from qlora.recipe.methods import AdaLoRA
 
 PARTS = ("lora_A", "lora_E", "lora_B")
 AVERAGES = ("importance", "uncertainty")
 FIRST_SPREAD = 0.02  # the standard deviation that A and B begin with
-NOMINAL_STEPS = 1000  # what adapter_config.json calls all steps while nothing has told how many there are
+NOMINAL_STEPS = 1000  # total_step in adapter_config.json before the first step, when nobody knows it
 
 
 class AdaLoraLinear(Planted):
@@ -60,14 +61,13 @@ class AdaLoraLinear(Planted):
         if not self.enabled:
             return self.base(x)
         dropout = self.dropout if self.training else 0.0
-        return _AdaptedLinear.apply(as_autocast(x), self.lora_A * self.lora_E, self.lora_B, self, dropout)
+        return AdaptedLinear.apply(as_autocast(x), self.lora_A * self.lora_E, self.lora_B, self, dropout)
 
     @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, plus scaling · B (E ⊙ A), in place."""
         if name == "weight":
-            weight = values.t() if is_transposed(self.base) else values
-            add_delta(weight, self.lora_A.float() * self.lora_E.float(), self.lora_B, self.scaling)
+            add_delta(self, values, self.lora_A.float() * self.lora_E.float(), self.lora_B)
         return values
 
     def penalty(self) -> Tensor:
@@ -82,24 +82,135 @@ class AdaLoraLinear(Planted):
         return f"initial_r={len(self.lora_E)}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
+class AdaLoraLayout(Layout):
+    """PEFT's AdaLoraConfig, and triplets as bare parameters."""
+
+    method: AdaLoraMethod
+    peft_type = "ADALORA"
+    only = {"bias": ("none", None), "init_lora_weights": (True, False, None)}  # noqa: RUF012
+    read = frozenset(
+        [
+            "r",
+            "init_r",
+            "target_r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "total_step",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "rank_pattern",
+            "fan_in_fan_out",
+        ]
+    )
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``tensors`` with R triplets everywhere: those that PEFT leaves out of its files are filled up with zeros."""
+        filled = dict(super().fitted(tensors))
+        rank = self.method.section.initial_r
+        for path in self.method.planted:
+            keys = [self.key(f"{path}.{part}") for part in PARTS]
+            if any(key not in tensors or tensors[key].dim() != 2 for key in keys):
+                continue
+            lora_A, lora_E, lora_B = (tensors[key] for key in keys)
+            if len(lora_A) < rank and len(lora_A) == len(lora_E) == lora_B.shape[1]:
+                shapes = ((rank, lora_A.shape[1]), (rank, lora_E.shape[1]), (lora_B.shape[0], rank))
+                filled |= {key: padded(tensors[key], *shape) for key, shape in zip(keys, shapes, strict=True)}
+        return filled
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy in; triplets without a singular value are those that were pruned, unless none has one yet."""
+        super().load(tensors)
+        self.method.loaded()
+
+    def state_shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """With averages where there are some: not before the first step, nor after the last allocation."""
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{path}.kept": tuple(kept.shape) for path, kept in self.method.kept.items()
+        }
+        if any(key.endswith(AVERAGES) for key in tensors):
+            for name, values in self.method.parameters().items():
+                shapes |= {f"{name}.{what}": tuple(values.shape) for what in AVERAGES}
+        return {**shapes, "total_steps": ()}
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        """All triplets are in the file, so there is no ``rank_pattern`` to cut them by."""
+        section, planted, total = self.method.section, self.method.planted, self.method.total or NOMINAL_STEPS
+        first, last = self.method.turns(total)
+        # with PEFT's default of r, which AdaLoRA does not use
+        plain = plain_config(8, target_names(planted, every_path), section.dropout, any_transposed(planted))
+        return {
+            **plain,
+            "lora_alpha": whole(section.alpha),
+            "init_r": section.initial_r,
+            "target_r": section.r,
+            "total_step": total,
+            "tinit": first,
+            "tfinal": total - last,
+            "deltaT": section.interval,
+            "beta1": section.beta1,
+            "beta2": section.beta2,
+            "orth_reg_weight": section.orthogonality,
+            "rank_pattern": None,
+        }
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        """Its ``rank_pattern`` says which triplets its file lacks, which the file shows."""
+        total, first, final = values.get("total_step"), values.get("tinit", 0), values.get("tfinal", 0)
+        if not (isinstance(total, int) and isinstance(first, int) and isinstance(final, int) and total > 0):
+            raise MethodError(
+                f"The AdaLoRA adapter sets total_step={total!r:.20}, tinit={first!r:.20} and tfinal={final!r:.20}; expected "
+                "whole numbers of steps."
+            )
+        names = {"init_r": "initial_r", "target_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+        names |= {"deltaT": "interval", "orth_reg_weight": "orthogonality"}
+        names |= {name: name for name in ("beta1", "beta2", "target_modules")}
+        found = {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
+        return {"name": "adalora", **found, "warmup": first / total, "final": final / total}
+
+    def why_not_portable(self) -> str | None:
+        """Once the triplets are multiplied out it is plain LoRA."""
+        return None
+
+    @torch.no_grad()
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(E ⊙ A, scaling · B) without the triplets that do nothing; one such where there is no other."""
+        found = {}
+        for path, layer in self.method.planted.items():
+            if layer.lora_E.is_meta:  # they cannot be counted: the most that it may be
+                found[path] = layer.lora_A.float(), layer.lora_B.float()
+                continue
+            on = layer.lora_E.flatten() != 0
+            on[0] |= ~on.any()
+            lora_A = layer.lora_A[on].float() * layer.lora_E[on].float()
+            found[path] = lora_A, layer.lora_B[:, on].float() * layer.scaling
+        return found
+
+
 class AdaLoraMethod(Method):
     """How the triplets are planted, measured and pruned."""
 
-    peft_type = "ADALORA"
-    reads_gradients = True
+    by_rows = True
+    layout_class = AdaLoraLayout
+    section: AdaLoRA
 
-    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
-        super().__init__(section, base, seed)
+    def __init__(self, section: AdaLoRA, base: Base, seed: int = 0, values_follow: bool = False) -> None:
+        super().__init__(section, base, seed, values_follow)
         self.kept: dict[str, Tensor] = {}
         """By target, which triplets the last allocation kept: bool [R]."""
         self.averages: dict[str, tuple[Tensor, Tensor]] = {}
         """By parameter, the smoothed importance and uncertainty of its numbers, fp32; none before the first step and
         after the last allocation."""
         self.total: int | None = None
-        """All steps, as soon as training tells."""
+        """How many steps there are in all; None until training says."""
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Replace the targets inside ``model``; return what was planted, by the target's module path."""
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Raises MethodError where a target's smaller side is below ``initial_r``."""
         targets = choose_targets(model, self.section.target_modules)
         rank = self.section.initial_r
         thin = [f"{path} {list(features(linear))}" for path, linear in targets.items() if rank > min(features(linear))]
@@ -110,8 +221,6 @@ class AdaLoraMethod(Method):
             )
         planted: dict[str, Planted] = {path: self.new_layer(path, linear) for path, linear in targets.items()}
         self.kept = {path: torch.ones(rank, dtype=torch.bool, device=self.device) for path in targets}
-        for path, layer in planted.items():  # only when there is memory for all of them
-            self.plant(model, path, layer)
         return planted
 
     def new_layer(self, path: str, linear: nn.Module) -> AdaLoraLinear:
@@ -222,34 +331,14 @@ class AdaLoraMethod(Method):
         found = {path: int(layer.lora_E.count_nonzero()) for path, layer in self.planted.items()}
         return found if any(found.values()) else {path: len(kept) for path, kept in self.kept.items()}
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """The ranks that the budget was spent on."""
         return {"ranks": self.ranks()}
 
-    # ── on disk ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── for a resumed run ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def key(self, name: str) -> str:
-        """PEFT keeps the three as bare parameters."""
-        return f"{PREFIX}{name}"
-
-    def fitted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``tensors`` with R triplets everywhere: those that PEFT leaves out of its files are filled up with zeros."""
-        rank, filled = self.section.initial_r, dict(tensors)
-        for path in self.planted:
-            keys = [self.key(f"{path}.{part}") for part in PARTS]
-            if any(key not in tensors or tensors[key].dim() != 2 for key in keys):
-                continue
-            lora_A, lora_E, lora_B = (tensors[key] for key in keys)
-            room = rank - len(lora_A)
-            if room > 0 and len(lora_A) == len(lora_E) == lora_B.shape[1]:
-                rows, columns = (0, 0, 0, room), (0, room)
-                for key, room_there in zip(keys, (rows, rows, columns), strict=True):
-                    filled[key] = nn.functional.pad(tensors[key], room_there)
-        return filled
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in; triplets without a singular value are those that were pruned, unless none has one yet."""
-        super().load(tensors)
+    def loaded(self) -> None:
+        """Values have come from a file: its triplets without a singular value are pruned, unless none has one yet."""
         on = {path: layer.lora_E.detach().flatten() != 0 for path, layer in self.planted.items()}
         begun = any(bool(values.any()) for values in on.values())
         self.kept = on if begun else {path: torch.ones_like(values) for path, values in on.items()}
@@ -269,14 +358,6 @@ class AdaLoraMethod(Method):
             state |= {f"{name}.{what}": values for what, values in zip(AVERAGES, pair, strict=True)}
         return {**state, "total_steps": torch.tensor(self.total or 0)}
 
-    def state_shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """With averages where there are some: not before the first step, nor after the last allocation."""
-        shapes: dict[str, tuple[int, ...]] = {f"{path}.kept": tuple(kept.shape) for path, kept in self.kept.items()}
-        if any(key.endswith(AVERAGES) for key in tensors):
-            for name, values in self.parameters().items():
-                shapes |= {f"{name}.{what}": tuple(values.shape) for what in AVERAGES}
-        return {**shapes, "total_steps": ()}
-
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what ``state`` gave."""
         self.kept = {path: tensors[f"{path}.kept"].to(self.device, torch.bool, copy=True) for path in self.kept}
@@ -288,64 +369,3 @@ class AdaLoraMethod(Method):
                     tensors[f"{name}.{what}"].to(self.device, torch.float32, copy=True) for what in AVERAGES
                 )
                 self.averages[name] = importance, uncertainty
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's AdaLoraConfig. All triplets are in the file, so there is no ``rank_pattern`` to cut them by."""
-        section, total = self.section, self.total or NOMINAL_STEPS
-        first, last = self.turns(total)
-        plain = LoraMethod.plain_config(
-            8, target_names(self.planted, every_path), section.dropout, any_transposed(self.planted)
-        )
-        return {
-            **plain,  # with PEFT's default of r, which AdaLoRA does not use
-            "lora_alpha": int(section.alpha) if section.alpha == int(section.alpha) else section.alpha,
-            "init_r": section.initial_r,
-            "target_r": section.r,
-            "total_step": total,
-            "tinit": first,
-            "tfinal": total - last,
-            "deltaT": section.interval,
-            "beta1": section.beta1,
-            "beta2": section.beta2,
-            "orth_reg_weight": section.orthogonality,
-            "rank_pattern": None,
-        }
-
-    only = {"bias": ("none", None), "init_lora_weights": (True, False, None)}  # noqa: RUF012
-    read = frozenset(
-        {"r", "init_r", "target_r", "lora_alpha", "lora_dropout", "target_modules", "total_step", "tinit", "tfinal"}
-        | {"deltaT", "beta1", "beta2", "orth_reg_weight", "rank_pattern", "fan_in_fan_out"}
-    )
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of an AdaLoraConfig. Its ``rank_pattern`` says which triplets its file lacks, which the file shows."""
-        total, first, final = values.get("total_step"), values.get("tinit", 0), values.get("tfinal", 0)
-        if not (isinstance(total, int) and isinstance(first, int) and isinstance(final, int) and total > 0):
-            raise MethodError(
-                f"The AdaLoRA adapter sets total_step={total!r:.20}, tinit={first!r:.20} and tfinal={final!r:.20}; expected "
-                "whole numbers of steps."
-            )
-        names = {"init_r": "initial_r", "target_r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-        names |= {"deltaT": "interval", "orth_reg_weight": "orthogonality"}
-        names |= {name: name for name in ("beta1", "beta2", "target_modules")}
-        found = {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
-        return {"name": "adalora", **found, "warmup": first / total, "final": final / total}
-
-    def why_not_portable(self) -> str | None:
-        """Once the triplets are multiplied out it is plain LoRA."""
-        return None
-
-    @torch.no_grad()
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(E ⊙ A, scaling · B) without the triplets that do nothing; one such where there is no other."""
-        found = {}
-        for path, layer in self.planted.items():
-            if layer.lora_E.is_meta:  # none can be told apart: the most that it may be
-                found[path] = layer.lora_A.float(), layer.lora_B.float()
-                continue
-            on = layer.lora_E.flatten() != 0
-            on[0] |= ~on.any()
-            lora_A = layer.lora_A[on].float() * layer.lora_E[on].float()
-            found[path] = lora_A, layer.lora_B[:, on].float() * layer.scaling
-        return found

@@ -8,14 +8,16 @@ Knows names and states of adapters; must not know their formulas, their files or
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
+from qlora.machine.device import bytes_text, dtype_name
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.methods.bitfit import BitFitMethod
 from qlora.methods.bottleneck import BottleneckMethod
@@ -29,9 +31,14 @@ from qlora.methods.new_tokens import NewTokensMethod
 from qlora.methods.planted import Planted
 from qlora.methods.prefix import PrefixMethod
 from qlora.methods.prompt import PromptTuningMethod, PTuningMethod
+from qlora.methods.targets import leaf
+from qlora.model.base import Base
 from qlora.model.in_memory import as_base
-from qlora.model.load import Base
+from qlora.model.nf4 import features, is_linear
 from qlora.recipe import parts_of
+
+if TYPE_CHECKING:
+    from qlora.recipe.methods import MethodSection
 
 METHODS: dict[str, type[Method]] = {
     "lora": LoraMethod,
@@ -48,8 +55,30 @@ METHODS: dict[str, type[Method]] = {
     "new_tokens": NewTokensMethod,
 }
 
+MOST_SHOWN = 100  # characters of a method's settings in a repr
 
-class AdaptedModel:
+
+class OnBase:
+    """What stands wherever a model answers: a base, with methods planted in it or not."""
+
+    base: Base
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with what is planted in it at the moment."""
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, as transformers has it; None for a module of yours."""
+        return self.base.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+class AdaptedModel(OnBase):
     """A frozen base with methods planted in it.
 
     Each method remembers what it planted by the module paths of the untouched model, such as
@@ -63,35 +92,37 @@ class AdaptedModel:
         """The recipe's ``method`` section."""
         self.paths = [path for path, _ in base.model.named_modules()]
         """Every module path of the untouched model."""
-        parts = [METHODS[part.name](part, base, seed) for part in parts_of(section)]
+        parts = [METHODS[part.name](part, base, seed, values_follow) for part in parts_of(section)]
         self.methods: list[Method] = sorted(parts, key=_order)
         """From the inside out."""
-        for method in self.methods:
-            method.alone = len(self.methods) == 1
-            method.values_follow = values_follow
-        planted: list[Method] = []
         self._freeze()
+        begun: list[Method] = []
         try:
             for method in self.methods:
-                method.planted = method.inject(base.model)
-                planted.append(method)
+                method.layout.alone = len(self.methods) == 1
+                begun.append(method)  # one that fails half-way is taken out too
+                method.inject(base.model)
         except BaseException:
-            _detach(base.model, planted)
+            _detach(base.model, begun)
             self._thaw()
             raise
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, adapters inside."""
-        return self.base.model
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.base.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
+    def __repr__(self) -> str:
+        """Three lines: the methods and their base, what trains, where it is planted."""
+        trained = self.trainable_parameters().values()
+        numbers, kinds = self.count_trainable(), sorted({dtype_name(values.dtype) for values in trained})
+        size = sum(values.numel() * values.dtype.itemsize for values in trained)
+        names = sorted({leaf(path) for path in self.planted})
+        base = self.base
+        return "\n".join(
+            [
+                f"AdaptedModel: {' and '.join(map(_described, parts_of(self.section)))} on {base.name} "
+                f"({'unquantised' if base.quantization == 'none' else base.quantization}, {base.device})",
+                f"  trains {numbers:,} numbers, {100 * numbers / _numbers_in(self):.3g} % of all, in {' and '.join(kinds)} "
+                f"({bytes_text(size)})",
+                f"  planted at {len(self.layers()):,} modules: {listed(names, 8)}" if names else "  nothing is planted",
+            ]
+        )
 
     @property
     def virtual_tokens(self) -> int:
@@ -140,7 +171,7 @@ class AdaptedModel:
         for method in self.methods:
             method.after_step(step, total)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """What the methods found out, for people: AdaLoRA's ranks. Empty for most."""
         return {key: value for method in self.methods for key, value in method.report().items()}
 
@@ -149,7 +180,7 @@ class AdaptedModel:
 
         Example: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` [r, in]
         """
-        return {key: values for method in self.methods for key, values in method.tensors().items()}
+        return {key: values for method in self.methods for key, values in method.layout.tensors().items()}
 
     def load_adapter_state(self, tensors: Mapping[str, Tensor], what: str = "This adapter") -> None:
         """Copy an adapter's values in, by PEFT's tensor keys; they take the dtype and device that the adapter has here.
@@ -157,17 +188,13 @@ class AdaptedModel:
         Raises MethodError before anything is copied: keys that are missing, that nothing here is called, shapes that do
         not fit, values that are not finite. ``what`` is what such a message calls the adapter.
         """
-        self._load(self._fitted(tensors, what), None)
+        self._load(self._fitted(tensors, what), [])
 
     def method_state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside ``adapter_state``; empty for most methods."""
         return {
             f"{method.section.name}/{key}": values for method in self.methods for key, values in method.state().items()
         }
-
-    def load_method_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in what ``method_state`` gave, after the adapter's own state. Raises MethodError when it does not fit."""
-        self._load(None, self._by_method(tensors))
 
     def load_state(
         self, adapter: Mapping[str, Tensor], method: Mapping[str, Tensor], what: str = "This adapter"
@@ -180,7 +207,7 @@ class AdaptedModel:
     def _fitted(self, tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
         """An adapter's ``tensors`` as they are copied. Raises MethodError unless they fit."""
         for method in self.methods:
-            tensors = method.fitted(method.without_base(tensors))
+            tensors = method.layout.fitted(tensors)
         shapes = {key: tuple(values.shape) for key, values in self.adapter_state().items()}
         check_adapter(tensors, shapes, self.base.name, what)
         return tensors
@@ -192,18 +219,16 @@ class AdaptedModel:
         for method in self.methods:
             stem = f"{method.section.name}/"
             found.append({k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)})
-            expected |= {f"{stem}{key}": shape for key, shape in method.state_shapes(found[-1]).items()}
+            expected |= {f"{stem}{key}": shape for key, shape in method.layout.state_shapes(found[-1]).items()}
         check_adapter(tensors, expected, self.base.name)
         return found
 
     @torch.no_grad()
-    def _load(self, adapter: Mapping[str, Tensor] | None, states: list[dict[str, Tensor]] | None) -> None:
-        if adapter is not None:
-            for method in self.methods:
-                method.load(adapter)
-        if states is not None:
-            for method, values in zip(self.methods, states, strict=True):
-                method.load_state(values)
+    def _load(self, adapter: Mapping[str, Tensor], states: list[dict[str, Tensor]]) -> None:
+        for method in self.methods:
+            method.layout.load(adapter)
+        for method, values in zip(self.methods, states, strict=False):  # there is one for each, or none
+            method.load_state(values)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -253,6 +278,27 @@ def _order(method: Method) -> tuple[int, str]:
 def _detach(model: nn.Module, methods: list[Method]) -> None:
     for method in reversed(methods):
         method.detach(model)
+
+
+def _described(section: MethodSection) -> str:
+    """A method for people, with what its section sets: ``lora (r=8, alpha=16.0)``."""
+    chosen = {key: value for key, value in section.model_dump(exclude_defaults=True).items() if key != "name"}
+    text = f"{section.name}" + (f" ({', '.join(f'{key}={value}' for key, value in chosen.items())})" if chosen else "")  # type: ignore[attr-defined]
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def _numbers_in(adapted: AdaptedModel) -> int:
+    """All numbers of the model and its adapters, those of a packed or streamed weight as many as it stands for."""
+    found: dict[int, int] = {}
+    for module in adapted.model.modules():
+        for name, values in module.named_parameters(recurse=False):
+            if not (name == "weight" and is_linear(module)):
+                found[id(values)] = values.numel()
+        if is_linear(module):
+            size, weight = math.prod(features(module)), module.weight
+            shared = isinstance(weight, Tensor) and weight.numel() == size  # with an embedding, perhaps
+            found[id(weight) if shared else id(module)] = size
+    return sum(found.values())
 
 
 def refuse_adapted(base: Base) -> None:

@@ -44,9 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
-from qlora.methods.method import PREFIX, Method
-from qlora.methods.planted import Planted
-from qlora.methods.sublayers import at, find_layers, stood, sublayer, width
+from qlora.methods.merge import Merge
+from qlora.methods.method import Method
+from qlora.methods.planted import Planted, unplanted
+from qlora.methods.sublayers import at, find_layers, sublayer, width
+from qlora.recipe.methods import Bottleneck as Section
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -123,17 +125,25 @@ class Bottleneck(Planted):
         return f"scale={self.scale:g}"
 
 
+class BottleneckMerge(Merge):
+    """Between down and up is an activation."""
+
+    reason = (
+        "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
+        "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
+    )
+
+
 class BottleneckMethod(Method):
     """How bottleneck adapters are planted; nothing happens in the loss or between steps."""
 
     place = "containers"
+    merge_class = BottleneckMerge
+    section: Section
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Stand in the place of layers or sublayers of ``model``; return what was planted, by module path.
-
-        Raises MethodError before anything is changed: a model without layers that have what the form needs, a layer that
-        another method trains whole, the same form twice.
-        """
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Raises MethodError for a model without layers that have what the form needs, a layer that another method trains
+        whole, the same form twice."""
         form, layers = self.section.form, find_layers(model)
         widths = {
             place: width(layer)
@@ -142,11 +152,10 @@ class BottleneckMethod(Method):
         }
         for path in widths:
             self._refuse_taken(model, path)
-        planted: dict[str, Planted] = {}
-        for path, d in widths.items():
-            planted[path] = Bottleneck(at_hand(model, path), form, self.new_adapter(path, d), self.section.scale)
-            self.plant(model, path, planted[path])
-        return planted
+        return {
+            path: Bottleneck(at_hand(model, path), form, self.new_adapter(path, d), self.section.scale)
+            for path, d in widths.items()
+        }
 
     def new_adapter(self, path: str, d: int) -> Adapter:
         """An adapter at ``path`` that begins as no change at all; on the meta device it has no values."""
@@ -172,33 +181,15 @@ class BottleneckMethod(Method):
                     )
                 found = found.base
 
-    def plant(self, model: nn.Module, path: str, layer: Planted) -> None:
-        """Put ``layer`` where its base stands, inside a layer that another form stands at."""
-        layer.train(model.training)
+    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Inside a layer that another form stands at."""
         holder, _, name = path.rpartition(".")
-        setattr(at(model, holder) if holder else model, name, layer)
-
-    def detach(self, model: nn.Module) -> None:
-        """Put every base back where it stood."""
-        for path, layer in reversed(self.planted.items()):
-            holder, _, name = path.rpartition(".")
-            setattr(at(model, holder) if holder else model, name, layer.base)
-
-    def key(self, name: str) -> str:
-        """``model.layers.0.mlp.houlsby.down.weight`` with PEFT's prefix before it."""
-        return f"{PREFIX}{name}"
-
-    def why_not_merged(self) -> str | None:
-        """Between down and up is an activation."""
-        return (
-            "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
-            "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
-        )
+        setattr(at(model, holder) if holder else model, name, module)
 
 
 def at_hand(model: nn.Module, path: str) -> nn.Module:
     """The module at ``path`` with what is planted there, inside layers that something is planted at."""
     holder, _, name = path.rpartition(".")
-    found = getattr(at(model, holder) if holder else stood(model), name)
+    found = getattr(at(model, holder) if holder else unplanted(model), name)
     assert isinstance(found, nn.Module)
     return found

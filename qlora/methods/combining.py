@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ from qlora.methods.files import (
     recorded_base,
     save_pairs,
 )
+from qlora.methods.layout import PREFIX, Fields
 from qlora.methods.lora import LoraMethod, rank_of, scaling_of
-from qlora.methods.method import PREFIX, generator_of
+from qlora.methods.method import generator_of
 from qlora.methods.targets import target_names
 from qlora.recipe import Combined
 
@@ -72,7 +73,28 @@ def combine(
     Where an adapter lacks a target, the others decide there alone. Raises MethodError for what is no LoRA on linears, for
     adapters of different bases, and for different ranks in a way that adds up A and B.
     """
-    return _combine(_parts(adapters), weights, _way(how, density, rank, majority_sign_method, seed), device)
+    settings: HowSettings = {
+        "density": density,
+        "rank": rank,
+        "majority_sign_method": majority_sign_method,
+        "seed": seed,
+    }
+    return _combine(_parts(adapters), weights, how, device, **settings)
+
+
+class HowSettings(TypedDict, total=False):
+    """Settings of a way of combining; see ``combine``."""
+
+    density: float | None
+    rank: int | None
+    majority_sign_method: Majority
+    seed: int
+
+
+class Settings(HowSettings, total=False):
+    """What ``combine`` takes beside the adapters, their weights and ``how``."""
+
+    device: torch.device | str
 
 
 def save_combined(
@@ -80,16 +102,11 @@ def save_combined(
     adapters: Mapping[str, AdaptedModel | str | Path],
     weights: Mapping[str, float] | Sequence[float],
     how: str = "svd",
-    *,
-    density: float | None = None,
-    rank: int | None = None,
-    majority_sign_method: Majority = "total",
-    seed: int = 0,
-    device: torch.device | str = "cpu",
+    **settings: Unpack[Settings],
 ) -> None:
     """Write what ``combine`` gives into ``folder``: a plain LoRA adapter, which PEFT and servers load too."""
     parts = _parts(adapters)
-    pairs = _combine(parts, weights, _way(how, density, rank, majority_sign_method, seed), device)
+    pairs = _combine(parts, weights, how, **settings)
     known = [part.targets for part in parts]
     # what the adapters' own names reach together are their paths together
     names = set(pairs) if None in known else {name for names in known for name in names or ()}
@@ -106,7 +123,7 @@ class Part:
     scaling: dict[str, float]
     targets: tuple[str, ...] | None
     """The names that reach exactly its paths, where they are known."""
-    about: dict[str, Any]
+    about: Fields
     fingerprint: str | None
 
 
@@ -150,9 +167,13 @@ def drawn(like: Tensor, density: float, seed: int, name: str) -> Tensor:
 
 @torch.no_grad()
 def _combine(
-    parts: list[Part], weights: Mapping[str, float] | Sequence[float], way: Way, device: torch.device | str
+    parts: list[Part],
+    weights: Mapping[str, float] | Sequence[float],
+    how: str,
+    device: torch.device | str = "cpu",
+    **settings: Unpack[HowSettings],
 ) -> Pairs:
-    shares = _shares(parts, weights)
+    way, shares = _way(how, **settings), _shares(parts, weights)
     combined: Pairs = {}
     largest = max(len(lora_A) for part in parts for lora_A, _ in part.pairs.values())
     rank = largest if way.rank is None else way.rank
@@ -207,7 +228,13 @@ def _leading(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return Vh[:rank], U[:, :rank] * S[:rank]
 
 
-def _way(how: str, density: float | None, rank: int | None, majority_sign_method: str, seed: int) -> Way:
+def _way(
+    how: str,
+    density: float | None = None,
+    rank: int | None = None,
+    majority_sign_method: Majority = "total",
+    seed: int = 0,
+) -> Way:
     """Raises MethodError for a way that there is not, and for settings that it has not or lacks."""
     if how not in WAYS:
         raise MethodError(
@@ -227,7 +254,7 @@ def _way(how: str, density: float | None, rank: int | None, majority_sign_method
         raise MethodError(f"rank is {rank}; expected 1 or more.")
     if majority_sign_method not in ("total", "frequency"):
         raise MethodError(f"majority_sign_method is '{majority_sign_method}'; expected 'total' or 'frequency'.")
-    return Way(how, 1.0 if density is None else density, rank, majority_sign_method, seed)  # type: ignore[arg-type]
+    return Way(how, 1.0 if density is None else density, rank, majority_sign_method, seed)
 
 
 def _shares(parts: list[Part], weights: Mapping[str, float] | Sequence[float]) -> list[float]:
@@ -279,10 +306,10 @@ def _loaded(name: str, adapter: AdaptedModel) -> Part:
     if len(adapter.methods) > 1:
         raise _no_lora(name, " and ".join(method.section.name for method in adapter.methods))
     method = adapter.methods[0]
-    if (why := method.why_not_portable()) is not None:
+    if (why := method.layout.why_not_portable()) is not None:
         raise MethodError(f"The adapter '{name}' cannot be combined: {why}.")
-    folded = method.pairs()
-    scaling = {path: method.scaling(path) if isinstance(method, LoraMethod) else 1.0 for path in folded}
+    folded = method.layout.pairs()
+    scaling = {path: scaling_of(method.section, path) if isinstance(method, LoraMethod) else 1.0 for path in folded}
     pairs = {path: (lora_A, lora_B / scaling[path]) for path, (lora_A, lora_B) in folded.items()}
     targets = tuple(target_names(pairs, adapter.paths))
     return Part(name, pairs, scaling, targets, about_base(adapter), known_base(adapter.base))

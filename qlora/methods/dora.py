@@ -8,12 +8,12 @@ magnitude changes, and W x itself is left whole:
 
     y  = W x + b + (m / ‖W'‖ − 1) ⊙ (W x̃) + (m / ‖W'‖) ⊙ scaling · B A x̃        x̃ = dropout(x)
 
-Knows this formula and its gradients; must not know how W is stored, how the adapter is saved, or the training loop.
+Knows this formula and its gradients; must not know how W is stored, adapter files, or the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora.methods.autocast import as_autocast, without_autocast
-from qlora.methods.lora import LoraLinear, LoraMethod, add_delta
+from qlora.methods.layout import Fields
+from qlora.methods.lora import (
+    LoraLayout,
+    LoraLinear,
+    LoraMethod,
+    add_delta,
+    dropped,
+    pair_gradients,
+    stretch,
+    without_autocast,
+)
 from qlora.methods.planted import Planted
-from qlora.model.nf4 import dense_cached, dense_weight, is_empty, is_linear, is_transposed
+from qlora.model.nf4 import dense_cached, dense_weight, is_empty, is_linear
 
 SMALLEST = 1e-30  # a row of zeros has no direction; with this norm nothing is divided by zero
 
@@ -64,22 +73,15 @@ class DoraLinear(LoraLinear):
         squares = plain.square_().add_(cross, alpha=2 * self.scaling).add_(own, alpha=self.scaling**2)
         return squares.clamp_min_(0).sqrt_().clamp_min_(SMALLEST)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, in] → […, out] in the dtype of ``x``, or in that of ``torch.autocast``."""
-        if not self.enabled:
-            return self.alone(x)
-        self.refuse_unready()
-        dropout = self.dropout if self.training else 0.0
-        return _DirectedLinear.apply(
-            as_autocast(x), self.lora_A, self.lora_B, self.lora_magnitude_vector, self, dropout
-        )
+    def adapted(self, x: Tensor, dropout: float) -> Tensor:
+        """The formula above."""
+        return _DirectedLinear.apply(x, self.lora_A, self.lora_B, self.lora_magnitude_vector, self, dropout)
 
     @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, as (m / ‖W'‖) ⊙ W', in place."""
         if name == "weight":
-            weight = values.t() if is_transposed(self.base) else values
-            add_delta(weight, self.lora_A, self.lora_B, self.scaling)
+            weight = add_delta(self, values, self.lora_A, self.lora_B)
             norm = torch.linalg.vector_norm(weight, dim=1).clamp_min_(SMALLEST)
             weight.mul_((self.lora_magnitude_vector.to(weight) / norm).unsqueeze(1))
         return values
@@ -96,10 +98,7 @@ class _DirectedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, layer: DoraLinear, dropout: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = None
-        if dropout > 0:
-            rows, kept = torch.native_dropout(rows, dropout, True)
+        rows, kept = dropped(x, dropout)
         low = rows @ lora_A.to(x.dtype).t()
         up = lora_B.to(x.dtype).t()
         with dense_cached(layer.base):  # the weight is unpacked once for its product and its norm
@@ -117,43 +116,58 @@ class _DirectedLinear(torch.autograd.Function):
             directed = flat.clone() if layer.base.bias is None else flat - layer.base.bias.to(x.dtype)
         # W'x + (m/‖W'‖ − 1) W'x: where the magnitude is the norm, this adds zero to what the base says
         flat.addcmul_(directed, (scale - 1).to(x.dtype))
+        # not ctx.linear: by that name residence/boundary.py leaves answers out, and W'x is needed for the magnitudes
         ctx.layer, ctx.dropout = layer, dropout
-        ctx.save_for_backward(x, lora_A, lora_B, magnitude, low, kept, directed, scale, norm)
+        ctx.save_for_backward(x, lora_A, lora_B, low, kept, magnitude, directed, scale, norm)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, magnitude, low, kept, directed, scale, norm = ctx.saved_tensors
+        *pair, magnitude, directed, scale, norm = ctx.saved_tensors
+        x, lora_A, _, _, kept = pair
         grad = grad_y.reshape(-1, grad_y.shape[-1])
-        stretch = 1 / (1 - ctx.dropout)  # what dropout leaves is stretched to keep the mean
-        grad_x = grad_A = grad_B = grad_m = None
+        grad_x = grad_m = None
         if ctx.needs_input_grad[3]:
             grad_m = ((grad.to(norm.dtype) * directed).sum(0) / norm).to(magnitude.dtype)
         scaled = grad * scale.to(grad.dtype)
-        grad_low = (scaled @ lora_B.to(grad.dtype)).mul_(ctx.layer.scaling)
-        if ctx.needs_input_grad[1]:
-            rows = x.reshape(-1, x.shape[-1])
-            if kept is not None:
-                rows = (rows * kept).mul_(stretch)
-            grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
-            del rows
-        if ctx.needs_input_grad[2]:
-            grad_B = (scaled.t() @ low).mul_(ctx.layer.scaling).to(lora_B.dtype)
+        grad_low, grad_A, grad_B = pair_gradients(ctx, ctx.layer.scaling, scaled, pair)
         if ctx.needs_input_grad[0]:
             weight = dense_weight(ctx.layer.base, grad.dtype)
             if kept is None:
                 grad_x = (scaled @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
             else:
-                dropped = ((grad * (scale - 1).to(grad.dtype)) @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
-                grad_x = (grad @ weight).add_(dropped.mul_(kept), alpha=stretch)
+                through = ((grad * (scale - 1).to(grad.dtype)) @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
+                grad_x = (grad @ weight).add_(through.mul_(kept), alpha=stretch(ctx.dropout))
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_A, grad_B, grad_m, None, None
+
+
+class DoraLayout(LoraLayout):
+    """PEFT's LoraConfig, in which DoRA is a flag."""
+
+    read = LoraLayout.read | {"use_dora"}
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        return {**super().peft_config(every_path), "use_dora": True}
+
+    @classmethod
+    def is_of(cls, values: Fields) -> bool:
+        return bool(values.get("use_dora"))
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        return {**super().section_of(values, folder), "name": "dora"}
+
+    def why_not_portable(self) -> str | None:
+        """Magnitudes are no product of two thin matrices."""
+        return "DoRA's magnitudes are no plain LoRA, which is what servers load; export it merged"
 
 
 class DoraMethod(LoraMethod):
     """LoRA's way of planting, with magnitudes."""
 
+    layout_class = DoraLayout
     fits = staticmethod(is_linear)
     kinds = "linear"
     layer = DoraLinear
@@ -164,23 +178,3 @@ class DoraMethod(LoraMethod):
         assert isinstance(layer, DoraLinear)
         if not self.values_follow:
             layer.measure(self.base.compute_dtype)
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's LoraConfig, in which DoRA is a flag."""
-        return {**super().peft_config(every_path), "use_dora": True}
-
-    read = LoraMethod.read | {"use_dora"}
-
-    @classmethod
-    def is_of(cls, values: Mapping[str, Any]) -> bool:
-        """DoRA is a LoraConfig with a flag."""
-        return bool(values.get("use_dora"))
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of a LoraConfig."""
-        return {**super().section_from(values), "name": "dora"}
-
-    def why_not_portable(self) -> str | None:
-        """Magnitudes are no product of two thin matrices."""
-        return "DoRA's magnitudes are no plain LoRA, which is what servers load; export it merged"

@@ -11,15 +11,15 @@ planted linears and batches; must not know which positions a loss reads, or what
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
 from qlora.methods.decomposition import leading
+from qlora.methods.planted import Planted
+from qlora.methods.sublayers import arguments, decoder
 from qlora.model.loss import IGNORE_INDEX, hidden_states
 
 ALIKE = 0.99  # cosine of a direction before and after a batch from which on it counts as found; PEFT's tau
@@ -65,7 +65,7 @@ class Directions:
 class Watcher:
     """Collects the inputs of planted linears while batches go through the model; those that get the same share the work."""
 
-    def __init__(self, planted: Mapping[str, Any], generator: torch.Generator) -> None:
+    def __init__(self, planted: Mapping[str, Planted], generator: torch.Generator) -> None:
         self.planted, self.generator = planted, generator
         self.rank = max(len(layer.lora_A) for layer in planted.values())
         self.directions: dict[str, Directions] = {}
@@ -97,13 +97,16 @@ class Watcher:
 
     @property
     def settled(self) -> bool:
-        """Whether no target's directions move any more."""
+        """Whether no target's directions change any more."""
         return len(self.leaders) == len(self.planted) and all(found.settled for found in self.directions.values())
 
 
 @torch.no_grad()
 def look(
-    model: nn.Module, planted: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], generator: torch.Generator
+    model: nn.Module,
+    planted: Mapping[str, Planted],
+    batches: Iterable[Mapping[str, Tensor]],
+    generator: torch.Generator,
 ) -> None:
     """Put the leading directions of each target's inputs into its ``lora_A``; the batches go through ``model`` once.
 
@@ -142,16 +145,14 @@ def look(
         layer.lora_A.copy_(found[: len(layer.lora_A)])
 
 
-def _refuse_without_tokens(model: Any) -> None:
-    # transformers gives a model without a decoder as its own decoder; what it takes tells
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    takes = inspect.signature(decoder.forward).parameters if decoder is not None else ()
-    if not {"input_ids", "position_ids"} <= set(takes):
+def _refuse_without_tokens(model: nn.Module) -> None:
+    # a model that names no decoder counts as its own, so ask what it takes
+    if not {"input_ids", "position_ids"} <= set(arguments(decoder(model))):
         raise MethodError(
             f"method.init is eva, which sends batches of tokens through a decoder, but {type(model).__name__} has none that "
             "takes input_ids and position_ids; use another method.init, as kaiming."
         )
 
 
-def _hook(watcher: Watcher, path: str) -> Any:
+def _hook(watcher: Watcher, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     return lambda layer, inputs: watcher.see(path, inputs[0])

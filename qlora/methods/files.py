@@ -14,18 +14,18 @@ from typing import Any
 
 import pydantic
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora import recipe as config
 from qlora.errors import MethodError, RunError, listed, redacted
 from qlora.files.durable import file_written_aside, sync
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
 from qlora.methods.base import METHODS, AdaptedModel, apply_method
-from qlora.methods.lora import LoraMethod, any_transposed
-from qlora.methods.method import PREFIX
+from qlora.methods.layout import PREFIX, Fields, Layout, padded
+from qlora.methods.lora import any_transposed, plain_config
 from qlora.methods.targets import matches, pattern_value, target_names
+from qlora.model.base import Base
 from qlora.model.checkpoint import fingerprint
-from qlora.model.load import Base
 from qlora.model.tensor_file import read_header, read_tensors
 from qlora.recipe.reading import MOST_MISTAKES
 
@@ -39,12 +39,18 @@ OURS = "QLORA"  # the peft_type of what PEFT has no method for; PEFT refuses it 
 SECTION = "qlora_method"  # the key under which such a config holds the recipe's method section
 FINGERPRINT = "base_fingerprint"  # in the metadata of the weights: which base the adapter was trained on
 
+EXTRAS = ("modules", "new_tokens")
+"""Methods that PEFT's config of a LoRA has fields for."""
+WITH_EXTRAS = ("LORA", "ADALORA")
+
 # What may stand in a config without changing the result once the weights are loaded.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None)
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def save_adapter(model: AdaptedModel, folder: str | Path) -> None:
@@ -54,8 +60,16 @@ def save_adapter(model: AdaptedModel, folder: str | Path) -> None:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for method in model.methods:
-        method.save_beside(Path(folder))
+        method.layout.save_beside(Path(folder))
     _write(Path(folder), model.adapter_state(), adapter_config(model), known_base(model.base), model.method_state())
+
+
+def why_not_portable(model: AdaptedModel) -> str | None:
+    """Why the adapter is no plain LoRA that every server loads, and what to do; None where it is."""
+    whys = [why for method in model.methods if (why := method.layout.why_not_portable()) is not None]
+    if not whys and len(model.methods) > 1:
+        return "Several methods together are no plain LoRA; export the run merged"
+    return whys[0] if whys else None
 
 
 def save_portable(model: AdaptedModel, folder: str | Path) -> str | None:
@@ -64,14 +78,11 @@ def save_portable(model: AdaptedModel, folder: str | Path) -> str | None:
     Smaller ranks are filled up with zeros. Returns None, or, where the method is no LoRA, why it is not and what to do;
     the adapter is written as ``save_adapter`` does then.
     """
-    why = next((why for method in model.methods if (why := method.why_not_portable()) is not None), None)
-    if why is None and len(model.methods) > 1:
-        why = "Several methods together are no plain LoRA; export the run merged"
-    if why is not None:
+    if (why := why_not_portable(model)) is not None:
         save_adapter(model, folder)
         return why
     method = model.methods[0]
-    pairs = method.pairs()
+    pairs = method.layout.pairs()
     save_pairs(
         folder,
         pairs,
@@ -86,10 +97,10 @@ def save_portable(model: AdaptedModel, folder: str | Path) -> str | None:
 
 def portable_bytes(model: AdaptedModel) -> int:
     """What ``save_portable`` writes in tensors: fp32 and of one rank for plain LoRA, else the adapter with its state."""
-    if len(model.methods) > 1 or model.methods[0].why_not_portable() is not None:
+    if why_not_portable(model) is not None:
         written = [*model.adapter_state().values(), *model.method_state().values()]
         return sum(values.numel() * values.dtype.itemsize for values in written)
-    pairs = model.methods[0].pairs().values()
+    pairs = model.methods[0].layout.pairs().values()
     r = max((len(lora_A) for lora_A, _ in pairs), default=0)
     return sum(4 * r * (lora_A.shape[1] + lora_B.shape[0]) for lora_A, lora_B in pairs)
 
@@ -98,7 +109,7 @@ def save_pairs(
     folder: str | Path,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     targets: list[str],
-    about: Mapping[str, Any],
+    about: Fields,
     base_fingerprint: str | None,
     dropout: float = 0.0,
     transposed: bool = False,
@@ -107,22 +118,21 @@ def save_pairs(
 
     ``targets`` are the names that reach exactly these paths; ``about`` are the config's fields that name the base,
     ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, and ``transposed`` says that some of the base's
-    weights lie as [in, out] (GPT-2).
+    weights are stored as [in, out] (GPT-2).
     """
     r = max(len(lora_A) for lora_A, _ in pairs.values())
     tensors = {}
     for path, (lora_A, lora_B) in pairs.items():
-        room = r - len(lora_A)
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = nn.functional.pad(lora_A, (0, 0, 0, room))
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = nn.functional.pad(lora_B, (0, room))
-    values = {**about, "peft_type": "LORA", **LoraMethod.plain_config(r, targets, dropout, transposed)}
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = padded(lora_A, r, lora_A.shape[1])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = padded(lora_B, lora_B.shape[0], r)
+    values = {**about, "peft_type": "LORA", **plain_config(r, targets, dropout, transposed)}
     _write(Path(folder), tensors, values, base_fingerprint, {})
 
 
 def _write(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    values: dict[str, Any],
+    values: Fields,
     base_fingerprint: str | None,
     state: Mapping[str, Tensor],
 ) -> None:
@@ -153,6 +163,36 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
+def adapter_config(model: AdaptedModel) -> Fields:
+    """What ``adapter_config.json`` says: PEFT's own fields where PEFT has the method, else ours."""
+    extras = [method for method in model.methods if method.section.name in EXTRAS]
+    mains = [method for method in model.methods if method not in extras]
+    if len(mains) == 1 and mains[0].layout.peft_type in WITH_EXTRAS:
+        together = [*mains, *sorted(extras, key=lambda method: EXTRAS.index(method.section.name))]
+    elif len(model.methods) == 1 and model.methods[0].layout.peft_type is not None:
+        together = model.methods
+    else:
+        return {**about_base(model), "peft_type": OURS, SECTION: model.section.model_dump(mode="json")}
+    values = {**about_base(model), "peft_type": together[0].layout.peft_type}
+    for method in together:
+        values |= method.layout.peft_config(model.paths)
+    return values
+
+
+def about_base(model: AdaptedModel) -> Fields:
+    """The fields of PEFT's config that name the base and the task."""
+    return {
+        "peft_version": PEFT_LAYOUT,
+        "task_type": "CAUSAL_LM" if model.base.tokenizer is not None else None,
+        "base_model_name_or_path": redacted(model.base.name),
+        "revision": model.base.revision,
+        "inference_mode": True,
+    }
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel:
     """Read the adapter in ``folder`` into an adapted model, or plant it in a bare base first.
 
@@ -177,44 +217,13 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
 
 
 def _load(model: AdaptedModel, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    if state or _needs_state(model):
+    if state or any(method.layout.needs_state for method in model.methods):
         model.load_state(tensors, state, what)
     else:
         model.load_adapter_state(tensors, what)
 
 
-def _needs_state(model: AdaptedModel) -> bool:
-    return any(method.needs_state for method in model.methods)
-
-
-def adapter_config(model: AdaptedModel) -> dict[str, Any]:
-    """What ``adapter_config.json`` says: PEFT's own fields where PEFT has the method, else ours."""
-    methods = {method.section.name: method for method in model.methods}
-    extras = {name: methods[name] for name in ("modules", "new_tokens") if name in methods}
-    mains = [method for name, method in methods.items() if name not in extras]
-    if len(mains) == 1 and mains[0].peft_type in ("LORA", "ADALORA") and len(methods) == len(model.methods):
-        values = mains[0].peft_config(model.paths)
-        for method in extras.values():
-            values |= method.peft_config(model.paths)
-        return {**about_base(model), "peft_type": mains[0].peft_type, **values}
-    if len(model.methods) == 1 and model.methods[0].peft_type is not None:
-        only = model.methods[0]
-        return {**about_base(model), "peft_type": only.peft_type, **only.peft_config(model.paths)}
-    return {**about_base(model), "peft_type": OURS, SECTION: model.section.model_dump(mode="json")}
-
-
-def about_base(model: AdaptedModel) -> dict[str, Any]:
-    """The fields of PEFT's config that name the base and the task."""
-    return {
-        "peft_version": PEFT_LAYOUT,
-        "task_type": "CAUSAL_LM" if model.base.tokenizer is not None else None,
-        "base_model_name_or_path": redacted(model.base.name),
-        "revision": model.base.revision,
-        "inference_mode": True,
-    }
-
-
-def read_about_base(folder: str | Path) -> dict[str, Any]:
+def read_about_base(folder: str | Path) -> Fields:
     """The fields of the adapter's ``adapter_config.json`` that name the base and the task, as ``about_base`` gives them."""
     values = _read_config(Path(folder))
     named = {key: values.get(key) for key in ("base_model_name_or_path", "revision", "task_type")}
@@ -226,37 +235,44 @@ def read_adapter_config(folder: str | Path) -> Any:
 
     Raises MethodError naming every field that is set to something that is not supported.
     """
-    path = Path(folder) / CONFIG
-    values = _read_config(Path(folder))
+    folder = Path(folder)
+    path, values = folder / CONFIG, _read_config(folder)
     kind = values.get("peft_type")
     if kind == OURS:
         return _section(values.get(SECTION), path, {})
-    kinds = [method for method in METHODS.values() if method.peft_type == kind and kind is not None]
-    chosen = next((method for method in kinds if method.is_of(values)), None)
-    if chosen is None:
-        known = sorted({method.peft_type for method in METHODS.values() if method.peft_type})
+    layouts = _layouts(values)
+    if not layouts:
+        kinds = {method.layout_class.peft_type for method in METHODS.values()} - {None}
         raise MethodError(
-            f"'{path}' sets peft_type={shown(kind)}, which is not supported; expected {listed(known, 12)}."
+            f"'{path}' sets peft_type={shown(kind)}, which is not supported; expected {listed(sorted(map(str, kinds)), 12)}."
         )
-    extras = [METHODS[name] for name in ("modules", "new_tokens") if kind in ("LORA", "ADALORA")]
-    only = {**chosen.only, "task_type": TASKS}
-    read = set(chosen.read).union(*(extra.read for extra in extras))
-    refused = {
-        key: value
-        for key, value in values.items()
-        if (value not in only[key] if key in only else key not in HARMLESS | read and value)
-    }
-    if refused:
-        raise MethodError(
-            f"'{path}' sets {listed([f'{_key(key)}={shown(value)}' for key, value in refused.items()], 8)}, "
-            f"which is not supported; expected a plain {kind} adapter."
-        )
+    if wrong := [said for key, value in values.items() if (said := refused(key, value, layouts)) is not None]:
+        raise MethodError(f"'{path}' sets {listed(wrong, 8)}, which is not supported; expected a plain {kind} adapter.")
     targets = values.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and kind != "TRAINABLE_TOKENS":
         raise MethodError(f"'{path}' has target_modules={shown(targets)}, a pattern; expected a list of module names.")
-    parts = [chosen.section_of(values, Path(folder))]
-    parts += [section for extra in extras if (section := extra.section_of(values, Path(folder))) is not None]
+    main, *others = layouts
+    parts = [main.section_of(values, folder)]
+    parts += [part for other in others if (part := other.section_of(values, folder)) is not None]
     return _section(parts if len(parts) > 1 else parts[0], path, values)
+
+
+def _layouts(values: Fields) -> list[type[Layout]]:
+    """Whose fields a config has: its method's first, then those of the methods that may stand beside it."""
+    kind = values.get("peft_type")
+    known = [method.layout_class for method in METHODS.values() if kind and method.layout_class.peft_type == kind]
+    mains = [layout for layout in known if layout.is_of(values)][:1]
+    return [*mains, *(METHODS[name].layout_class for name in EXTRAS if mains and kind in WITH_EXTRAS)]
+
+
+def refused(key: str, value: object, layouts: list[type[Layout]]) -> str | None:
+    """What a message says of a field that asks for what is not done here, as ``use_dora=True``; None for all others."""
+    only = {"task_type": TASKS, **layouts[0].only}
+    if key in only and value in only[key]:
+        return None
+    if key not in only and (not value or key in HARMLESS or any(key in layout.read for layout in layouts)):
+        return None
+    return f"{_key(key)}={shown(value)}"
 
 
 _SECTION: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(config.AnyMethod)
@@ -375,7 +391,7 @@ def _check_same(here: Any, there: Any, paths: Iterable[str], folder: Path) -> No
 
 
 def _kind(part: Any) -> tuple[str, str]:
-    """What tells the parts of a section apart: only bottlenecks may be there several times, in different forms."""
+    """What distinguishes the parts of a section: only bottlenecks may be there several times, in different forms."""
     return part.name, getattr(part, "form", "")
 
 

@@ -17,33 +17,67 @@ Knows the parameters of a model; must not know how they are stored, or the train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
 from qlora.machine.device import DTYPES, dtype_name
-from qlora.methods.method import PREFIX, Method
+from qlora.methods import sublayers
+from qlora.methods.layout import Layout
+from qlora.methods.merge import Merge
+from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.model.nf4 import FrozenLinear
+from qlora.recipe.methods import Full
 from qlora.residence.ends import held_on_host
+
+Values = TypeVar("Values", bound=Tensor)
+
+
+class FullLayout(Layout):
+    """PEFT has no such method: every trained weight, and the buffers that a model is saved with, by their names."""
+
+    method: FullMethod
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **{self.key(name): values for name, values in self.method.averages.items()}}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the weights in; the base's own are gone then."""
+        super().load(tensors)
+        self.method.moved = True
+
+
+class FullMerge(Merge):
+    """Every tensor is the trained one."""
+
+    method: FullMethod
+
+    def merged(self, name: str, values: Tensor) -> Tensor:
+        """In the place of the base's, under whichever of its names the checkpoint has it."""
+        trained = self.method.aliases.get(name)
+        return values if trained is None else trained.detach().to(values)
 
 
 class FullMethod(Method):
     """How a whole model trains: its parameters are set free, and are the adapter."""
 
     place = "containers"
+    layout_class = FullLayout
+    merge_class = FullMerge
+    section: Full
 
-    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
-        super().__init__(section, base, seed)
+    def __init__(self, section: Full, base: Base, seed: int = 0, values_follow: bool = False) -> None:
+        super().__init__(section, base, seed, values_follow)
         self.trained: dict[str, nn.Parameter] = {}
         """What trains, by name, tied weights once."""
         self.aliases: dict[str, nn.Parameter] = {}
         """The same by every name that the model has for it."""
         self.averages: dict[str, Tensor] = {}
-        """Buffers that are saved with a model: a batch norm's running means move in training too."""
+        """Buffers that are saved with a model: a batch norm's running means change in training too."""
         self.moved = False
         """Whether the weights are known to be no longer the base's."""
         self.versions: list[int] = []
@@ -53,9 +87,9 @@ class FullMethod(Method):
         """The compute dtype: there are no other weights than the model's."""
         return compute_dtype if requested == "auto" else DTYPES[requested]
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Set the parameters free; nothing is planted. Raises MethodError for a base that is quantised,
-        streamed or in fp16."""
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Set the parameters free; nothing is planted. Raises MethodError for a base that is quantised, streamed or in
+        fp16."""
         self._refuse(model)
         frozen = set() if self.section.embeddings else _embeddings_and_head(model)
         if held := {path for number, path in held_on_host(model).items() if number not in frozen}:
@@ -68,7 +102,8 @@ class FullMethod(Method):
             if id(values) in frozen or not values.is_floating_point():
                 continue
             if id(values) not in found:
-                self.trained[name] = found[id(values)] = self._real(values).requires_grad_(True)
+                found[id(values)] = self.trained[name] = self._real(values)
+                found[id(values)].requires_grad_(True)
             self.aliases[name] = found[id(values)]
         saved = model.state_dict(keep_vars=True)
         self.averages = {name: self._real(values) for name, values in model.named_buffers() if name in saved}
@@ -98,30 +133,16 @@ class FullMethod(Method):
                 f"that '{name}' computes in, {dtype_name(self.base.compute_dtype)}; leave it out, or set model.compute_dtype."
             )
 
-    def _real(self, values: Any) -> Any:
+    def _real(self, values: Values) -> Values:
         """The tensor itself, or in its place memory for what will be loaded, where the model has no memory (merging)."""
         if not values.is_meta or self.device.type == "meta":
             return values
         empty = torch.empty_like(values, device=self.device, requires_grad=False)
-        return nn.Parameter(empty) if isinstance(values, nn.Parameter) else empty
+        return nn.Parameter(empty) if isinstance(values, nn.Parameter) else empty  # type: ignore[return-value]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own, by their names there: ``model.layers.0.mlp.up_proj.weight``."""
         return dict(self.trained)
-
-    def key(self, name: str) -> str:
-        """PEFT has no such method, so the key is the name with PEFT's prefix."""
-        return f"{PREFIX}{name}"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every trained weight, and the buffers that a model is saved with."""
-        return {**super().tensors(), **{self.key(name): values for name, values in self.averages.items()}}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the weights in; the base's own are gone then."""
-        super().load(tensors)
-        self.moved = True
 
     def after_step(self, step: int, total: int) -> None:
         """Remember that the base is gone."""
@@ -137,11 +158,6 @@ class FullMethod(Method):
             return None
         return "full fine-tuning has changed its weights in place; load the base again to ask it alone"
 
-    def merged(self, name: str, values: Tensor) -> Tensor:
-        """The trained tensor in the place of the base's, under whichever of its names the checkpoint has it."""
-        trained = self.aliases.get(name)
-        return values if trained is None else trained.detach().to(values)
-
     def attach(self, model: nn.Module) -> None:
         """Set the parameters free again."""
         for values in self.trained.values():
@@ -153,10 +169,8 @@ class FullMethod(Method):
             values.requires_grad_(False)
 
 
-def _embeddings_and_head(model: Any) -> set[int]:
+def _embeddings_and_head(model: nn.Module) -> set[int]:
     """The ids of the parameters of every embedding and of the output head."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None:
-        modules.append(head)
-    return {id(values) for module in modules for values in module.parameters()}
+    head = sublayers.head(model)
+    return {id(values) for module in (*modules, *([head] if head else [])) for values in module.parameters()}

@@ -6,22 +6,26 @@
 On disk a vector is a matrix as PEFT has it: ``ia3_l`` [out, 1] or [1, in]. Here it is a vector, so that weight decay,
 which is for matrices, does not pull it from one to zero. Where queries, keys and values come from one fused linear, the
 vector spans them all, as in PEFT. Knows this formula and what families call these linears; must not know how W is
-stored, how the adapter is saved, or the training loop.
+stored, adapter files, or the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
-from qlora.methods.method import PREFIX, Method
+from qlora.methods.layout import Fields, Layout
+from qlora.methods.lora import any_transposed
+from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.methods.targets import choose_targets, find_linears, fused_experts, leaf, matches, target_names
+from qlora.methods.sublayers import fused_experts
+from qlora.methods.targets import choose_targets, find_linears, leaf, matches, target_names
 from qlora.model.nf4 import features, is_transposed
+from qlora.recipe.methods import IA3
 
 # What families call the linears that make keys and values; the first line of which all names are there counts.
 KEYS_AND_VALUES = (
@@ -67,12 +71,11 @@ class Ia3Linear(Planted):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] → […, out] in the dtype of ``x``."""
-        base: Any = self.base
         if not self.enabled:
-            return base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         if self.feedforward:
-            return base((x * self.ia3_l).to(x.dtype))  # type: ignore[no-any-return]
-        y: Tensor = base(x)
+            return self.base((x * self.ia3_l).to(x.dtype))
+        y: Tensor = self.base(x)
         return (y * self.ia3_l).to(y.dtype)
 
     @torch.no_grad()
@@ -80,7 +83,7 @@ class Ia3Linear(Planted):
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, its rows or columns rescaled; ``bias`` [out] with the rows."""
         scale = self.ia3_l.to(values)
         if name == "weight":
-            # l lies along the last dimension of W for its columns, and of Conv1D's for its rows
+            # l runs along the last dimension of W for its columns, and of Conv1D's for its rows
             last = self.feedforward is not is_transposed(self.base)
             values.mul_(scale if last else scale.unsqueeze(1))
         elif name == "bias" and not self.feedforward:
@@ -95,18 +98,58 @@ class Ia3Linear(Planted):
         return f"{'input' if self.feedforward else 'output'}={len(self.ia3_l)}"
 
 
+class Ia3Layout(Layout):
+    """PEFT's IA3Config, and vectors as PEFT's matrices."""
+
+    peft_type = "IA3"
+    read = frozenset({"target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
+
+    def tensors(self) -> dict[str, Tensor]:
+        layers = {path: layer for path, layer in self.method.planted.items() if isinstance(layer, Ia3Linear)}
+        return {self.key(f"{path}.ia3_l"): layer.as_on_disk() for path, layer in layers.items()}
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        planted = self.method.planted
+        ends = {path for path, layer in planted.items() if layer.feedforward}
+        names = target_names(planted, every_path)
+        feedforward = sorted({leaf(path) for path in ends}) if names != sorted(planted) else sorted(ends)
+        # PEFT takes a target for feedforward when its path ends with such a name, in the middle of a word too
+        if {path for path in planted if path.endswith(tuple(feedforward))} != ends:
+            names, feedforward = sorted(planted), sorted(ends)
+        return {
+            "target_modules": names,
+            "feedforward_modules": feedforward,
+            "exclude_modules": None,
+            "fan_in_fan_out": any_transposed(planted),
+            "init_ia3_weights": True,
+            "modules_to_save": None,
+        }
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        """Raises MethodError for a pattern instead of names."""
+        targets, ends = values.get("target_modules"), values.get("feedforward_modules") or []
+        if not isinstance(targets, list) or not isinstance(ends, list):
+            raise MethodError(
+                f"The (IA)³ adapter sets target_modules={targets!r:.60} and feedforward_modules={ends!r:.60}; expected two "
+                "lists of module names."
+            )
+        return {
+            "name": "ia3",
+            "target_modules": [name for name in targets if name not in ends],
+            "feedforward_modules": ends,
+        }
+
+
 class Ia3Method(Method):
     """How the vectors are planted; nothing happens in the loss or between steps."""
 
-    peft_type = "IA3"
+    auto_dtype = torch.float32  # beside one, bf16 has no number closer than 0.4 %
+    by_rows = True
+    layout_class = Ia3Layout
+    section: IA3
 
-    @classmethod
-    def trained_dtype(cls, requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-        """``auto`` is fp32 everywhere: beside one, bf16 has no number closer than 0.4 %."""
-        return torch.float32 if requested == "auto" else super().trained_dtype(requested, device, compute_dtype)
-
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Replace the targets inside ``model``; return what was planted, by the target's module path."""
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
         ends = self._chosen(model, self.section.feedforward_modules, MLP_ENDS, "feedforward_modules")
         outs = self._chosen(model, self.section.target_modules, KEYS_AND_VALUES, "target_modules")
         if not ends and not outs:
@@ -116,17 +159,15 @@ class Ia3Method(Method):
         planted: dict[str, Planted] = {}
         for path, linear in (outs | ends).items():
             feedforward = path in ends  # named in both it is one, as in PEFT
-            size = features(linear)[1 if feedforward else 0]
-            ones = torch.ones(size, device=self.device, dtype=self.dtype)
+            ones = torch.ones(features(linear)[1 if feedforward else 0], device=self.device, dtype=self.dtype)
             planted[path] = Ia3Linear(linear, ones, feedforward)
-        planted = {path: planted[path] for path, _ in model.named_modules() if path in planted}
-        for path, layer in planted.items():
-            self.plant(model, path, layer)
-        return planted
+        return {path: planted[path] for path, _ in model.named_modules() if path in planted}
 
     @staticmethod
-    def _chosen(model: nn.Module, wanted: Any, known: Iterable[tuple[str, ...]], field: str) -> dict[str, nn.Module]:
-        if wanted != "auto":
+    def _chosen(
+        model: nn.Module, wanted: str | tuple[str, ...], known: Iterable[tuple[str, ...]], field: str
+    ) -> dict[str, nn.Module]:
+        if isinstance(wanted, tuple):
             return choose_targets(model, wanted, what="linear")
         if known is MLP_ENDS and (fused := fused_experts(model)):
             raise MethodError(
@@ -144,49 +185,6 @@ class Ia3Method(Method):
             f"method.{field}, or leave them out with method.{field}=[]. The names there are "
             f"{listed(sorted({leaf(path) for path in paths}), 12)}."
         )
-
-    def key(self, name: str) -> str:
-        """PEFT keeps the vector as a bare parameter."""
-        return f"{PREFIX}{name}"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The vectors as PEFT's matrices."""
-        layers = {path: layer for path, layer in self.planted.items() if isinstance(layer, Ia3Linear)}
-        return {self.key(f"{path}.ia3_l"): layer.as_on_disk() for path, layer in layers.items()}
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's IA3Config."""
-        ends = {path for path, layer in self.planted.items() if layer.feedforward}
-        names = target_names(self.planted, every_path)
-        feedforward = sorted({leaf(path) for path in ends}) if names != sorted(self.planted) else sorted(ends)
-        # PEFT takes a target for feedforward when its path ends with such a name, in the middle of a word too
-        if {path for path in self.planted if path.endswith(tuple(feedforward))} != ends:
-            names, feedforward = sorted(self.planted), sorted(ends)
-        return {
-            "target_modules": names,
-            "feedforward_modules": feedforward,
-            "exclude_modules": None,
-            "fan_in_fan_out": any(is_transposed(layer.base) for layer in self.planted.values()),
-            "init_ia3_weights": True,
-            "modules_to_save": None,
-        }
-
-    read = frozenset({"target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of an IA3Config. Raises MethodError for a pattern instead of names."""
-        targets, ends = values.get("target_modules"), values.get("feedforward_modules") or []
-        if not isinstance(targets, list) or not isinstance(ends, list):
-            raise MethodError(
-                f"The (IA)³ adapter sets target_modules={targets!r:.60} and feedforward_modules={ends!r:.60}; expected two "
-                "lists of module names."
-            )
-        return {
-            "name": "ia3",
-            "target_modules": [name for name in targets if name not in ends],
-            "feedforward_modules": ends,
-        }
 
 
 def _named(name: str, path: str) -> bool:

@@ -2,13 +2,15 @@
 
     y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ          A [r, in], B [out, r], scaling = alpha / r
 
-Knows this formula, its gradients and its initial values; must not know how W is stored (``dense_weight`` tells), how the
-adapter is saved, or the training loop.
+Knows this formula, its gradients and how it is planted; must not know how W is stored (ask ``dense_weight``), adapter
+files, or the training loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +18,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import MethodError, listed
-from qlora.methods.autocast import as_autocast
-from qlora.methods.beginning import Beginning, first_A
-from qlora.methods.initial import Initial
+from qlora.methods.beginning import Beginning, Beginnings, first_A
+from qlora.methods.layout import PREFIX, Fields, Layout, whole
 from qlora.methods.lora_layers import KINDS, LoraConv2d, LoraEmbedding, is_adaptable, sides, why_not
-from qlora.methods.method import PREFIX, Method
+from qlora.methods.merge import Merge
+from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, sorted_pattern, target_names
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.model.nf4 import dense_weight, is_linear, is_transposed
+from qlora.recipe.methods import LowRankSection
 
 BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 """Parameters whose keys on disk end with their own name, where PEFT has no module that holds a ``weight``."""
@@ -55,14 +58,13 @@ class LoraLinear(Planted):
         """[…, in] → […, out] in the dtype of ``x``, or in that of ``torch.autocast``."""
         if not self.enabled:
             return self.alone(x)
-        self.refuse_unready()
-        dropout = self.dropout if self.training else 0.0
-        return _AdaptedLinear.apply(as_autocast(x), self.lora_A, self.lora_B, self, dropout)
-
-    def refuse_unready(self) -> None:
-        """Raise MethodError where training begins without the first values that were asked for."""
         if self.lacks is not None and self.training:
             raise MethodError(self.lacks)
+        return self.adapted(as_autocast(x), self.dropout if self.training else 0.0)
+
+    def adapted(self, x: Tensor, dropout: float) -> Tensor:
+        """The formula above."""
+        return AdaptedLinear.apply(x, self.lora_A, self.lora_B, self, dropout)
 
     def alone(self, x: Tensor) -> Tensor:
         """What the base answers without the adapter. What its frozen weight gave up to begin with is multiplied back in.
@@ -72,10 +74,10 @@ class LoraLinear(Planted):
         """
         if self.beginning is None or self.beginning.given is None:
             return self.base(x)
-        return _AdaptedLinear.apply(as_autocast(x), self.beginning.lora_A, self.beginning.lora_B, self, 0.0)
+        return AdaptedLinear.apply(as_autocast(x), self.beginning.lora_A, self.beginning.lora_B, self, 0.0)
 
     def before_quantising(self, weight: Tensor) -> Tensor:
-        """What the frozen weight was made from; ``weight`` lies as the checkpoint has it."""
+        """What the frozen weight was made from; ``weight`` has the checkpoint's layout."""
         return weight if self.beginning is None else self._turned(weight, self.beginning.frozen_from)
 
     def original(self, weight: Tensor) -> Tensor:
@@ -92,20 +94,23 @@ class LoraLinear(Planted):
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, plus scaling · B A, in place."""
         if name == "weight":
-            weight = values.t() if is_transposed(self.base) else values
-            add_delta(weight, self.lora_A, self.lora_B, self.scaling)
+            add_delta(self, values, self.lora_A, self.lora_B)
         return values
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def add_delta(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Add scaling · B A to an fp32 ``weight`` [out, in] in place, without a second matrix of its size."""
-    return weight.addmm_(lora_B.to(weight), lora_A.to(weight), alpha=scaling)
+def add_delta(layer: Planted, values: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Add scaling · B A to ``layer``'s fp32 weight in place, without a second matrix of its size; return it as [out, in]."""
+    weight = values.t() if is_transposed(layer.base) else values
+    return weight.addmm_(lora_B.to(weight), lora_A.to(weight), alpha=layer.scaling)
 
 
-class _AdaptedLinear(torch.autograd.Function):
+# ── the product and its gradients ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class AdaptedLinear(torch.autograd.Function):
     """The frozen linear and its adapter as one step of the graph.
 
     Kept for backward: x, A, B and x Aᵀ (r numbers a token, a few percent of x), with dropout also one byte for each
@@ -115,10 +120,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, linear: LoraLinear, dropout: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = None
-        if dropout > 0:
-            rows, kept = torch.native_dropout(rows, dropout, True)
+        rows, kept = dropped(x, dropout)
         low = rows @ lora_A.to(x.dtype).t()
         if linear.unread:
             y = x.new_zeros(*x.shape[:-1], linear.out_features)
@@ -132,69 +134,200 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, low, kept = ctx.saved_tensors
-        grad = grad_y.reshape(-1, grad_y.shape[-1])
-        stretch = 1 / (1 - ctx.dropout)  # what dropout leaves is stretched to keep the mean
-        grad_x = grad_A = grad_B = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_low = (grad @ lora_B.to(grad.dtype)).mul_(ctx.linear.scaling)
-        if ctx.needs_input_grad[1]:
-            rows = x.reshape(-1, x.shape[-1])
-            if kept is not None:
-                rows = (rows * kept).mul_(stretch)
-            grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
-            del rows
-        if ctx.needs_input_grad[2]:
-            grad_B = (grad.t() @ low).mul_(ctx.linear.scaling).to(lora_B.dtype)
+        x, lora_A, _, _, kept = saved = ctx.saved_tensors
+        grad, grad_x = grad_y.reshape(-1, grad_y.shape[-1]), None
+        grad_low, grad_A, grad_B = pair_gradients(ctx, ctx.linear.scaling, grad, saved)
         if ctx.needs_input_grad[0]:
             grad_x = grad @ dense_weight(ctx.linear.base, grad.dtype)
             if kept is None:
                 grad_x.addmm_(grad_low, lora_A.to(grad.dtype))
             else:
-                grad_x.add_((grad_low @ lora_A.to(grad.dtype)).mul_(kept), alpha=stretch)
+                grad_x.add_((grad_low @ lora_A.to(grad.dtype)).mul_(kept), alpha=stretch(ctx.dropout))
             grad_x = grad_x.view(x.shape)
-        return grad_x, grad_A, grad_B, None, None, None
+        return grad_x, grad_A, grad_B, None, None
+
+
+def dropped(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """(dropout(x) as rows [n, in], which elements were kept)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.native_dropout(rows, dropout, True) if dropout > 0 else (rows, None)
+
+
+def stretch(dropout: float) -> float:
+    """What dropout leaves is multiplied with, to keep the mean."""
+    return 1 / (1 - dropout)
+
+
+def pair_gradients(
+    ctx: Any, scaling: float, grad: Tensor, saved: Sequence[Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(the gradient of ``low`` = dropout(x) Aᵀ, of A, of B) for ``grad`` [n, out], of what is added as scaling · low Bᵀ.
+
+    ``saved`` is (x, A, B, low, which elements dropout kept).
+    """
+    x, lora_A, lora_B, low, kept = saved
+    grad_low = (grad @ lora_B.to(grad.dtype)).mul_(scaling)
+    grad_A = grad_B = None
+    if ctx.needs_input_grad[1]:
+        rows = x.reshape(-1, x.shape[-1])
+        if kept is not None:
+            rows = (rows * kept).mul_(stretch(ctx.dropout))
+        grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
+        del rows
+    if ctx.needs_input_grad[2]:
+        grad_B = (grad.t() @ low).mul_(scaling).to(lora_B.dtype)
+    return grad_low, grad_A, grad_B
+
+
+# torch.autocast, which a loop of your own may have on, casts what goes into each product, one by one; inside a function
+# that adds in place, fp32 and bf16 would meet. Cast once before it, everything inside agrees.
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast computes products in; as it is where that is off, and in fp64, which torch leaves."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if _autocasts(kind) and x.dtype != torch.float64 else x
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, products are computed in the dtype of what is multiplied."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch knows no autocast on meta, and raises
+
+
+# ── planting, on disk and merged ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class LoraLayout(Layout):
+    """PEFT's LoraConfig and its keys."""
+
+    method: LoraMethod
+    peft_type: str | None = "LORA"
+    only = {  # noqa: RUF012
+        "bias": ("none", None),
+        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    }
+    read = frozenset(
+        [
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "target_modules",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "fan_in_fan_out",
+        ]
+    )
+
+    def __init__(self, method: Method) -> None:
+        super().__init__(method)
+        if method.section.init in ("pissa", "loftq"):
+            # A and B alone say too little: they belong on a frozen weight that no checkpoint holds (PiSSA), or begin with
+            # what another quantisation lost (LoftQ). Under PEFT's name they would load on the base and answer wrongly.
+            self.peft_type, self.needs_state = None, True
+
+    def key(self, name: str) -> str:
+        return f"{PREFIX}{name}" if leaf(name) in BARE else f"{PREFIX}{name}.weight"
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(tensors)
+        self.method.beginnings.loaded()
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        section, planted = self.method.section, self.method.planted
+        return {
+            **plain_config(section.r, target_names(planted, every_path), section.dropout, any_transposed(planted)),
+            "lora_alpha": whole(section.alpha),
+            "use_rslora": section.rslora,
+            "rank_pattern": sorted_pattern(section.rank_pattern, planted),
+            "alpha_pattern": sorted_pattern(section.alpha_pattern, planted),
+        }
+
+    @classmethod
+    def is_of(cls, values: Fields) -> bool:
+        return not values.get("use_dora")  # DoRA is a LoraConfig too
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        return {
+            "name": "lora",
+            "r": values.get("r"),
+            "alpha": values.get("lora_alpha"),
+            "dropout": values.get("lora_dropout", 0.0),
+            "target_modules": values.get("target_modules"),
+            "rslora": bool(values.get("use_rslora")),
+            "rank_pattern": values.get("rank_pattern") or {},
+            "alpha_pattern": values.get("alpha_pattern") or {},
+        }
+
+    def why_not_portable(self) -> str | None:
+        others = [path for path, layer in self.method.planted.items() if not isinstance(layer, LoraLinear)]
+        if not others:
+            return None
+        return f"LoRA on {listed(others, 3)} is on no linear, and servers load it on linears only; export it merged"
+
+    @torch.no_grad()
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A, scaling · B); where W gave a part up, on top of W itself: (A over A₀, scaling · B beside −scaling · B₀).
+
+        Those have twice the rank. On the unquantised W that PiSSA was trained with, that is the trained model. Trained on a
+        quantised base, it differs on any W', the 16-bit one or its NF4, by the frozen weight + scaling · B₀ A₀ − W'.
+        """
+        pairs = {}
+        for path, layer in self.method.planted.items():
+            lora_A, lora_B = layer.lora_A.float(), layer.lora_B.float() * layer.scaling
+            if (begun := layer.beginning) is not None:
+                lora_A = torch.cat([lora_A, begun.lora_A.float()])
+                lora_B = torch.cat([lora_B, begun.lora_B.float() * -layer.scaling], 1)
+            pairs[path] = (lora_A, lora_B)
+        return pairs
+
+
+class LoraMerge(Merge):
+    """LoRA's ΔW in the base's weights."""
+
+    def unties(self, one: str, other: str) -> bool:
+        """An adapter on a tied embedding or head changes that alone, as PEFT's does."""
+        return any(name.removesuffix(".weight") in self.method.planted for name in (one, other))
 
 
 class LoraMethod(Method):
     """How LoRA is planted; nothing happens in the loss or between steps."""
 
-    peft_type: str | None = "LORA"
+    by_rows = True
+    layout_class = LoraLayout
+    merge_class = LoraMerge
+    section: LowRankSection
 
     fits = staticmethod(is_adaptable)
     kinds = KINDS
     """What may be named in ``target_modules``."""
+    layer = LoraLinear
+    """What is planted on a linear."""
 
-    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
-        super().__init__(section, base, seed)
-        self.initial = Initial(section, base, self.dtype)
-        if self.initial.from_weight:
-            # A and B alone say too little: they belong on a frozen weight that no checkpoint holds (PiSSA), or begin with
-            # what another quantisation lost (LoftQ). Under PEFT's name they would load on the base and answer wrongly.
-            self.peft_type, self.needs_state = None, True
+    def __init__(self, section: LowRankSection, base: Base, seed: int = 0, values_follow: bool = False) -> None:
+        super().__init__(section, base, seed, values_follow)
+        self.beginnings = Beginnings(self)
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Replace the targets inside ``model``; return what was planted, by the target's module path.
-
-        Raises MethodError before anything is replaced: a name that matches nothing, a rank above a target's sides.
-        """
+    def inject(self, model: nn.Module) -> None:
+        """Raises MethodError before anything is replaced: a name that matches nothing, a rank above a target's sides."""
         targets = choose_targets(model, self.section.target_modules, self.fits, self.kinds)
         self.check(targets)
-        self.initial.refuse(targets)
-        try:
-            for path, linear in targets.items():
-                layer = self.new_layer(path, linear)
-                self.planted[path] = layer  # before its frozen weight changes, so that this is undone too
-                self.begin(path, layer)
-                self.plant(model, path, layer)
-        except BaseException:  # an unreadable weight among many, or Ctrl-C
-            self.detach(model)
-            raise
-        return self.planted
+        self.beginnings.refuse(targets)
+        for path, linear in targets.items():
+            # remembered before its frozen weight changes, so that ``detach`` undoes this too
+            self.planted[path] = self.new_layer(path, linear)
+            self.begin(path, self.planted[path])
+        super().attach(model)
 
     def begin(self, path: str, layer: Planted) -> None:
         """Give a new ``layer`` the first values that its weight decides."""
-        self.initial.begin(path, layer, self.generator(path), self.values_follow)
+        self.beginnings.begin(path, layer)
 
     def check(self, targets: Mapping[str, nn.Module]) -> None:
         """Raise MethodError for targets, ranks and patterns that cannot be."""
@@ -211,24 +344,15 @@ class LoraMethod(Method):
                 f"method.init is {self.section.init}, which begins adapters on linears only, but the targets "
                 f"{listed(others, 3)} are none; use method.init=kaiming or leave them out of method.target_modules."
             )
-        ranks = {path: self.rank(path) for path, module in targets.items() if self.rank(path) > min(sides(module))}
-        if ranks:
-            thin = [f"{path} {list(sides(targets[path]))}" for path in ranks]
+        ranks = {path: rank_of(self.section, path) for path in targets}
+        if thin := [path for path, module in targets.items() if ranks[path] > min(sides(module))]:
             field = f"method.r is {self.section.r}"
-            if set(ranks.values()) != {self.section.r}:
-                field = f"method.rank_pattern gives {max(ranks.values())}"
+            if {ranks[path] for path in thin} != {self.section.r}:
+                field = f"method.rank_pattern gives {max(ranks[path] for path in thin)}"
             raise MethodError(
-                f"{field}, more than the smaller side of {listed(thin, 3)}; "
+                f"{field}, more than the smaller side of {listed([f'{p} {list(sides(targets[p]))}' for p in thin], 3)}; "
                 "lower it or leave these out of method.target_modules."
             )
-
-    def rank(self, path: str) -> int:
-        """The rank at ``path``."""
-        return rank_of(self.section, path)
-
-    def scaling(self, path: str) -> float:
-        """What B A is multiplied with at ``path``."""
-        return scaling_of(self.section, path)
 
     def new_layer(self, path: str, linear: nn.Module) -> Planted:
         """A new adapter on ``linear``: A random, B zero, so that it starts as no change at all.
@@ -237,167 +361,78 @@ class LoraMethod(Method):
         and dtype are: every device starts from the same values.
         """
         outputs, inputs = sides(linear)
-        rank, meta = self.rank(path), self.device.type == "meta"
+        rank, scaling, meta = rank_of(self.section, path), scaling_of(self.section, path), self.device.type == "meta"
         lora_A = torch.zeros(rank, inputs, device="meta" if meta else None)
         lora_B = torch.zeros(outputs, rank, device=lora_A.device)
-        if isinstance(linear, nn.Embedding):
-            if not meta:
-                lora_B.normal_(generator=self.generator(path))
-            lora_A, lora_B = lora_A.to(self.device, self.dtype), lora_B.to(self.device, self.dtype)
-            return LoraEmbedding(linear, lora_A, lora_B, self.scaling(path))
-        if not meta:
+        if isinstance(linear, nn.Embedding) and not meta:
+            lora_B.normal_(generator=self.generator(path))
+        elif not meta:
             lora_A = first_A(self.section.init, rank, inputs, self.generator(path))
         lora_A, lora_B = lora_A.to(self.device, self.dtype), lora_B.to(self.device, self.dtype)
+        if isinstance(linear, nn.Embedding):
+            return LoraEmbedding(linear, lora_A, lora_B, scaling)
         if isinstance(linear, nn.Conv2d):
             lora_A, lora_B = lora_A.view(rank, -1, *linear.kernel_size), lora_B.view(outputs, rank, 1, 1)
-            return LoraConv2d(linear, lora_A, lora_B, self.scaling(path), self.section.dropout)
-        return self.layer(linear, lora_A, lora_B, self.scaling(path), self.section.dropout)
-
-    layer = LoraLinear
-    """What is planted on a linear."""
+            return LoraConv2d(linear, lora_A, lora_B, scaling, self.section.dropout)
+        return self.layer(linear, lora_A, lora_B, scaling, self.section.dropout)
 
     def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """EVA takes A from the inputs that the targets get."""
-        self.initial.prepare(self.base.model, self.planted, batches, self.generator("eva"))
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        super().load(tensors)
-        self.initial.loaded(self.planted)
+        self.beginnings.prepare(batches)
 
     def state(self) -> dict[str, Tensor]:
         """What A and B began as, where the original weight is not what they stand beside."""
-        return self.initial.state(self.planted)
+        return self.beginnings.state()
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in what ``state`` gave, and rebuild the frozen weights with it."""
-        self.initial.load_state(self.planted, tensors)
+        self.beginnings.load_state(tensors)
 
     def attach(self, model: nn.Module) -> None:
-        self.initial.give_up(self.planted)
+        self.beginnings.give_up()
         super().attach(model)
 
     def detach(self, model: nn.Module) -> None:
         super().detach(model)
-        self.initial.put_back(self.planted)
+        self.beginnings.put_back()
 
     def learning_rate_ratio(self, name: str) -> float:
         """LoRA+: B learns faster, by the section's ratio; an embedding's halves and DoRA's magnitudes do not."""
         return float(self.section.learning_rate_ratio) if leaf(name) == "lora_B" else 1.0
 
-    def key(self, name: str) -> str:
-        """PEFT's key of a parameter."""
-        return f"{PREFIX}{name}" if leaf(name) in BARE else super().key(name)
 
-    def unties(self, one: str, other: str) -> bool:
-        """An adapter on a tied embedding or head changes that alone, as PEFT's does."""
-        return any(name.removesuffix(".weight") in self.planted for name in (one, other))
-
-    @staticmethod
-    def plain_config(r: int, targets: list[str], dropout: float = 0.0, transposed: bool = False) -> dict[str, Any]:
-        """PEFT's LoraConfig of a plain adapter with alpha = r; ``transposed`` for GPT-2's Conv1D."""
-        return {
-            "r": r,
-            "lora_alpha": r,
-            "lora_dropout": dropout,
-            "target_modules": targets,
-            "bias": "none",
-            "fan_in_fan_out": transposed,
-            "init_lora_weights": True,
-            "use_dora": False,
-            "use_rslora": False,
-            "modules_to_save": None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "layers_to_transform": None,
-            "layers_pattern": None,
-        }
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's LoraConfig."""
-        section = self.section
-        return {
-            **self.plain_config(
-                section.r, target_names(self.planted, every_path), section.dropout, any_transposed(self.planted)
-            ),
-            "lora_alpha": int(section.alpha) if section.alpha == int(section.alpha) else section.alpha,
-            "use_rslora": section.rslora,
-            "rank_pattern": sorted_pattern(section.rank_pattern, self.planted),
-            "alpha_pattern": sorted_pattern(section.alpha_pattern, self.planted),
-        }
-
-    only = {  # noqa: RUF012
-        "bias": ("none", None),
-        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+def plain_config(r: int, targets: list[str], dropout: float = 0.0, transposed: bool = False) -> Fields:
+    """PEFT's LoraConfig of a plain adapter with alpha = r; ``transposed`` for GPT-2's Conv1D."""
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
     }
-    read = frozenset(
-        {
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "target_modules",
-            "use_rslora",
-            "rank_pattern",
-            "alpha_pattern",
-            "fan_in_fan_out",
-        }
-    )
-
-    @classmethod
-    def is_of(cls, values: Mapping[str, Any]) -> bool:
-        """DoRA is a LoraConfig too."""
-        return not values.get("use_dora")
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of a LoraConfig."""
-        return {
-            "name": "lora",
-            "r": values.get("r"),
-            "alpha": values.get("lora_alpha"),
-            "dropout": values.get("lora_dropout", 0.0),
-            "target_modules": values.get("target_modules"),
-            "rslora": bool(values.get("use_rslora")),
-            "rank_pattern": values.get("rank_pattern") or {},
-            "alpha_pattern": values.get("alpha_pattern") or {},
-        }
-
-    def why_not_portable(self) -> str | None:
-        """LoRA on linears is what servers load."""
-        others = [path for path, layer in self.planted.items() if not isinstance(layer, LoraLinear)]
-        if not others:
-            return None
-        return f"LoRA on {listed(others, 3)} is on no linear, and servers load it on linears only; export it merged"
-
-    @torch.no_grad()
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A, scaling · B); where W gave a part up, on top of W itself: (A over A₀, scaling · B beside −scaling · B₀).
-
-        Those have twice the rank. On the unquantised W that PiSSA was trained with, that is the trained model. Trained on a
-        quantised base, it differs on any W', the 16-bit one or its NF4, by the frozen weight + scaling · B₀ A₀ − W'.
-        """
-        pairs = {}
-        for path, layer in self.planted.items():
-            lora_A, lora_B = layer.lora_A.float(), layer.lora_B.float() * layer.scaling
-            if (begun := getattr(layer, "beginning", None)) is not None:
-                lora_A = torch.cat([lora_A, begun.lora_A.float()])
-                lora_B = torch.cat([lora_B, begun.lora_B.float() * -layer.scaling], 1)
-            pairs[path] = (lora_A, lora_B)
-        return pairs
 
 
-def rank_of(section: Any, path: str) -> int:
+def rank_of(section: LowRankSection, path: str) -> int:
     """The rank that a LoRA section gives the target at ``path``."""
     return int(pattern_value(section.rank_pattern, path, section.r))
 
 
-def scaling_of(section: Any, path: str) -> float:
+def scaling_of(section: LowRankSection, path: str) -> float:
     """alpha / r of a LoRA section's target at ``path``, or alpha / √r."""
     rank, alpha = rank_of(section, path), pattern_value(section.alpha_pattern, path, section.alpha)
     return float(alpha / rank**0.5 if section.rslora else alpha / rank)
 
 
 def any_transposed(planted: Mapping[str, Planted]) -> bool:
-    """PEFT's ``fan_in_fan_out``: whether weights lie as [in, out] somewhere. PEFT itself then looks at each."""
+    """PEFT's ``fan_in_fan_out``: whether some weights are stored as [in, out]; PEFT then looks at each."""
     return any(is_transposed(layer.base) for layer in planted.values())

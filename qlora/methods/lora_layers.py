@@ -10,7 +10,6 @@ not know which modules are chosen, or how the adapter is saved.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +49,8 @@ def why_not(module: nn.Module) -> str | None:
 class LoraEmbedding(Planted):
     """A frozen embedding with an adapter beside it: ``lora_embedding_A`` [r, vocabulary], ``lora_embedding_B`` [width, r]."""
 
+    base: nn.Embedding
+
     def __init__(self, base: nn.Embedding, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__(base)
         self.lora_embedding_A = nn.Parameter(lora_A)
@@ -58,7 +59,7 @@ class LoraEmbedding(Planted):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[…] → […, width] in the dtype of the base."""
-        base: Any = self.base
+        base = self.base
         y: Tensor = base(ids)
         if not self.enabled:
             return y
@@ -87,8 +88,10 @@ class LoraEmbedding(Planted):
 
 
 class LoraConv2d(Planted):
-    """A frozen convolution with an adapter beside it: ``lora_A`` [r, in, h, w], which moves as the base does, and
+    """A frozen convolution with an adapter beside it: ``lora_A`` [r, in, h, w], which slides as the base does, and
     ``lora_B`` [out, r, 1, 1]."""
+
+    base: nn.Conv2d
 
     def __init__(self, base: nn.Conv2d, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__(base)
@@ -99,7 +102,7 @@ class LoraConv2d(Planted):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, in, height, width] → [batch, out, …] in the dtype of ``x``."""
-        base: Any = self.base
+        base = self.base
         y: Tensor = base(x)
         if not self.enabled:
             return y

@@ -7,28 +7,33 @@ memory for all of them is lacking. A head that is tied to the embedding is untie
 trains.
 
 The copy is kept in the adapter's dtype and computed with in the base's, so that it begins as exactly what the base is. That
-dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would not move, since a
+dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would never change, since a
 step of 1e-4 is rounded away there.
 
-Knows modules and their names; must not know what they compute, how W is stored (``dense_weight`` tells) or the training loop.
+Knows modules and their names; must not know what they compute, how W is stored (ask ``dense_weight``) or the training loop.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.methods.method import PREFIX, Method
+from qlora.methods import sublayers
+from qlora.methods.layout import Fields, Layout
+from qlora.methods.merge import Merge
+from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import leaf, matches
+from qlora.model.base import Base
 from qlora.model.checkpoint import open_checkpoint
-from qlora.model.load import Base
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
+from qlora.recipe.methods import Modules
 from qlora.residence.ends import HostLinear, on_device
 
 # PEFT adds both of these to every classifier's modules_to_save, whichever of them it has.
@@ -73,36 +78,90 @@ class TrainedModule(Planted):
         return values if trained is None else trained.to(values)
 
 
+class ModulesLayout(Layout):
+    """PEFT's field ``modules_to_save``: each copy whole, under the module's own name."""
+
+    read = frozenset({"modules_to_save"})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The copies' whole state, as PEFT saves it: buffers too."""
+        return {
+            self.key(f"{path}.{name}"): values
+            for path, layer in self.method.planted.items()
+            for name, values in layer.module.state_dict().items()
+        }
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        """PEFT matches the plain end of a path: ``norm`` would be ``input_layernorm`` too."""
+        leaves = sorted({leaf(path) for path in self.method.planted})
+        reached = {path for path in every_path if any(path.endswith(name) for name in leaves)}
+        return {"modules_to_save": leaves if reached == set(self.method.planted) else sorted(self.method.planted)}
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields | None:
+        names = values.get("modules_to_save")
+        return {"name": "modules", "modules": names} if names else None
+
+
+class ModulesMerge(Merge):
+    """A head or an embedding that trained alone is tied to nothing any more."""
+
+    method: ModulesMethod
+
+    def config(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "tie_word_embeddings": False} if self._untied() else values
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """The weights that the checkpoint leaves out because they were tied to another one."""
+        base, group = self.method.base, self._untied()
+        names = base.names or {}
+        present = next((path for path in group if f"{path}.weight" in names), None)
+        found: dict[str, Tensor] = {}
+        for path in group:
+            name, layer = f"{path}.weight", self.method.planted.get(path)
+            if name in names:
+                continue
+            if isinstance(layer, TrainedModule):
+                found[name] = layer.module.get_parameter("weight").detach()
+            elif present is not None:
+                found[name] = open_checkpoint(base.folder).read(names[f"{present}.weight"])
+        return found
+
+    def _untied(self) -> tuple[str, ...]:
+        """The modules that shared a weight, where one of them trains now."""
+        return self.method.tied if set(self.method.tied) & set(self.method.planted) else ()
+
+
 class ModulesMethod(Method):
     """How chosen modules are copied; each copy is saved whole."""
 
     place = "modules"
-    read = frozenset({"modules_to_save"})
+    auto_dtype = torch.float32  # on CUDA too: see above
+    layout_class = ModulesLayout
+    merge_class = ModulesMerge
+    section: Modules
 
-    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
-        super().__init__(section, base, seed)
+    def __init__(self, section: Modules, base: Base, seed: int = 0, values_follow: bool = False) -> None:
+        super().__init__(section, base, seed, values_follow)
         self.places: dict[str, str] = {}
         """Where each stands in the model as it is, inside what other methods planted around it."""
         self.tied = _tied(base.model)
         """The modules that shared one weight before: head and embedding."""
 
-    @classmethod
-    def trained_dtype(cls, requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-        """fp32 under ``auto``, on CUDA too."""
-        return torch.float32 if requested == "auto" else super().trained_dtype(requested, device, compute_dtype)
-
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Plant a trainable copy of each named module; return them by module path.
-
-        Raises MethodError before anything is replaced: a name that matches nothing, modules inside one another, lists, the
-        whole decoder, and modules in which another method has planted something.
-        """
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Raises MethodError for a name that matches nothing, modules inside one another, lists, the whole decoder, and
+        modules in which another method has planted something."""
         chosen = self._choose(model)
         self.places = {path: place for path, (place, _) in chosen.items()}
-        planted: dict[str, Planted] = {path: self.new_layer(module) for path, (_, module) in chosen.items()}
-        for path, layer in planted.items():
-            self.plant(model, self.places[path], layer)
-        return planted
+        return {path: self.new_layer(module) for path, (_, module) in chosen.items()}
+
+    def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Inside what other methods planted around it."""
+        model.set_submodule(self.places[path], module)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """``lm_head.weight``, ``model.layers.31.mlp.up_proj.weight``, …"""
+        return {name: values for name, values in super().parameters().items() if values.requires_grad}
 
     def _choose(self, model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
         """By the untouched model's paths, (where it stands now, the module)."""
@@ -122,8 +181,8 @@ class ModulesMethod(Method):
         self._refuse(model, chosen)
         return chosen
 
-    def _refuse(self, model: Any, chosen: dict[str, tuple[str, nn.Module]]) -> None:
-        whole = model.get_decoder() if hasattr(model, "get_decoder") else None
+    def _refuse(self, model: nn.Module, chosen: dict[str, tuple[str, nn.Module]]) -> None:
+        whole = sublayers.decoder(model)
         for path, (_, module) in chosen.items():
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise MethodError(
@@ -139,7 +198,7 @@ class ModulesMethod(Method):
                     f"method.modules names '{path}', but another method changes {listed(names, 3)}; give that one "
                     "method.target_modules that leave these out, or leave '" + path + "' out of method.modules."
                 )
-            if whole is not None and any(part is whole for part in module.modules()):
+            if any(part is whole for part in module.modules()):
                 raise MethodError(
                     f"method.modules names '{path}', which is the whole model but its head; name some of its layers, or set "
                     "method.name=full."
@@ -158,70 +217,6 @@ class ModulesMethod(Method):
                 values.data = values.data.to(self.dtype if values.dtype == compute else values.dtype)
                 values.requires_grad_(True)
         return TrainedModule(base, module, dtypes)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """``lm_head.weight``, ``model.layers.31.mlp.up_proj.weight``, …"""
-        return {name: values for name, values in super().parameters().items() if values.requires_grad}
-
-    def key(self, name: str) -> str:
-        """PEFT's key: that of the module itself."""
-        return f"{PREFIX}{name}"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The copies' whole state, as PEFT saves it: buffers too."""
-        return {
-            self.key(f"{path}.{name}"): values
-            for path, layer in self.planted.items()
-            if isinstance(layer, TrainedModule)
-            for name, values in layer.module.state_dict().items()
-        }
-
-    def attach(self, model: nn.Module) -> None:
-        """Put the copies back, inside what other methods planted around them."""
-        for path, layer in self.planted.items():
-            self.plant(model, self.places[path], layer)
-
-    def detach(self, model: nn.Module) -> None:
-        """Put the modules themselves back."""
-        for path, layer in self.planted.items():
-            model.set_submodule(self.places[path], layer.base)
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT matches the plain end of a path: ``norm`` would be ``input_layernorm`` too."""
-        leaves = sorted({leaf(path) for path in self.planted})
-        reached = {path for path in every_path if any(path.endswith(name) for name in leaves)}
-        return {"modules_to_save": leaves if reached == set(self.planted) else sorted(self.planted)}
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The section of ``modules_to_save``."""
-        names = values.get("modules_to_save")
-        return {"name": "modules", "modules": names} if names else None
-
-    def merged_config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A head or an embedding that trained alone is tied to nothing any more."""
-        return {**values, "tie_word_embeddings": False} if self._untied() else values
-
-    def new_tensors(self) -> dict[str, Tensor]:
-        """The weights that the checkpoint leaves out because they were tied to another one."""
-        names = self.base.names or {}
-        group = self._untied()
-        present = next((path for path in group if f"{path}.weight" in names), None)
-        found: dict[str, Tensor] = {}
-        for path in group:
-            name = f"{path}.weight"
-            layer = self.planted.get(path)
-            if name in names:
-                continue
-            if isinstance(layer, TrainedModule):
-                found[name] = layer.module.get_parameter("weight").detach()
-            elif present is not None:
-                found[name] = open_checkpoint(self.base.folder).read(names[f"{present}.weight"])
-        return found
-
-    def _untied(self) -> tuple[str, ...]:
-        """The modules that shared a weight, where one of them trains now."""
-        return self.tied if set(self.tied) & set(self.planted) else ()
 
 
 def walk(model: nn.Module, path: str = "", place: str = "") -> Iterator[tuple[str, str, nn.Module]]:
@@ -243,7 +238,7 @@ def dense_copy(module: nn.Module) -> nn.Module:
     What ``module`` keeps in host memory, the copy has on the device: it is to train there.
     """
     whole = [part for part in module.modules() if isinstance(part, FrozenLinear | HostLinear)]
-    packed: dict[int, Any] = {id(part): dense_linear(part) for part in whole}
+    packed: dict[int, nn.Module] = {id(part): dense_linear(part) for part in whole}
     streamed = [part for part in module.modules() if id(part) not in packed and getattr(part, "away", None) is not None]
     packed |= {id(part): _copy_of_streamed(part) for part in streamed}
     copied: nn.Module = copy.deepcopy(module, packed)  # deepcopy takes what its memo holds in the place of the original
@@ -272,14 +267,9 @@ def dense_linear(linear: FrozenLinear | HostLinear) -> nn.Linear:
     return made.train(linear.training)
 
 
-def _tied(model: Any) -> tuple[str, ...]:
+def _tied(model: nn.Module) -> tuple[str, ...]:
     """The module paths of an input embedding and an output head that share one weight; nothing where they do not."""
-    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "get_input_embeddings")):
-        return ()
-    head = model.get_output_embeddings()
-    if head is None:  # a classifier; a model of images may then have no embedding to ask for
-        return ()
-    pair = [model.get_input_embeddings(), head]
+    pair = (sublayers.embedding(model), sublayers.head(model))
     weights = [getattr(module, "weight", None) for module in pair]
     if weights[0] is None or weights[0] is not weights[1]:
         return ()

@@ -8,8 +8,8 @@ matrices stay as they are, and the new rows stand beside them. A tied head uses 
 Rows begin as the mean of all rows, which is how a token looks that nothing is known of (Hewitt 2021, "Initializing New
 Word Embeddings for Pretrained Language Models").
 
-The ids are the tokenizer's next free ones. They may lie inside a vocabulary that was padded to a round number, and take
-the place of unused rows there. Where the tokenizer has more tokens than the model has rows (Gemma 3), the rows between are
+The ids are the tokenizer's next free ones. They may fall inside a vocabulary that was padded to a round number, and then
+take the place of unused rows. Where the tokenizer has more tokens than the model has rows (Gemma 3), the rows between are
 added too.
 
 While it is disabled the base answers as it would have before the first step: its own rows and logits, and for the new
@@ -29,11 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError, listed
-from qlora.methods.method import PREFIX, Method
-from qlora.methods.planted import Planted
-from qlora.methods.targets import leaf, unplanted
-from qlora.model.load import Base
+from qlora.methods import sublayers
+from qlora.methods.layout import PREFIX, Fields, Layout
+from qlora.methods.merge import Merge
+from qlora.methods.method import Method
+from qlora.methods.planted import Planted, unplanted
+from qlora.methods.targets import leaf
+from qlora.model.base import Base
 from qlora.model.tokenizer import add_tokens, load_tokenizer
+from qlora.recipe.methods import NewTokens
 
 ROWS_AT_ONCE = 4096  # of the embedding, when its mean is taken
 DELTA = "trainable_tokens_delta"  # PEFT's name for the rows, which are no difference in spite of it
@@ -132,16 +136,133 @@ class NewTokenHead(NewRows):
         return torch.cat([logits, beyond], -1) if beyond.shape[-1] else logits
 
 
-class NewTokensMethod(Method):
-    """How new tokens come into the tokenizer, the embedding and the head."""
+class NewTokensLayout(Layout):
+    """PEFT's TrainableTokensConfig, or the field of another config that says the same; the tokenizer stands beside it."""
 
-    place = "embeddings"
+    method: NewTokensMethod
     peft_type = "TRAINABLE_TOKENS"
     only = {"init_weights": (True, False, None)}  # noqa: RUF012
     read = frozenset({"token_indices", "target_modules", "trainable_token_indices"})
 
-    def __init__(self, section: Any, base: Base, seed: int = 0) -> None:
-        super().__init__(section, base, seed)
+    def key(self, name: str) -> str:
+        """PEFT's key, which has one part more where the rows go with another method's adapter."""
+        infix = "" if self.alone else "token_adapter."
+        return f"{PREFIX}{name.removesuffix('values')}{infix}{DELTA}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rows. PEFT's own config of this method names those of a tied head once more."""
+        found = super().tensors()
+        if self.alone:
+            found |= {key: found[other].clone() for key, other in self._doubled().items()}
+        return found
+
+    def _doubled(self) -> dict[str, str]:
+        """The key that a tied head's rows would have → that of the embedding's, which they are."""
+        embedding, *head = self.method.planted.items()
+        tied = [path for path, layer in head if isinstance(layer, NewTokenHead) and layer.tied]
+        return {self.key(f"{path}.values"): self.key(f"{embedding[0]}.values") for path in tied}
+
+    def fitted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Without the whole embedding and head, which PEFT saves beside the rows when a base was resized.
+
+        Raises MethodError where a head's rows are not the embedding's in spite of a tied base.
+        """
+        whole = {
+            f"{PREFIX}{path}.{inside}"
+            for path in self.method.planted
+            for inside in ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+        }
+        kept = {key: values for key, values in tensors.items() if key not in whole}
+        for key, other in self._doubled().items():
+            doubled = kept.pop(key, kept.get(other))
+            if doubled is not None and self.alone:
+                kept[key] = doubled
+            if doubled is not None and other in kept and not torch.equal(doubled, kept[other]):
+                raise MethodError(
+                    f"This adapter has other rows in {key} than in {other}, but the head of '{self.method.base.name}' is tied to its "
+                    "embedding; use the base that it was trained on."
+                )
+        return kept
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        """PEFT's TrainableTokensConfig, or the field of another config that says the same.
+
+        PEFT matches the plain end of a path, and finds a tied head by itself.
+        """
+        names = [
+            leaf(path) if sum(other.endswith(leaf(path)) for other in every_path) == 1 else path
+            for path, layer in self.method.planted.items()
+            if layer.own_parameters()
+        ]
+        ids = list(self.method.ids)
+        if self.alone:
+            return {"token_indices": ids, "target_modules": names, "init_weights": True}
+        return {"trainable_token_indices": ids if len(names) == 1 else dict.fromkeys(names, ids)}
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields | None:
+        """The section of a config that trains rows; what their texts are, the tokenizer beside it says."""
+        found = values.get("token_indices" if values.get("peft_type") == cls.peft_type else "trainable_token_indices")
+        if found is None or (not found and values.get("peft_type") != cls.peft_type):
+            return None
+        lists = list(found.values()) if isinstance(found, dict) else [found]
+        ids = lists[0] if lists else []
+        whole = isinstance(ids, list) and ids and all(type(number) is int and 0 <= number < 2**31 for number in ids)
+        if not whole or sorted(set(ids)) != ids or any(other != ids for other in lists):
+            raise MethodError(
+                f"The adapter in '{folder}' trains the token rows {found!r:.80}; expected the same rising ids for every module."
+            )
+        try:
+            tokenizer = load_tokenizer(folder)
+        except ModelError as error:
+            raise MethodError(
+                f"The adapter in '{folder}' trains the rows of the tokens {listed(ids)}, and no tokenizer beside it says what "
+                f"they are: {error}"
+            ) from None
+        texts = [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
+        special = any(
+            tokenizer.added_tokens_decoder[number].special for number in ids if number in tokenizer.added_tokens_decoder
+        )
+        return {"name": "new_tokens", "tokens": tuple(texts), "ids": tuple(ids), "special": special}
+
+    def save_beside(self, folder: Path) -> None:
+        """The tokenizer with the new tokens."""
+        if self.method.base.tokenizer is not None:
+            self.method.base.tokenizer.save_pretrained(folder)
+
+
+class NewTokensMerge(Merge):
+    """An embedding and a head with a row more for each new token."""
+
+    method: NewTokensMethod
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The embedding and the head, with a row for each new token."""
+        path, _, inside = name.rpartition(".")
+        layer = self.method.planted.get(path)
+        return (layer.size, *shape[1:]) if isinstance(layer, NewRows) and inside in ("weight", "bias") else shape
+
+    def config(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The size of the vocabulary with the new tokens."""
+        return {**values, "vocab_size": self.method.sizes[1]}
+
+    def finish(self, folder: Path) -> None:
+        """Write the tokenizer with the new tokens over the base's."""
+        for name in STALE:
+            (folder / name).unlink(missing_ok=True)
+        self.method.layout.save_beside(folder)
+
+
+class NewTokensMethod(Method):
+    """How new tokens come into the tokenizer, the embedding and the head."""
+
+    place = "embeddings"
+    layout_class = NewTokensLayout
+    merge_class = NewTokensMerge
+    section: NewTokens
+
+    def __init__(self, section: NewTokens, base: Base, seed: int = 0, values_follow: bool = False) -> None:
+        super().__init__(section, base, seed, values_follow)
         self.ids: tuple[int, ...] = ()
         """The rows that train, rising."""
         self.tokenizers: tuple[Any, Any] = (base.tokenizer, base.tokenizer)
@@ -149,14 +270,13 @@ class NewTokensMethod(Method):
         self.sizes = (0, 0)
         """Rows of the embedding, before and after."""
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Add the tokens and plant their rows in the embedding and the head; the base's tokenizer is replaced by a copy.
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """The tokens are in a copy of the base's tokenizer, which takes its place when the rows are planted.
 
-        Raises MethodError before anything is changed: tokens that the base has already, a model without a tokenizer, or an
-        embedding of another kind.
+        Raises MethodError for tokens that the base has already, a model without a tokenizer, or an embedding of another
+        kind.
         """
-        network: Any = model
-        embedding = network.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding, head = sublayers.embedding(model), sublayers.head(model)
         if not isinstance(embedding, nn.Embedding) or not (
             type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
         ):
@@ -164,11 +284,9 @@ class NewTokensMethod(Method):
                 f"method new_tokens needs a model with an ordinary embedding of tokens, and '{self.base.name}' has "
                 f"{'none' if embedding is None else 'a ' + type(embedding).__name__}; leave the method out."
             )
-        head = network.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         old = embedding.num_embeddings
         tokenizer = self._tokenizer(old)
         paths = {id(module): path for path, module in model.named_modules()}
-
         values, mean = self._first_rows(embedding.weight)
         planted: dict[str, Planted] = {
             paths[id(embedding)]: NewTokenEmbedding(embedding, values, self.ids, old, mean),
@@ -182,9 +300,6 @@ class NewTokensMethod(Method):
             planted[paths[id(head)]] = NewTokenHead(head, values, self.ids, old, mean, tied)
         self.tokenizers = self.base.tokenizer, tokenizer
         self.sizes = old, max(old, self.ids[-1] + 1)
-        for path, layer in planted.items():
-            self.plant(model, path, layer)
-        self._announce(model, 1)
         return planted
 
     def _tokenizer(self, old: int) -> Any:
@@ -220,12 +335,12 @@ class NewTokensMethod(Method):
         mean = torch.zeros(weight.shape[1], device=self.device)
         if not weight.is_meta:  # there, shapes are wanted, or values follow
             for rows in weight.split(ROWS_AT_ONCE):
-                mean += rows.to(mean.device).float().sum(0)  # it may lie in host memory
+                mean += rows.to(mean.device).float().sum(0)  # it may be in host memory
             mean /= len(weight)
         mean = mean.to(self.dtype)
         return nn.Parameter(mean.repeat(len(self.ids), 1)), mean
 
-    def _announce(self, model: Any, which: int) -> None:
+    def _announce(self, model: nn.Module, which: int) -> None:
         """Give the base the tokenizer and the size before (0) or after (1)."""
         self.base.tokenizer = self.tokenizers[which]
         # a model's own loss folds its logits by these
@@ -243,106 +358,3 @@ class NewTokensMethod(Method):
         """Give the base its own embedding, head and tokenizer back."""
         super().detach(model)
         self._announce(model, 0)
-
-    def key(self, name: str) -> str:
-        """PEFT's key, which has one part more where the rows go with another method's adapter."""
-        infix = "" if self.alone else "token_adapter."
-        return f"{PREFIX}{name.removesuffix('values')}{infix}{DELTA}"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The rows. PEFT's own config of this method names those of a tied head once more."""
-        found = super().tensors()
-        if self.alone:
-            found |= {key: found[other].clone() for key, other in self._doubled().items()}
-        return found
-
-    def _doubled(self) -> dict[str, str]:
-        """The key that a tied head's rows would have → that of the embedding's, which they are."""
-        embedding, *head = self.planted.items()
-        tied = [path for path, layer in head if isinstance(layer, NewTokenHead) and layer.tied]
-        return {self.key(f"{path}.values"): self.key(f"{embedding[0]}.values") for path in tied}
-
-    def without_base(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Without the whole embedding and head, which PEFT saves beside the rows when a base was resized.
-
-        Raises MethodError where a head's rows are not the embedding's in spite of a tied base.
-        """
-        whole = {
-            f"{PREFIX}{path}.{inside}"
-            for path in self.planted
-            for inside in ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
-        }
-        kept = {key: values for key, values in tensors.items() if key not in whole}
-        for key, other in self._doubled().items():
-            doubled = kept.pop(key, kept.get(other))
-            if doubled is not None and self.alone:
-                kept[key] = doubled
-            if doubled is not None and other in kept and not torch.equal(doubled, kept[other]):
-                raise MethodError(
-                    f"This adapter has other rows in {key} than in {other}, but the head of '{self.base.name}' is tied to its "
-                    "embedding; use the base that it was trained on."
-                )
-        return kept
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's TrainableTokensConfig, or the field of another config that says the same.
-
-        PEFT matches the plain end of a path, and finds a tied head by itself.
-        """
-        names = [
-            leaf(path) if sum(other.endswith(leaf(path)) for other in every_path) == 1 else path
-            for path, layer in self.planted.items()
-            if layer.own_parameters()
-        ]
-        ids = list(self.ids)
-        if self.alone:
-            return {"token_indices": ids, "target_modules": names, "init_weights": True}
-        return {"trainable_token_indices": ids if len(names) == 1 else dict.fromkeys(names, ids)}
-
-    @classmethod
-    def section_of(cls, values: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-        """The section of a config that trains rows; what their texts are, the tokenizer beside it says."""
-        found = values.get("token_indices" if values.get("peft_type") == cls.peft_type else "trainable_token_indices")
-        if found is None or (not found and values.get("peft_type") != cls.peft_type):
-            return None
-        lists = list(found.values()) if isinstance(found, dict) else [found]
-        ids = lists[0] if lists else []
-        whole = isinstance(ids, list) and ids and all(type(number) is int and 0 <= number < 2**31 for number in ids)
-        if not whole or sorted(set(ids)) != ids or any(other != ids for other in lists):
-            raise MethodError(
-                f"The adapter in '{folder}' trains the token rows {found!r:.80}; expected the same rising ids for every module."
-            )
-        try:
-            tokenizer = load_tokenizer(folder)
-        except ModelError as error:
-            raise MethodError(
-                f"The adapter in '{folder}' trains the rows of the tokens {listed(ids)}, and no tokenizer beside it says what "
-                f"they are: {error}"
-            ) from None
-        texts = [token for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
-        special = any(
-            tokenizer.added_tokens_decoder[number].special for number in ids if number in tokenizer.added_tokens_decoder
-        )
-        return {"name": "new_tokens", "tokens": tuple(texts), "ids": tuple(ids), "special": special}
-
-    def save_beside(self, folder: Path) -> None:
-        """The tokenizer with the new tokens."""
-        if self.base.tokenizer is not None:
-            self.base.tokenizer.save_pretrained(folder)
-
-    def merged_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The embedding and the head, with a row for each new token."""
-        path, _, inside = name.rpartition(".")
-        layer = self.planted.get(path)
-        return (layer.size, *shape[1:]) if isinstance(layer, NewRows) and inside in ("weight", "bias") else shape
-
-    def merged_config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The size of the vocabulary with the new tokens."""
-        layer: Any = next(iter(self.planted.values()))
-        return {**values, "vocab_size": layer.size}
-
-    def finish_merge(self, folder: Path) -> None:
-        """Write the tokenizer with the new tokens over the base's."""
-        for name in STALE:
-            (folder / name).unlink(missing_ok=True)
-        self.save_beside(folder)

@@ -2,7 +2,7 @@
 
     own_weight → what was quantised       put → another weight is quantised, or written       put_back → as it was loaded
 
-One weight in memory at a time: it is read from the checkpoint again. Knows checkpoints and how a linear keeps its weight;
+One weight is in memory at a time; it is read from the checkpoint again. Knows checkpoints and how a linear keeps its weight;
 must not know what is put there, or why.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.load import Base, checkpoint_weight, packed_parts
+from qlora.model.load import checkpoint_weight
+from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_away, is_transposed
 
 
@@ -75,7 +77,7 @@ def put_back(base: Base, path: str, linear: nn.Module, kept: Tensor | None = Non
 
 
 def _write(linear: nn.Module, values: Tensor) -> None:
-    """Write over the weight as it lies."""
+    """Overwrite the weight, in the layout that it has."""
     with at_hand(linear, changed=True):
         weight = linear.weight
         assert isinstance(weight, Tensor)

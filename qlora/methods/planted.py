@@ -1,12 +1,13 @@
-"""What stands in the place of a base's module: the module itself, frozen, with trainable parameters beside it.
+"""What stands in place of one of the base's modules: that module, frozen, with trainable parameters beside it.
 
     model.layers.0.self_attn.q_proj        becomes        Planted(base=q_proj, its own parameters)
 
-Knows nothing of any formula; every method's planted modules answer to this.
+Knows no formula; every method's planted modules answer to this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +55,15 @@ class Planted(nn.Module):
         Raises MethodError where the mathematics has no such thing.
         """
         raise MethodError(f"{type(self).__name__} cannot be merged into '{name}'.")
+
+
+def unplanted(module: nn.Module) -> nn.Module:
+    """What stood here before any method planted anything, or the module itself."""
+    while isinstance(module, Planted):
+        module = module.base
+    return module
+
+
+def modules_unplanted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()``, with their paths, without the bases inside what was planted."""
+    return ((path, module) for path, module in model.named_modules() if not path.endswith(".base"))

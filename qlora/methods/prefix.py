@@ -7,10 +7,10 @@
 
 The prefix stands where a cache would hold earlier tokens: each attention is given a cache of ours, whose ``update``
 answers prefix and keys together and remembers nothing (see ``_PrefixedCache``), so that a layer may be recomputed as often
-as need be. In generation the real cache lies behind it and holds the tokens' own keys alone.
+as need be. In generation the real cache is behind it and holds the tokens' own keys alone.
 
-A prefix is seen through a sliding window too, at any distance, as the paper has it. PEFT's lies inside the window, and is
-lost to tokens that stand further from it than that; up to there both give the same.
+A prefix is seen through a sliding window too, at any distance, as the paper has it. PEFT's is inside the window, and
+tokens further away than that no longer see it; up to there both give the same.
 
 Knows attention modules by what their ``forward`` takes; must not know families by name, or the training loop.
 
@@ -19,24 +19,26 @@ Shape suffixes: B rows, H key-value heads, P prefix, T tokens, E size of a head.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError
+from qlora.methods import sublayers
+from qlora.methods.layout import Fields, Layout
+from qlora.methods.merge import Merge
 from qlora.methods.method import Method
-from qlora.methods.planted import Planted
-from qlora.methods.prompt import KEY, load_network, make_real, network_state, tokens_of_text
-from qlora.residence.layers import decoder_layers
+from qlora.methods.planted import Planted, modules_unplanted
+from qlora.methods.prompt import KEY, SHAPE, load_network, make_real, network_state, tokens_of_text
+from qlora.recipe.methods import PrefixTuning
 
 CACHES = ("past_key_values", "layer_past")  # what attentions call the cache that they are given
 SPREAD = 0.1
 """Standard deviation of a random prefix. PEFT's 1 drowns the text at first: SmolLM2-135M on prose, 20 tokens, loss 10.7
 before the first step and 8.6 after four at 1e-2; with 0.1 it is 5.6 and 5.0, and without a prefix 4.7."""
-POSITIONS = ("wpe", "embed_positions")  # what families with learned positions call their table
 
 
 class PrefixAttention(Planted):
@@ -45,7 +47,7 @@ class PrefixAttention(Planted):
     def __init__(self, base: nn.Module, prefix: Tensor) -> None:
         super().__init__(base)
         self.prefix = nn.Parameter(prefix)
-        self.names = argument_names(base)
+        self.names = sublayers.arguments(base)
         self.cache_name = next(name for name in CACHES if name in self.names)
 
     def current_prefix(self) -> Tensor:
@@ -162,7 +164,7 @@ class LaterPositions(Planted):
     def __init__(self, base: nn.Module, first: int) -> None:
         super().__init__(base)
         self.first = first
-        names = argument_names(base)
+        names = sublayers.arguments(base)
         self.name = "position_ids" if "position_ids" in names else names[0]
         self.place = names.index(self.name)
 
@@ -176,36 +178,78 @@ class LaterPositions(Planted):
         return self.base(*args[: self.place], later, *args[self.place + 1 :], **kwargs)
 
 
+class PrefixLayout(Layout):
+    """PEFT's PrefixTuningConfig and its one tensor."""
+
+    method: PrefixMethod
+    peft_type = "PREFIX_TUNING"
+    only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
+    read = SHAPE | {
+        "prefix_projection",
+        "encoder_hidden_size",
+        "init_weights",
+    }  # of first values, which the file replaces
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """All prefixes side by side, [P, layers · 2 · H · E]: PEFT's order."""
+        return {KEY: torch.cat([layer.current_prefix().detach().flatten(1) for layer in self.method.layers], dim=1)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the prefixes as they are, without a network that made them."""
+        layers = self.method.layers
+        for layer, values in zip(layers, tensors[KEY].chunk(len(layers), dim=1), strict=True):
+            layer.prefix.copy_(values.view_as(layer.prefix))
+        self.method.project(False)
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        layers, section = self.method.layers, self.method.section
+        tokens, _, heads, size = layers[0].prefix.shape
+        return {
+            "num_virtual_tokens": tokens,
+            "token_dim": heads * size,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": heads,
+            "num_layers": len(layers),
+            "prefix_projection": section.projection_size is not None,
+            "encoder_hidden_size": section.projection_size or heads * size,
+        }
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        return {
+            "name": "prefix_tuning",
+            "tokens": values.get("num_virtual_tokens"),
+            "projection_size": values.get("encoder_hidden_size") if values.get("prefix_projection") else None,
+        }
+
+
+class PrefixMerge(Merge):
+    """A prefix is no weight."""
+
+    reason = (
+        "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
+        "PEFT do, or train a LoRA"
+    )
+
+
 class PrefixMethod(Method):
     """How a prefix is planted: on every attention, and on what makes something of positions."""
 
     place = "containers"
-    peft_type = "PREFIX_TUNING"
-    read = frozenset(
-        {
-            "num_virtual_tokens",
-            "prefix_projection",
-            "encoder_hidden_size",
-            "init_weights",  # of the first values, which the file replaces
-            "token_dim",
-            "num_transformer_submodules",
-            "num_attention_heads",
-            "num_layers",
-        }
-    )
-    only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
+    layout_class = PrefixLayout
+    merge_class = PrefixMerge
+    section: PrefixTuning
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Plant on every layer's attention. Raises MethodError where a prefix has no place, and nothing is planted."""
-        attentions = find_attentions(model)  # first: it tells what is no language model at all
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Raises MethodError where a prefix has no place."""
+        attentions = find_attentions(model)  # first, for its message where this is no language model at all
         refuse_other_attention(model)
         positions = find_positions(model)
-        layers = self._new_layers(model, attentions)
+        layers = self._on_attentions(model, attentions)
         later = {path: LaterPositions(module, self.section.tokens) for path, module in positions.items()}
-        planted: dict[str, Planted] = {**later, **layers}
-        for path, layer in planted.items():
-            self.plant(model, path, layer)
-        return planted
+        return {**later, **layers}
 
     @property
     def layers(self) -> list[PrefixAttention]:
@@ -217,7 +261,7 @@ class PrefixMethod(Method):
         """The prefix takes positions, but no place in the stream."""
         return int(self.section.tokens) if any(layer.enabled for layer in self.layers) else 0
 
-    def _new_layers(self, model: nn.Module, attentions: Mapping[str, nn.Module]) -> dict[str, PrefixAttention]:
+    def _on_attentions(self, model: nn.Module, attentions: Mapping[str, nn.Module]) -> dict[str, PrefixAttention]:
         heads, size = heads_of(model)
         tokens, width = self.section.tokens, heads * size
         shape = (tokens, 2, heads, size)
@@ -242,10 +286,11 @@ class PrefixMethod(Method):
         return {path: PrefixAttention(base, values.to(self.device, self.dtype)) for (path, base), values in pairs}
 
     @torch.no_grad()
-    def _of_text(self, model: Any) -> list[Tensor]:
+    def _of_text(self, model: nn.Module) -> list[Tensor]:
         """The keys and values that the base has for the text, by layer [P, 2, H, E]."""
+        assert self.section.init_text is not None
         ids = tokens_of_text(self.base, self.section.init_text, self.section.tokens)
-        cache = model.get_decoder()(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
+        cache = sublayers.decoder(model)(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
         found = [torch.stack((layer.keys[0], layer.values[0])).permute(2, 0, 1, 3) for layer in cache.layers]
         remembered = min(len(values) for values in found)
         if remembered < len(ids):
@@ -261,19 +306,6 @@ class PrefixMethod(Method):
         for name, values in super().parameters().items():
             found.setdefault(id(values), (name, values))
         return dict(found.values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All prefixes side by side, [P, layers · 2 · H · E]: PEFT's order."""
-        with torch.no_grad():
-            return {KEY: torch.cat([layer.current_prefix().detach().flatten(1) for layer in self.layers], dim=1)}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the prefixes as they are, without a network that made them."""
-        for layer, values in zip(self.layers, tensors[KEY].chunk(len(self.layers), dim=1), strict=True):
-            layer.prefix.copy_(values.view_as(layer.prefix))
-            if isinstance(layer, ProjectedAttention):
-                layer.project(False)
 
     def _projected(self) -> list[ProjectedAttention]:
         return [layer for layer in self.layers if isinstance(layer, ProjectedAttention)]
@@ -291,42 +323,16 @@ class PrefixMethod(Method):
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the network back, where it was in use."""
-        if projected := self._projected():
-            in_use = load_network(self._network(), tensors)
-            for layer in projected:
-                layer.project(in_use)
+        if self._projected():
+            self.project(load_network(self._network(), tensors))
 
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's PrefixTuningConfig."""
-        tokens, _, heads, size = self.layers[0].prefix.shape
-        return {
-            "num_virtual_tokens": tokens,
-            "token_dim": heads * size,
-            "num_transformer_submodules": 1,
-            "num_attention_heads": heads,
-            "num_layers": len(self.layers),
-            "prefix_projection": self.section.projection_size is not None,
-            "encoder_hidden_size": self.section.projection_size or heads * size,
-        }
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of a PrefixTuningConfig."""
-        return {
-            "name": "prefix_tuning",
-            "tokens": values.get("num_virtual_tokens"),
-            "projection_size": values.get("encoder_hidden_size") if values.get("prefix_projection") else None,
-        }
-
-    def why_not_merged(self) -> str | None:
-        """A prefix is no weight."""
-        return (
-            "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
-            "PEFT do, or train a LoRA"
-        )
+    def project(self, on: bool) -> None:
+        """Train the network of a projected prefix, or else the prefixes themselves."""
+        for layer in self._projected():
+            layer.project(on)
 
 
-def refuse_other_attention(model: Any) -> None:
+def refuse_other_attention(model: nn.Module) -> None:
     """Raise MethodError for attention that takes no mask, biases it by position, or reads another layer's keys."""
     config = getattr(model, "config", None)
     kernel = getattr(config, "_attn_implementation", None)
@@ -336,17 +342,17 @@ def refuse_other_attention(model: Any) -> None:
         )
     if getattr(config, "alibi", False):  # Falcon; Bloom and MPT have no other positions at all
         raise _no_place(model, "its positions are biases of the attention (ALiBi)")
-    if getattr(_text_config(model), "num_kv_shared_layers", None):  # Gemma 3n, Gemma 4
+    if getattr(sublayers.text_config(model), "num_kv_shared_layers", None):  # Gemma 3n, Gemma 4
         raise _no_place(model, "some of its layers read the keys of others")
 
 
-def find_attentions(model: Any) -> dict[str, nn.Module]:
+def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's attention by module path: what takes a cache and a mask. Raises MethodError unless each has one."""
     try:
-        layers = decoder_layers(model)
+        layers = sublayers.layers(model)
     except (AttributeError, ModelError):
         raise _no_place(model, "it has no list of decoder layers") from None
-    start = next(path for path, module in model.named_modules() if module is layers)
+    start = sublayers.path_of(model, layers)
     found: dict[str, nn.Module] = {}
     for number, layer in enumerate(layers):
         fits = {path: module for path, module in layer.named_modules() if path and _takes_cache(path, module)}
@@ -358,51 +364,31 @@ def find_attentions(model: Any) -> dict[str, nn.Module]:
 
 
 def _takes_cache(path: str, module: nn.Module) -> bool:
-    names = argument_names(module)
+    names = sublayers.arguments(module)
     return "attention_mask" in names and any(name in CACHES for name in names) and "base" not in path.split(".")
 
 
-def find_positions(model: Any) -> dict[str, nn.Module]:
+def find_positions(model: nn.Module) -> dict[str, nn.Module]:
     """What turns positions into embeddings or rotations, by module path. Raises MethodError when nothing does."""
-    decoder, layers = model.get_decoder(), decoder_layers(model)
-    inside = {id(module) for module in layers.modules()}
-    below = {id(module) for module in decoder.modules()} - inside
+    inside = {id(module) for module in sublayers.layers(model).modules()}
+    below = {id(module) for module in sublayers.decoder(model).modules()} - inside
     found = {
         path: module
-        for path, module in model.named_modules()
-        if id(module) in below
-        and not path.endswith(".base")
-        and ("RotaryEmbedding" in type(innermost(module)).__name__ or path.rpartition(".")[2] in POSITIONS)
+        for path, module in modules_unplanted(model)
+        if id(module) in below and sublayers.gives_positions(path, module)
     }
     if not found:
         raise _no_place(model, "it has neither rotary nor learned positions that all layers share")
     return found
 
 
-def heads_of(model: Any) -> tuple[int, int]:
+def heads_of(model: nn.Module) -> tuple[int, int]:
     """(key-value heads, size of a head) by the model's configuration, as PEFT reads it."""
-    config = _text_config(model)
+    config = sublayers.text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def argument_names(module: nn.Module) -> list[str]:
-    """What a module's ``forward`` takes, by name and in order."""
-    return list(inspect.signature(innermost(module).forward).parameters)
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The model's own module, under whatever methods planted there."""
-    while isinstance(module, Planted):
-        module = module.base
-    return module
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _no_place(model: Any, why: str) -> MethodError:
+def _no_place(model: nn.Module, why: str) -> MethodError:
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     return MethodError(f"Prefix tuning has no place in this {name} model: {why}; use another method, as prompt_tuning.")

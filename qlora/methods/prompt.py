@@ -18,17 +18,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
+from qlora.methods import sublayers
+from qlora.methods.layout import Fields, Layout
+from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.model.load import Base
+from qlora.model.base import Base
 
 KEY = "prompt_embeddings"  # the one tensor of PEFT's prompt methods, which has no path
+SHAPE = frozenset(
+    {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+)
+"""The fields that the configs of PEFT's prompt methods share."""
 INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM", "text": "TEXT"}  # ours → PEFT's
 
 
@@ -96,32 +104,101 @@ class EncodedPrompt(PromptEmbedding):
         return self.encoder() if self.encoding else self.prompt
 
 
+class PromptLayout(Layout):
+    """PEFT's PromptTuningConfig and its one tensor."""
+
+    method: PromptTuningMethod
+    peft_type = "PROMPT_TUNING"
+    only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
+    read = SHAPE | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """The prompt, [P, D]."""
+        return {KEY: self.method.layer.virtual_rows().detach()}
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        section = self.method.section
+        return {
+            **self.shape_config(),
+            "prompt_tuning_init": INITS[section.init],
+            "prompt_tuning_init_text": section.init_text,
+            "tokenizer_name_or_path": self.method.base.name if section.init == "text" else None,
+        }
+
+    def shape_config(self) -> Fields:
+        """What the configs of PEFT's prompt methods share."""
+        config = getattr(self.method.base.model, "config", None)
+        return {
+            "num_virtual_tokens": self.method.section.tokens,
+            "token_dim": self.method.layer.prompt.shape[1],
+            "num_transformer_submodules": 1,
+            "num_attention_heads": getattr(config, "num_attention_heads", None),
+            "num_layers": getattr(config, "num_hidden_layers", None),
+        }
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        asked = values.get("prompt_tuning_init") or "RANDOM"
+        init = next((ours for ours, theirs in INITS.items() if theirs == asked), asked)
+        text = values.get("prompt_tuning_init_text") if init == "text" else None
+        return {"name": "prompt_tuning", "tokens": values.get("num_virtual_tokens"), "init": init, "init_text": text}
+
+
+class PTuningLayout(PromptLayout):
+    """PEFT's PromptEncoderConfig. The network is not in the file: the prompt is what came out of it, an LSTM's too."""
+
+    method: PTuningMethod
+    peft_type = "P_TUNING"
+    read = SHAPE | {
+        "encoder_hidden_size",
+        "encoder_reparameterization_type",
+        "encoder_num_layers",
+        "encoder_dropout",
+    }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the prompt as it is, without the network that made it."""
+        self.method.layer.prompt.copy_(tensors[KEY])
+        self.method.layer.encode(False)
+
+    def peft_config(self, every_path: list[str]) -> Fields:
+        return {
+            **self.shape_config(),
+            "encoder_reparameterization_type": "MLP",
+            "encoder_hidden_size": self.method.section.hidden_size,
+            "encoder_num_layers": 2,
+            "encoder_dropout": 0.0,
+        }
+
+    @classmethod
+    def section_of(cls, values: Fields, folder: Path) -> Fields:
+        tokens, hidden = values.get("num_virtual_tokens"), values.get("encoder_hidden_size")
+        return {"name": "p_tuning", "tokens": tokens, "hidden_size": hidden}
+
+
+class PromptMerge(Merge):
+    """A prompt is in the text, not in a weight."""
+
+    reason = (
+        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
+        "the base, as qlora and PEFT do, or train a LoRA"
+    )
+
+
 class PromptTuningMethod(Method):
     """How a prompt is planted: on the embedding alone."""
 
     place = "prompt"
-    peft_type = "PROMPT_TUNING"
-    read = frozenset(
-        {
-            "num_virtual_tokens",
-            "prompt_tuning_init",
-            "prompt_tuning_init_text",
-            "tokenizer_name_or_path",
-            "tokenizer_kwargs",
-            "token_dim",
-            "num_transformer_submodules",
-            "num_attention_heads",
-            "num_layers",
-        }
-    )
-    only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
+    layout_class = PromptLayout
+    merge_class = PromptMerge
+    section: Any  # PromptTuning, or PTuning below
 
-    def inject(self, model: nn.Module) -> dict[str, Planted]:
-        """Plant on the input embedding. Raises MethodError for a model that has none, or one that needs its ids elsewhere."""
+    def new_layers(self, model: nn.Module) -> dict[str, Planted]:
+        """Raises MethodError for a model that has no input embedding, or one that needs its ids elsewhere."""
         path, embedding = find_embedding(model)
-        layer = self.new_layer(path, embedding)
-        self.plant(model, path, layer)
-        return {path: layer}
+        return {path: self.new_layer(path, embedding)}
 
     @property
     def layer(self) -> PromptEmbedding:
@@ -130,12 +207,10 @@ class PromptTuningMethod(Method):
         assert isinstance(layer, PromptEmbedding)
         return layer
 
-    def new_layer(self, path: str, embedding: Any) -> PromptEmbedding:
+    def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
         """A prompt on ``embedding``, with its first values."""
         shape = (self.section.tokens, embedding.embedding_dim)
-        if (
-            self.device.type == "meta" or embedding.weight.is_meta
-        ):  # nothing to read: shapes are wanted, or values follow
+        if self.device.type == "meta" or embedding.weight.is_meta:  # shapes are wanted, or values follow
             return PromptEmbedding(embedding, torch.zeros(shape, device=self.device, dtype=self.dtype))
         if self.section.init == "random":
             prompt = torch.randn(shape, generator=self.generator(path))  # as PEFT's
@@ -143,7 +218,7 @@ class PromptTuningMethod(Method):
             prompt = self._embedded(path, embedding)
         return PromptEmbedding(embedding, prompt.to(self.device, self.dtype))
 
-    def _embedded(self, path: str, embedding: Any) -> Tensor:
+    def _embedded(self, path: str, embedding: nn.Embedding) -> Tensor:
         """The base's embeddings of drawn tokens, or of the text's."""
         if self.section.init == "text":
             ids = tokens_of_text(self.base, self.section.init_text, self.section.tokens)
@@ -153,66 +228,11 @@ class PromptTuningMethod(Method):
             rows: Tensor = embedding(ids.to(self.device))
         return rows.float()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The prompt, [P, D]."""
-        with torch.no_grad():
-            return {KEY: self.layer.virtual_rows().detach()}
-
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's PromptTuningConfig."""
-        by_text = self.section.init == "text"
-        return {
-            **self.shape_config(),
-            "prompt_tuning_init": INITS[self.section.init],
-            "prompt_tuning_init_text": self.section.init_text,
-            "tokenizer_name_or_path": self.base.name if by_text else None,
-        }
-
-    def shape_config(self) -> dict[str, Any]:
-        """What the configs of PEFT's prompt methods share."""
-        config: Any = getattr(self.base.model, "config", None)
-        return {
-            "num_virtual_tokens": self.section.tokens,
-            "token_dim": self.layer.prompt.shape[1],
-            "num_transformer_submodules": 1,
-            "num_attention_heads": getattr(config, "num_attention_heads", None),
-            "num_layers": getattr(config, "num_hidden_layers", None),
-        }
-
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of a PromptTuningConfig."""
-        asked = values.get("prompt_tuning_init") or "RANDOM"
-        init = next((ours for ours, theirs in INITS.items() if theirs == asked), asked)
-        text = values.get("prompt_tuning_init_text") if init == "text" else None
-        return {"name": "prompt_tuning", "tokens": values.get("num_virtual_tokens"), "init": init, "init_text": text}
-
-    def why_not_merged(self) -> str | None:
-        """A prompt is in the text, not in a weight."""
-        return (
-            "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
-            "the base, as qlora and PEFT do, or train a LoRA"
-        )
-
 
 class PTuningMethod(PromptTuningMethod):
     """How P-tuning is planted: a prompt with its network."""
 
-    peft_type = "P_TUNING"
-    read = frozenset(
-        {
-            "num_virtual_tokens",
-            "token_dim",
-            "num_transformer_submodules",
-            "num_attention_heads",
-            "num_layers",
-            # of the network, which is not in the file: the prompt is what came out of it, an LSTM's too
-            "encoder_hidden_size",
-            "encoder_reparameterization_type",
-            "encoder_num_layers",
-            "encoder_dropout",
-        }
-    )
+    layout_class = PTuningLayout
 
     @property
     def layer(self) -> EncodedPrompt:
@@ -221,17 +241,11 @@ class PTuningMethod(PromptTuningMethod):
         assert isinstance(layer, EncodedPrompt)
         return layer
 
-    def new_layer(self, path: str, embedding: Any) -> PromptEmbedding:
+    def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
         """A prompt with a new network on ``embedding``."""
         encoder = PromptEncoder(self.section.tokens, embedding.embedding_dim, self.section.hidden_size)
         make_real(encoder, self.device, self.dtype, self.generator(path))
         return EncodedPrompt(embedding, encoder)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the prompt as it is, without the network that made it."""
-        self.layer.prompt.copy_(tensors[KEY])
-        self.layer.encode(False)
 
     def state(self) -> dict[str, Tensor]:
         """The network, and whether it trains."""
@@ -242,36 +256,16 @@ class PTuningMethod(PromptTuningMethod):
         """Put the network back, where it was in use."""
         self.layer.encode(load_network(self.layer.encoder, tensors))
 
-    def peft_config(self, every_path: list[str]) -> dict[str, Any]:
-        """PEFT's PromptEncoderConfig."""
-        return {
-            **self.shape_config(),
-            "encoder_reparameterization_type": "MLP",
-            "encoder_hidden_size": self.section.hidden_size,
-            "encoder_num_layers": 2,
-            "encoder_dropout": 0.0,
-        }
 
-    @classmethod
-    def section_from(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The section of a PromptEncoderConfig."""
-        return {
-            "name": "p_tuning",
-            "tokens": values.get("num_virtual_tokens"),
-            "hidden_size": values.get("encoder_hidden_size"),
-        }
-
-
-def find_embedding(model: Any) -> tuple[str, Any]:
+def find_embedding(model: nn.Module) -> tuple[str, Any]:
     """(module path, module) of a language model's input embedding. Raises MethodError where a prompt cannot stand on it."""
-    found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    path = next((path for path, module in model.named_modules() if module is found), None)
-    if found is None or path is None:
+    found = sublayers.embedding(model)
+    path = None if found is None else sublayers.path_of(model, found)
+    if path is None:
         raise MethodError(
             f"{type(model).__name__} has no input embedding, before which virtual tokens stand; use another method."
         )
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = sublayers.text_config(model)
     if getattr(config, "hidden_size_per_layer_input", None):  # Gemma 3n, Gemma 4
         raise MethodError(
             f"Every layer of this {config.model_type} model looks its token ids up again, and virtual tokens have no "

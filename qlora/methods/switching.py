@@ -24,19 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.methods.base import AdaptedModel, apply_method, refuse_adapted
+from qlora.methods.base import AdaptedModel, OnBase, apply_method, refuse_adapted
+from qlora.methods.beginning import gives_up
 from qlora.methods.files import load_adapter, read_adapter_config
 from qlora.methods.lora import LoraLinear
 from qlora.methods.planted import Planted
+from qlora.model.base import Base
 from qlora.model.in_memory import as_base
-from qlora.model.load import Base
 from qlora.recipe import parts_of
 
-BY_ROWS = ("lora", "dora", "adalora", "ia3", "bitfit")
-"""Methods whose planted modules answer each row of a batch from that row alone, so that rows can be told apart."""
 
-
-class Adapters:
+class Adapters(OnBase):
     """A base and its adapters by name. At most one of them stands in the model at a time, or several by rows (``mixed``).
 
     Stands wherever a model answers: ``answers(adapters, prompts, 64)``. The base is loaded once and never copied.
@@ -50,18 +48,15 @@ class Adapters:
         self._current: str | None = None
         self._mixing = False
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, with the adapter of the moment inside."""
-        return self.base.model
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.base.tokenizer
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
+    def __repr__(self) -> str:
+        """A line for the base and one for each adapter."""
+        base = self.base
+        using = "mixed" if self._mixing else self._current or "the base alone"
+        lines = [f"Adapters on {base.name} ({base.quantization}, {base.device}), answering: {using}"]
+        for name, adapter in self._adapters.items():
+            methods = " and ".join(method.section.name for method in adapter.methods)
+            lines.append(f"  {name}: {methods}, {adapter.count_trainable():,} numbers")
+        return "\n".join(lines if self._adapters else [*lines, "  no adapter yet"])
 
     @property
     def virtual_tokens(self) -> int:
@@ -99,7 +94,8 @@ class Adapters:
             _refuse_full(name, read_adapter_config(folder))
             adapter = load_adapter(self.base, folder)
             adapter.remove()
-        return self._keep(name, adapter)
+        self._adapters[name] = adapter
+        return adapter
 
     def add(self, name: str, adapter: Any, seed: int = 0) -> AdaptedModel:
         """Hold ``adapter`` as ``name``: an adapted model of this very base, or the section of a new one, as ``LoRA(r=8)``.
@@ -118,7 +114,8 @@ class Adapters:
             if any(isinstance(module, Planted) for module in self.model.modules()):
                 adapter.remove()
             refuse_adapted(self.base)
-        return self._keep(name, adapter)
+        self._adapters[name] = adapter
+        return adapter
 
     def remove(self, name: str) -> AdaptedModel:
         """Let go of the adapter ``name`` and return it; when it is in use, the base answers alone from now on."""
@@ -181,10 +178,6 @@ class Adapters:
                 finally:
                     self._mixing = False
 
-    def _keep(self, name: str, adapter: AdaptedModel) -> AdaptedModel:
-        self._adapters[name] = adapter
-        return adapter
-
     @contextmanager
     def _bare(self, name: str) -> Iterator[None]:
         """Inside, the base stands alone, to plant the new adapter ``name``; then what was in use is back."""
@@ -221,7 +214,7 @@ class MixedRows(Planted):
 
 
 class Rows:
-    """Which adapter answers which row, and where these rows lie in a module's input."""
+    """Which adapter answers which row, and where these rows are in a module's input."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
@@ -312,7 +305,7 @@ def _refuse_full(name: str, section: Any) -> None:
 def _require_rows(name: str, adapter: AdaptedModel) -> None:
     """Raise MethodError unless ``adapter``, which is not planted now, can answer some rows of a batch beside others."""
     for method in adapter.methods:
-        if method.section.name not in BY_ROWS:
+        if not method.by_rows:
             raise MethodError(
                 f"The adapter '{name}' is {method.section.name}, which changes more than single rows of a batch; answer its "
                 f"rows apart, with using('{name}')."
@@ -320,15 +313,10 @@ def _require_rows(name: str, adapter: AdaptedModel) -> None:
         moved = [
             path
             for path, layer in method.planted.items()
-            if layer.base is not adapter.model.get_submodule(path) or _given_up(layer)
+            if layer.base is not adapter.model.get_submodule(path) or gives_up(layer)
         ]
         if moved:
             raise MethodError(
                 f"The adapter '{name}' changes the base itself at {listed(moved, 3)}, which all rows of a batch share; "
                 f"answer its rows apart, with using('{name}')."
             )
-
-
-def _given_up(layer: Planted) -> bool:
-    """Whether the frozen weight under ``layer`` gives a part up while it stands there: PiSSA, and LoftQ of many rounds."""
-    return getattr(getattr(layer, "beginning", None), "given", None) is not None

@@ -5,15 +5,18 @@ Knows module paths and PEFT's matching rule; must not know what is planted there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.methods.planted import Planted
+from qlora.methods.planted import Planted, modules_unplanted, unplanted
+from qlora.methods.sublayers import fused_experts
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
+
+Number = TypeVar("Number", int, float)
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,8 +33,7 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.ModuleList)
         for name, _ in module.named_children()
     ]
-    linears = {path: module for path, module in model.named_modules() if is_linear(unplanted(module))}
-    linears = {path: module for path, module in linears.items() if not path.endswith(".base")}
+    linears = {path: module for path, module in modules_unplanted(model) if is_linear(unplanted(module))}
     below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
     return below or dict(list(linears.items())[:-1])
 
@@ -58,7 +60,7 @@ def choose_targets(
                 f"{type(model).__name__} has no linear below its layers to adapt; name modules in method.target_modules."
             )
     else:
-        every = {p: m for p, m in model.named_modules() if fits(unplanted(m)) and not p.endswith(".base")}
+        every = {path: module for path, module in modules_unplanted(model) if fits(unplanted(module))}
         for name in wanted:
             if found := [path for path in fused if matches(name, path) or matches(name, path.rpartition(".")[0])]:
                 raise MethodError(
@@ -74,17 +76,6 @@ def choose_targets(
             f"Two methods want to change {listed(taken, 3)}; give each other method.target_modules, or leave one out."
         )
     return chosen
-
-
-def fused_experts(model: nn.Module) -> list[str]:
-    """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
-        for name, values in module.named_parameters(recurse=False)
-        if values.dim() == 3 and min(values.shape) > 1
-    ]
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:
@@ -106,7 +97,7 @@ def target_names(planted: Iterable[str], every_path: Iterable[str]) -> list[str]
     return leaves if matched == chosen else sorted(chosen)
 
 
-def pattern_value(pattern: dict[str, int] | dict[str, float], path: str, default: float) -> float:
+def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first name in ``pattern`` that matches ``path``, else ``default``: PEFT's rank and alpha patterns."""
     return next((value for name, value in pattern.items() if matches(name, path)), default)
 
@@ -131,13 +122,14 @@ def check_pattern(field: str, pattern: Iterable[str], targets: Iterable[str]) ->
         )
 
 
-def sorted_pattern(pattern: dict[str, Any], targets: Iterable[str]) -> dict[str, Any]:
+def sorted_pattern(pattern: Mapping[str, Number], targets: Iterable[str]) -> dict[str, Number]:
     """``pattern`` by names whose order does not matter: config files sort them, and the first that matches counts."""
     targets = list(targets)
     by_name = dict(sorted(pattern.items()))
     if all(pattern_value(pattern, path, 0) == pattern_value(by_name, path, 0) for path in targets):
         return by_name
-    return {path: value for path in targets if (value := pattern_value(pattern, path, 0))}
+    first = {path: next((name for name in pattern if matches(name, path)), None) for path in targets}
+    return {path: pattern[name] for path, name in first.items() if name is not None}
 
 
 def matches(name: str, path: str) -> bool:
@@ -148,8 +140,3 @@ def matches(name: str, path: str) -> bool:
 def leaf(path: str) -> str:
     """The last component of a module path."""
     return path.rpartition(".")[2]
-
-
-def unplanted(module: nn.Module) -> nn.Module:
-    """What stood here before a method planted something, or the module itself."""
-    return module.base if isinstance(module, Planted) else module

@@ -21,7 +21,8 @@ from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is
 from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import resolve_device
-from qlora.model.checkpoint import find_model, fingerprint
+from qlora.model.checkpoint import fingerprint
+from qlora.model.hub import find_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import Recipe
 from qlora.training import checkpoint as checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.methods import AdaptedModel
-from tests.methods.tiny import TOKENS, difference
+from tests.methods.tiny import TOKENS, logits_of
+from tests.rounding import difference, doubled, no_worse, none_worse
 
 
 def plain_model(folder: Path, quantization: str = "none") -> Any:
@@ -49,17 +51,41 @@ def gradients_of(theirs: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def worst_of(ours: AdaptedModel, theirs: nn.Module, **inputs: Any) -> tuple[float, float]:
-    """(largest difference of the logits, largest difference of a gradient), for a loss over every token."""
-    found = ours.model(**inputs)
-    expected = theirs(**inputs)
+def assert_as_peft(ours: AdaptedModel, theirs: nn.Module, **inputs: Any) -> str:
+    """Logits and gradients, of a loss over every token, err as PEFT's own do; how far they are from PEFT's, for people."""
+    found, gradients = ours.model(**inputs), {}
     found.loss.backward()
+    for name, values in ours.trainable_parameters().items():
+        assert values.grad is not None, name
+        assert values.grad.any(), name
+        gradients[name] = values.grad
+    return assert_errs_as(theirs, inputs, found.logits, gradients, gradients_of)
+
+
+def assert_errs_as(
+    theirs: nn.Module,
+    inputs: Mapping[str, Any],
+    logits: torch.Tensor,
+    gradients: Mapping[str, torch.Tensor],
+    gradients_of: Callable[[nn.Module], dict[str, torch.Tensor]],
+) -> str:
+    """``logits`` and ``gradients`` are those that ``theirs`` gives for ``inputs``, to its own rounding against float64."""
+    exact = doubled(theirs)
+    expected, truth = theirs(**inputs), exact(**inputs)
     expected.loss.backward()
-    gradients = gradients_of(theirs)
-    assert gradients.keys() == ours.trainable_parameters().keys()
-    assert all(values.grad.any() for values in ours.trainable_parameters().values())
-    worst = max(difference(values.grad, gradients[name]) for name, values in ours.trainable_parameters().items())
-    return difference(found.logits, expected.logits), worst
+    truth.loss.backward()
+    plain = gradients_of(theirs)
+    no_worse(logits, expected.logits, truth.logits)
+    none_worse(gradients, plain, gradients_of(exact))
+    worst = max(difference(values, plain[name]) for name, values in gradients.items())
+    return f"logits {difference(logits, expected.logits):.1e}, gradients {worst:.1e}"
+
+
+def assert_answers_as(theirs: nn.Module, ours: AdaptedModel) -> str:
+    """Our logits are those of ``theirs``, PEFT's model or a merged one, to its own rounding."""
+    found, expected = logits_of(ours.model), logits_of(theirs)
+    no_worse(found, expected, logits_of(doubled(theirs)))
+    return f"logits {difference(found, expected):.1e}"
 
 
 BATCH = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora import recipe as config
 from qlora.methods import AdaptedModel, apply_method
-from qlora.methods.autocast import as_autocast, without_autocast
+from qlora.methods.lora import as_autocast, without_autocast
 from tests.methods.tiny import TOKENS, difference, stir, tiny_base, tiny_checkpoint
 
 SECTIONS: dict[str, Any] = {

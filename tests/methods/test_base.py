@@ -127,3 +127,25 @@ def test_a_state_of_which_half_does_not_fit_changes_nothing(tmp_path: Path) -> N
         assert all(torch.equal(values, before[key]) for key, values in model.adapter_state().items())
     model.load_state(adapter, state)
     assert all(torch.equal(values, adapter[key]) for key, values in model.adapter_state().items())
+
+
+def test_its_repr_says_what_people_ask(tmp_path: Path) -> None:
+    """Shares are of the numbers that packed weights stand for, and a tied head counts once."""
+    base = tiny_base(tiny_checkpoint(tmp_path, "gemma2"))
+    whole = tiny_base(tmp_path, "none").model
+    total = sum(values.numel() for values in whole.parameters())
+    parts = (config.LoRA(r=4, target_modules=("q_proj", "down_proj")), config.BitFit(new_biases=True))
+    model = apply_method(base, parts[0])
+    count = model.count_trainable()
+    assert repr(model).splitlines() == [
+        f"AdaptedModel: lora (target_modules=('q_proj', 'down_proj'), r=4) on {tmp_path} (nf4, cpu)",
+        f"  trains {count:,} numbers, {100 * count / (total + count):.3g} % of all, in fp32 ({4 * count / 1024:.1f} KiB)",
+        "  planted at 4 modules: down_proj, q_proj",
+    ]
+    model.remove()
+    both = apply_method(base, config.Combined(parts=(config.Bottleneck(size=8), parts[1])))
+    assert " and bitfit (new_biases=True) on " in repr(both)
+    assert len(repr(both).splitlines()) == 3
+    full = apply_method(tiny_base(tmp_path, "none"), config.Full())
+    assert f"trains {total:,} numbers, 100 % of all" in repr(full)
+    assert repr(full).endswith("nothing is planted")

@@ -17,7 +17,9 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, combine, load_adapter, save_adapter, save_combined
 from qlora.methods.combining import WAYS, drawn
+from tests.methods.against_peft import assert_answers_as
 from tests.methods.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import doubled, no_worse, rounding
 
 WEIGHTS = {"one": 0.7, "two": -0.4, "three": 1.3}
 SAME_RANK = {
@@ -147,14 +149,14 @@ def test_the_result_is_that_of_peft(
     ours = deltas(combine(adapters(folders, kind), WEIGHTS, how, seed=5, **settings))
     theirs = pefts(peft_models[kind], how, **settings)
     print(f"{how} {settings}: {worst(ours, theirs):.1e}")
-    assert worst(ours, theirs) < 3e-6
+    assert worst(ours, theirs) < rounding()
 
 
 @pytest.mark.parametrize("rank", [1, 5])
 def test_svd_of_another_rank_is_that_of_peft(folders: Path, peft_models: dict[str, Any], rank: int) -> None:
     ours = combine(adapters(folders, "other"), WEIGHTS, "svd", rank=rank)
     assert {len(lora_A) for lora_A, _ in ours.values()} <= set(range(1, rank + 1))
-    assert worst(deltas(ours), pefts(peft_models["other"], "svd", svd_rank=rank)) < 3e-6
+    assert worst(deltas(ours), pefts(peft_models["other"], "svd", svd_rank=rank)) < rounding()
 
 
 def exact(folders: Path, kind: str) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ def exact(folders: Path, kind: str) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for name, weight in WEIGHTS.items():
         model = load_adapter(tiny_base(folders / "base", "none"), folders / kind / name)
-        for path, (lora_A, lora_B) in model.methods[0].pairs().items():
+        for path, (lora_A, lora_B) in model.methods[0].layout.pairs().items():
             total[path] = total.get(path, torch.zeros(())) + weight * lora_B @ lora_A
     return total
 
@@ -173,16 +175,16 @@ def test_cat_is_the_weighted_sum_and_svd_with_all_ranks_too(folders: Path, kind:
         combine(adapters(folders, kind), WEIGHTS, "cat"),
         combine(adapters(folders, kind), WEIGHTS, "svd", rank=12),
     ):
-        assert worst(deltas(pairs), exact(folders, kind)) < 1e-6
+        assert worst(deltas(pairs), exact(folders, kind)) < rounding()
 
 
 def test_dare_has_the_expectation_of_linear(folders: Path) -> None:
-    """The mean of 200 draws comes as near to what nothing was dropped from as their scatter allows."""
+    """The mean of 60 draws comes as near to what nothing was dropped from as their scatter allows."""
     models = {
         name: load_adapter(tiny_base(folders / "base", "none"), folders / "same" / name) for name in ("one", "two")
     }
     wanted = deltas(combine(models, [0.7, -0.4], "linear"))
-    draws = [deltas(combine(models, [0.7, -0.4], "dare_linear", density=0.5, seed=seed)) for seed in range(200)]
+    draws = [deltas(combine(models, [0.7, -0.4], "dare_linear", density=0.5, seed=seed)) for seed in range(60)]
     for path, expected in wanted.items():
         every = torch.stack([draw[path] for draw in draws])
         error = (every.mean(0) - expected) / (every.std(0) / math.sqrt(len(every))).clamp(min=1e-6)
@@ -210,13 +212,13 @@ def test_the_folder_loads_here_and_in_peft(folders: Path, tmp_path: Path, how: s
     save_combined(tmp_path / "new", adapters(folders, kind), WEIGHTS, how)
     pairs = combine(adapters(folders, kind), WEIGHTS, how)
     ours = load_adapter(tiny_base(folders / "base", "none"), tmp_path / "new")
-    loaded = {path: lora_B @ lora_A for path, (lora_A, lora_B) in ours.methods[0].pairs().items()}
-    assert worst(loaded, deltas(pairs)) < 1e-6
+    loaded = {path: lora_B @ lora_A for path, (lora_A, lora_B) in ours.methods[0].layout.pairs().items()}
+    assert worst(loaded, deltas(pairs)) < rounding()
     assert ours.section.target_modules == ("down_proj", "q_proj", "v_proj")
     base = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "new").eval()
     assert peft.get_peft_model_state_dict(theirs).keys() == ours.adapter_state().keys()
-    assert difference(logits_of(ours.model), logits_of(theirs)) < 1e-6
+    assert_answers_as(theirs, ours)
     with ours.disabled():
         assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2
 
@@ -231,7 +233,7 @@ def test_names_that_are_not_known_become_whole_paths(folders: Path, tmp_path: Pa
     save_combined(tmp_path / "new", {"all": tmp_path / "all", "one": folders / "other" / "one"}, [1, 0], "cat")
     again = load_adapter(tiny_base(folders / "base", "none"), tmp_path / "new")
     assert len(again.section.target_modules) == 14
-    assert difference(logits_of(again.model), logits_of(model.model)) < 1e-6
+    no_worse(logits_of(again.model), logits_of(model.model), logits_of(doubled(model.model)))
 
 
 def loaded(folders: Path, section: Any, size: float = 0.1) -> AdaptedModel:
@@ -247,7 +249,7 @@ def test_loaded_adapters_are_combined_like_their_files(folders: Path) -> None:
     }
     for how, density in (("ties", 0.4), ("linear", None), ("svd", None)):
         ours = deltas(combine(models, WEIGHTS, how, density=density))
-        assert worst(ours, deltas(combine(adapters(folders), WEIGHTS, how, density=density))) < 1e-6
+        assert worst(ours, deltas(combine(adapters(folders), WEIGHTS, how, density=density))) < rounding()
 
 
 @pytest.mark.parametrize(
@@ -261,8 +263,8 @@ def test_loaded_adapters_are_combined_like_their_files(folders: Path) -> None:
 def test_what_is_lora_in_the_end_is_combined_when_loaded(folders: Path, tmp_path: Path, section: Any) -> None:
     model = loaded(folders, section)
     ours = deltas(combine({"it": model, "one": folders / "other" / "one"}, [1.0, 0.0], "cat"))
-    wanted = {path: lora_B @ lora_A for path, (lora_A, lora_B) in model.methods[0].pairs().items()}
-    assert worst({path: ours[path] for path in wanted}, wanted) < 1e-6
+    wanted = {path: lora_B @ lora_A for path, (lora_A, lora_B) in model.methods[0].layout.pairs().items()}
+    assert worst({path: ours[path] for path in wanted}, wanted) < rounding()
     save_adapter(model, tmp_path / "it")
     with pytest.raises(MethodError, match=r"only plain LoRA is combined from its files"):
         combine({"it": tmp_path / "it"}, [1.0])

@@ -7,6 +7,7 @@ import torch
 
 from qlora.methods import decomposition
 from qlora.methods.decomposition import leading
+from tests.rounding import rounding
 
 
 def generator() -> torch.Generator:
@@ -27,7 +28,7 @@ def test_small_matrices_are_decomposed_whole(shape: tuple[int, int]) -> None:
     expected = torch.linalg.svd(matrix, full_matrices=False)
     best = (expected.U[:, :5] * expected.S[:5]) @ expected.Vh[:5]
     assert torch.equal(values, expected.S[:5])
-    torch.testing.assert_close((left * values) @ right, best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((left * values) @ right, best, rtol=rounding(), atol=rounding())
     assert (right.gather(1, right.abs().argmax(1, keepdim=True)) > 0).all()
 
 
@@ -39,8 +40,8 @@ def test_large_matrices_are_nearly_as_well_approximated(matrix: torch.Tensor, mo
     lost = 1 - float(((left.t() @ matrix) @ right.t()).diagonal().square().sum() / best)
     print(f"lost {lost:.1e} of the energy of 16 directions")
     assert lost < most
-    torch.testing.assert_close(right @ right.t(), torch.eye(16), rtol=0, atol=1e-5)
-    torch.testing.assert_close(left.t() @ left, torch.eye(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(right @ right.t(), torch.eye(16), rtol=0, atol=rounding())
+    torch.testing.assert_close(left.t() @ left, torch.eye(16), rtol=0, atol=rounding())
     again = leading(matrix, 16, generator())
     assert all(torch.equal(a, b) for a, b in zip((left, values, right), again, strict=True))
 

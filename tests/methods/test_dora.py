@@ -19,11 +19,10 @@ from qlora.methods import apply_method, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable
 from qlora.methods.lora import LoraLinear
-from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_weight
-from qlora.residence.layers import wrap_layers
-from tests.methods.against_peft import BATCH, gradients_of, merge_in_place, plain_model, with_our_values, worst_of
-from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values
+from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import LAYER, rounding
 
 SECTION = config.DoRA(r=4, alpha=8)
 CPU = torch.device("cpu")
@@ -61,10 +60,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, qua
     theirs = with_our_values(plain_model(folder, quantization), peft_config(section, task_type="CAUSAL_LM"), ours)
     with ours.disabled():
         assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"{family} {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 3e-6
-    assert gradients < 1e-5
+    print(f"{family} {quantization}: {assert_as_peft(ours, theirs, **BATCH)}")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -78,7 +74,7 @@ def test_magnitudes_begin_as_in_peft_and_change_nothing(tmp_path: Path, quantiza
     state = peft.get_peft_model_state_dict(theirs)
     keys = [key for key in ours.adapter_state() if key.endswith(".lora_magnitude_vector")]
     assert len(keys) == len(ours.planted)
-    assert max(difference(ours.adapter_state()[key], state[key]) for key in keys) < 1e-6
+    assert max(difference(ours.adapter_state()[key], state[key]) for key in keys) < rounding(LAYER)
 
 
 def alone(base: nn.Module, dropout: float, dtype: torch.dtype = torch.float64) -> DoraLinear:
@@ -134,14 +130,14 @@ def test_a_layer_is_pefts_with_dropout_too(kind: str, dropout: float) -> None:
     ours_x, theirs_x = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     torch.manual_seed(3)
     found, expected = layer(ours_x), theirs(theirs_x)
-    assert difference(found, expected) < 1e-6
+    assert difference(found, expected) < rounding(LAYER)
     (found**2).sum().backward()
     (expected**2).sum().backward()
     gradients = gradients_of(theirs)
     worst = max(difference(values.grad, gradients[f"0.{name}"]) for name, values in layer.own_parameters().items())
     worst = max(worst, difference(ours_x.grad, theirs_x.grad))
     print(f"{kind}, dropout {dropout}: outputs {difference(found, expected):.1e}, gradients {worst:.1e}")
-    assert worst < 3e-6
+    assert worst < rounding(LAYER)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -193,7 +189,7 @@ def test_merged_is_the_layer(kind: str) -> None:
     stir_all(ours)
     x = torch.randn(3, 5)
     expected = ours.model(x)
-    assert difference(merge_in_place(ours)(x), expected) < 2e-6
+    assert difference(merge_in_place(ours)(x), expected) < rounding(LAYER)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -236,25 +232,7 @@ def test_an_8bit_linear_is_its_dequantised_one(kind: type[LoraLinear], bias: boo
         found.append([y, inputs.grad, *(values.grad for values in layer.own_parameters().values())])
     assert len(found[0]) == (5 if kind is DoraLinear else 4)
     for ours, expected in zip(*found, strict=True):
-        assert difference(ours, expected) < 1e-6
-
-
-def test_recomputed_layers_give_the_same_gradients(tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path)
-    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
-    batch = {"input_ids": TOKENS, "position_ids": positions, "labels": TOKENS}
-    found = []
-    for rows in (None, 2, 1):
-        ours = apply_method(tiny_base(folder), SECTION)
-        stir_all(ours)
-        parameters = ours.trainable_parameters()
-        if rows is not None:
-            wrap_layers(ours.model, rows)
-        ours.model.train()
-        batch_loss(ours.model, batch)[0].backward()
-        found.append({name: values.grad for name, values in parameters.items()})
-    for other in found[1:]:
-        assert max(difference(other[name], values) for name, values in found[0].items()) < 3e-6
+        assert difference(ours, expected) < rounding(LAYER)
 
 
 def test_the_magnitude_stays_fp32_beside_bf16_adapters() -> None:
@@ -280,7 +258,7 @@ def test_peft_and_we_read_each_other(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(plain_model(folder), tmp_path / "ours").eval()
     assert peft.get_peft_model_state_dict(theirs).keys() == ours.adapter_state().keys()
     expected = logits_of(ours.model)
-    assert difference(logits_of(theirs), expected) < 3e-6
+    assert difference(logits_of(theirs), expected) < rounding()
     theirs.save_pretrained(tmp_path / "theirs")
     for way in ("ours", "theirs"):
         back = load_adapter(tiny_base(folder, "none"), tmp_path / way)
@@ -305,4 +283,4 @@ def test_magnitudes_follow_what_a_and_b_begin_as(tmp_path: Path, init: str) -> N
     lora = config.LoRA(r=4, alpha=4, init=init, target_modules=("q_proj", "up_proj"))
     expected = logits_of(apply_method(tiny_base(folder), lora).model)
     ours = apply_method(tiny_base(folder), section)
-    assert difference(logits_of(ours.model), expected) < 1e-6
+    assert difference(logits_of(ours.model), expected) < rounding()

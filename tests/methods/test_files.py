@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import peft
 import pytest
 import torch
@@ -17,11 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
+from qlora.data import Row
 from qlora.errors import MethodError, RunError
+from qlora.export import merge
 from qlora.files.durable import clear_leftovers, folder_written_aside
 from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
-from qlora.methods.lora import LoraMethod
+from qlora.methods.files import save_portable
+from qlora.methods.lora import LoraLayout
+from qlora.recipe import TrainingSection
+from qlora.training import Trainer
+from tests.methods.against_peft import assert_answers_as
 from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import rounding
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -41,7 +49,7 @@ def test_peft_loads_ours_whole(tmp_path: Path, family: str, targets: Any) -> Non
     assert all(torch.equal(values, ours.adapter_state()[key]) for key, values in state.items())
     worst = difference(logits_of(ours.model), logits_of(theirs))
     print(f"{family}: {worst:.1e}")
-    assert worst < 1e-6
+    assert worst < rounding()
     with ours.disabled():
         assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2
 
@@ -61,7 +69,7 @@ def test_we_load_what_peft_saves(tmp_path: Path, rslora: bool) -> None:
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), lora).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
-    assert difference(logits_of(ours.model), logits_of(theirs)) < 1e-6
+    assert_answers_as(theirs, ours)
     save_adapter(ours, tmp_path / "again")
     again = load_adapter(tiny_base(folder, "none"), tmp_path / "again")
     assert torch.equal(logits_of(again.model), logits_of(ours.model))
@@ -287,8 +295,32 @@ def test_a_load_that_is_interrupted_leaves_the_base_bare(tmp_path: Path, monkeyp
         def failing(*rest: Any, error: type[BaseException] = error) -> None:
             raise error
 
-        monkeypatch.setattr(LoraMethod, "load", failing)
+        monkeypatch.setattr(LoraLayout, "load", failing)
         with pytest.raises(error):
             load_adapter(base, tmp_path / "adapter")
         assert [name for name, _ in base.model.named_modules()] == modules
         assert torch.equal(logits_of(base.model), before)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_mode_of_any_new_file(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors writes through a private temporary file; a server of another user must be able to read what it gets."""
+    folder = tiny_checkpoint(tmp_path / "base")
+    model = apply_method(tiny_base(folder), config.AdaLoRA(r=2, initial_r=3))  # with a state of its own
+    before = os.umask(umask)
+    try:
+        trainer = Trainer(
+            model, [Row(*[numpy.arange(3, 11, dtype=numpy.int32)] * 3, (0,))], TrainingSection(), tmp_path
+        )
+        checkpoint = trainer.save()
+        save_adapter(model, tmp_path / "adapter")
+        save_portable(model, tmp_path / "portable")
+        merge(folder, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32")
+    finally:
+        os.umask(before)
+    written = [checkpoint, *(tmp_path / name for name in ("adapter", "portable", "merged"))]
+    modes = {
+        str(path): oct(path.stat().st_mode & 0o777) for place in written for path in place.rglob("*") if path.is_file()
+    }
+    assert len(modes) > 10
+    assert set(modes.values()) == {oct(mode)}, modes

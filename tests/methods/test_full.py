@@ -29,6 +29,7 @@ from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.planning.test_memory import peak_of
+from tests.rounding import GRADIENT, rounding
 
 CPU = torch.device("cpu")
 BATCH = {
@@ -75,14 +76,14 @@ def test_gradients_are_plain_autograds(tmp_path: Path, family: str, at_once: int
     assert ours.trainable_parameters().keys() == expected.keys()  # so a tied weight trains once
     worst = max(difference(values.grad, expected[name]) for name, values in ours.trainable_parameters().items())
     print(f"{family}: gradients differ by {worst:.1e}")
-    assert worst < 2e-5
+    assert worst < rounding(GRADIENT)
 
 
 def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     training = TrainingSection(
         batch_size=4, micro_batch_size=2, steps=3, learning_rate=1e-3, schedule="constant", warmup_fraction=0.0,
-        max_grad_norm=None,
+        max_grad_norm=None, epsilon=1e-2,  # with 1e-8 Adam takes whole steps where a gradient is nothing but rounding
     )  # fmt: skip
     ours = full(folder)
     trainer = Trainer(ours, rows(), training)
@@ -97,12 +98,12 @@ def test_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     ids = torch.tensor(numpy.stack([row.ids for row in rows()])).long()
     for loss in losses:
         expected = plain(input_ids=ids, labels=ids, use_cache=False).loss
-        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert loss == pytest.approx(expected.item(), rel=rounding())
         expected.backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, values in plain.named_parameters():
-        torch.testing.assert_close(ours.trainable_parameters()[name], values, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(ours.trainable_parameters()[name], values, rtol=rounding(), atol=rounding())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -212,7 +213,7 @@ def test_saved_and_merged_it_is_the_model(tmp_path: Path, family: str, tied: boo
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values()), report
-    assert difference(logits_of(plain.eval()), expected) < 1e-6
+    assert difference(logits_of(plain.eval()), expected) < rounding()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
@@ -229,6 +230,7 @@ def test_it_learns_with_every_optimizer_in_the_compute_dtype(tmp_path: Path, opt
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_is_what_was_estimated(tmp_path: Path, embeddings: bool, tied: bool) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, initial, load_adapter, save_adapter
+from qlora.methods import AdaptedModel, apply_method, beginning, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable
 from qlora.model.base import Base
@@ -28,6 +28,7 @@ from qlora.model.skeleton import load_skeleton
 from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 from tests.methods.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import LAYER, rounding
 from tests.training.tiny import random_rows
 
 TARGETS = ("down_proj", "q_proj")
@@ -39,6 +40,7 @@ BEGINNINGS = {"pissa": PISSA, "loftq": LOFTQ, "loftq_3": LOFTQ_3, "dora": DORA}
 every = pytest.mark.parametrize("section", BEGINNINGS.values(), ids=BEGINNINGS)
 Q = "model.layers.0.self_attn.q_proj"
 ROWS = random_rows(8)
+LOST = 10  # what NF4 loses is about a tenth of a weight, so rounding weighs ten times as much in it
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +119,20 @@ def test_pissa_is_pefts(checkpoint: Path, section: Any) -> None:
             magnitude = other.lora_magnitude_vector["default"].weight
             worst = max(worst, difference(layer.lora_magnitude_vector, magnitude))
     print(f"{section.name}: {worst:.1e} from PEFT's PiSSA")
-    assert worst < 1e-5
+    assert worst < rounding()
 
 
 def test_pissa_keeps_the_function_and_takes_the_largest_part(checkpoint: Path) -> None:
     base = tiny_base(checkpoint, "none")
     before, weights = logits_of(base.model), frozen(base)
     model = apply_method(base, PISSA)
-    assert difference(logits_of(model.model), before) < 2e-6
+    assert difference(logits_of(model.model), before) < rounding()
     for path, layer in model.planted.items():
         weight = weights[f"{path}.weight"]
         values = torch.linalg.svdvals(weight)
-        torch.testing.assert_close(torch.linalg.svdvals(product(layer) * 1.5)[:4], values[:4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(product(layer) * 1.5)[:4], values[:4], rtol=1e-4, atol=rounding()
+        )
         torch.testing.assert_close(torch.linalg.svdvals(dense_weight(layer.base, torch.float32))[0], values[4])
         assert layer.lora_A.requires_grad
 
@@ -190,8 +194,8 @@ def test_loftq_is_pefts(checkpoint: Path, iterations: int) -> None:
     for path, layer in model.planted.items():
         weight = dense_weight(own.model.get_submodule(path), torch.float32)
         quantised, lora_A, lora_B = loftq_utils.loftq_init(weight, num_bits=4, reduced_rank=4, num_iter=iterations)
-        assert difference(dense_weight(layer.base, torch.float32), quantised) < 1e-6
-        assert difference(product(layer), lora_B @ lora_A) < 1e-4
+        assert difference(dense_weight(layer.base, torch.float32), quantised) < rounding()
+        assert difference(product(layer), lora_B @ lora_A) < LOST * rounding()
 
 
 @pytest.mark.usefixtures("cuda_is_the_cpu")
@@ -203,8 +207,11 @@ def test_one_round_of_loftq_is_pefts_replacement(checkpoint: Path) -> None:
     ours = apply_method(tiny_base(checkpoint), LOFTQ.model_copy(update={"alpha": 4}))
     for path, layer in ours.planted.items():
         other = theirs.get_submodule(f"base_model.model.{path}")
-        assert difference(product(layer), other.lora_B["default"].weight @ other.lora_A["default"].weight) < 1e-4
-    assert difference(logits_of(ours.model), logits_of(theirs)) < 1e-5
+        assert (
+            difference(product(layer), other.lora_B["default"].weight @ other.lora_A["default"].weight)
+            < LOST * rounding()
+        )
+    assert difference(logits_of(ours.model), logits_of(theirs)) < rounding()
 
 
 @every
@@ -228,8 +235,8 @@ def test_off_is_how_it_began_and_removed_is_the_base_bit_for_bit(
         assert same(changed, tensors)
     else:
         assert not same(changed, tensors)
-        assert difference(alone, began) < (1e-5 if section is DORA else 1e-30)
-        assert difference(alone, before) < {"nf4": 0.6, "int8": 0.1, "none": 1e-5}[quantization]
+        assert difference(alone, began) < (rounding() if section is DORA else 1e-30)
+        assert difference(alone, before) < {"nf4": 0.6, "int8": 0.1, "none": rounding()}[quantization]
     model.remove()
     assert same(frozen(base), tensors)
     assert torch.equal(logits_of(base.model), before)
@@ -275,7 +282,7 @@ def test_it_loads_behind_the_recompute_boundary(checkpoint: Path) -> None:
     state = {key: values.clone() for key, values in model.method_state().items()}
     again = apply_method(tiny_base(checkpoint), PISSA)
     wrap_layers(again.model, 1)
-    again.load_method_state(state)
+    again.load_state(again.adapter_state(), state)
     assert same({name.replace(".layer.", "."): values for name, values in frozen(again).items()}, expected)
 
 
@@ -322,7 +329,7 @@ def test_merged_is_the_adapted_model(checkpoint: Path, packed: Path, tmp_path: P
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     worst = difference(logits_of(plain), logits_of(model.model))
     print(f"{section.name} {section.init} {source}: {worst:.1e}")
-    assert worst < 1e-5
+    assert worst < rounding()
 
 
 @pytest.mark.parametrize("section", [PISSA, LOFTQ, LOFTQ_3], ids=["pissa", "loftq", "loftq_3"])
@@ -339,11 +346,11 @@ def test_merged_into_the_original_is_what_was_learned_on_top_of_it(
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     for path, layer in model.planted.items():
         expected = before[f"{path}.weight"] + 1.5 * (product(layer) - first[path])
-        torch.testing.assert_close(after[f"{path}.weight"], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after[f"{path}.weight"], expected, rtol=rounding(), atol=rounding(LAYER))
     assert torch.equal(after[f"{Q}.bias"], before[f"{Q}.bias"])
     if quantization == "none":
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-        assert difference(logits_of(plain), logits_of(model.model)) < 1e-5
+        assert difference(logits_of(plain), logits_of(model.model)) < rounding()
 
 
 def peft_on_the_original(checkpoint: Path, adapter: Path) -> Any:
@@ -360,9 +367,9 @@ def test_the_portable_adapter_on_the_untouched_checkpoint_is_the_trained_model(
     assert load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{Q}.lora_A.weight"].shape == (8, 64)
     worst = difference(logits_of(peft_on_the_original(checkpoint, tmp_path)), logits_of(model.model))
     print(f"portable PiSSA in PEFT: {worst:.1e}")
-    assert worst < 1e-5
+    assert worst < rounding()
     again = load_adapter(tiny_base(checkpoint, "none"), tmp_path)
-    assert difference(logits_of(again.model), logits_of(model.model)) < 1e-5
+    assert difference(logits_of(again.model), logits_of(model.model)) < rounding()
 
 
 @pytest.mark.parametrize("section", [PISSA, LOFTQ_3], ids=["pissa", "loftq_3"])
@@ -375,7 +382,7 @@ def test_the_portable_adapter_of_a_quantised_run_is_what_a_merge_into_the_origin
     options: Any = {"compute_dtype": "fp32", "dtype": "fp32"}
     merge(checkpoint, tmp_path / "adapter", tmp_path / "out", base="original", **options)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert difference(logits_of(peft_on_the_original(checkpoint, tmp_path / "portable")), logits_of(plain)) < 1e-5
+    assert difference(logits_of(peft_on_the_original(checkpoint, tmp_path / "portable")), logits_of(plain)) < rounding()
 
 
 def test_training_goes_on_bit_for_bit(checkpoint: Path, tmp_path: Path) -> None:
@@ -440,8 +447,8 @@ def test_a_weight_that_cannot_be_read_leaves_the_base_as_it_was(
             raise KeyboardInterrupt
         return kept(base, path, *rest)
 
-    kept = initial.own_weight
-    monkeypatch.setattr(initial, "own_weight", failing)
+    kept = beginning.own_weight
+    monkeypatch.setattr(beginning, "own_weight", failing)
     with pytest.raises(KeyboardInterrupt):
         apply_method(base, PISSA)
     assert same(frozen(base), before)
@@ -455,13 +462,13 @@ def test_a_model_of_yours_is_put_back_too() -> None:
     before, weights = model(x).detach(), {name: values.clone() for name, values in model.state_dict().items()}
     adapted = apply_method(model, config.LoRA(r=3, init="pissa", target_modules=("0",)))
     assert not torch.equal(model[0].base.weight, weights["0.weight"])
-    assert difference(model(x), before) < 1e-6
+    assert difference(model(x), before) < rounding(LAYER)
     stir(adapted)
     adapted.remove()
     assert all(torch.equal(values, weights[name]) for name, values in model.state_dict().items())
     adapted.attach()
     with adapted.disabled():
-        assert difference(model(x), before) < 1e-6
+        assert difference(model(x), before) < rounding(LAYER)
 
 
 def test_a_transposed_weight_is_decomposed_as_it_multiplies(tmp_path: Path) -> None:
@@ -472,11 +479,11 @@ def test_a_transposed_weight_is_decomposed_as_it_multiplies(tmp_path: Path) -> N
     before, tensors = logits_of(base.model), frozen(base)
     model = trained(base, config.LoRA(r=4, init="pissa", target_modules=("c_attn", "attn.c_proj")))
     with model.disabled():
-        assert difference(logits_of(model.model), before) < 1e-5
+        assert difference(logits_of(model.model), before) < rounding()
     save_adapter(model, tmp_path / "adapter")
     merge(tmp_path, tmp_path / "adapter", tmp_path / "out", quantization="none", compute_dtype="fp32", dtype="fp32")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert difference(logits_of(plain), logits_of(model.model)) < 1e-5
+    assert difference(logits_of(plain), logits_of(model.model)) < rounding()
     model.remove()
     assert same(frozen(base), tensors)
 
@@ -491,8 +498,8 @@ def test_a_bf16_adapter_begins_exactly_as_it_is_kept(checkpoint: Path, tmp_path:
         model.planted[Q].lora_B.float() @ model.planted[Q].lora_A.float()
     )
     own = load_file(checkpoint / "model.safetensors")[f"{Q}.weight"]
-    assert difference(weight, own) < 1e-6
-    assert difference(logits_of(model.model), before) < 1e-5
+    assert difference(weight, own) < rounding(LAYER)
+    assert difference(logits_of(model.model), before) < rounding()
 
 
 def test_gaussian_is_pefts_distribution(checkpoint: Path) -> None:
@@ -549,8 +556,8 @@ def test_loading_decomposes_nothing(
     model = trained(tiny_base(checkpoint, quantization), section)
     expected, weights = logits_of(model.model), frozen(model)
     save_adapter(model, tmp_path)
-    for name in ("principal_pair", "loftq"):
-        monkeypatch.setattr(initial, name, lambda *rest: pytest.fail("a weight was decomposed"))
+    for name in ("principal_pair",):
+        monkeypatch.setattr(beginning, name, lambda *rest: pytest.fail("a weight was decomposed"))
     base = tiny_base(checkpoint, quantization)
     bare = frozen(base)
     loaded = load_adapter(base, tmp_path)

@@ -12,6 +12,7 @@ from qlora.methods import AdaptedModel
 from tests.methods.test_laws import CASES, ROWS, adapted, spoken
 from tests.methods.test_prompt import assert_answers_need_no_cache, assert_packed_is_alone, gradients_of
 from tests.methods.tiny import difference, tiny_checkpoint
+from tests.rounding import GRADIENT, rounding
 
 DROPS = [name for name, case in CASES.items() if getattr(case.section, "dropout", 0)]
 
@@ -48,10 +49,10 @@ def test_gradients_are_the_same_by_every_way(model: AdaptedModel) -> None:
     rows = spoken(model, ROWS[:4])
     resident = gradients_of(model, rows)
     assert all(grad.any() for grad in resident.values())
-    assert_same(gradients_of(model, rows, 4), resident, 1e-6)
+    assert_same(gradients_of(model, rows, 4), resident, rounding(GRADIENT))
     for size in (1, 3):
-        assert_same(in_turn(model, rows, size), resident, 2e-5)
-        assert_same(gradients_of(model, rows, size), resident, 2e-5)
+        assert_same(in_turn(model, rows, size), resident, rounding(GRADIENT))
+        assert_same(gradients_of(model, rows, size), resident, rounding(GRADIENT))
 
 
 def test_answers_need_no_cache(model: AdaptedModel) -> None:
@@ -69,6 +70,6 @@ def test_dropout_is_drawn_again_in_the_recompute(checkpoint: Path, name: str) ->
     for seed, at_once in ((5, None), (5, 4), (6, None)):
         torch.manual_seed(seed)
         found.append(gradients_of(model, ROWS[:4], at_once))
-    assert_same(found[1], found[0], 1e-6)
+    assert_same(found[1], found[0], rounding(GRADIENT))
     with pytest.raises(AssertionError):
         assert_same(found[2], found[0], 1e-2)

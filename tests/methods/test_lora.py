@@ -24,8 +24,16 @@ from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, dense_cached
 from qlora.recipe import TrainingSection
 from qlora.training.optim import make_optimizer
-from tests.methods.against_peft import BATCH, merge_in_place, plain_model, with_our_values, worst_of
+from tests.methods.against_peft import (
+    BATCH,
+    assert_answers_as,
+    assert_as_peft,
+    merge_in_place,
+    plain_model,
+    with_our_values,
+)
 from tests.methods.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import GRADIENT, LAYER, rounding
 
 SECTION = config.LoRA(r=4, alpha=8)
 PATTERNED = config.LoRA(
@@ -69,10 +77,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, qua
     theirs = with_our_values(plain_model(folder, quantization), peft_config(SECTION), ours)
     with ours.disabled():
         assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2  # the adapter matters
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"{family} {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"{family} {quantization}: {assert_as_peft(ours, theirs, **BATCH)}")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -88,10 +93,7 @@ def test_ranks_and_scalings_by_name_are_those_of_peft(tmp_path: Path, quantizati
     theirs = with_our_values(plain_model(folder, quantization), peft_config(PATTERNED), ours)
     for path, layer in ours.planted.items():
         assert theirs.get_submodule(f"base_model.model.{path}").scaling["default"] == layer.scaling
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"patterns, {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"patterns, {quantization}: {assert_as_peft(ours, theirs, **BATCH)}")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_pattern_keeps_its_order_on_disk(tmp_path: Path) -> None:
         assert torch.equal(logits_of(again.model), logits_of(ours.model))
         load_adapter(ours, tmp_path / "adapter")  # the same section by other names
         theirs = peft.PeftModel.from_pretrained(plain_model(folder), tmp_path / "adapter").eval()
-        assert difference(logits_of(theirs), logits_of(ours.model)) < 1e-6
+        assert_answers_as(theirs, ours)
     other = apply_method(tiny_base(folder, "none"), section.model_copy(update={"alpha_pattern": {"q_proj": 2}}))
     with pytest.raises(MethodError, match=r"another alpha_pattern than this model, for .*up_proj"):
         load_adapter(other, tmp_path / "adapter")
@@ -163,7 +165,7 @@ def test_the_smallest_and_the_largest_rank(rank: int) -> None:
     layer: Any = model.planted["0"]
     x = torch.randn(5, 300)
     expected = nn.functional.linear(x, layer.base.weight + layer.lora_B @ layer.lora_A, layer.base.bias)
-    assert difference(layer(x), expected) < 1e-5
+    assert difference(layer(x), expected) < rounding(LAYER)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -298,16 +300,13 @@ def test_gpt2_is_as_in_peft_and_on_disk(tmp_path: Path) -> None:
     assert ours.planted["transformer.h.0.attn.c_attn"].lora_B.shape == (96, 4)
     stir(ours)
     theirs = with_our_values(copy.deepcopy(plain), peft_config(section, fan_in_fan_out=True), ours)
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"Conv1D: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"Conv1D: {assert_as_peft(ours, theirs, **BATCH)}")
 
     for way, save in (("adapter", save_adapter), ("portable", save_portable)):
         save(ours, tmp_path / way)
         assert json.loads((tmp_path / way / "adapter_config.json").read_text())["fan_in_fan_out"] is True
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / way).eval()
-        assert difference(logits_of(loaded), logits_of(ours.model)) < 1e-6
+        assert_answers_as(loaded, ours)
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_adapter(apply_method(copy.deepcopy(plain), section).remove(), tmp_path / "theirs")
     assert torch.equal(logits_of(back.model), logits_of(ours.model))
@@ -315,7 +314,7 @@ def test_gpt2_is_as_in_peft_and_on_disk(tmp_path: Path) -> None:
     expected = logits_of(ours.model)
     square: Any = ours.planted["transformer.h.0.attn.c_proj"].base
     assert square.weight.shape == (32, 32)  # whose shape does not tell which way round it lies
-    assert difference(logits_of(merge_in_place(ours)), expected) < 1e-5
+    assert difference(logits_of(merge_in_place(ours)), expected) < rounding()
 
 
 # The head as a target
@@ -328,10 +327,7 @@ def test_a_head_is_adapted_as_in_peft_and_through_the_chunked_loss(tmp_path: Pat
     ours = apply_method(tiny_base(folder, "none"), section)
     stir(ours)
     theirs = with_our_values(plain_model(folder), peft_config(section), ours)
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"head, {family}: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"head, {family}: {assert_as_peft(ours, theirs, **BATCH)}")
 
     parameters = ours.trainable_parameters()
     expected = {name: values.grad.clone() * (TOKENS.numel() - len(TOKENS)) for name, values in parameters.items()}
@@ -342,9 +338,9 @@ def test_a_head_is_adapted_as_in_peft_and_through_the_chunked_loss(tmp_path: Pat
     loss, count = batch_loss(ours.model, batch, chunk=5)
     loss.backward()
     assert count == TOKENS.numel() - len(TOKENS)
-    assert max(difference(values.grad, expected[name]) for name, values in parameters.items()) < 3e-6
+    assert max(difference(values.grad, expected[name]) for name, values in parameters.items()) < rounding(GRADIENT)
     with torch.no_grad():
-        assert abs(float(batch_loss(ours.model, batch, chunk=5)[0]) - float(loss)) < 1e-4
+        assert abs(float(batch_loss(ours.model, batch, chunk=5)[0]) / float(loss) - 1) < rounding()
 
 
 # What servers load
@@ -366,7 +362,7 @@ def test_the_portable_form_computes_the_same_in_peft_and_here(tmp_path: Path, se
     expected = logits_of(ours.model.eval())
     worst = difference(logits_of(theirs), expected), difference(logits_of(here.model), expected)
     print(f"portable: in PEFT {worst[0]:.1e}, here {worst[1]:.1e}")
-    assert max(worst) < 1e-6
+    assert max(worst) < rounding()
 
 
 # LoRA+
@@ -392,4 +388,4 @@ def test_b_learns_faster_by_the_ratio() -> None:
     for name, plain in steps[1.0].items():
         expected = 16 if name == "0.lora_B" else 1
         torch.testing.assert_close(steps[16.0][name] / plain, torch.full_like(plain, expected), rtol=1e-3, atol=0)
-        assert abs(float(plain.mean()) - 1e-3) < 1e-6
+        assert abs(float(plain.mean()) - 1e-3) < rounding()

@@ -23,8 +23,9 @@ from qlora.methods.files import save_portable
 from qlora.methods.lora_layers import LoraConv2d, LoraEmbedding, sides
 from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
-from tests.methods.against_peft import BATCH, gradients_of, merge_in_place, plain_model, with_our_values, worst_of
+from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values
 from tests.methods.tiny import SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import GRADIENT, LAYER, rounding
 
 EMBEDDING = config.LoRA(r=4, alpha=6, dropout=0.3, target_modules=("embed_tokens", "q_proj"))
 BOTH = config.LoRA(r=4, alpha=8, target_modules=("embed_tokens", "lm_head", "down_proj"))
@@ -47,10 +48,7 @@ def test_an_embedding_is_adapted_as_in_peft(tmp_path: Path, family: str, quantiz
     theirs = with_our_values(plain_model(folder, quantization), peft_config(section, task_type="CAUSAL_LM"), ours)
     with ours.disabled():
         assert difference(logits_of(ours.model), logits_of(theirs)) > 1e-2
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"embedding, {family} {quantization}: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"embedding, {family} {quantization}: {assert_as_peft(ours, theirs, **BATCH)}")
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -73,14 +71,14 @@ def test_a_scaled_embedding_with_padding_is_as_in_peft_and_merges() -> None:
     theirs = with_our_values(copy.deepcopy(plain), peft_config(section, lora_dropout=0.5), ours).eval()
     ids = torch.tensor([[2, 3, 3, 10], [0, 2, 7, 1]])
     found, expected = ours.model.eval()(ids), theirs(ids)
-    assert difference(found, expected) < 1e-6
+    assert difference(found, expected) < rounding(LAYER)
     (found**2).sum().backward()
     (expected**2).sum().backward()
     gradients = gradients_of(theirs)
     for name, values in ours.trainable_parameters().items():
-        assert difference(values.grad, gradients[name]) < 3e-6
+        assert difference(values.grad, gradients[name]) < rounding(LAYER)
     assert not ours.trainable_parameters()["0.lora_embedding_A"].grad[:, 2].any()
-    assert difference(merge_in_place(ours)(ids), found) < 1e-6
+    assert difference(merge_in_place(ours)(ids), found) < rounding(LAYER)
 
 
 def test_an_embedding_drops_nothing_out_and_begins_as_the_base(tmp_path: Path) -> None:
@@ -110,7 +108,7 @@ def test_peft_and_we_read_each_others_embeddings(tmp_path: Path, family: str) ->
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     assert state.keys() == ours.adapter_state().keys()
     expected = logits_of(ours.model)
-    assert difference(logits_of(theirs), expected) < 1e-6
+    assert difference(logits_of(theirs), expected) < rounding()
 
     theirs.save_pretrained(tmp_path / "theirs")  # with the frozen weights of both beside the adapter
     with safe_open(tmp_path / "theirs" / "adapter_model.safetensors", "pt") as file:
@@ -144,7 +142,7 @@ def test_merging_unties_what_the_adapter_made_different(tmp_path: Path, family: 
     assert not merged.config.tie_word_embeddings
     worst = difference(logits_of(merged), logits_of(ours.model))
     print(f"merged {family} {targets}: {worst:.1e}")
-    assert worst < 3e-6
+    assert worst < rounding()
 
 
 def test_merging_leaves_tied_what_no_adapter_touched(tmp_path: Path) -> None:
@@ -168,7 +166,7 @@ def test_an_embeddings_gradient_goes_through_the_chunked_loss(tmp_path: Path) ->
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     batch_loss(ours.model, {"input_ids": TOKENS, "position_ids": positions, "labels": TOKENS}, 7)[0].backward()
     worst = max(difference(values.grad, expected[name]) for name, values in ours.trainable_parameters().items())
-    assert worst < 3e-6
+    assert worst < rounding(GRADIENT)
 
 
 # Convolutions
@@ -208,22 +206,22 @@ def test_a_convolution_is_adapted_as_in_peft_and_merges(convolution: Any) -> Non
     assert gradients.keys() == ours.trainable_parameters().keys()
     worst = max(difference(values.grad, gradients[name]) for name, values in ours.trainable_parameters().items())
     print(f"convolution {convolution}: outputs {difference(found, expected):.1e}, gradients {worst:.1e}")
-    assert difference(found, expected) < 1e-6
-    assert worst < 3e-6
+    assert difference(found, expected) < rounding(LAYER)
+    assert worst < rounding(GRADIENT)
     with ours.disabled():
         assert torch.equal(ours.model(IMAGE), plain(IMAGE))
     merged = merge_in_place(ours)(IMAGE)
     theirs = theirs.merge_and_unload()
     print(f"merged: {difference(merged, found):.1e}")
-    assert difference(merged, found) < 2e-6
-    assert difference(theirs(IMAGE), merged) < 2e-6
+    assert difference(merged, found) < rounding(LAYER)
+    assert difference(theirs(IMAGE), merged) < rounding(LAYER)
 
 
 def test_a_dilated_convolution_merges_too() -> None:
     """PEFT's A has no dilation, so its two sums do not even have the same size."""
     _, ours = adapted_vision(dilation=2)
     found = ours.model(IMAGE)
-    assert difference(merge_in_place(ours)(IMAGE), found) < 2e-6
+    assert difference(merge_in_place(ours)(IMAGE), found) < rounding(LAYER)
 
 
 def test_a_convolution_drops_out_in_training_only(tmp_path: Path) -> None:
@@ -334,13 +332,11 @@ def test_a_router_is_no_target_and_attention_learns_beside_the_experts() -> None
     model = mixture("mixtral")
     with pytest.raises(MethodError, match="names 'gate', which no linear, embedding or convolution of"):
         apply_method(model, config.LoRA(r=2, target_modules=("gate",)))
+    model.config._experts_implementation = "eager"  # the grouped product knows no float64
     plain = copy.deepcopy(model)
     section = config.LoRA(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
     ours = apply_method(model, section)
     assert len(ours.planted) == 4
     stir(ours)
     theirs = with_our_values(plain, peft_config(section, task_type="CAUSAL_LM"), ours)
-    logits, gradients = worst_of(ours, theirs, **BATCH)
-    print(f"attention of a mixture: logits {logits:.1e}, gradients {gradients:.1e}")
-    assert logits < 1e-6
-    assert gradients < 3e-6
+    print(f"attention of a mixture: {assert_as_peft(ours, theirs, **BATCH)}")

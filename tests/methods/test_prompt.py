@@ -24,6 +24,7 @@ from qlora.residence.load import load_base
 from qlora.training import Trainer
 from tests.methods.against_peft import plain_model
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import GRADIENT, rounding
 from tests.training.tiny import random_rows
 
 P = 3
@@ -66,9 +67,9 @@ def assert_packed_is_alone(model: AdaptedModel) -> None:
                 ids = collate([alone[index]], 0, model.virtual_tokens)["input_ids"]
                 one = model.model(input_ids=ids, use_cache=False).logits[0]
                 end = begin + ids.shape[1]
-                assert difference(together[begin:end], one) < 1e-5
+                assert difference(together[begin:end], one) < rounding()
                 begin = end
-    assert score(model, packed).loss == pytest.approx(score(model, alone).loss, rel=1e-5)
+    assert score(model, packed).loss == pytest.approx(score(model, alone).loss, rel=rounding())
 
 
 def assert_answers_need_no_cache(model: AdaptedModel, length: int = 10) -> None:
@@ -127,10 +128,10 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, qua
     expected.loss.backward()
     with ours.disabled():
         assert difference(logits_of(ours.model), expected.logits[:, P:]) > 1e-2  # the prompt matters
-    assert difference(found.logits, expected.logits) < 1e-6
+    assert difference(found.logits, expected.logits) < rounding()
     worst = max(difference(values.grad, pairs[name].grad) for name, values in layer.own_parameters().items())
     print(f"{family} {quantization}: logits {difference(found.logits, expected.logits):.1e}, gradients {worst:.1e}")
-    assert worst < 3e-6
+    assert worst < rounding(GRADIENT)
 
 
 @pytest.mark.parametrize("section", [PROMPT, ENCODED], ids=lambda section: section.name)
@@ -144,12 +145,12 @@ def test_peft_reads_ours_and_we_read_pefts(tmp_path: Path, section: Any) -> None
     theirs = peft.PeftModel.from_pretrained(plain_model(folder, "none"), tmp_path / "ours")
     assert set(peft.get_peft_model_state_dict(theirs)) == set(ours.adapter_state()) == {KEY}
     with torch.no_grad():
-        assert difference(theirs(input_ids=TOKENS, use_cache=False).logits, expected) < 1e-6
+        assert difference(theirs(input_ids=TOKENS, use_cache=False).logits, expected) < rounding()
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_adapter(tiny_base(folder, "none"), tmp_path / "theirs")
     assert back.section.model_dump(exclude={"init"}) == section.model_dump(exclude={"init"})
     with torch.no_grad():
-        assert difference(back.model(input_ids=IDS, use_cache=False).logits, expected) < 1e-6
+        assert difference(back.model(input_ids=IDS, use_cache=False).logits, expected) < rounding()
 
 
 def test_what_peft_asks_for_and_we_have_not_is_refused(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_an_lstm_prompt_is_read_since_the_prompt_alone_is_in_the_file(tmp_path: 
     ours = load_adapter(tiny_base(folder, "none"), tmp_path / "theirs")
     with torch.no_grad():
         expected = theirs(input_ids=TOKENS, use_cache=False).logits
-        assert difference(ours.model(input_ids=IDS, use_cache=False).logits, expected) < 1e-6
+        assert difference(ours.model(input_ids=IDS, use_cache=False).logits, expected) < rounding()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -218,17 +219,6 @@ def test_models_in_which_a_prompt_has_no_place_are_refused(tmp_path: Path) -> No
     base.model.config.hidden_size_per_layer_input = 8  # type: ignore[union-attr]
     with pytest.raises(MethodError, match="looks its token ids up again"):
         apply_method(base, PROMPT)
-
-
-@pytest.mark.parametrize("section", [PROMPT, ENCODED], ids=lambda section: section.name)
-def test_recomputed_and_layer_by_layer_gradients_are_the_plain_ones(tmp_path: Path, section: Any) -> None:
-    model = apply_method(tiny_base(tiny_checkpoint(tmp_path, "qwen2")), section)
-    stir(model, 0.3)
-    rows = random_rows(14)[:4]
-    plain = gradients_of(model, rows)
-    for at_once in (4, 1, 3):
-        found = gradients_of(model, rows, at_once)
-        assert max(difference(found[name], plain[name]) for name in plain) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,8 @@ from torch import nn
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import Planted, apply_method
-from qlora.methods.sublayers import at, find_layers, stood, width
+from qlora.methods.planted import unplanted
+from qlora.methods.sublayers import at, find_layers, width
 from qlora.model.base import Base
 from tests.methods.adapters_oracle import make
 from tests.methods.test_bottleneck import FORMS, META, section, small_model
@@ -126,7 +127,7 @@ def test_what_is_planted_stands_for_what_stood_there() -> None:
     attention = model.transformer.h[1].attn
     apply_method(model, config.Combined(parts=(config.LoRA(r=2), section("houlsby"), section("lin"))))
     assert isinstance(model.transformer.h[1], Planted)
-    assert stood(model.transformer.h[1].attn) is attention
+    assert unplanted(model.transformer.h[1].attn) is attention
     assert at(model, "transformer.h.1.attn") is attention
     assert at(model, "transformer.h.1.attention") is None
     layers = find_layers(model)

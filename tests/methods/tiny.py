@@ -23,6 +23,7 @@ from qlora.methods import AdaptedModel
 from qlora.model.base import Base
 from qlora.recipe import ModelSection
 from qlora.residence.load import load_base
+from tests.rounding import difference as difference
 
 VOCABULARY = 96
 SIZES = {
@@ -80,10 +81,5 @@ def stir(model: AdaptedModel, size: float = 0.1) -> None:
 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits.float()
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected value."""
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max() / expected.abs().max())
+        logits: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -17,6 +17,7 @@ from qlora.methods import METHODS
 from qlora.methods.files import WEIGHTS
 from qlora.recipe import Recipe, parts_of
 from qlora.runs.export import compare_merged
+from tests.rounding import rounding
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -37,7 +38,12 @@ def test_every_method_has_a_recipe() -> None:
     assert shown == set(METHODS)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+# one that merges, one that cannot, one of several methods with a tokenizer of its own; the others in make test-all
+QUICK = ("lora", "prompt-tuning", "new-tokens")
+EVERY = [pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", EVERY)
 def test_recipe_trains(path: Path, tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
     overrides = [
         f"model.name={tiny_model}", f"data.train={chat_data}", "data.held_out=null", "data.held_out_fraction=0.2",
@@ -58,7 +64,7 @@ def test_recipe_trains(path: Path, tiny_model: Path, chat_data: Path, tmp_path: 
         assert [len(rows) for rows in deltas] == [2, 2]  # of the embedding and of the head
         assert not any(torch.equal(*rows) for rows in deltas)
     # the run as it was trained, read back from its folder
-    assert qlora.evaluate(run, quiet=True).after.loss == pytest.approx(after, rel=1e-6)  # type: ignore[union-attr]
+    assert qlora.evaluate(run, quiet=True).after.loss == pytest.approx(after, rel=rounding())  # type: ignore[union-attr]
     assert isinstance(Conversation(run).say("hello there", max_new_tokens=2), str)
     if path.stem in UNMERGED:
         with pytest.raises(MethodError, match="cannot be merged"):
