@@ -29,7 +29,8 @@ from qlora.machine.device import (
 )
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
-from qlora.model.hub import commit_of, find_model
+from qlora.model.checkpoint import commit_of
+from qlora.model.hub import find_model
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of, count_parameters
 from qlora.planning.ladder import Arrangement, Arranger, Target
