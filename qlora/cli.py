@@ -33,7 +33,7 @@ USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
   doctor                           is this machine ready?
   recipe                           every value of a recipe, with its default and meaning
 
-A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
+A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
 """
 
 
@@ -225,7 +225,7 @@ def _recipe(verb: str, words: list[str]) -> Any:
     from qlora.recipe import Recipe
 
     if not words:
-        raise InputError(f"qlora {verb} needs a recipe: qlora {verb} recipes/quickstart.yaml")
+        raise InputError(f"qlora {verb} needs a recipe: qlora {verb} quickstart.yaml")
     path = Path(words[0])
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; qlora {verb} takes a recipe, such as {path / 'recipe.yaml'}.")

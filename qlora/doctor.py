@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qlora.machine import DISTRIBUTION
+
 if TYPE_CHECKING:
     import torch
 
@@ -108,7 +110,7 @@ def _isolated(name: str, advice: str, check: Callable[..., Finding | Iterable[Fi
 def _python() -> Finding:
     from packaging.specifiers import SpecifierSet
 
-    wanted = metadata.metadata("qlora")["Requires-Python"]
+    wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"]
     version = platform.python_version()
     found = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     if not SpecifierSet(wanted).contains(version, prereleases=True):
@@ -234,7 +236,7 @@ def _library(name: str) -> Finding:
     from packaging.requirements import Requirement
 
     try:
-        needs = [Requirement(line) for line in metadata.requires("qlora") or []]
+        needs = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
         return Finding(name, "wrong", "qlora itself is not installed", "install it with 'pip install -e .'")
     wanted = next((str(need.specifier) for need in needs if need.name == name and need.marker is None), "")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlora.errors import ModelError, disk_is_full, first_line, listed, nearest
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
-from qlora.machine.device import require_disk
+from qlora.machine.device import cache_folder, require_disk
 from qlora.model.tensor_file import MAX_HEADER, Entry, read_header, read_tensor
 from qlora.recipe import DEFAULT_MODEL
 
@@ -249,9 +249,12 @@ def find_model(
     except (OSError, RuntimeError) as error:  # longer than names may be; ~someone who has no home here
         raise ModelError(f"There is no model {shown(name)} ({getattr(error, 'strerror', None) or error}).") from None
     if name == DEFAULT_MODEL:
-        from qlora.model.default import default_model_folder
-
-        return default_model_folder(progress)
+        folder = cache_folder() / "models" / DEFAULT_MODEL
+        if not folder.is_dir():
+            raise ModelError(
+                f"The model '{name}' is not in '{folder.parent}' yet; run 'python -m qlora.quickstart' once."
+            )
+        return folder
     looks_like_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     if folder.is_file():
         raise ModelError(
