@@ -56,3 +56,10 @@ def test_constraints_cover_what_the_project_asks_for() -> None:
 
     names_wanted = {plain(match[0]) for text in wanted if (match := re.match(r"[\w.-]+", text))}
     assert names_wanted <= set(map(plain, pinned))
+
+
+def test_the_oldest_releases_that_are_admitted_are_those_that_are_tried() -> None:
+    admitted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    tried = re.findall(r"(?m)^(\w+)==([\d.]+)\.\*$", (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8"))
+    assert len(tried) == 4
+    assert {f"{name}>={version}" for name, version in tried} <= set(admitted)
