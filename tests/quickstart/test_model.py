@@ -173,7 +173,7 @@ def tiny_gguf(path: Path) -> None:
     import numpy
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "he"]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_to_unicode().values(), "he", "lo"]
     random = numpy.random.default_rng(0)
     width, inner, heads = 16, 32, 4
     writer = gguf.GGUFWriter(path, "llama")
@@ -189,7 +189,7 @@ def tiny_gguf(path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "l o"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
