@@ -7,18 +7,19 @@ SET ?=
 SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/installed
+OLDEST := .venv-oldest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-short test lint gpu-check survive audit
+.PHONY: help quickstart quickstart-short lint test test-all test-programs wheel gpu-check survive audit
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 24
 
 quickstart: $(INSTALLED)  ## fine-tune the default model on the standard library's docstrings, export and report
-	@$(BIN)/python -c 'from qlora.model.default import main; main([])'
-	@$(BIN)/python recipes/quickstart_data.py
-	@$(BIN)/qlora train recipes/quickstart.yaml overwrite=true $(SET)
+	@$(BIN)/python -m qlora.quickstart
+	@$(BIN)/qlora train quickstart.yaml overwrite=true $(SET)
 	@$(BIN)/qlora export runs/quickstart merged
 
 quickstart-short:  ## the same with ten steps, to see that everything works
@@ -30,13 +31,24 @@ lint: $(INSTALLED)  ## format, lint, types and layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## lint, then all tests, in as many processes as there are cores, at most four
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+test: lint  ## lint, then every law, in as many processes as there are cores, at most four: about six minutes on two
+	$(PYTEST)
+
+test-all: test  ## make test, then what is slow: real processes, notebooks, every kill, every shape
+	$(PYTEST) -m slow
+
+test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, of .ci/oldest.txt
+	@$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|accelerate|huggingface_hub) '
+	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%)
+
+wheel: $(INSTALLED)  ## build the sdist, and the wheel from it, into dist
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
 
 gpu-check: $(INSTALLED)  ## laws, planned against measured memory and the benchmark on a CUDA device; skipped without one
 	$(BIN)/python -m pytest -m gpu -rsP
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python recipes/quickstart_data.py && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8 \
+		$(BIN)/python -m qlora.quickstart && $(BIN)/python benchmarks/against_peft.py --device cuda --rows 16 --micro 8 \
 		&& $(BIN)/python benchmarks/on_gpu.py --limit 24GiB; \
 	else echo "No CUDA device: nothing was measured."; fi
 
@@ -56,4 +68,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing qlora and what it needs into .venv (some minutes the first time) …"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(OLDEST)/installed: pyproject.toml constraints.txt .ci/oldest.txt
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@grep -vF "$$(sed -n 's/==.*/==/p' .ci/oldest.txt)" constraints.txt | cat - .ci/oldest.txt >$(OLDEST)/constraints.txt
+	@echo "Installing qlora and the oldest releases that it admits into $(OLDEST) (some minutes the first time) …"
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt setuptools
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@

@@ -1,6 +1,6 @@
 """What every method costs in time, side by side: all on one loaded base in one process, each beside LoRA.
 
-    python recipes/quickstart_data.py
+    python -m qlora.quickstart
     python benchmarks/method_speed.py --out benchmarks/results
 
 Each recipe of recipes/methods is planted, trained for a few steps, asked for an answer and taken out again. Before it, and

@@ -1,6 +1,6 @@
 """Every method on the same model, data and number of steps: what was learned, and what it cost.
 
-    python recipes/quickstart_data.py
+    python -m qlora.quickstart
     python benchmarks/methods.py --out benchmarks/results          # all of recipes/methods
     python benchmarks/methods.py --only lora dora --steps 8 --folder runs/few
 

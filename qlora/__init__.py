@@ -1,7 +1,7 @@
 """qlora: fine-tune a large language model on the card you have.
 
     import qlora
-    run = qlora.train(qlora.Recipe.from_yaml("recipes/quickstart.yaml"))
+    run = qlora.train(qlora.Recipe.from_yaml("quickstart.yaml"))
 
 ``__init__.pyi`` lists the public names. Each is imported when it is first used, so that ``import qlora`` is quick and
 ``qlora doctor`` runs without torch.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qlora.runs.session import Run
 
 USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
-NOTES = """A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
+NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
 also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
 
 
@@ -248,7 +248,7 @@ def _recipe(verb: str, words: list[str]) -> Recipe:
     from qlora.recipe import Recipe
 
     if not words:
-        raise InputError(f"qlora {verb} needs a recipe: qlora {verb} recipes/quickstart.yaml")
+        raise InputError(f"qlora {verb} needs a recipe: qlora {verb} quickstart.yaml")
     path = Path(words[0])
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; qlora {verb} takes a recipe, such as {path / 'recipe.yaml'}.")

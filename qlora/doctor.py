@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from qlora.machine import DISTRIBUTION
+
 if TYPE_CHECKING:
     import torch
 
@@ -109,7 +111,7 @@ def _isolated(name: str, advice: str, check: Callable[..., Iterable[Finding]], *
 def _python() -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet
 
-    wanted = metadata.metadata("qlora")["Requires-Python"]
+    wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"]
     version = platform.python_version()
     fix = "" if SpecifierSet(wanted).contains(version, prereleases=True) else f"install {wanted}, and qlora into it"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -225,7 +227,7 @@ def _library(name: str) -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     try:
-        needs = [Requirement(line) for line in metadata.requires("qlora") or []]
+        needs = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
         yield Finding(name, "wrong", "qlora itself is not installed", "install it with 'pip install -e .'")
         return

@@ -1,9 +1,9 @@
 """QLoRA from top to bottom: one flat script on qlora's parts, with nothing hidden in a function.
 
-    python recipes/quickstart_data.py
+    python -m qlora.quickstart
     python recipes/flat.py training.steps=20 method.r=8
 
-Trains recipes/quickstart.yaml, with any value of it given as section.key=value, and leaves an adapter and a merged
+Trains the quickstart.yaml of this folder, with any value of it given as section.key=value, and leaves an adapter and a merged
 model in runs/flat. `qlora train` does the same with checkpoints, metrics and a report around it. Copy it and change it.
 """
 
@@ -14,10 +14,9 @@ import qlora
 from qlora.evaluation import score
 from qlora.export import merge
 from qlora.machine.device import dtype_name, resolve_device
-from qlora.methods.files import save_adapter
 
 # What is wanted: every field is in docs/recipe.md; the last override of a field counts.
-recipe = qlora.Recipe.from_yaml(Path(__file__).with_name("quickstart.yaml"), "folder=runs/flat", *sys.argv[1:])
+recipe = qlora.Recipe.from_yaml("quickstart.yaml", "folder=runs/flat", *sys.argv[1:])
 seed, folder = recipe.training.seed, Path(str(recipe.folder))
 
 # The base, frozen in 4 bits; then the adapter beside its linears: the only parameters that train.
@@ -42,7 +41,7 @@ for prompt in data.held_out_prompts(1):
     print(f"? {prompt.text}\n  expected: {prompt.answer}\n  answered: {qlora.answer(model, prompt.ids, 48)}")
 
 # The adapter for PEFT, and the whole as a plain 16-bit model, tensor by tensor: base weights as quantised + adapter.
-save_adapter(model, folder / "adapter")
+qlora.save_adapter(model, folder / "adapter")
 held = {"quantization": base.quantization, "double_quant": base.double_quant}
 dtype = dtype_name(base.compute_dtype)
 merged = merge(base.folder, folder / "adapter", folder / "merged", **held, compute_dtype=dtype, overwrite=True)

@@ -42,6 +42,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("cuda") / "model", hidden_size=128, intermediate_size=256)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of rank 64 at its MLPs have 131,072 numbers: bitsandbytes pages the state of 100,000 and more."""
+    return write_model(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, intermediate_size=2048)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> None:
+    """Models of earlier tests hang in cycles until they are collected; their memory and threads are not this test's."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -145,11 +158,11 @@ def test_gradients_are_those_on_the_dequantised_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
-def test_ten_steps_are_six_and_four(folder: Path, tmp_path: Path, optimizer: str, deterministic: None) -> None:
+def test_ten_steps_are_six_and_four(wide: Path, tmp_path: Path, optimizer: str, deterministic: None) -> None:
     """Paged states come back paged; bitsandbytes' own ``load_state_dict`` un-pages them (bitsandbytes#782)."""
 
     def fresh(place: Path) -> Trainer:
-        model = adapted(folder, dropout=0.1)
+        model = adapted(wide, dropout=0.1)
         return Trainer(model, rows(14, 33, vocabulary(model)), settings(optimizer=optimizer), place)
 
     whole = fresh(tmp_path / "whole")
@@ -162,9 +175,8 @@ def test_ten_steps_are_six_and_four(folder: Path, tmp_path: Path, optimizer: str
     for name, values in whole.parameters.items():
         assert torch.equal(values, second.parameters[name])
     if optimizer.startswith("paged"):
-        pageable = [
-            state["state1"] for p, state in second.optimizer.state.items() if p.numel() >= 1e5
-        ]  # bitsandbytes' bound
+        states = second.optimizer.state
+        pageable = [states[values]["state1"] for values in second.parameters.values() if values.numel() >= 100_000]
         assert pageable
         assert all(getattr(tensor, "is_paged", False) for tensor in pageable)
     saved = load_file(first.save() / "optimizer.safetensors")
@@ -216,7 +228,6 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "partly resident": {"layers": 3},
     "streamed from the file": {"layers": "streamed", "tier": "disk"},
     "inputs on the host": {"layer_inputs": "host"},
-    "inputs on the disk": {"layer_inputs": "disk"},
     "ends on the host": {"embedding": "host", "head": "host"},
     "tiled": {"mlp_tile": 5},
     "everything": {"layers": 2, "layer_inputs": "host", "embedding": "host", "head": "host", "mlp_tile": 7},
@@ -264,6 +275,7 @@ def test_gradients_do_not_depend_on_where_things_wait(
 
 def test_a_streamed_model_answers_and_lets_go(deep: Path, tmp_path: Path) -> None:
     """Generation is the resident one's; a base that is collected while a layer is on its way ends its thread."""
+    others = set(threading.enumerate())
     model, _ = placed(deep, tmp_path, "fp32", layers="streamed")
     resident, _ = placed(deep, tmp_path, "fp32")
     prompt = IDS[0, :9].tolist()
@@ -271,8 +283,10 @@ def test_a_streamed_model_answers_and_lets_go(deep: Path, tmp_path: Path) -> Non
     placement: Any = model.base.placement
     placement.current = -1
     placement.visit(0)
+    own = [t for t in threading.enumerate() if t.name.startswith("qlora-layers") and t not in others]
+    assert own
     placement.close()
-    assert not any(thread.name.startswith("qlora-layers") and thread.is_alive() for thread in threading.enumerate())
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_a_head_on_the_host_is_pinned_and_right_every_time(deep: Path, tmp_path: Path) -> None:
@@ -341,13 +355,14 @@ def test_planned_memory_is_the_measured_peak(
 ) -> None:
     """Within a tenth, at a shape at which the rounding of the allocator is small: 12 layers of 1,024."""
     folder = write_model(tmp_path / "m", **WIDE)
+    before = torch.cuda.memory_allocated(DEVICE)
     model, section = placed(folder, tmp_path, **memory)
     training = settings(accumulation=accumulation, steps=3, micro_batch_size=1)
     trainer = Trainer(model, rows(4, 1024, 32000, packed), training, memory=section)
     next(trainer)
     torch.cuda.reset_peak_memory_stats(DEVICE)
     next(trainer)
-    measured = torch.cuda.max_memory_allocated(DEVICE)
+    measured = torch.cuda.max_memory_allocated(DEVICE) - before
     empty = skeleton_base(ModelSection(name=str(folder), compute_dtype="bf16"), torch.device("meta"), torch.bfloat16)
     planned = estimate(apply_method(empty, LoRA(r=16, adapter_dtype="bf16")), training, 1024, DEVICE, packed, section)
     total = planned.total - planned.device["runtime"]

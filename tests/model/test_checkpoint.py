@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
+import importlib.util
 import json
 import shutil
-import sys
 import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
@@ -26,6 +26,9 @@ from qlora.model.checkpoint import INDEX, Checkpoint, commit_of, fingerprint, op
 from qlora.model.hub import HUB_FILES, find_model
 from qlora.model.tokenizer import FILES
 from qlora.recipe import DEFAULT_MODEL
+
+http = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+"""The hub's HTTP client: huggingface_hub 2 has the first, 1 the second."""
 
 TENSORS = {
     "a.weight": torch.randn(3, 5),
@@ -209,10 +212,12 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_find_local_folder_and_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_model(str(folder)) == folder
-    default = types.ModuleType("qlora.model.default")
-    default.default_model_folder = lambda progress=False: folder / "default"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qlora.model.default", default)
-    assert find_model(DEFAULT_MODEL) == folder / "default"
+    monkeypatch.setenv("QLORA_CACHE", str(folder))
+    with pytest.raises(ModelError, match=r"run 'python -m qlora\.quickstart' once"):
+        find_model(DEFAULT_MODEL)
+    made = folder / "models" / DEFAULT_MODEL
+    made.mkdir(parents=True)
+    assert find_model(DEFAULT_MODEL) == made
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "models/a/b", "nowhere"])
@@ -322,9 +327,9 @@ def test_hub_failures_are_sentences(error: str, sentence: str, hub: Hub) -> None
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (httpx2.RemoteProtocolError("peer closed connection.\nFor more, see …"), "peer closed connection;"),
-        (httpx2.ReadTimeout("The read operation timed out"), "The read operation timed out;"),
-        (httpx2.ReadError(""), "ReadError;"),
+        (http.RemoteProtocolError("peer closed connection.\nFor more, see …"), "peer closed connection;"),
+        (http.ReadTimeout("The read operation timed out"), "The read operation timed out;"),
+        (http.ReadError(""), "ReadError;"),
         (RuntimeError("Data processing error: CAS service error"), "Data processing error: CAS service error;"),
         (OSError(errno.EACCES, "Permission denied"), r"\[Errno 13\] Permission denied;"),
     ],

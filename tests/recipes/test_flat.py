@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "flat.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / "flat.py"
+RECIPE = ROOT / "qlora" / "quickstart" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_data: Path) -> tuple[Path, str]:
     """The folder in which the script ran on a tiny model, and what it printed."""
     folder = tmp_path_factory.mktemp("flat")
+    (folder / RECIPE.name).write_bytes(RECIPE.read_bytes())  # as python -m qlora.quickstart leaves it
     overrides = (
         f"model.name={tiny_model}", f"data.train={chat_data}", "data.held_out=null", "data.held_out_fraction=0.2",
         "data.max_length=128", "training.steps=4", "training.batch_size=2", "training.learning_rate=3e-2",
@@ -33,6 +36,7 @@ def test_it_is_under_60_lines_and_flat() -> None:
     assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
+@pytest.mark.slow
 def test_it_trains_and_says_what_that_brought(done: tuple[Path, str]) -> None:
     _, printed = done
     assert [int(number) for number in re.findall(r"(?m)^step (\d+)  loss ", printed)] == [1, 2, 3, 4]
@@ -43,6 +47,7 @@ def test_it_trains_and_says_what_that_brought(done: tuple[Path, str]) -> None:
     assert re.search(r"(?m)^\? \w+ \d+\?\n  expected: ", printed)
 
 
+@pytest.mark.slow
 def test_it_leaves_an_adapter_and_a_plain_model_with_the_same_logits(done: tuple[Path, str], tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,10 +1,8 @@
-"""Make the quickstart's data set from the Python that runs this: questions and answers from its own docstrings.
-
-    python recipes/quickstart_data.py [data/quickstart/train.jsonl [data/quickstart/held_out.jsonl]]
+"""The quickstart's data: questions and answers from the docstrings of the Python that runs this.
 
 A record is one conversation: "What does `shutil.copytree` do in Python?", answered by the first paragraph of that
-function's docstring. One Python version gives the same bytes every time; one answer is never in both files. It needs
-the standard library alone, reads only the modules named here (each imports without side effects), and ships nothing.
+function's docstring. One Python version gives the same bytes every time; one answer is never in both files. It reads
+only the modules named here (each imports without side effects), and ships nothing. Must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -14,13 +12,15 @@ import importlib
 import inspect
 import itertools
 import json
-import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+
+from qlora.errors import InputError
+from qlora.files.durable import file_written_aside
 
 TRAIN, HELD_OUT = Path("data/quickstart/train.jsonl"), Path("data/quickstart/held_out.jsonl")
 HELD_OUT_FRACTION = 0.05
@@ -124,25 +124,15 @@ def records() -> tuple[list[str], list[str]]:
     return lines[held_out:], lines[:held_out]
 
 
-def write(lines: list[str], path: Path) -> None:
-    """Write beside ``path``, then rename: an interrupted call leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def main(arguments: list[str]) -> None:
+def write_data(train: Path = TRAIN, held_out: Path = HELD_OUT) -> tuple[int, int]:
+    """Write both files and return their numbers of records. Raises InputError where docstrings are stripped, and OSError."""
     if sys.flags.optimize >= 2:
-        sys.exit("Python runs with -OO, which strips the docstrings that the data is made from; run it without.")
-    if len(arguments) > 2:
-        sys.exit(f"Found {len(arguments)} arguments; expected at most the paths of the training and held-out file.")
-    train_path, held_out_path = map(Path, (arguments + [TRAIN, HELD_OUT][len(arguments) :]))
-    train, held_out = records()
-    write(train, train_path)
-    write(held_out, held_out_path)
-    print(f"{len(train):,} training pairs in '{train_path}', {len(held_out):,} held-out pairs in '{held_out_path}'")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        raise InputError(
+            "Python runs with -OO, which strips the docstrings that the data is made from; run it without."
+        )
+    lines = records()
+    for path, part in zip((train, held_out), lines, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_written_aside(path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
+    return len(lines[0]), len(lines[1])
