@@ -94,11 +94,8 @@ ARRANGEMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no checkpointing": ({"gradient_checkpointing": False, "batch_size": 1}, {}),
     "chunks of 64": ({"loss_chunk": 64}, {}),
     "tiles of 64": ({}, {"mlp_tile": 64}),
-    "inputs on disk": ({}, {"layer_inputs": "disk"}),
-    "inputs on disk, tiles of 64": ({}, {"layer_inputs": "disk", "mlp_tile": 64}),
     "head and embedding on the host": ({"micro_batch_size": 4}, {"embedding": "host", "head": "host"}),
     "8-bit AdamW": ({"optimizer": "adamw_8bit"}, {}),
-    "optimizer in backward": ({"optimizer_in_backward": True, "max_grad_norm": None}, {}),
 }
 LARGE: dict[str, dict[str, Any]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},

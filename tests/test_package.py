@@ -20,7 +20,7 @@ OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py", "qlora/doctor.py"},
     "transformers": {
         "qlora/model/",
-        "qlora/planning/dry_run.py",
+        "qlora/planning/",
         "qlora/chat.py",
         "qlora/runs/run.py",
         "qlora/doctor.py",

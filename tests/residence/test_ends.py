@@ -33,7 +33,7 @@ from qlora.model.loss import (
     token_loss,
 )
 from qlora.model.nf4 import dense_weight
-from qlora.planning.accounting import count_parameters
+from qlora.planning.shapes import count_parameters
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence.ends import (
     HostLinear,
