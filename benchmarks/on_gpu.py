@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 
 from qlora.data import Row
 from qlora.errors import DoesNotFitError
-from qlora.machine.cards import parse_memory
+from qlora.machine.cards import parse_memory, workspace_bytes
 from qlora.machine.device import (
     bytes_text,
     peak_memory_bytes,
@@ -142,9 +142,10 @@ def predicted(model: AdaptedModel, recipe: Recipe, device: torch.device, config:
     empty = Base(skeleton.requires_grad_(False), None, Path(), "random", None, "nf4", True, torch.device("meta"), dtype)
     kept = next(iter(model.trainable_parameters().values())).dtype
     method = LoRA(r=16, alpha=32, adapter_dtype="bf16" if kept == torch.bfloat16 else "fp32")
-    needed = estimate(
-        apply_method(empty, method), recipe.training, recipe.data.max_length, device, False, recipe.memory
-    )
+    workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0])
+    adapted = apply_method(empty, method)
+    length = recipe.data.max_length
+    needed = estimate(adapted, recipe.training, length, device, False, recipe.memory, workspace=workspace)
     return needed.total - needed.device["runtime"]
 
 

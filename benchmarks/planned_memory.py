@@ -42,7 +42,8 @@ from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, on_meta, quantise
 from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import empty_linears, empty_model
-from qlora.planning import dry_run
+from qlora.planning.dry_run import Ledger
+from qlora.planning.few_layers import shortened
 from qlora.planning.memory import estimate
 from qlora.recipe import Combined, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.ends import embedding_on_host, head_on_host
@@ -95,11 +96,8 @@ ARRANGEMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no checkpointing": ({"gradient_checkpointing": False, "batch_size": 1}, {}),
     "chunks of 64": ({"loss_chunk": 64}, {}),
     "tiles of 64": ({}, {"mlp_tile": 64}),
-    "inputs on disk": ({}, {"layer_inputs": "disk"}),
-    "inputs on disk, tiles of 64": ({}, {"layer_inputs": "disk", "mlp_tile": 64}),
     "head and embedding on the host": ({"micro_batch_size": 4}, {"embedding": "host", "head": "host"}),
     "8-bit AdamW": ({"optimizer": "adamw_8bit"}, {}),
-    "optimizer in backward": ({"optimizer_in_backward": True, "max_grad_norm": None}, {}),
 }
 LARGE: dict[str, dict[str, Any]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
@@ -238,11 +236,11 @@ def fake_step(kind: str, way: str, tokens: int, layers: int) -> tuple[int, int]:
     together = training.gradient_checkpointing and training.accumulation == "layer_major"
     at_once = training.batch_size if together else training.micro_batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = dry_run.shortened(adapted, packed=False, more=layers)[0].model
+        model: Any = shortened(adapted, packed=False, more=layers)[0].model
         if training.gradient_checkpointing:
             wrap_layers(model, training.micro_batch_size, mlp_tile=tile)
         model.train()
-        ledger = dry_run.Ledger(model, "cuda")
+        ledger = Ledger(model, "cuda")
         with ledger:
             for _ in range(training.batch_size // at_once):
                 ids = torch.zeros(at_once, tokens, dtype=torch.long)

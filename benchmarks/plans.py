@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
-from qlora.machine.device import bytes_text
+from qlora.machine.device import DTYPES, bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arranger, changed
@@ -68,7 +68,8 @@ def main() -> None:
                         "device": {"memory": name, "host_memory": options.host_memory},
                     }
                 )
-                target, dtype, resolved, _ = card_elsewhere(recipe)
+                target, resolved, _ = card_elsewhere(recipe)
+                dtype = DTYPES[resolved.model.compute_dtype]
                 if dtype not in planted:
                     base = skeleton_base(resolved.model, torch.device("meta"), dtype)
                     planted[dtype] = apply_method(base, resolved.method)

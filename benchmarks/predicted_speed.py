@@ -27,7 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import qlora
 from qlora.data import Row
 from qlora.machine.device import resolve_compute_dtype, resolve_device, versions
-from qlora.planning.speed import measure, step_seconds, work_of
+from qlora.planning.rates import measure
+from qlora.planning.shapes import shapes_of
+from qlora.planning.speed import step_seconds, work_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
@@ -37,10 +39,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "layer-major, 2 × 2": {"micro_batch_size": 2},
     "micro-batch-major, 4 × 1": {"micro_batch_size": 1, "accumulation": "micro_batch_major"},
     "streamed from the file": {"micro_batch_size": 2, "memory": {"layers": "streamed", "tier": "disk"}},
-    "all but 3 layers streamed, inputs on disk": {
-        "micro_batch_size": 2,
-        "memory": {"layers": 3, "tier": "disk", "layer_inputs": "disk"},
-    },
+    "all but 3 layers streamed": {"micro_batch_size": 2, "memory": {"layers": 3, "tier": "disk"}},
 }
 
 
@@ -91,7 +90,7 @@ def compared(name: str, model_name: str, device: torch.device, args: argparse.Na
     base = qlora.load_base(ModelSection(name=model_name), device, memory=memory)
     model = qlora.apply_method(base, LoRA(r=16))
     dtype = base.compute_dtype
-    work = work_of(model, training, memory, args.length, dtype_bytes=dtype.itemsize)
+    work = work_of(shapes_of(model), training, memory, args.length, dtype_bytes=dtype.itemsize)
     before = step_seconds(work, measure(device, dtype, folder))
     rows = random_rows(args.rows * (args.steps + 1), args.length, model.model.config.vocab_size)
     trainer = qlora.Trainer(model, rows, training, folder=folder / "run", memory=memory)

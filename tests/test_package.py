@@ -22,7 +22,7 @@ OWNERS = {
     "transformers": {
         "qlora/model/",
         "qlora/data/sandbox.py",
-        "qlora/planning/dry_run.py",
+        "qlora/planning/",
         "qlora/runs/",
         "qlora/chat.py",
     },

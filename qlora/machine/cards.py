@@ -7,7 +7,7 @@ matrices summed up in fp32, which GeForce cards do at half the rate that is adve
 They were compared with public tables for the 4090, 5090, L4 and A10 alone: correct the one that you know better. What torch
 reports as a card's total is from users' reports for T4, 4090, 5090 and A100-40, and set beside these for the others.
 
-Knows names and numbers; must not know torch, models, or what is in this machine.
+Knows names and numbers; must not know models, or what is in this machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora.errors import RecipeError, listed, nearest
+from qlora.machine.device import GIB
 
-GIB = 1024**3
+WORKSPACE, WORKSPACE_OF_9 = 8 * 1024**2 + 128 * 1024, 32 * 1024**2
+"""Bytes that torch gives cuBLAS for as long as the process runs: on GPUs before compute capability 9 (Hopper), and since."""
 PCIE_3, PCIE_4, PCIE_5 = 12e9, 25e9, 50e9
 """Bytes/s that copies from pinned memory reach over 16 lanes: some 76 to 80 % of the 15.8, 31.5 and 63 GB/s on paper."""
 
@@ -34,8 +36,8 @@ class Card:
     memory: int
     """Bytes that torch reports as its total: what is left beside the driver's own part and, on server cards, error
     correction. On the low side, since newer drivers keep up to 0.2 GiB more than older ones."""
-    dtype: str
-    """``bf16``, or ``fp16`` where the hardware has no bf16."""
+    capability: float
+    """CUDA's compute capability, which says what the hardware has."""
     flops: float
     """FLOP/s at the peak, dense, 16 bits in and fp32 sums."""
     bandwidth: float
@@ -44,51 +46,63 @@ class Card:
     """Bytes/s from pinned host memory that are reached in practice."""
 
     @property
+    def dtype(self) -> str:
+        """``bf16``, or ``fp16`` where the hardware has no bf16."""
+        return "bf16" if self.capability >= 8 else "fp16"
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that cuBLAS takes for the whole run."""
+        return workspace_bytes(self.capability)
+
+    @property
     def reserved(self) -> int:
         """Bytes of what it is sold as that no process gets."""
         return self.gigabytes * GIB - self.memory
 
 
-def _card(name: str, gigabytes: int, seen: float, dtype: str, tera: float, giga: float, to_device: float) -> Card:
-    return Card(name, gigabytes, int(seen * GIB), dtype, tera * 1e12, giga * 1e9, to_device)
+def _card(
+    name: str, gigabytes: int, seen: float, capability: float, tera: float, giga: float, to_device: float
+) -> Card:
+    return Card(name, gigabytes, int(seen * GIB), capability, tera * 1e12, giga * 1e9, to_device)
 
 
-# name, sold as GB, GiB that torch sees, compute dtype, peak TFLOP/s, GB/s of its memory, bytes/s over PCIe
+# name, sold as GB, GiB that torch sees, compute capability, peak TFLOP/s, GB/s of its memory, bytes/s over PCIe
 _ALL = (
-    _card("T4", 16, 14.56, "fp16", 65.0, 320, PCIE_3),
-    _card("V100-16", 16, 15.77, "fp16", 125.0, 900, PCIE_3),
-    _card("V100-32", 32, 31.73, "fp16", 125.0, 900, PCIE_3),
-    _card("2080-Ti", 11, 10.57, "fp16", 53.8, 616, PCIE_3),
-    _card("3060-12", 12, 11.63, "bf16", 25.5, 360, PCIE_4),
-    _card("3070", 8, 7.65, "bf16", 40.6, 448, PCIE_4),
-    _card("3080-10", 10, 9.64, "bf16", 59.5, 760, PCIE_4),
-    _card("3090", 24, 23.55, "bf16", 71.0, 936, PCIE_4),
-    _card("3090-Ti", 24, 23.55, "bf16", 80.0, 1008, PCIE_4),
-    _card("4060", 8, 7.62, "bf16", 30.2, 272, PCIE_4 / 2),  # eight lanes, as the next one
-    _card("4060-Ti-16", 16, 15.57, "bf16", 44.1, 288, PCIE_4 / 2),
-    _card("4070", 12, 11.60, "bf16", 58.3, 504, PCIE_4),
-    _card("4070-Ti-Super", 16, 15.57, "bf16", 88.2, 672, PCIE_4),
-    _card("4080", 16, 15.57, "bf16", 97.5, 717, PCIE_4),
-    _card("4090", 24, 23.52, "bf16", 165.2, 1008, PCIE_4),
-    _card("5060-Ti-16", 16, 15.47, "bf16", 47.4, 448, PCIE_5 / 2),
-    _card("5070-Ti", 16, 15.45, "bf16", 87.9, 896, PCIE_5),
-    _card("5080", 16, 15.46, "bf16", 112.6, 960, PCIE_5),
-    _card("5090", 32, 31.36, "bf16", 209.5, 1792, PCIE_5),
-    _card("A10", 24, 21.98, "bf16", 125.0, 600, PCIE_4),
-    _card("A10G", 24, 21.98, "bf16", 70.0, 600, PCIE_4),
-    _card("A30", 24, 23.50, "bf16", 165.0, 933, PCIE_4),
-    _card("A40", 48, 44.34, "bf16", 149.7, 696, PCIE_4),
-    _card("RTX-A6000", 48, 47.40, "bf16", 154.8, 768, PCIE_4),
-    _card("A100-40", 40, 39.38, "bf16", 312.0, 1555, PCIE_4),
-    _card("A100-80", 80, 79.14, "bf16", 312.0, 2039, PCIE_4),
-    _card("L4", 24, 22.03, "bf16", 121.0, 300, PCIE_4),
-    _card("L40S", 48, 44.39, "bf16", 362.0, 864, PCIE_4),
-    _card("RTX-6000-Ada", 48, 47.38, "bf16", 364.2, 960, PCIE_4),
-    _card("H100", 80, 79.11, "bf16", 989.4, 3350, PCIE_5),
-    _card("H100-PCIe", 80, 79.11, "bf16", 756.0, 2000, PCIE_5),
-    _card("H200", 141, 139.72, "bf16", 989.4, 4800, PCIE_5),
-    _card("RTX-PRO-6000", 96, 94.97, "bf16", 503.8, 1792, PCIE_5),
-    _card("B200", 180, 178.35, "bf16", 2250.0, 7700, PCIE_5),
+    _card("T4", 16, 14.56, 7.5, 65.0, 320, PCIE_3),
+    _card("V100-16", 16, 15.77, 7.0, 125.0, 900, PCIE_3),
+    _card("V100-32", 32, 31.73, 7.0, 125.0, 900, PCIE_3),
+    _card("2080-Ti", 11, 10.57, 7.5, 53.8, 616, PCIE_3),
+    _card("3060-12", 12, 11.63, 8.6, 25.5, 360, PCIE_4),
+    _card("3070", 8, 7.65, 8.6, 40.6, 448, PCIE_4),
+    _card("3080-10", 10, 9.64, 8.6, 59.5, 760, PCIE_4),
+    _card("3090", 24, 23.55, 8.6, 71.0, 936, PCIE_4),
+    _card("3090-Ti", 24, 23.55, 8.6, 80.0, 1008, PCIE_4),
+    _card("4060", 8, 7.62, 8.9, 30.2, 272, PCIE_4 / 2),  # eight lanes, as the next one
+    _card("4060-Ti-16", 16, 15.57, 8.9, 44.1, 288, PCIE_4 / 2),
+    _card("4070", 12, 11.60, 8.9, 58.3, 504, PCIE_4),
+    _card("4070-Ti-Super", 16, 15.57, 8.9, 88.2, 672, PCIE_4),
+    _card("4080", 16, 15.57, 8.9, 97.5, 717, PCIE_4),
+    _card("4090", 24, 23.52, 8.9, 165.2, 1008, PCIE_4),
+    _card("5060-Ti-16", 16, 15.47, 12.0, 47.4, 448, PCIE_5 / 2),
+    _card("5070-Ti", 16, 15.45, 12.0, 87.9, 896, PCIE_5),
+    _card("5080", 16, 15.46, 12.0, 112.6, 960, PCIE_5),
+    _card("5090", 32, 31.36, 12.0, 209.5, 1792, PCIE_5),
+    _card("A10", 24, 21.98, 8.6, 125.0, 600, PCIE_4),
+    _card("A10G", 24, 21.98, 8.6, 70.0, 600, PCIE_4),
+    _card("A30", 24, 23.50, 8.0, 165.0, 933, PCIE_4),
+    _card("A40", 48, 44.34, 8.6, 149.7, 696, PCIE_4),
+    _card("RTX-A6000", 48, 47.40, 8.6, 154.8, 768, PCIE_4),
+    _card("A100-40", 40, 39.38, 8.0, 312.0, 1555, PCIE_4),
+    _card("A100-80", 80, 79.14, 8.0, 312.0, 2039, PCIE_4),
+    _card("L4", 24, 22.03, 8.9, 121.0, 300, PCIE_4),
+    _card("L40S", 48, 44.39, 8.9, 362.0, 864, PCIE_4),
+    _card("RTX-6000-Ada", 48, 47.38, 8.9, 364.2, 960, PCIE_4),
+    _card("H100", 80, 79.11, 9.0, 989.4, 3350, PCIE_5),
+    _card("H100-PCIe", 80, 79.11, 9.0, 756.0, 2000, PCIE_5),
+    _card("H200", 141, 139.72, 9.0, 989.4, 4800, PCIE_5),
+    _card("RTX-PRO-6000", 96, 94.97, 12.0, 503.8, 1792, PCIE_5),
+    _card("B200", 180, 178.35, 10.0, 2250.0, 7700, PCIE_5),
 )
 CARDS: Mapping[str, Card] = MappingProxyType({one.name: one for one in _ALL})
 
@@ -121,6 +135,11 @@ def card(name: str) -> Card:
         hint = hint.replace(f"'{_plain(known)}'", f"'{known}'")
     near = hint or f" The names are {listed(CARDS, len(CARDS))}."
     raise RecipeError(f"'{name:.60}' is not a card that is known here.{near} Or give its memory, as in 24GiB.")
+
+
+def workspace_bytes(capability: float) -> int:
+    """What cuBLAS takes from torch's allocator on a GPU of this compute capability."""
+    return WORKSPACE_OF_9 if capability >= 9 else WORKSPACE
 
 
 def parse_memory(text: str) -> int:

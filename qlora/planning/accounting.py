@@ -8,21 +8,23 @@ AdamW's moments; must not know data, activations or what fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import as_base, quantise
 from qlora.model.in_memory import on_meta
-from qlora.model.nf4 import FrozenLinear
 from qlora.model.skeleton import any_skeleton
+from qlora.planning.shapes import bytes_of, count_parameters
+from qlora.recipe import AnyMethod
+from qlora.training.optim import state_bytes
 
-SMALL = 4096  # bitsandbytes' 8-bit optimizers keep the moments of smaller matrices in 32 bits
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class Account:
 
 
 def account(
-    model: str | Path | nn.Module | Any, method: Any, quantization: str = "none", optimizer: str = "adamw"
+    model: str | Path | nn.Module | PretrainedConfig,
+    method: AnyMethod,
+    quantization: str = "none",
+    optimizer: str = "adamw",
 ) -> Account:
     """What ``method``, a section such as ``LoRA(r=8)``, trains in ``model``, and what that takes on disk.
 
@@ -93,21 +98,7 @@ def account_of(adapted: AdaptedModel, parameters: int, optimizer: str) -> Accoun
         trainable=trainable,
         adapter_bytes=bytes_of(adapted.adapter_state().values()),
         method_bytes=bytes_of(adapted.method_state().values()),
-        optimizer_bytes=sum(moments(values.numel(), optimizer) for values in adapted.trainable_parameters().values()),
+        optimizer_bytes=sum(
+            state_bytes(values.numel(), optimizer) for values in adapted.trainable_parameters().values()
+        ),
     )
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, on meta too."""
-    return sum(values.numel() * values.dtype.itemsize for values in tensors)
-
-
-def moments(count: int, optimizer: str) -> int:
-    """Bytes of the two moments of ``count`` parameters: in fp32, or in 8 bits with an fp32 scale for each block of 256."""
-    return 2 * count + 8 * -(-count // 256) if optimizer.endswith("8bit") and count >= SMALL else 8 * count
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model, packed ones counted one by one, shared ones once."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-    return packed + sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Arrangements: the ways in which one run can be held in memory, from the fastest to the smallest.
+"""The ladder: the ways in which one run can be held in memory, from the fastest to the smallest.
 
     recipe + what the device has ─► rungs ─► each with its memory and its seconds a step ─► a ladder
 
@@ -11,7 +11,8 @@ Knows recipes, estimates and rates; must not know how a rung is carried out, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,26 +22,27 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
+from qlora.model.anatomy import is_tied
 from qlora.planning.memory import Estimate, estimate
-from qlora.planning.speed import Rates, Seconds, Work, step_seconds, work_of
+from qlora.planning.rates import Rates
+from qlora.planning.shapes import Shapes, shapes_of, trains
+from qlora.planning.speed import Seconds, step_seconds, work_of
 from qlora.recipe import Recipe, parts_of
-from qlora.residence.ends import is_tied
 from qlora.residence.layers import decoder_layers
 from qlora.residence.tiles import find_mlp
 
+Changes = dict[str, object]
+"""Values of a recipe, by ``section.field``."""
+
 FULL = 2048  # tokens at once after which a device's products gain no more by further rows
-FINE, FINER = (
-    (64, 1024),
-    (32, 256),
-)  # positions that have logits at once, and tokens in an MLP at once, on the lower rungs
-CLOSER = 3  # times that a largest number is looked at again
 UNIT = 256  # tokens in which contexts are counted
-LONGEST = 2**22  # rows or units beyond which nothing is looked for
+LONGEST = 2**16  # rows or units beyond which nothing is looked for
+NEAR = 1 / 32  # of the largest rows and contexts, within which a search ends
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for: a device, here or not, and what is free there and beside it."""
+    """What is planned for: a device, here or not, what it can do, and what is free there and beside it."""
 
     name: str
     """As ``RTX 4090`` or ``this machine``."""
@@ -52,21 +54,29 @@ class Target:
     disk_free: int
     rates: Rates | None
     """How fast it is; None where that is not known."""
+    workspace: int = 0
+    """Bytes that cuBLAS takes there for the whole run."""
+
+    def places(self, needed: Estimate) -> list[tuple[str, int, int]]:
+        """(what a place is called, the bytes needed there, the bytes free), the device first."""
+        if self.device.type == "cpu":
+            here = [("this machine's memory", needed.total, self.free)]
+        else:
+            here = [("the GPU's memory", needed.total, self.free), ("host memory", needed.host_total, self.host_free)]
+        return [*here, ("the disk", needed.disk_total, self.disk_free)]
 
     def lacking(self, needed: Estimate) -> list[str]:
-        """What of ``needed`` is more than there is, as ``the device: 25.1 GiB of 23.5 GiB``; nothing where it fits."""
-        asked = [(self.place, needed.total, self.free), ("the disk", needed.disk_total, self.disk_free)]
-        if self.device.type != "cpu":
-            asked.insert(1, ("host memory", needed.host_total, self.host_free))
-        # a system that does not tell what is free says 0
-        return [
-            f"{place}: {bytes_text(count)} of {bytes_text(free)}" for place, count, free in asked if count > free > 0
-        ]
+        """What of ``needed`` is more than there is, as ``the disk: 25.1 GiB of 23.5 GiB``; nothing where it fits."""
+        return [_over(*place) for place in self.places(needed) if _over(*place)]
 
-    @property
-    def place(self) -> str:
-        """What the device's memory is called."""
-        return "this machine's memory" if self.device.type == "cpu" else "the GPU's memory"
+    def lacking_beside(self, needed: Estimate) -> bool:
+        """Whether it asks for more than there is of something else than the device's memory."""
+        return any(_over(*place) for place in self.places(needed)[1:])
+
+
+def _over(place: str, count: int, free: int) -> str:
+    """A system that does not tell what is free says 0."""
+    return f"{place}: {bytes_text(count)} of {bytes_text(free)}" if count > free > 0 else ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Arrangement:
     """One way to hold a run in memory."""
 
     recipe: Recipe
-    changes: dict[str, Any]
+    changes: Changes
     """What differs from the recipe that was asked for, by key: ``{"memory.embedding": "host"}``."""
     needed: Estimate
     seconds: Seconds | None
@@ -85,10 +95,9 @@ class Arrangement:
         return " ".join(f"{key}={value}" for key, value in self.changes.items()) or "as the recipe says"
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Of full rows."""
-        training = self.recipe.training
-        return training.batch_size * self.recipe.data.max_length / self.seconds.expected if self.seconds else None
+    def tokens(self) -> int:
+        """In a step of full rows."""
+        return self.recipe.training.batch_size * self.recipe.data.max_length
 
 
 class Arranger:
@@ -109,27 +118,25 @@ class Arranger:
         """How many frozen layers could be streamed."""
         self.tiles = bool(layers) and all(has_mlp(layer) for layer in layers)
 
-    def look(self, changes: dict[str, Any] | None = None) -> Arrangement:
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """The model's, counted where seconds are wanted."""
+        return shapes_of(self.adapted)
+
+    def look(self, changes: Mapping[str, object] | None = None) -> Arrangement:
         """What the recipe with ``changes`` takes."""
-        recipe = changed(self.recipe, changes or {})
-        length, training, memory = recipe.data.max_length, recipe.training, recipe.memory
-        needed = estimate(self.adapted, training, length, self.target.device, recipe.data.packing, memory)
+        recipe, target = changed(self.recipe, changes or {}), self.target
+        training, memory, data = recipe.training, recipe.memory, recipe.data
+        length, size = data.max_length, self.adapted.base.compute_dtype.itemsize
+        needed = estimate(
+            self.adapted, training, length, target.device, data.packing, memory, workspace=target.workspace
+        )
         seconds = None
-        if self.target.rates is not None:
-            seconds = step_seconds(self.work(recipe), self.target.rates)
+        if target.rates is not None:
+            work = work_of(self.shapes, training, memory, length, dtype_bytes=size, packing=data.packing)
+            seconds = step_seconds(work, target.rates)
         differing = {key: value for key, value in (changes or {}).items() if value_of(self.recipe, key) != value}
         return Arrangement(recipe, differing, needed, seconds)
-
-    def work(self, recipe: Recipe) -> Work:
-        """What a step asks of the machine."""
-        return work_of(
-            self.adapted,
-            recipe.training,
-            recipe.memory,
-            recipe.data.max_length,
-            dtype_bytes=self.adapted.base.compute_dtype.itemsize,
-            packing=recipe.data.packing,
-        )
 
     def ladder(self) -> list[Arrangement]:
         """Every rung that is worth something: each needs less of the device than all that are faster.
@@ -137,12 +144,10 @@ class Arranger:
         From the fastest to the smallest, whether or not it fits on the device; host memory and disk always do.
         """
         found = [rung for order in self._orders() for rung in self._rungs(order)]
-        known = [one for one in found if one.seconds is not None]
-        if known:
-            found = sorted(known, key=lambda one: one.seconds.expected if one.seconds else 0.0)
+        found.sort(key=lambda one: one.seconds.expected if one.seconds else 0.0)
         steps: list[Arrangement] = []
         for one in found:
-            if not self._beside(one) and (not steps or one.needed.total < steps[-1].needed.total):
+            if not self.target.lacking_beside(one.needed) and (not steps or one.needed.total < steps[-1].needed.total):
                 steps.append(one)
         return steps
 
@@ -151,13 +156,8 @@ class Arranger:
         rungs = self.ladder() if rungs is None else rungs
         return next((one for one in rungs if not self.target.lacking(one.needed)), None)
 
-    def _beside(self, one: Arrangement) -> bool:
-        """Whether it asks for more host memory or disk than there is."""
-        return any(not text.startswith(self.target.place) for text in self.target.lacking(one.needed))
-
     def _orders(self) -> list[str]:
-        training = self.recipe.training
-        if training.batch_size == 1:
+        if self.recipe.training.batch_size == 1:
             return ["layer_major"]
         try:
             self.look({"training.accumulation": "layer_major", "training.gradient_checkpointing": True})
@@ -166,146 +166,102 @@ class Arranger:
         return ["layer_major", "micro_batch_major"]
 
     def _rungs(self, accumulation: str) -> Iterator[Arrangement]:
-        """From the fastest down, for one order of accumulation."""
-        gpu, training, length = self.target.device.type != "cpu", self.recipe.training, self.recipe.data.max_length
-        rows = min(training.batch_size, max(1, FULL // length))
-        now: dict[str, Any] = {
+        """From the top down, for one order of accumulation."""
+        training, length = self.recipe.training, self.recipe.data.max_length
+        gpu, rows = self.target.device.type != "cpu", min(training.batch_size, max(1, FULL // length))
+        # with one weight for both the embedding goes together with the head
+        embedding = {"memory.embedding": "host"} if self.ends and not self.tied else {}
+        fewer = [rows // 2**n for n in range(1, rows.bit_length())]
+        now: Changes = {
             "training.accumulation": accumulation,
             "training.gradient_checkpointing": training.gradient_checkpointing,
             "training.micro_batch_size": rows,
             "memory.layers": "resident",
         }
-        if not training.gradient_checkpointing:
-            yield from self._elsewhere(now)
-            now["training.gradient_checkpointing"] = True
-        yield from self._elsewhere(now)
-        if gpu:
-            if self.ends and not self.tied:  # with one weight for both the embedding goes together with the head, below
-                now["memory.embedding"] = "host"
-            now["memory.layer_inputs"] = "host"
-            yield from self._elsewhere(now)
-        while rows > 1:
-            rows //= 2
-            now["training.micro_batch_size"] = rows
-            yield from self._elsewhere(now)
-        for chunk, tile in (FINE, FINER):
-            if training.loss_chunk > chunk or length > tile:
-                now["training.loss_chunk"] = min(chunk, training.loss_chunk)
-                now["memory.mlp_tile"] = tile if self.tiles and length > tile else None
-                yield from self._elsewhere(now)
-            if gpu and self.ends and (chunk, tile) == FINE:
-                # slices of the vocabulary are cut already, and each goes through all chunks
-                now |= {"memory.embedding": "host", "memory.head": "host", "training.loss_chunk": training.loss_chunk}
-                yield from self._elsewhere(now)
+        table: list[tuple[bool, Changes]] = [
+            (True, {}),
+            (not training.gradient_checkpointing, {"training.gradient_checkpointing": True}),
+            (gpu, {"memory.layer_inputs": "host", **embedding}),
+            *((True, {"training.micro_batch_size": number}) for number in fewer),
+            self._cut(64, 1024),
+            # slices of the vocabulary are cut already, and each goes through all chunks
+            (
+                gpu and self.ends,
+                {"memory.embedding": "host", "memory.head": "host", "training.loss_chunk": training.loss_chunk},
+            ),
+            self._cut(32, 256),
+        ]
+        for possible, changes in table:
+            if possible:
+                now |= changes
+                yield self.look(now)
         if self.layers:
-            yield from self._streamed(now)
+            yield from self._streamed(now, ("host", "disk") if gpu else ("disk",))
 
-    def _streamed(self, now: dict[str, Any]) -> Iterator[Arrangement]:
+    def _cut(self, chunk: int, tile: int) -> tuple[bool, Changes]:
+        """Whether ``chunk`` positions that have logits at once, or ``tile`` tokens in an MLP, are fewer; and the changes."""
+        before, length = self.recipe.training.loss_chunk, self.recipe.data.max_length
+        tiles = tile if self.tiles and length > tile else None
+        changes: Changes = {"training.loss_chunk": min(chunk, before), "memory.mlp_tile": tiles}
+        return before > chunk or length > tile, changes
+
+    def _streamed(self, now: Changes, tiers: tuple[str, ...]) -> Iterator[Arrangement]:
         """As many layers on the device as fit; then none."""
-        gpu, count = self.target.device.type != "cpu", self.layers
-        for tier in ("host", "disk") if gpu else ("disk",):
-            fits = self._most(
-                lambda stay, tier=tier: {**now, "memory.layers": stay, "memory.tier": tier},  # type: ignore[misc]
-                count - 1,
+        for tier in tiers:
+
+            def with_layers(stay: int, tier: str = tier) -> Changes:
+                return {**now, "memory.tier": tier, "memory.layers": stay}
+
+            stay = largest(
+                lambda number: self.look(with_layers(number)).needed.total <= self.target.free, 0, self.layers - 1
             )
-            if fits is not None and fits > 0:
-                yield from self._elsewhere({**now, "memory.layers": fits, "memory.tier": tier})
-            yield from self._elsewhere({**now, "memory.layers": "streamed", "memory.tier": tier})
-
-    def _most(self, changes: Callable[[int], dict[str, Any]], most: int, lowest: int = 0) -> int | None:
-        """The largest number up to ``most`` that fits on the device, by halving; None where not even ``lowest`` does."""
-
-        def fits(number: int) -> bool:
-            return self.look(changes(number)).needed.total <= self.target.free
-
-        if self.target.free and not fits(lowest):
-            return None
-        low, high = lowest, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low
-
-    def _elsewhere(self, now: dict[str, Any]) -> Iterator[Arrangement]:
-        """The rung, and the same with layer inputs on the disk where host memory may not do."""
-        one = self.look(now)
-        yield one
-        if now.get("memory.layer_inputs") == "host" and self._beside(one):
-            yield self.look({**now, "memory.layer_inputs": "disk"})
+            if stay:
+                yield self.look(with_layers(stay))
+            yield self.look({**with_layers(0), "memory.layers": "streamed"})
 
     def most_rows(self, one: Arrangement) -> int | None:
-        """How many rows could go through a layer at once in this arrangement; None where not one fits."""
-
-        def with_rows(rows: int) -> dict[str, Any]:
-            batch = max(rows, one.recipe.training.batch_size)
-            return {**one.changes, "training.micro_batch_size": rows, "training.batch_size": batch}
-
+        """How many rows could go through a layer at once in this arrangement, near enough; None where not one fits."""
         batch = one.recipe.training.batch_size
-        if self.lacks(with_rows(batch)):
-            return self._most(with_rows, batch, lowest=1)
-        return self._beyond(with_rows, batch)  # from here on the step's own rows grow too
+
+        def with_rows(rows: int) -> Changes:  # beyond the step's own rows these grow too
+            return {**one.changes, "training.micro_batch_size": rows, "training.batch_size": max(rows, batch)}
+
+        return largest(lambda rows: self._fits(with_rows(rows)), 1, LONGEST, batch, NEAR)
 
     def longest_context(self, one: Arrangement) -> int | None:
-        """The longest row, in tokens, that fits in this arrangement one at a time; None where none of 256 does."""
-        length = one.recipe.data.max_length
+        """The longest row, in tokens, that fits in this arrangement one at a time, near enough; None where none of 256 does."""
 
-        def with_length(units: int) -> dict[str, Any]:
+        def with_length(units: int) -> Changes:
             return {**one.changes, "training.micro_batch_size": 1, "data.max_length": UNIT * units}
 
-        units = max(1, length // UNIT)
-        if self.lacks(with_length(units)):
-            found = self._most(with_length, units, lowest=1)
-        else:
-            found = self._beyond(with_length, units)
+        start = max(1, one.recipe.data.max_length // UNIT)
+        found = largest(lambda units: self._fits(with_length(units)), 1, LONGEST, start, NEAR)
         return None if found is None else found * UNIT
 
-    def lacks(self, changes: dict[str, Any]) -> bool:
-        """Whether the recipe with ``changes`` does not fit."""
-        return bool(self.target.lacking(self.look(changes).needed))
-
-    def _beyond(self, changes: Callable[[int], dict[str, Any]], start: int) -> int:
-        """The largest number from ``start`` on that fits, by the parabola through three estimates of each place.
-
-        Memory grows with rows in a straight line, and with the length by a mask's square at most; but which part of a step
-        takes most may change on the way, so what was found is estimated itself, and the parabola drawn again from there.
-        """
-        points = [start, 2 * start, 4 * start]
-        found = [self.look(changes(point)).needed for point in points]
-        for _ in range(CLOSER):
-            reached = min(_reached(points[-3:], counts, free) for counts, free in self._places(found[-3:]))
-            if reached <= points[-1] or reached >= LONGEST:
-                break
-            points.append(reached)
-            found.append(self.look(changes(reached)).needed)
-        fitting = [point for point, needed in zip(points, found, strict=True) if not self.target.lacking(needed)]
-        last = min(_reached(points[-3:], counts, free) for counts, free in self._places(found[-3:]))
-        return max([start, *fitting, last if last < points[-1] else 0])
-
-    def _places(self, found: list[Estimate]) -> list[tuple[list[int], int]]:
-        """For the device, the disk and host memory: what each of these estimates takes there, and what is free."""
-        target = self.target
-        places = [([one.total for one in found], target.free), ([one.disk_total for one in found], target.disk_free)]
-        if target.device.type != "cpu":
-            places.append(([one.host_total for one in found], target.host_free))
-        return places
+    def _fits(self, changes: Changes) -> bool:
+        return not self.target.lacking(self.look(changes).needed)
 
 
-def _reached(points: list[int], counts: list[int], free: int) -> int:
-    """Where the parabola through three (point, count) reaches ``free``; ``LONGEST`` where it does not."""
-    (a, b, c), (x, y, z) = points, counts
-    slope, other = (y - x) / (b - a), (z - y) / (c - b)
-    bend = max(0.0, (other - slope) / (c - a))
-    low, high = a, LONGEST
-    while high - low > 1:
+def largest(
+    fits: Callable[[int], bool], lowest: int, most: int, start: int | None = None, near: float = 0.0
+) -> int | None:
+    """The largest number from ``lowest`` to ``most`` that fits, or one that is ``near`` below it; None where none does.
+
+    By doubling from ``start`` for as long as it fits, then by halving what is between.
+    """
+    if not fits(lowest):
+        return None
+    low, high = lowest, most + 1
+    step = start or high
+    while low < step < high:
+        if fits(step):
+            low, step = step, 2 * step
+        else:
+            high = step
+    while high - low > max(1, near * low):
         middle = (low + high) // 2
-        count = x + slope * (middle - a) + bend * (middle - a) * (middle - b)
-        low, high = (middle, high) if count <= free or not free else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def trains(module: nn.Module) -> bool:
-    """Whether anything in it does."""
-    return any(values.requires_grad for values in module.parameters())
 
 
 def has_mlp(layer: nn.Module) -> bool:
@@ -317,9 +273,9 @@ def has_mlp(layer: nn.Module) -> bool:
     return True
 
 
-def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
     """The recipe with other values, by ``section.field``."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, object]] = {}
     for key, value in changes.items():
         section, _, field = key.partition(".")
         sections.setdefault(section, {})[field] = value
@@ -327,7 +283,8 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def value_of(recipe: Recipe, key: str) -> Any:
+def value_of(recipe: Recipe, key: str) -> object:
     """What the recipe says at ``section.field``."""
     section, _, field = key.partition(".")
-    return getattr(getattr(recipe, section), field)
+    value: object = getattr(getattr(recipe, section), field)
+    return value

@@ -3,33 +3,33 @@
     skeleton, recipe ─► what stays (weights, moments: counted) ─┐
                    └──► a step (dry_run.py: the code's own)  ───┴─► Estimate: bytes by kind, as a table
 
-Everything is counted from the model on the meta device with its method planted, so no weight is read. What stays for the
-whole run is counted exactly. What comes and goes is what the true step's code allocates on fake tensors, laid out over
-all layers. The estimate is of the moment that takes most; its kinds add up to its total, and ``peak_phase`` names it.
-
 Three places: the device, host memory (``pinned`` is the part that is locked for copies), the disk. On a CPU the host's
-memory is the device's, and there is one column.
+memory is the device's, and there is one column. The estimate is of the moment that takes most; its kinds add up to its
+total, and ``peak_phase`` names it.
+
+Knows models on meta, dry runs and what the optimizer takes; must not know what fits, or this machine.
 """
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.machine.cards import WORKSPACE
 from qlora.machine.device import GIB, bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model.nf4 import FrozenLinear
-from qlora.planning.accounting import bytes_of, moments
-from qlora.planning.dry_run import DryRun, Moment, Shape, dry_run
+from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
+from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
-from qlora.residence.image import ALIGNMENT, frozen_linears
+from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.layers import decoder_layers
 from qlora.residence.placement import resident_layers
+from qlora.training.optim import state_bytes, step_bytes
 
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed
@@ -38,33 +38,31 @@ use between its pieces."""
 HOST_RUNTIME = 2 * GIB  # what a process that computes on a GPU holds in host memory: torch's CUDA libraries, the data
 STAGING = 2
 """Pieces of pinned host memory between the file cache and a GPU, each as large as the largest layer (cache.py)."""
-PIECES = 2
-"""Parts of layer inputs on the device in backward while the others wait elsewhere: one in use, the next on its way."""
-
-BITSANDBYTES_STEP, EIGHT_BIT_STEP = 12, 20
-"""Bytes that bitsandbytes' AdamW on a CPU takes for each number of a parameter while it moves it, measured; 4 more below fp32."""
 
 WAITING = {
-    "forward": "layer_working_set",
-    "loss": "loss_chunk",
-    "backward": "layer_working_set",
-    "penalty": "penalty",
-    "optimizer": "optimizer_step",
+    Phase.FORWARD: "layer_working_set",
+    Phase.LOSS: "loss_chunk",
+    Phase.BACKWARD: "layer_working_set",
+    Phase.PENALTY: "penalty",
+    Phase.OPTIMIZER: "optimizer_step",
 }
 """By the phase of the peak, what its own bytes are called."""
+
+Kinds = dict[str, int]
+"""Bytes by kind."""
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes by kind on the device, in host memory and on the disk, at the moment that takes most on the device."""
 
-    device: dict[str, int]
-    host: dict[str, int]
+    device: Kinds
+    host: Kinds
     """Empty on a CPU, where it is the device's."""
-    disk: dict[str, int]
+    disk: Kinds
     peak_phase: str
     """``forward``, ``loss``, ``backward``, ``penalty`` or ``optimizer``."""
-    phases: dict[str, int] = field(default_factory=dict)
+    phases: Kinds = field(default_factory=dict)
     """The most on the device in each phase of a step."""
 
     @property
@@ -92,7 +90,7 @@ class Estimate:
         """What is written to the disk, checkpoints left out."""
         return sum(self.disk.values())
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> Kinds:
         """Kinds and their ``total``; the host's begin with ``host_``, the disk's with ``disk_``."""
         host = {f"host_{kind}": count for kind, count in self.host.items()}
         disk = {f"disk_{kind}": count for kind, count in self.disk.items()}
@@ -120,63 +118,48 @@ def estimate(
     device: torch.device,
     packing: bool = False,
     memory: MemorySection = MemorySection(),  # noqa: B008 (frozen)
+    *,
+    workspace: int = WORKSPACE,
 ) -> Estimate:
     """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens.
 
     ``packing`` says that rows hold several examples, which SDPA keeps apart by a mask [rows, T, T]. ``memory`` says where
-    the frozen weights and the layer inputs wait. Evaluation is never more: it takes as many rows at once and keeps nothing.
+    the frozen weights and the layer inputs wait. Of ``device`` the type counts; ``workspace`` is what cuBLAS takes on that
+    GPU (``Card.workspace``). Evaluation is never more: it takes as many rows at once and keeps nothing.
     """
-    place = "cuda" if device.type == "cuda" else "cpu"
-    device_kinds, host, disk = holdings(adapted, training, place, memory)
-    run = _dry_run(adapted, shape_of(training, length, packing, memory), place)
-    kept = sum(run.graph[index] for index in run.place) if training.gradient_checkpointing else 0
-    away = memory.layer_inputs if place == "cuda" or memory.layer_inputs == "disk" else "device"
-    if away != "device" and kept:
-        where, kind = (disk, "layer_inputs") if away == "disk" else (host, "pinned_layer_inputs")
-        where[kind] = kept * run.input_bytes
-        if away == "disk" and place == "cuda":
-            host["pinned_layer_inputs"] = run.input_bytes  # on its way to the file
-    found = run.moments()
-    steps = {
-        layer: optimizer_step_bytes(together, training, place)
-        for layer, together in _moved_together(adapted, training).items()
-    }
-    placed = [_placed(moment, run, steps.get(moment.layer, 0), away != "device") for moment in found]
-    most = max(placed, key=lambda kinds: sum(kinds[1].values()))
-    phases: dict[str, int] = {}
-    still = sum(device_kinds.values()) + RUNTIME[place]
-    for phase, kinds in placed:
-        phases[phase] = max(phases.get(phase, 0), still + sum(kinds.values()))
-    device_kinds = {**device_kinds, **most[1], "runtime": RUNTIME[place]}
-    if place == "cuda":
-        host["runtime"] = HOST_RUNTIME
-    return Estimate(
-        {kind: count for kind, count in device_kinds.items() if count},
-        {kind: count for kind, count in host.items() if count},
-        {kind: count for kind, count in disk.items() if count},
-        most[0],
-        phases,
-    )
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    stays, host, disk = holdings(adapted, training, kind, memory)
+    if kind == "cuda":
+        stays["workspaces"], host["runtime"] = workspace, HOST_RUNTIME
+    run = _dry_run(adapted, shape_of(training, length, packing, memory), kind)
+    inputs_away = kind == "cuda" and memory.layer_inputs == "host"
+    if inputs_away:
+        host["pinned_layer_inputs"] = run.inputs * run.input_bytes
+    optimizer = step_bytes(adapted.trainable_parameters().values(), training.optimizer, kind)
+    moments = [(moment.phase, _by_kind(moment, run, optimizer, inputs_away)) for moment in run.moments()]
+    still = sum(stays.values()) + RUNTIME[kind]
+    phases: Kinds = {}
+    for phase, kinds in moments:
+        phases[phase.value] = max(phases.get(phase.value, 0), still + sum(kinds.values()))
+    peak_phase, most = max(moments, key=lambda moment: sum(moment[1].values()))
+    device_kinds = stays | most | {"runtime": RUNTIME[kind]}
+    return Estimate(_some(device_kinds), _some(host), _some(disk), peak_phase.value, phases)
 
 
-def _placed(moment: Moment, run: DryRun, step: int, away: bool) -> tuple[str, dict[str, int]]:
-    """The phase, and what is held in it on the device, by kind."""
-    elsewhere = _elsewhere(moment, run) if away else 0
-    more = step if moment.phase == "optimizer" else moment.more
-    waiting = moment.held - moment.gradients - elsewhere
-    return moment.phase, {"gradients": moment.gradients, "layer_inputs": waiting, WAITING[moment.phase]: more}
+def _by_kind(moment: Moment, run: DryRun, optimizer: int, inputs_away: bool) -> Kinds:
+    """What comes and goes in a step, at one moment of it."""
+    waiting = moment.held - moment.gradients
+    if inputs_away:
+        piece = run.input_bytes * run.shape.at_once // run.shape.rows
+        here = device_bytes(moment.phase.value, moment.inputs, run.inputs, run.input_bytes, piece)
+        waiting += here - moment.inputs * run.input_bytes
+    more = optimizer if moment.phase is Phase.OPTIMIZER else moment.more
+    return {"gradients": moment.gradients, "layer_inputs": waiting, WAITING[moment.phase]: more}
 
 
-def _elsewhere(moment: Moment, run: DryRun) -> int:
-    """Bytes of layer inputs that wait elsewhere (layer_inputs.py). The newest is whole on the device, until it was used."""
-    piece = run.input_bytes * run.shape.at_once // run.shape.rows
-    if moment.phase == "forward" or not moment.inputs:  # its own layer's input is not among these yet
-        return moment.inputs * run.input_bytes
-    if moment.phase == "loss":
-        return (moment.inputs - 1) * run.input_bytes
-    kept = sum(run.graph[index] for index in run.place)
-    newest = moment.inputs == kept
-    return moment.inputs * run.input_bytes - (run.input_bytes + piece if newest else PIECES * piece)
+def _some(kinds: Kinds) -> Kinds:
+    """Without those that are 0."""
+    return {kind: count for kind, count in kinds.items() if count}
 
 
 def shape_of(training: TrainingSection, length: int, packing: bool, memory: MemorySection) -> Shape:
@@ -197,94 +180,66 @@ def shape_of(training: TrainingSection, length: int, packing: bool, memory: Memo
     )
 
 
-_DONE: weakref.WeakKeyDictionary[AdaptedModel, dict[Any, DryRun]] = weakref.WeakKeyDictionary()
+_DONE: weakref.WeakKeyDictionary[AdaptedModel, dict[tuple[Shape, str], DryRun]] = weakref.WeakKeyDictionary()
 
 
 def _dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
     """``dry_run``, once for each model and shape."""
     done = _DONE.setdefault(adapted, {})
-    key = shape, device
-    if key not in done:
-        done[key] = dry_run(adapted, shape, device)
-    return done[key]
+    if (shape, device) not in done:
+        done[shape, device] = dry_run(adapted, shape, device)
+    return done[shape, device]
+
+
+# ── what stays for the whole run ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def holdings(
     adapted: AdaptedModel, training: TrainingSection, device: str, memory: MemorySection
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """What stays for the whole run, by kind: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
-    model: Any = adapted.model
+) -> tuple[Kinds, Kinds, Kinds]:
+    """What stays for the whole run: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
     trained = adapted.trainable_parameters()
     beside = beside_parameters(adapted)
     elsewhere = {values.untyped_storage()._cdata for values in beside}  # PiSSA keeps these in its layers
-    counted = {id(values) for values in model.buffers() if values.untyped_storage()._cdata in elsewhere}
-    quantised, other = weight_bytes(model, counted | {id(p) for p in trained.values()})
-    host: dict[str, int] = {}
-    disk: dict[str, int] = {}
-    slots = 0
-    locked = "pinned_" if device == "cuda" else ""
-    images, plain, packed = _images(model, memory)
-    if images:
-        quantised, other = quantised - packed, other - plain
-        largest = max(images.values())
-        slots = min(memory.slots, len(images)) * largest
-        if memory.tier == "disk":
-            disk["file_cache"] = sum(_images(model, memory.model_copy(update={"layers": "streamed"}))[0].values())
-            if device == "cuda":
-                host["pinned_staging"] = STAGING * largest
-        else:
-            host[f"{locked}layers"] = sum(images.values())
-    head, embedding = _ends(model, memory, {id(p) for p in trained.values()})
-    other -= head + embedding
-    host |= {f"{locked}head": head, "embedding": embedding}
-    states = [moments(p.numel(), training.optimizer) for p in trained.values()]
-    state = sum(states)
+    counted = {id(values) for values in adapted.model.buffers() if values.untyped_storage()._cdata in elsewhere}
+    quantised, other = weight_bytes(adapted.model, counted | {id(p) for p in trained.values()})
+    packed, plain, slots, host, disk = _streamed(adapted.model, memory, device)
+    head, embedding = _ends(adapted.model, memory, {id(p) for p in trained.values()})
+    host |= {"pinned_head" if device == "cuda" else "head": head, "embedding": embedding}
+    states = [state_bytes(p.numel(), training.optimizer) for p in trained.values()]
+    optimizer = sum(states)
     if device == "cuda" and training.optimizer.startswith("paged"):  # it comes by itself, one matrix at a time
-        host["paged_optimizer"], state = state, max(states, default=0)
+        host["paged_optimizer"], optimizer = optimizer, max(states, default=0)
     kinds = {
-        "quantised_weights": quantised,
+        "quantised_weights": quantised - packed,
         "layer_slots": slots,
-        "other_weights": other,
-        "adapter": sum(p.numel() * p.dtype.itemsize for p in trained.values()),
-        "optimizer": state,
+        "other_weights": other - plain - head - embedding,
+        "adapter": bytes_of(trained.values()),
+        "optimizer": optimizer,
         "method_state": bytes_of(beside),
-        "workspaces": _workspace() if device == "cuda" else 0,
     }
     if device == "cpu":
-        return {**kinds, **{f"host_{kind}": count for kind, count in host.items()}}, {}, disk
+        return kinds | {f"host_{kind}": count for kind, count in host.items()}, {}, disk
     return kinds, host, disk
 
 
-def _images(model: Any, memory: MemorySection) -> tuple[dict[int, int], int, int]:
-    """For the layers that do not stay: (bytes of each one's image, by number; of plain weights and of quantised ones in them).
-
-    What trains is no part of an image, since images are made before a method is planted.
-    """
+def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int, int, int, Kinds, Kinds]:
+    """For the layers that do not stay: (bytes of quantised weights, of plain ones, of the slots, in host memory, on the disk)."""
     if memory.layers == "resident":
-        return {}, 0, 0
+        return 0, 0, 0, {}, {}
     layers = decoder_layers(model)
-    stay = resident_layers(memory.layers, len(layers))
-    images: dict[int, int] = {}
-    plain = packed = 0
-    for number in set(range(len(layers))) - stay:
-        images[number] = 0
-        for linear in frozen_linears([layers[number]]):
-            sizes = [values.numel() * values.dtype.itemsize for values in _frozen(linear)]
-            images[number] += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-            if isinstance(linear, FrozenLinear):
-                packed += sum(sizes)
-            else:
-                plain += sum(sizes)
-    return images, plain, packed
-
-
-def _frozen(linear: nn.Module) -> list[Tensor]:
-    """What of a linear travels with its layer."""
-    if isinstance(linear, FrozenLinear):
-        return list(linear.buffers(recurse=False))
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return [] if weight.requires_grad else [weight]
+    away = sorted(set(range(len(layers))) - resident_layers(memory.layers, len(layers)))
+    if not away:
+        return 0, 0, 0, {}, {}
+    pieces = [piece for number in away for piece in image_pieces(layers[number])]
+    packed = sum(piece.bytes for piece in pieces if isinstance(piece.linear, FrozenLinear))
+    plain = sum(piece.bytes for piece in pieces) - packed
+    images = [image_bytes(layers[number]) for number in away]
+    slots = min(memory.slots, len(away)) * max(images)
+    if memory.tier == "host":
+        return packed, plain, slots, {"pinned_layers" if device == "cuda" else "layers": sum(images)}, {}
+    file = {"file_cache": sum(image_bytes(layer) for layer in layers)}
+    return packed, plain, slots, {"pinned_staging": STAGING * max(images)} if device == "cuda" else {}, file
 
 
 def _ends(model: Any, memory: MemorySection, trained: set[int]) -> tuple[int, int]:
@@ -300,39 +255,6 @@ def _ends(model: Any, memory: MemorySection, trained: set[int]) -> tuple[int, in
     return found[0], found[1]
 
 
-def _workspace() -> int:
-    """What cuBLAS gets from torch's allocator, for as long as the process runs: 32 MiB on Hopper, 8.1 MiB on other GPUs."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return 32 * 1024**2 if hopper else 8 * 1024**2 + 128 * 1024
-
-
-def optimizer_step_bytes(parameters: list[nn.Parameter], training: TrainingSection, device: str) -> int:
-    """What AdamW takes for itself while it moves ``parameters``, beyond its moments.
-
-    On a CPU it goes over one parameter after the other, and its arithmetic is torch's: so many tensors of its size. On a
-    GPU torch's goes over a whole group at once, with one tensor for each parameter, and matrices and vectors are two
-    groups; bitsandbytes' kernels take nothing.
-    """
-    ours = training.optimizer == "adamw" and all(p.dtype == torch.float32 for p in parameters)
-    if device == "cpu" and not ours:
-        each = EIGHT_BIT_STEP if training.optimizer.endswith("8bit") else BITSANDBYTES_STEP
-        return max((p.numel() * (each + (4 if p.dtype.itemsize < 4 else 0)) for p in parameters), default=0)
-    if not ours:
-        return 0
-    matrices, vectors = ([bytes_of([p]) for p in parameters if (p.dim() <= 1) is kind] for kind in (False, True))
-    if device == "cpu":  # two tensors of its own size, and one of the parameter before
-        return max(
-            (2 * size + before for group in (matrices, vectors) for before, size in pairwise([0, *group])), default=0
-        )
-    return max(sum(matrices), sum(vectors))
-
-
-def _moved_together(adapted: AdaptedModel, training: TrainingSection) -> dict[int | None, list[nn.Parameter]]:
-    """The parameters that the optimizer moves in one call: all of them, or a layer's by its number and the others at the end."""
-    trained = list(adapted.trainable_parameters().values())
-    return {None: trained}
-
-
 def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:
     """What the methods keep for a resume that does not train, as running averages."""
     # by storage: the same memory has the same one, on meta too
@@ -345,13 +267,12 @@ def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
     quantised = other = 0
     seen = set(trainable)
     for module in model.modules():
-        packed = isinstance(module, FrozenLinear)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             size = tensor.numel() * tensor.dtype.itemsize
-            if packed:
+            if isinstance(module, FrozenLinear):
                 quantised += size
             else:
                 other += size

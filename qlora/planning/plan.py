@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
-from qlora.machine.cards import CARDS, Card, card, parse_memory
+from qlora.machine.cards import CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
     bytes_text,
@@ -32,10 +32,11 @@ from qlora.methods.files import portable_bytes
 from qlora.model.checkpoint import commit_of
 from qlora.model.hub import find_model
 from qlora.model.skeleton import skeleton_base
-from qlora.planning.accounting import Account, account_of, count_parameters
-from qlora.planning.ladder import Arrangement, Arranger, Target
+from qlora.planning.accounting import Account, account_of
+from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
-from qlora.planning.speed import Rates, measure, rates_of
+from qlora.planning.rates import measure, measure_disk, rates_of
+from qlora.planning.shapes import count_parameters
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes
@@ -110,11 +111,9 @@ class Survey:
         plan, target = self.plan, self.plan.target
         lines = [str(plan)]
         if plan.chosen.seconds is not None and target.rates is not None:
-            rate = plan.chosen.tokens_per_second or 0.0
-            low, high = (
-                plan.chosen.seconds.expected * rate / end for end in (plan.chosen.seconds.high, plan.chosen.seconds.low)
-            )
-            lines.append(f"{plan.chosen.seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
+            seconds, tokens = plan.chosen.seconds, plan.chosen.tokens
+            rate, low, high = (tokens / end for end in (seconds.expected, seconds.high, seconds.low))
+            lines.append(f"{seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
         rows = "not one" if self.most_rows is None else f"{self.most_rows:,}"
         context = "none" if self.longest_context is None else f"{self.longest_context:,} tokens"
@@ -131,7 +130,7 @@ def ladder_lines(ladder: list[Arrangement], target: Target, chosen: Arrangement 
     """A line a rung: its memory on the device and beside it, its speed, whether it fits, and what it changes."""
     lines = []
     for one in ladder:
-        speed = "" if one.tokens_per_second is None else f"{one.tokens_per_second:>9,.0f} tokens/s"
+        speed = "" if one.seconds is None else f"{one.tokens / one.seconds.expected:>9,.0f} tokens/s"
         beside = f" + {bytes_text(one.needed.host_total):>10} host" if target.device.type != "cpu" else ""
         fits = "fits" if not target.lacking(one.needed) else "    "
         mark = "→" if chosen is not None and one.changes == chosen.changes else " "
@@ -145,10 +144,10 @@ def plan(recipe: Recipe) -> Plan:
     With ``memory.budget`` the arrangement is chosen here: the fastest that fits. Raises DoesNotFitError, with the table and
     the smallest change that would do, when it is more than this machine has free, in memory or on the disk.
     """
-    device = resolve_device(recipe.device.name)
-    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
-    resolved, why = resolve(recipe, device)
-    return _plan(resolved, why, _here(resolved, device, dtype, rates=recipe.memory.budget is not None), dtype)[0]
+    target, resolved, why = _here(recipe, rates=recipe.memory.budget is not None)
+    planned, _ = _plan(target, resolved, why, choose=recipe.memory.budget is not None)
+    require_disk(Path(resolved.folder or "."), planned.disk_bytes, "The run folder")
+    return planned
 
 
 def survey(recipe: Recipe) -> Survey:
@@ -158,51 +157,38 @@ def survey(recipe: Recipe) -> Survey:
     and ``why`` says so.
     """
     elsewhere = recipe.device.memory is not None and recipe.device.name != "cpu"
-    if elsewhere:
-        target, dtype, resolved, why = card_elsewhere(recipe)
-    else:
-        device = resolve_device(recipe.device.name)
-        dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
-        resolved, why = resolve(recipe, device)
-        target = _here(resolved, device, dtype, rates=True)
-    planned, arranger = _plan(resolved, why, target, dtype, choose=True)
-    asked = resolved.memory.budget is not None or not planned.chosen.changes
+    target, resolved, why = card_elsewhere(recipe) if elsewhere else _here(recipe, rates=True)
+    planned, arranger = _plan(target, resolved, why, choose=True)
+    fits = resolved.memory.budget is not None or not planned.chosen.changes
     rows, context = arranger.most_rows(planned.chosen), arranger.longest_context(planned.chosen)
-    return Survey(planned, arranger.ladder(), rows, context, asked)
+    return Survey(planned, arranger.ladder(), rows, context, fits)
 
 
-def _plan(
-    resolved: Recipe, why: list[str], target: Target, dtype: torch.dtype, choose: bool = False
-) -> tuple[Plan, Arranger]:
+def _plan(target: Target, resolved: Recipe, why: list[str], choose: bool) -> tuple[Plan, Arranger]:
     """The plan for ``target``. ``choose``: another arrangement is taken where the recipe's own does not fit."""
-    base = skeleton_base(resolved.model, torch.device("meta"), dtype)
+    budget = resolved.memory.budget is not None
+    base = skeleton_base(resolved.model, torch.device("meta"), DTYPES[resolved.model.compute_dtype])
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
     asked = arranger.look()
     lacking = target.lacking(asked.needed)
-    if resolved.memory.budget is not None or (lacking and choose):
-        chosen = arranger.fastest()
-        if chosen is None:
-            raise DoesNotFitError(_refusal(asked, arranger, account))
-        if resolved.memory.budget is None:
-            why.append(
-                f"As the recipe stands it does not fit ({'; '.join(lacking)}). The fastest arrangement that does: {chosen}"
-            )
-        else:
-            why.append(f"For a budget of {bytes_text(target.free)}, the fastest arrangement that fits is: {chosen}")
-    elif lacking:
+    chosen: Arrangement | None = asked
+    if budget or lacking:
+        chosen = arranger.fastest() if choose else None
+    if chosen is None:
         raise DoesNotFitError(_refusal(asked, arranger, account))
-    else:
-        chosen = asked
+    if budget:
+        why.append(f"For a budget of {bytes_text(target.free)}, the fastest arrangement that fits is: {chosen}")
+    elif lacking:
+        why.append(
+            f"As the recipe stands it does not fit ({'; '.join(lacking)}). The fastest arrangement that does: {chosen}"
+        )
     why.append(_fits(chosen.needed, target))
-    final = chosen.recipe.model_copy(update={"memory": chosen.recipe.memory.model_copy(update={"budget": None})})
+    final = changed(chosen.recipe, {"memory.budget": None})
     checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
-    disk = checkpoints + portable_bytes(adapted) + REST
-    if not choose:
-        require_disk(Path(resolved.folder or "."), disk, "The run folder")
-    return Plan(final, target, account, chosen, disk, why), arranger
+    return Plan(final, target, account, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
 
 
 def _fits(needed: Estimate, target: Target) -> str:
@@ -222,10 +208,8 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
     if fitting is not None:
         do = f"Set memory.budget=auto, or this yourself: {fitting} ({bytes_text(fitting.needed.total)})."
     else:
-        smallest = (
-            f" The smallest arrangement needs {bytes_text(ladder[-1].needed.total)} of it: {ladder[-1]}."
-            if ladder
-            else ""
+        smallest = "".join(
+            f" The smallest arrangement needs {bytes_text(one.needed.total)} of it: {one}." for one in ladder[-1:]
         )
         do = (
             f"No arrangement fits.{smallest} Lower data.max_length, take a smaller model, or stop what else is running."
@@ -236,8 +220,16 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
     )
 
 
-def _here(recipe: Recipe, device: torch.device, dtype: torch.dtype, rates: bool) -> Target:
-    """This machine: what is free counts, and no more than the recipe allows."""
+def _here(recipe: Recipe, rates: bool) -> tuple[Target, Recipe, list[str]]:
+    """(This machine, with no more than the recipe allows; the resolved recipe; why). ``rates``: its speed is measured."""
+    device = resolve_device(recipe.device.name)
+    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else "this machine"
+    why = []
+    if recipe.device.name == "auto":
+        why.append(f"device.name is {device.type}: {name if gpu else 'no CUDA device was found'}.")
+    resolved, reasons = resolve(recipe, device, dtype)
     free, total = total_memory_bytes(device)
     for limit in (recipe.device.memory, recipe.memory.budget):
         if limit not in (None, "auto"):
@@ -248,23 +240,19 @@ def _here(recipe: Recipe, device: torch.device, dtype: torch.dtype, rates: bool)
         host = min(host or allowed, allowed)
     cache = cache_folder_of(recipe.memory)
     # what is in the file cache already is not written again
-    disk = free_disk(cache) + cached_bytes(recipe.model, dtype, device, recipe.memory)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
-    found = measure(device, dtype, cache) if rates else None
-    return Target(name, device, free, total, host, disk, found)
+    disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory)
+    measured = measure(device, dtype, cache) if rates else None
+    workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0]) if gpu else 0
+    return Target(name, device, free, total, host, disk, measured, workspace), resolved, [*why, *reasons]
 
 
-def card_elsewhere(recipe: Recipe) -> tuple[Target, torch.dtype, Recipe, list[str]]:
-    """(What is planned for, its compute dtype, the resolved recipe, why) for the card in ``device.memory``, here or not: by name,
-    or by its memory alone."""
+def card_elsewhere(recipe: Recipe) -> tuple[Target, Recipe, list[str]]:
+    """(The card in ``device.memory``, here or not, by name or by its memory alone; the resolved recipe; why)."""
     wanted = str(recipe.device.memory)
     known: Card | None = None if wanted[-1:] in "Bb" and wanted[:1].isdigit() else card(wanted)
     memory = known.memory if known else parse_memory(wanted)
-    dtype = DTYPES[
-        recipe.model.compute_dtype if recipe.model.compute_dtype != "auto" else known.dtype if known else "bf16"
-    ]
-    resolved, why = resolve(recipe, torch.device("cuda", 0), dtype)
-    here: Rates | None = measure(torch.device("cpu"), torch.float32, cache_folder_of(recipe.memory))
+    asked, computes = recipe.model.compute_dtype, known.dtype if known else "bf16"
+    resolved, why = resolve(recipe, torch.device("cuda", 0), DTYPES[computes if asked == "auto" else asked])
     host, _ = total_memory_bytes(torch.device("cpu"))
     if recipe.device.host_memory is not None:
         host = parse_memory(recipe.device.host_memory)
@@ -272,15 +260,21 @@ def card_elsewhere(recipe: Recipe) -> tuple[Target, torch.dtype, Recipe, list[st
         why.append(
             f"Host memory is taken to be this machine's ({bytes_text(host)} are free); device.host_memory=64GiB says otherwise."
         )
-    free = memory
-    if recipe.memory.budget not in (None, "auto"):
-        free = min(free, parse_memory(str(recipe.memory.budget)))
-    name = known.name if known else f"a GPU of {wanted}"
-    rates = rates_of(known, here) if known else None
     if known is None:
         why.append(f"Seconds are predicted for named cards alone: {', '.join(CARDS)}.")
-    target = Target(name, torch.device("cuda", 0), free, memory, host, free_disk(cache_folder_of(recipe.memory)), rates)
-    return target, dtype, resolved, why
+    cache = cache_folder_of(recipe.memory)
+    budget = recipe.memory.budget
+    target = Target(
+        name=known.name if known else f"a GPU of {wanted}",
+        device=torch.device("cuda", 0),
+        free=memory if budget in (None, "auto") else min(memory, parse_memory(str(budget))),
+        total=memory,
+        host_free=host,
+        disk_free=free_disk(cache),
+        rates=rates_of(known, measure_disk(cache)[0]) if known else None,
+        workspace=known.workspace if known else WORKSPACE,
+    )
+    return target, resolved, why
 
 
 def amount(text: str) -> int:
@@ -291,39 +285,25 @@ def amount(text: str) -> int:
         return card(text).memory
 
 
-def resolve(recipe: Recipe, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Recipe, list[str]]:
-    """The recipe with every ``auto`` decided for ``device``, and a sentence for each decision.
+def resolve(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> tuple[Recipe, list[str]]:
+    """The recipe with every ``auto`` decided for ``device``, which computes in ``dtype``, and a sentence for each decision.
 
-    ``dtype`` is what a device computes in that is not here to be asked.
+    Nothing is asked of the device: it need not be here.
     """
     why = []
-    here = dtype is None
-    if dtype is None:
-        dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
-    if recipe.device.name == "auto" and here:
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "no CUDA device was found"
-        why.append(f"device.name is {device.type}: {found}.")
+    name = dtype_name(dtype)
     if recipe.model.compute_dtype == "auto":
         reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the fastest on CPUs"}
-        why.append(f"model.compute_dtype is {dtype_name(dtype)}: {reasons[dtype_name(dtype)]}.")
-    section = recipe.model
-    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
-    commit = commit_of(folder)
-    parts = tuple(
-        part.model_copy(
-            update={"adapter_dtype": dtype_name(METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype))}
-        )
-        for part in parts_of(recipe.method)
-    )
-    method = recipe.method.model_copy(update={"parts": parts}) if len(parts) > 1 else parts[0]
+        why.append(f"model.compute_dtype is {name}: {reasons[name]}.")
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(
-                update={"compute_dtype": dtype_name(dtype), "revision": commit or recipe.model.revision}
-            ),
-            "method": method,
-            "device": recipe.device.model_copy(update={"name": str(device)}),
-        }
-    ), why
+    section = recipe.model
+    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
+    parts = []
+    for part in parts_of(recipe.method):
+        trained = METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype)
+        parts.append(part.model_copy(update={"adapter_dtype": dtype_name(trained)}))
+    method = recipe.method.model_copy(update={"parts": tuple(parts)}) if len(parts) > 1 else parts[0]
+    decided = {"model.compute_dtype": name, "model.revision": commit_of(folder) or section.revision}
+    resolved = changed(recipe, {**decided, "device.name": str(device)})
+    return resolved.model_copy(update={"method": method}), why

@@ -209,3 +209,16 @@ class HostMemory:
 
 def _nothing() -> None:
     """What a weak reference gives whose object is gone."""
+
+
+def device_bytes(phase: str, waiting: int, kept: int, whole: int, piece: int) -> int:
+    """Bytes of layer inputs on the device while the others wait in host memory, for a plan.
+
+    ``waiting`` of all ``kept`` inputs, ``whole`` bytes each, are still to be read by backward; a micro-batch reads ``piece``
+    bytes of one. The newest is whole on the device until it was used; in backward it is one piece and the next.
+    """
+    if phase == "forward" or not waiting:  # a layer's own input is not among these yet
+        return 0
+    if phase == "loss":
+        return whole
+    return whole + piece if waiting == kept else 2 * piece

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 
 from qlora.errors import RunError, listed
 from qlora.recipe import TrainingSection
+
+EIGHT_BIT_FROM = 4096  # numbers in a matrix from which bitsandbytes' 8-bit AdamW keeps its moments in 8 bits
+BITSANDBYTES_STEP, EIGHT_BIT_STEP = 12, 20
+"""Bytes that bitsandbytes' AdamW on a CPU takes for each number of a parameter during a step, measured; 4 more below fp32."""
 
 
 def make_optimizer(
@@ -42,7 +47,7 @@ def make_optimizer(
     ]
     options: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
     if section.optimizer == "adamw":
-        if all(p.dtype == torch.float32 for p in parameters.values()):
+        if serves_torch(section.optimizer, parameters.values()):
             return torch.optim.AdamW(groups, **options)
         return bitsandbytes.optim.AdamW(groups, **options, optim_bits=32)  # type: ignore[no-any-return]
     kinds = {
@@ -214,3 +219,38 @@ def load_optimizer_tensors(
 def quiet_paging() -> None:
     """bitsandbytes warns once a run that the CPU has no paging; the plan says it already."""
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+
+
+def serves_torch(optimizer: str, parameters: Iterable[Tensor]) -> bool:
+    """Whether torch's own AdamW trains these; bitsandbytes' does otherwise."""
+    return optimizer == "adamw" and all(p.dtype == torch.float32 for p in parameters)
+
+
+def state_bytes(count: int, optimizer: str) -> int:
+    """Bytes of the two moments of ``count`` numbers: in fp32, or in 8 bits with an fp32 scale for each block of 256.
+
+    bitsandbytes keeps the moments of matrices below ``EIGHT_BIT_FROM`` numbers in 32 bits.
+    """
+    eight = optimizer.endswith("8bit") and count >= EIGHT_BIT_FROM
+    return 2 * count + 8 * -(-count // 256) if eight else 8 * count
+
+
+def step_bytes(parameters: Iterable[Tensor], optimizer: str, device: str) -> int:
+    """What AdamW takes for itself during a step, beyond its moments; ``device`` is "cpu" or "cuda".
+
+    On a CPU it goes over one parameter after the other, and torch's takes so many tensors of its size. On a GPU torch's
+    goes over a whole group at once, with one tensor for each parameter, and matrices and vectors are two groups;
+    bitsandbytes' kernels take nothing.
+    """
+    every = list(parameters)
+    if not serves_torch(optimizer, every):
+        each = EIGHT_BIT_STEP if optimizer.endswith("8bit") else BITSANDBYTES_STEP
+        on_cpu = max((p.numel() * (each + (4 if p.dtype.itemsize < 4 else 0)) for p in every), default=0)
+        return on_cpu if device == "cpu" else 0
+    matrices, vectors = ([p.numel() * 4 for p in every if (p.dim() <= 1) is kind] for kind in (False, True))
+    if device != "cpu":
+        return max(sum(matrices), sum(vectors))
+    # two tensors of its own size, and one of the parameter before
+    return max(
+        (2 * size + before for group in (matrices, vectors) for before, size in pairwise([0, *group])), default=0
+    )

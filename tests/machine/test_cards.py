@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.machine.cards import CARDS, GIB, card, parse_memory
+from qlora.machine.cards import CARDS, card, parse_memory, workspace_bytes
+from qlora.machine.device import GIB
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,12 @@ def test_every_name_finds_its_own_card_and_is_possible(name: str) -> None:
     # a card that could not read its memory 20 to 500 times slower than it multiplies would be a slip of a unit
     assert 50 < one.flops / one.bandwidth < 500
     assert 10e9 < one.to_device < one.bandwidth
+
+
+def test_the_generation_says_what_the_hardware_has() -> None:
+    assert {name for name, one in CARDS.items() if one.dtype == "fp16"} == {"T4", "V100-16", "V100-32", "2080-Ti"}
+    assert card("H100").workspace == workspace_bytes(9.0) == 32 * 2**20
+    assert card("4090").workspace == workspace_bytes(8.9) == 8 * 2**20 + 2**17
 
 
 @pytest.mark.parametrize("written", ["A100", "V100"])

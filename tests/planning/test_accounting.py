@@ -18,7 +18,8 @@ from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
 from qlora.methods import apply_method, save_adapter
 from qlora.model import quantise
-from qlora.planning.accounting import account, account_of, count_parameters
+from qlora.planning.accounting import account, account_of
+from qlora.planning.shapes import count_parameters
 from qlora.training.optim import make_optimizer, optimizer_tensors
 from tests.methods.test_laws import CASES
 from tests.methods.tiny import tiny_base, tiny_checkpoint

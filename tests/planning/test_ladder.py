@@ -13,12 +13,12 @@ from transformers import BloomConfig, LlamaConfig, OPTConfig
 from qlora.cli import main
 from qlora.errors import DoesNotFitError, RecipeError
 from qlora.machine.cards import card
-from qlora.machine.device import GIB, bytes_text
+from qlora.machine.device import DTYPES, GIB, bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.skeleton import skeleton_base
-from qlora.planning.ladder import Arrangement, Arranger, Target, _reached, changed
+from qlora.planning.ladder import Arrangement, Arranger, Target, changed, largest
 from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
-from qlora.planning.speed import rates_of
+from qlora.planning.rates import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from qlora.residence.load import cached_bytes, load_base
 from tests.conftest import write_model
@@ -112,7 +112,7 @@ def test_as_many_layers_stay_as_fit(folder: Path) -> None:
 def test_host_memory_and_disk_count_too(folder: Path) -> None:
     """Layers that host memory cannot hold are streamed from the file cache; a disk that is too small is a refusal."""
     smallest = arranger(folder, 24 * GIB).ladder()[-1]
-    on_disk = {**smallest.changes, "memory.tier": "disk", "memory.layer_inputs": "disk"}
+    on_disk = {**smallest.changes, "memory.tier": "disk"}
     tight = arranger(folder, 24 * GIB).look(on_disk).needed
     host = tight.host_total + 2**20
     little = arranger(folder, tight.total + 2**20, host=host)
@@ -121,7 +121,7 @@ def test_host_memory_and_disk_count_too(folder: Path) -> None:
     ]
     chosen = little.fastest()
     assert chosen is not None
-    assert (chosen.recipe.memory.tier, chosen.recipe.memory.layer_inputs) == ("disk", "disk")
+    assert chosen.recipe.memory.tier == "disk"
     assert chosen.needed.host_total <= host
     assert chosen.needed.disk["file_cache"] > 0
     assert arranger(folder, tight.total + 2**20, host=2**20).fastest() is None
@@ -158,11 +158,20 @@ def test_a_system_that_does_not_tell_what_is_free_refuses_nothing(
     assert planned.why[-1].startswith("The free memory of this device is not known")
 
 
-def test_where_a_parabola_reaches_a_number() -> None:
-    square = [1000 + 7 * n + 3 * n * n for n in (4, 8, 16)]
-    assert _reached([4, 8, 16], square, 1000 + 7 * 100 + 3 * 100 * 100) == 100
-    assert _reached([4, 8, 16], [10, 20, 40], 1000) == 400
-    assert _reached([1, 2, 4], [5, 5, 5], 6) > 10**6
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 12345])
+def test_the_largest_number_that_fits(limit: int) -> None:
+    looks: list[int] = []
+
+    def fits(number: int) -> bool:
+        looks.append(number)
+        return number <= limit
+
+    assert largest(fits, 1, 2**16) == (limit or None)
+    assert largest(fits, 1, 10) == (min(limit, 10) or None)
+    looks.clear()
+    found = largest(fits, 1, 2**16, start=8, near=1 / 64)
+    assert found == (limit or None) or 63 / 64 * limit <= (found or 0) < limit
+    assert len(looks) < 20
 
 
 def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> None:
@@ -205,9 +214,10 @@ def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None
     bare.mkdir(exist_ok=True)
     (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
     recipe = recipe_of(bare, device={"memory": name, "host_memory": "64GiB"})
-    target, dtype, resolved, _ = card_elsewhere(recipe)
+    target, resolved, _ = card_elsewhere(recipe)
     assert (target.free, target.host_free, target.device.type) == (card(name).memory, 64 * GIB, "cuda")
-    assert dtype == (torch.float16 if name == "T4" else torch.bfloat16)
+    assert resolved.model.compute_dtype == ("fp16" if name == "T4" else "bf16")
+    assert target.workspace == card(name).workspace
     assert resolved.method.adapter_dtype == ("fp32" if name == "T4" else "bf16")
     assert target.rates is not None
     assert target.rates.matrix.expected == 0.5 * card(name).flops
@@ -220,6 +230,24 @@ def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None
     assert found.longest_context is not None
     text = str(found)
     assert all(part in text for part in ("tokens/s", "Largest that fits", "From the fastest arrangement", "Assumed"))
+
+
+@pytest.mark.parametrize("name", ["T4", "H100"])
+def test_the_card_is_asked_and_not_this_machine(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card computes in and what it takes are the same whatever GPU is here."""
+    recipe = recipe_of(folder, device={"memory": name, "host_memory": "64GiB"})
+    found = []
+    for here, capability in ((False, (0, 0)), (True, (7, 5)), (True, (9, 0))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, is_=capability: is_)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, is_=capability, **__: is_[0] >= 8)
+        target, resolved, _ = card_elsewhere(recipe)
+        base = skeleton_base(resolved.model, torch.device("meta"), DTYPES[resolved.model.compute_dtype])
+        needed = Arranger(apply_method(base, resolved.method), resolved, target).look().needed
+        found.append((resolved.model.compute_dtype, resolved.method.adapter_dtype, needed.as_dict()))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == ("fp16" if name == "T4" else "bf16")
+    assert found[0][2]["workspaces"] == (32 * 2**20 if name == "H100" else 8 * 2**20 + 2**17)
 
 
 def test_the_command_line_says_no_by_its_exit_status(

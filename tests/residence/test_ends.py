@@ -34,7 +34,7 @@ from qlora.model.loss import (
     token_loss,
 )
 from qlora.model.nf4 import dense_weight
-from qlora.planning.accounting import count_parameters
+from qlora.planning.shapes import count_parameters
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence.ends import HostLinear, embedding_on_host, gathers_on_host, head_on_host, refuse_half
 from qlora.residence.load import load_base
