@@ -11,7 +11,6 @@ import gc
 import os
 import shutil
 import sys
-import time
 import warnings
 import weakref
 from pathlib import Path
@@ -254,19 +253,13 @@ def host_bytes(count: int, device: torch.device) -> torch.Tensor:
         raise DoesNotFitError(
             f"{bytes_text(count)} of host memory were refused; stop what else is running, or set memory.tier=disk."
         ) from error
-    if device.type == "cuda" and count and not _lock(memory) and not _refused:
-        rate = _pageable_rate(memory, device)
-        _refused.append(rate)
+    if device.type == "cuda" and count and not _lock(memory):
         warnings.warn(
-            f"The system refuses to lock host memory (ulimit -l?), so copies to the GPU wait for the CPU: {bytes_text(rate)} a "
-            "second were measured, and nothing computes meanwhile. Raise the limit to have them overlap.",
+            "The system refuses to lock host memory (ulimit -l?), so copies to the GPU are slow and nothing computes "
+            "meanwhile. Raise the limit to have them overlap.",
             stacklevel=2,
         )
     return memory
-
-
-_refused: list[float] = []
-"""The rate that was measured when the system first refused to lock memory; it is said once."""
 
 
 def _lock(memory: torch.Tensor) -> bool:
@@ -281,16 +274,6 @@ def _lock(memory: torch.Tensor) -> bool:
     return True
 
 
-def _pageable_rate(memory: torch.Tensor, device: torch.device) -> float:
-    """Bytes a second from ordinary host memory to ``device``, measured once over at most 64 MiB."""
-    part = memory[: 64 * 1024**2]
-    torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    part.to(device)
-    torch.cuda.synchronize(device)
-    return len(part) / (time.perf_counter() - begin)
-
-
 def cache_folder() -> Path:
     """Where downloads are kept: ``$QLORA_CACHE``, else ``qlora`` in the user's cache folder."""
     if place := os.environ.get("QLORA_CACHE"):
@@ -298,11 +281,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qlora"
 
 
-def versions() -> dict[str, Any]:
+def versions() -> dict[str, str | None]:
     """What a run was made with: Python, torch and the libraries that decide its numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
+    found: dict[str, str | None] = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
     for name in ("qlora", "transformers", "bitsandbytes", "accelerate", "safetensors", "datasets"):
         try:
             found[name] = version(DISTRIBUTION if name == "qlora" else name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from qlora.machine.device import bytes_text, dtype_name
 from qlora.model.nf4 import FrozenLinear, away_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora.model.checkpoint import Checkpoint
     from qlora.recipe import ModelSection
 
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
 class StreamedLayers(Protocol):
     """The layers of a base that do not stay on the device (``residence/placement.py``)."""
 
-    tier: str
-    order: Sequence[int]
-    """Their numbers."""
+    @property
+    def tier(self) -> str:
+        """Where they wait: ``host`` or ``disk``."""
+
+    @property
+    def order(self) -> Sequence[int]:
+        """Their numbers."""
 
     def bytes_on_device(self) -> int:
         """What they take there while they come and go."""
@@ -40,7 +46,7 @@ class Base:
     """A frozen base model in eval mode with its tokenizer, and how it was loaded."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase | None
     """transformers' own; None for a module that reads no text."""
     folder: Path
     name: str

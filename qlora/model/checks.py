@@ -11,9 +11,11 @@ model and its loss; must not know adapters, optimizers or where batches come fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
+from torch import nn
 
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.model import anatomy
@@ -22,7 +24,7 @@ from qlora.model.loss import head_of, hidden_states
 
 
 @torch.no_grad()
-def check_loss_path(model: Any, ids: list[int]) -> None:
+def check_loss_path(model: nn.Module, ids: list[int]) -> None:
     """Raise ModelError unless our head gives the model's own logits on a few tokens; NonFiniteError where they are NaN.
 
     A family may do something to its logits that ``head_of`` does not know; its loss would then be wrong in silence.
@@ -36,13 +38,13 @@ def check_loss_path(model: Any, ids: list[int]) -> None:
     difference = (theirs - ours).abs().max().item()
     if not difference <= 1e-2 * max(1.0, theirs.abs().max().item()):
         raise ModelError(
-            f"The logits of this {model.config.model_type} model differ from its hidden states times its head by "
+            f"The logits of this {anatomy.kind(model)} model differ from its hidden states times its head by "
             f"{difference:.3g}: it does something to them that qlora does not know, so its loss would be wrong. "
             "Take another model, or report the model type."
         )
 
 
-def packs_one_row(model: Any) -> bool:
+def packs_one_row(model: nn.Module) -> bool:
     """Whether packed rows must go through a layer one at a time.
 
     With FlashAttention transformers looks for positions that restart in batches of one row only; in larger ones packed
@@ -55,13 +57,13 @@ class HasIds(Protocol):
     """A row of the data, as far as a model is concerned: int arrays [n] of token ids and positions."""
 
     @property
-    def ids(self) -> Any: ...
+    def ids(self) -> np.ndarray: ...
 
     @property
-    def positions(self) -> Any: ...
+    def positions(self) -> np.ndarray: ...
 
 
-def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int = 0, what: str = "Row") -> None:
+def check_rows(model: nn.Module, rows: Sequence[HasIds], first: int = 0, virtual: int = 0, what: str = "Row") -> None:
     """Raise DataError unless every token of ``rows`` has an embedding in ``model``, and every position a place.
 
     ``first``: positions taken before every text; ``virtual``: how many of these are tokens of the stream. ``what`` is what
@@ -72,7 +74,7 @@ def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int 
         largest, longest = int(row.ids.max()), first + int(row.positions.max()) + 1
         if largest >= embeddings:
             raise DataError(
-                f"{what} {number} holds token {largest}, but this {model.config.model_type} model has embeddings for tokens "
+                f"{what} {number} holds token {largest}, but this {anatomy.kind(model)} model has embeddings for tokens "
                 f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
                 "were resized for the tokens added to this one."
             )
@@ -81,12 +83,12 @@ def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int 
             room = positions - first + virtual  # max_length counts those of the stream
             raise DataError(
                 f"{what} {number} holds an example of {longest - first} tokens{behind}, but this "
-                f"{model.config.model_type} model has {positions} positions; set data.max_length={room}."
+                f"{anatomy.kind(model)} model has {positions} positions; set data.max_length={room}."
             )
 
 
 @torch.no_grad()
-def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
+def check_packing(model: nn.Module, ids: list[int], rows: int = 1) -> None:
     """Raise ModelError unless a packed example is blind to its neighbour: same hidden states packed as alone.
 
     ``rows`` is how many rows go through a layer at once in training.
@@ -106,7 +108,7 @@ def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
     difference = (states[0][:, half:] - states[1]).abs().max().item()
     if not difference <= 2e-2 * max(1.0, states[1].abs().max().item()):
         raise ModelError(
-            f"Packed examples see each other in this {model.config.model_type} model (hidden states differ by "
+            f"Packed examples see each other in this {anatomy.kind(model)} model (hidden states differ by "
             f"{difference:.3g} from the example alone, {rows} rows at once); set data.packing=false"
             + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
         )

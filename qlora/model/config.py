@@ -5,6 +5,7 @@ Knows transformers' configurations; must not know model classes, files or tensor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def any_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
-def _refuse_other_kinds(config: PretrainedConfig, raw: dict[str, Any], name: str, native: bool) -> None:
+def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: str, native: bool) -> None:
     made = [str(item) for item in raw.get("architectures") or []]
     what = f"'{name}' is a {made[0] if made else config.model_type}"
     if getattr(config, "is_encoder_decoder", False):

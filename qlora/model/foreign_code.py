@@ -9,7 +9,6 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from qlora.errors import ModelError, listed, redacted, visible
 
@@ -56,7 +55,7 @@ def refuse_foreign_code(folder: Path, what: str, file: str) -> None:
         )
 
 
-def _values(path: Path) -> dict[str, Any]:
+def _values(path: Path) -> dict[str, object]:
     """What a file holds, or nothing: whoever loads it says what is wrong with it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +64,7 @@ def _values(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _named(value: Any) -> list[str]:
+def _named(value: object) -> list[str]:
     """The classes in an ``auto_map``: one by its kind, of a tokenizer the slow and the fast one in a list."""
     kinds = value.values() if isinstance(value, dict) else [value]
     several = [kind if isinstance(kind, list) else [kind] for kind in kinds]

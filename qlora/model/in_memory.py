@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,8 @@ def as_base(model: nn.Module, name: str | None = None) -> Base:
     or not. Raises ModelError for a module that lies on several devices.
     """
     device, dtype = _device(model), main_dtype(model)
-    packed: Any = next((module for module in model.modules() if isinstance(module, FrozenLinear)), None)
-    kind = "none" if packed is None else getattr(packed, "quant_type", "int8")
+    packed = next((module for module in model.modules() if isinstance(module, FrozenLinear)), None)
+    kind = "none" if packed is None else str(getattr(packed, "quant_type", "int8"))
     double = isinstance(packed, Linear4bit) and packed.double_quant
     _call_every_linear(model)
     return Base(model, None, Path(), name or type(model).__name__, None, kind, double, device, dtype)
@@ -95,7 +94,7 @@ def as_base(model: nn.Module, name: str | None = None) -> Base:
 
 def on_meta(module: nn.Module) -> nn.Module:
     """A copy of ``module`` on the meta device: every shape, no weight and no memory for one."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for values in [*module.parameters(), *module.buffers()]:
         empty = torch.empty_like(values, device="meta")
         memo[id(values)] = nn.Parameter(empty, values.requires_grad) if isinstance(values, nn.Parameter) else empty
@@ -125,7 +124,7 @@ def _device(module: nn.Module) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _heads(module: Any) -> set[str]:
+def _heads(module: nn.Module) -> set[str]:
     """The whole paths of output heads: transformers' own answer, and the module that holds the last parameter."""
     head = anatomy.head(module)
     last = next(reversed([name for name, _ in module.named_parameters(remove_duplicate=False)]), "").rpartition(".")[0]
@@ -149,5 +148,5 @@ def _call_every_linear(model: nn.Module) -> None:
             layer.register_forward_pre_hook(_unfused)
 
 
-def _unfused(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _unfused(module: nn.Module, inputs: tuple[object, ...]) -> None:
     """Changes nothing; that it hangs there is enough."""

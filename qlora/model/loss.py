@@ -88,14 +88,14 @@ class Head:
         return [values for values in self.module.parameters() if values.requires_grad]
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: nn.Module) -> Head:
     """The output head of a causal language model, with the scaling that its family puts on logits."""
     module = anatomy.head(model)
     assert module is not None
     return Head(module, *anatomy.logit_scale(model))
 
 
-def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of ``input_ids`` and ``position_ids``, without logits and without a cache."""
     output = anatomy.decoder(model)(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, return_dict=True
@@ -104,7 +104,7 @@ def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return hidden_BTD
 
 
-def batch_loss(model: Any, batch: Mapping[str, Tensor], chunk: int = 256) -> tuple[Tensor, int]:
+def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = 256) -> tuple[Tensor, int]:
     """(summed cross-entropy, target tokens) of a batch with ``labels`` [B, T] aligned with its ``input_ids``."""
     return token_loss(hidden_states(model, batch), head_of(model), batch["labels"], chunk)
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
-from qlora.model.base import Base
+from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import Scheme, any_config, scheme_of
 from qlora.model.names import match_names, matches_any, packed_parts
@@ -49,22 +49,29 @@ class Assembled:
     dtype: torch.dtype
     """What it computes in, and most weights have."""
 
-    def base(self, device: torch.device, **known: Any) -> Base:
-        """The model as a base whose adapters are on ``device``; ``known`` goes to ``Base`` as it is."""
-        checkpoint = self.checkpoint
+    def base(
+        self,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None,
+        double_quant: bool | None = None,
+        end_tokens: tuple[int, ...] = (),
+        placement: StreamedLayers | None = None,
+    ) -> Base:
+        """The model as a base on ``device``. ``double_quant``, left out, is what the scheme says."""
         return Base(
             model=self.model,
-            tokenizer=known.pop("tokenizer", None),
-            folder=checkpoint.folder,
-            name=checkpoint.name,
-            revision=checkpoint.revision,
+            tokenizer=tokenizer,
+            folder=self.checkpoint.folder,
+            name=self.checkpoint.name,
+            revision=self.checkpoint.revision,
             quantization=self.scheme.quantization,
-            double_quant=known.pop("double_quant", self.scheme.double_quant),
+            double_quant=self.scheme.double_quant if double_quant is None else double_quant,
             device=device,
             compute_dtype=self.dtype,
+            end_tokens=end_tokens,
             names={target: name for name, target in self.names.items()},
-            checkpoint=checkpoint,
-            **known,
+            placement=placement,
+            checkpoint=self.checkpoint,
         )
 
 
@@ -85,13 +92,16 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     return Assembled(model, checkpoint, scheme, names, shapes, dtype)
 
 
-def load_skeleton(section: ModelSection, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
+def load_skeleton(section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model on the meta device, its linears quantised as the recipe says: every shape and no weight."""
-    checkpoint = checkpoint or open_checkpoint(section, weights=False)
-    model = assemble(checkpoint, section, dtype, weights=False).model
-    model.tie_weights()
-    model.requires_grad_(False)
-    return model
+    return _bare(open_checkpoint(section, weights=False), section, dtype).model
+
+
+def _bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
+    empty = assemble(checkpoint, section, dtype, weights=False)
+    empty.model.tie_weights()
+    empty.model.requires_grad_(False)
+    return empty
 
 
 def skeleton_base(
@@ -103,27 +113,19 @@ def skeleton_base(
 ) -> Base:
     """A base without weights: the model of ``section`` on meta. What is planted in it lies on ``device``.
 
-    With ``folder``, the checkpoint's own, it has that checkpoint's tokenizer and fingerprint too; with ``checkpoint``, which
-    may lack its weights, the tokenizer alone, when it is asked for.
+    With ``folder``, the checkpoint's own, it has that checkpoint's tokenizer and fingerprint too. ``checkpoint`` is the
+    section's, where it was opened before.
     """
     if checkpoint is None and folder is not None:
         checkpoint = Checkpoint(folder, section.name, section.revision, section.trust_remote_code)
-    return Base(
-        model=load_skeleton(section, dtype, checkpoint),
-        tokenizer=None if folder is None or checkpoint is None else checkpoint.tokenizer,
-        folder=folder or Path(),
-        name=section.name,
-        revision=section.revision,
-        quantization=section.quantization,
-        double_quant=section.double_quant,
-        device=device,
-        compute_dtype=dtype,
-        names=None if folder is None else {},
-        checkpoint=None if folder is None else checkpoint,
-    )
+    checkpoint = checkpoint or open_checkpoint(section, weights=False)
+    base = _bare(checkpoint, section, dtype).base(device, None if folder is None else checkpoint.tokenizer)
+    if folder is None:  # for a plan: no file is asked for anything but the configuration
+        base.folder, base.names, base.checkpoint = Path(), None, None
+    return base
 
 
-def any_skeleton(model: str | Path | Any) -> nn.Module:
+def any_skeleton(model: str | Path | PretrainedConfig) -> nn.Module:
     """Whatever kind of model a folder, a name on the hub or a transformers configuration is of, on the meta device.
 
     Its class is the one that the configuration names in ``architectures``, else the causal language model of its type, else

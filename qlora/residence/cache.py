@@ -14,7 +14,6 @@ Knows files and images; must not know a checkpoint's names, devices' streams or 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from qlora.files.durable import expanded, sync
 from qlora.machine.device import bytes_text, cache_folder, require_disk
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import MemorySection
-from qlora.residence.homes import Extent, FileHome, unwritable
+from qlora.residence.homes import FileHome, unwritable
 from qlora.residence.image import Image
 
 FILE, INDEX = "layers.bin", "index.json"
@@ -67,11 +66,11 @@ def open_cache(
     Two processes wait for each other. Raises ModelError for a folder that cannot be written or read, DoesNotFitError for
     a full disk; what is half-written never has a name that is used.
     """
-    place, extents = folder / key, _extents(images)
-    total = sum(extent.bytes for extent in extents)
+    place = folder / key
+    total = sum(image.bytes for image in images)
     try:
         if place.is_dir() and not os.access(folder, os.W_OK):  # others keep it for us: there is nothing to lock
-            home, why = _opened(place, extents, images, device)
+            home, why = _opened(place, images, device)
             if home is not None:
                 return home
             raise ModelError(
@@ -83,28 +82,26 @@ def open_cache(
             for stale in folder.glob(f".{key}.*"):  # what a killed run left
                 shutil.rmtree(stale, ignore_errors=True)
             if place.is_dir():
-                home, why = _opened(place, extents, images, device)
+                home, why = _opened(place, images, device)
                 if home is not None:
                     return home
                 say(f"The file cache '{place}' is damaged ({why}); making it again.")
                 shutil.rmtree(place)
             require_disk(folder, total, "The file cache of the quantised layers")
             say(f"Writing the file cache of the quantised layers once: {bytes_text(total)} in '{place}' …")
-            _make(place, extents, images, device, make)
-            return FileHome(place / FILE, extents, device)
+            _make(place, images, device, make)
+            return FileHome(place / FILE, [image.bytes for image in images], device)
     except QloraError:
         raise
     except OSError as error:
         raise unwritable(folder, error) from error
 
 
-def _opened(
-    place: Path, extents: Sequence[Extent], images: Sequence[Image], device: torch.device
-) -> tuple[FileHome | None, str | None]:
+def _opened(place: Path, images: Sequence[Image], device: torch.device) -> tuple[FileHome | None, str | None]:
     """(the cache in ``place``, None), or (None, what is wrong with it, in a few words). Raises OSError."""
     if not (place / FILE).is_file():
         return None, "it lacks a file"
-    home = FileHome(place / FILE, extents, device)
+    home = FileHome(place / FILE, [image.bytes for image in images], device)
     if (why := _damage(place, home, images)) is None:
         return home, None
     home.close()
@@ -128,7 +125,6 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _make(
     place: Path,
-    extents: Sequence[Extent],
     images: Sequence[Image],
     device: torch.device,
     make: Callable[[FileHome], None],
@@ -137,7 +133,7 @@ def _make(
     aside = place.with_name(f".{place.name}.writing")
     aside.mkdir()
     try:
-        home = FileHome(aside / FILE, extents, device, new=True)
+        home = FileHome(aside / FILE, [image.bytes for image in images], device, new=True)
         try:
             make(home)
             os.fsync(home.file)
@@ -170,7 +166,7 @@ def _damage(place: Path, home: FileHome, images: Sequence[Image]) -> str | None:
         layout, packing, checksums = index["layout"], index["packing"], index["crc32"]
         if layout != [_layout(image) for image in images]:
             return "it is of other shapes"
-        if os.fstat(home.file).st_size != sum(extent.bytes for extent in home.extents):
+        if os.fstat(home.file).st_size != home.starts[-1]:
             return f"{FILE} has another size"
         with ThreadPoolExecutor(CHECKERS) as pool:  # zlib and the disk leave the interpreter free
             found = list(pool.map(home.checksum, range(len(images))))
@@ -186,11 +182,6 @@ def _damage(place: Path, home: FileHome, images: Sequence[Image]) -> str | None:
 
 def _own_checksum(index: dict[str, object]) -> int:
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
-
-
-def _extents(images: Sequence[Image]) -> list[Extent]:
-    starts = [0, *itertools.accumulate(image.bytes for image in images)]
-    return [Extent(start, image.bytes) for start, image in zip(starts, images, strict=False)]
 
 
 def _layout(image: Image) -> list[list[object]]:

@@ -7,18 +7,19 @@ model and what stands around its layers; must not know adapters, optimizers or w
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.errors import ModelError, QloraError, first_line
 from qlora.machine.device import ran_out_of_memory
+from qlora.model import anatomy
 from qlora.model.loss import hidden_states
 from qlora.residence.layers import kept_by, recomputing
 from qlora.residence.tiles import TiledMLP, tiles_of
 
 
-def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: bool) -> None:
+def check_boundary(model: nn.Module, ids: list[int], rows: int, at_once: int, packed: bool) -> None:
     """Raise ModelError unless the recompute boundary changes no hidden state of a model in eval mode.
 
     ``rows`` short rows go through it as in training, ``at_once`` at once; the last of these micro-batches is compared with
@@ -56,7 +57,7 @@ def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: 
         raise _boundary_error(model, rows, at_once, f"hidden states of up to {largest:.3g} differ by {difference:.3g}")
 
 
-def _boundary_error(model: Any, rows: int, at_once: int, found: str) -> ModelError:
+def _boundary_error(model: nn.Module, rows: int, at_once: int, found: str) -> ModelError:
     """``found`` with what it means and what to do. Rows that fit at once are not cut, which is the cheaper way out."""
     do = "training.gradient_checkpointing=false"
     if rows > at_once:
@@ -64,6 +65,6 @@ def _boundary_error(model: Any, rows: int, at_once: int, found: str) -> ModelErr
     if any(isinstance(module, TiledMLP) for module in model.modules()):
         do = f"memory.mlp_tile=null, or {do} if that is refused too"
     return ModelError(
-        f"The layers of this {model.config.model_type} model do not answer behind the recompute boundary as they do alone "
+        f"The layers of this {anatomy.kind(model)} model do not answer behind the recompute boundary as they do alone "
         f"({rows} rows, {at_once} at once: {found}), so its gradients would be wrong; set {do}."
     )

@@ -17,7 +17,6 @@ Shape suffixes: V vocabulary, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -79,34 +78,37 @@ class HostLinear(nn.Linear):
                 yield start, stop, weight[start:stop].to(dtype)
             return
         places = [weight.new_empty(self.rows, weight.shape[1], device=self.compute_device) for _ in spans[:2]]
-        side, current = self._streams()
-        arrived: list[Any] = [None, None]
+        streams = self._streams()
+        arrived: dict[int, torch.cuda.Event] = {}
 
         def fetch(number: int) -> None:
             start, stop = spans[number]
-            if side is not None:
-                # all that reads this place's last slice was queued before: the next slice is asked for after it
-                side.wait_stream(current)
-            with nullcontext() if side is None else torch.cuda.stream(side):
-                places[number % 2][: stop - start].copy_(weight[start:stop], non_blocking=side is not None)
-                arrived[number % 2] = None if side is None else side.record_event()
+            place = places[number % 2][: stop - start]
+            if streams is None:
+                place.copy_(weight[start:stop])
+                return
+            side, current = streams
+            side.wait_stream(current)  # all that reads this place's last slice was queued before the next is asked for
+            with torch.cuda.stream(side):
+                place.copy_(weight[start:stop], non_blocking=True)
+                arrived[number] = side.record_event()
 
         try:
             fetch(0)
             for number, (start, stop) in enumerate(spans):
                 if number + 1 < len(spans):
                     fetch(number + 1)
-                if side is not None:
-                    current.wait_event(arrived[number % 2])
+                if streams is not None:
+                    streams[1].wait_event(arrived.pop(number))
                 yield start, stop, places[number % 2][: stop - start].to(dtype)
         finally:
-            if side is not None:  # whatever gets this memory next is queued behind the last copy into it
-                current.wait_stream(side)
+            if streams is not None:  # whatever gets this memory next is queued behind the last copy into it
+                streams[1].wait_stream(streams[0])
 
-    def _streams(self) -> tuple[Any, Any]:
-        """(the stream that copies, the one that computes); none where there is no GPU, or a rehearsal without memory."""
+    def _streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream] | None:
+        """(the stream that copies, the one that computes); None without a GPU, or in a rehearsal without memory."""
         if self.compute_device.type != "cuda" or isinstance(self.weight, FakeTensor) or self.weight.is_meta:
-            return None, None
+            return None
         return torch.cuda.Stream(self.compute_device), torch.cuda.current_stream(self.compute_device)
 
     def product(self, x: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ class _Product(torch.autograd.Function):
         return total.to(grad.dtype).view(*grad.shape[:-1], -1), None
 
 
-def refuse_half(model: Any, embedding: bool, head: bool) -> None:
+def refuse_half(model: nn.Module, embedding: bool, head: bool) -> None:
     """Raise ModelError where the embedding or the head alone is to go to host memory, and both are one matrix.
 
     ``model`` may be on meta and its weights not yet tied.
@@ -156,12 +158,12 @@ def refuse_half(model: Any, embedding: bool, head: bool) -> None:
     if embedding != head and is_tied(model):
         one, other = ("embedding", "head") if embedding else ("head", "embedding")
         raise ModelError(
-            f"memory.{one} is host, but this {model.config.model_type} model has one matrix for its embedding and its head, so "
+            f"memory.{one} is host, but this {anatomy.kind(model)} model has one matrix for its embedding and its head, so "
             f"nothing would leave the device; set memory.{other}=host too, or memory.{one}=device."
         )
 
 
-def embedding_on_host(model: Any, device: torch.device | None = None) -> None:
+def embedding_on_host(model: nn.Module, device: torch.device | None = None) -> None:
     """Move the weight of the input embedding into host memory, in place; a head that is tied to it goes along.
 
     ``device`` is where the rows go, the weight's own when left out: give it where the weight was loaded into host memory.
@@ -177,7 +179,7 @@ def embedding_on_host(model: Any, device: torch.device | None = None) -> None:
         _gather_on_host(model, embedding, weight, device)
 
 
-def head_on_host(model: Any, device: torch.device | None = None) -> None:
+def head_on_host(model: nn.Module, device: torch.device | None = None) -> None:
     """Put a ``HostLinear`` in the place of the output head, in place; an embedding that is tied to it goes along.
 
     ``device`` is where it computes, the weight's own when left out. Raises ModelError for a head that is no plain linear.
@@ -190,7 +192,7 @@ def head_on_host(model: Any, device: torch.device | None = None) -> None:
     plain: bool = type(head) is nn.Linear
     if not plain or path is None:
         raise ModelError(
-            f"memory.head is host, but the output head of this {model.config.model_type} model is "
+            f"memory.head is host, but the output head of this {anatomy.kind(model)} model is "
             f"{'missing' if head is None else 'a ' + type(head).__name__}, not a plain linear that could be cut into slices; set "
             "memory.head=device."
         )
@@ -242,7 +244,7 @@ def _locked(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
     return held
 
 
-def _gather_on_host(model: Any, embedding: Any, weight: nn.Parameter, device: torch.device) -> None:
+def _gather_on_host(model: nn.Module, embedding: Any, weight: nn.Parameter, device: torch.device) -> None:
     """Give ``embedding`` its ``weight`` in host memory, and have ids go there and rows come from there."""
     embedding.weight = weight
     for name, values in embedding.named_buffers(recurse=False):  # Gemma 3 scales inside its embedding
@@ -257,11 +259,11 @@ def _gather_on_host(model: Any, embedding: Any, weight: nn.Parameter, device: to
     )
 
 
-def _ids_to_host(embedding: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _ids_to_host(embedding: Any, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(value.to(embedding.weight.device) if isinstance(value, Tensor) else value for value in inputs)
 
 
-def _rows_to_device(embedding: Any, inputs: tuple[Any, ...], rows: Tensor) -> Tensor:
+def _rows_to_device(embedding: Any, inputs: tuple[object, ...], rows: Tensor) -> Tensor:
     return rows.to(embedding.compute_device)
 
 

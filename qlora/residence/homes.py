@@ -5,6 +5,7 @@ Knows bytes, memory and files; must not know what an image holds.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import threading
@@ -12,7 +13,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -22,13 +23,6 @@ from qlora.machine.device import host_bytes
 
 PIECE = 64 * 1024**2  # bytes read at once
 CHECKED = 4 * 1024**2  # bytes that a checksum reads at once
-
-
-class Extent(NamedTuple):
-    """Where a layer's image lies in a file."""
-
-    start: int
-    bytes: int
 
 
 class Home(Protocol):
@@ -68,8 +62,10 @@ class FileHome:
     are closed with this object.
     """
 
-    def __init__(self, path: Path, extents: Sequence[Extent], device: torch.device, new: bool = False) -> None:
-        self.path, self.extents, self.device, self.new = path, extents, device, new
+    def __init__(self, path: Path, sizes: Sequence[int], device: torch.device, new: bool = False) -> None:
+        self.path, self.sizes, self.device, self.new = path, sizes, device, new
+        self.starts = [0, *itertools.accumulate(sizes)]
+        """Where each layer's image begins in the file, and where the last one ends."""
         self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL if new else os.O_RDONLY, 0o644)
         self._closing = weakref.finalize(self, os.close, self.file)
         self._own: IO[bytes] | None = None
@@ -79,11 +75,10 @@ class FileHome:
         self._turn = threading.Lock()  # a single linear may be fetched while the next layer is on its way
         if new:
             try:
-                total = sum(extent.bytes for extent in extents)
                 if hasattr(os, "posix_fallocate"):  # a full disk is found out now
-                    os.posix_fallocate(self.file, 0, total)
+                    os.posix_fallocate(self.file, 0, self.starts[-1])
                 else:
-                    os.truncate(self.file, total)
+                    os.truncate(self.file, self.starts[-1])
             except OSError:
                 self.close()
                 raise
@@ -95,7 +90,7 @@ class FileHome:
             return
         with self._turn:  # disk → locked host memory → GPU: two of these, so that the disk does not wait for the copy
             if len(self._staging) < 2:
-                staging = host_bytes(max(extent.bytes for extent in self.extents), self.device)
+                staging = host_bytes(max(self.sizes), self.device)
             else:
                 staging, copied = self._staging.pop(0)
                 copied.synchronize()
@@ -106,7 +101,7 @@ class FileHome:
 
     def _read(self, layer: int, memory: Tensor, start: int) -> None:
         file = self._own.fileno() if self._own is not None and layer in self._changed else self.file
-        into, offset, done = memory.numpy().data, self.extents[layer].start + start, 0
+        into, offset, done = memory.numpy().data, self.starts[layer] + start, 0
         try:
             while done < len(into):
                 count = os.preadv(file, [into[done : done + PIECE]], offset + done)
@@ -124,7 +119,7 @@ class FileHome:
         """Replace bytes of a layer: in the cache while it is made, else in this process's own file."""
         try:
             file = self.file if self.new else self._file_of_ours(layer)
-            _write(file, values.cpu().numpy().data, self.extents[layer].start + start)
+            _write(file, values.cpu().numpy().data, self.starts[layer] + start)
         except OSError as error:
             raise unwritable(self.path.parent.parent, error) from error
 
@@ -141,12 +136,12 @@ class FileHome:
 
     def _parts(self, layer: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """(place in the file, bytes) of the layer's image, at most ``size`` at a time, in memory that is used again."""
-        extent = self.extents[layer]
-        memory = torch.empty(min(size, extent.bytes), dtype=torch.uint8)
-        for start in range(0, extent.bytes, size):
-            part = memory[: min(size, extent.bytes - start)]
+        whole = self.sizes[layer]
+        memory = torch.empty(min(size, whole), dtype=torch.uint8)
+        for start in range(0, whole, size):
+            part = memory[: min(size, whole - start)]
             self._read(layer, part, start)
-            yield extent.start + start, part
+            yield self.starts[layer] + start, part
 
     def checksum(self, layer: int) -> int:
         """CRC-32 of the layer's image as it lies on the disk."""

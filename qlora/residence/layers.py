@@ -96,8 +96,8 @@ class _Recompute(torch.autograd.Function):
         hidden: Tensor,
         anchor: Tensor,
         boundary: RecomputedLayer,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
     ) -> Tensor | tuple[Tensor | None, ...]:
         ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
         ctx.parts = list(boundary.micro_batches(len(hidden)))
@@ -168,7 +168,7 @@ class _Recompute(torch.autograd.Function):
         return grad_hidden, None, None, None, None
 
 
-def wrap_layers(model: Any, rows: int, inputs: LayerInputs | None = None, mlp_tile: int | None = None) -> None:
+def wrap_layers(model: nn.Module, rows: int, inputs: LayerInputs | None = None, mlp_tile: int | None = None) -> None:
     """Put every decoder layer of a causal language model behind the boundary, in place, ``rows`` rows at a time.
 
     ``inputs`` says where their inputs wait for backward (None: on the device), and ``mlp_tile`` how many tokens go through
@@ -204,7 +204,7 @@ def kept_by(model: nn.Module) -> set[LayerInputs]:
     return {boundary.inputs for boundary in boundaries if boundary.inputs is not None}
 
 
-def unwrap_layers(model: Any) -> None:
+def unwrap_layers(model: nn.Module) -> None:
     """Take the boundaries away again; the model's paths are as they were."""
     tile_mlps([model], None)
     for parent in list(model.modules()):
@@ -234,7 +234,7 @@ def _drew_after(linear: nn.Module, grad: Tensor) -> bool:
 
 
 def _run(
-    layer: nn.Module, inputs: Tensor, part: slice, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, inputs: Tensor, part: slice, count: int, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Tensor, tuple[None, ...] | None]:
     """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``.
 
@@ -271,7 +271,7 @@ def _has_rows(value: Tensor, count: int, tokens: int) -> bool:
     return value.shape[1] == tokens or (value.dim() == 4 and value.shape[3] == tokens)
 
 
-def _wants_gradient(value: Any) -> bool:
+def _wants_gradient(value: object) -> bool:
     """Whether a tensor in here, inside tuples, lists and dicts too, is to get a gradient."""
     if isinstance(value, Tensor):
         return value.requires_grad

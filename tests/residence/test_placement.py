@@ -29,7 +29,7 @@ from qlora.residence.homes import HostHome
 from qlora.residence.image import Image, frozen_linears
 from qlora.residence.layers import decoder_layers
 from qlora.residence.load import load_base
-from qlora.residence.placement import POISON, Placement, Slot, resident_layers
+from qlora.residence.placement import POISON, Placement, Slot, next_layers, resident_layers
 from qlora.training import Trainer
 from tests.methods.tiny import logits_of, stir, tiny_checkpoint
 from tests.model.test_load import theirs, tiny, write_tokenizer
@@ -491,6 +491,21 @@ def test_a_process_that_dies_in_the_middle_ends_at_once(folder: Path) -> None:
     assert done.returncode != 0
     assert "Exception ignored" not in done.stderr
     assert float(done.stdout) < 5
+
+
+@pytest.mark.parametrize(
+    ("layer", "before", "direction", "expected"),
+    [
+        (0, -1, 1, (1, [0, 2, 3])),  # a forward begins
+        (2, 0, 1, (1, [2, 3, 7])),
+        (7, 3, 1, (-1, [7, 3, 2])),  # its end, where backward begins
+        (2, 3, -1, (-1, [2, 0])),
+        (0, 7, 1, (1, [0, 2, 3])),  # no backward: another forward
+        (3, -1, -1, (-1, [3, 2, 0])),  # nothing is there, after a failure: on as before
+    ],
+)
+def test_the_next_layers(layer: int, before: int, direction: int, expected: tuple[int, list[int]]) -> None:
+    assert next_layers([0, 2, 3, 7], layer, before, direction, 3) == expected
 
 
 # --- kinds of checkpoints ----------------------------------------------------------------------------------------------
