@@ -77,7 +77,9 @@ def doubled(model: nn.Module) -> nn.Module:
             if module.bias is not None:
                 made.bias = nn.Parameter(module.bias.detach().double(), requires_grad=False)
             dense[id(module)] = made
-    copied: nn.Module = copy.deepcopy(model, dense).double()  # deepcopy takes what its memo holds in an original's place
+    copied: nn.Module = copy.deepcopy(
+        model, dense
+    ).double()  # deepcopy takes what its memo holds in an original's place
     forward = copied.forward
 
     def in_double(*args: Any, **kwargs: Any) -> Any:

@@ -28,8 +28,7 @@ from qlora.residence.layers import unwrap_layers
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken
-from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_checkpoint
-from tests.training.tiny import adapter_bytes, gradients, random_rows
+from tests.tiny import FAMILIES, adapter_bytes, difference, gradients, logits_of, random_rows, stir, tiny_checkpoint
 
 CPU = torch.device("cpu")
 LAYERS = 4

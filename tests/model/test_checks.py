@@ -13,7 +13,8 @@ from qlora.errors import ModelError
 from qlora.model.checks import check_boundary, check_loss_path, check_packing, packs_one_row, position_limit
 from qlora.residence import layers
 from qlora.residence.layers import decoder_layers, wrap_layers
-from tests.model.test_loss import FAMILIES, IDS, VOCABULARY, random_model
+from tests.model.test_loss import FAMILIES, IDS
+from tests.tiny import VOCABULARY, random_model
 
 
 @pytest.mark.parametrize(

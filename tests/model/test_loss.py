@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from qlora.model.loss import (
     IGNORE_INDEX,
@@ -23,8 +21,8 @@ from qlora.model.loss import (
     hidden_states,
     token_loss,
 )
+from tests.tiny import VOCABULARY, random_model
 
-VOCABULARY = 96
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"]
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,18 +32,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "both": {"multiplier": 1.5, "softcap": 3.0, "bias": True},
 }
 IDS = [int(token) for token in torch.arange(3, 40) * 7 % VOCABULARY]
-
-
-def random_model(family: str, **options: Any) -> Any:
-    """A tiny random model of a family, its weights large enough that logits are far from uniform."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
-    }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**sizes | options)
-    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def random_head(bias: bool = False, trained: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Head:

@@ -23,7 +23,7 @@ from qlora.recipe import MemorySection, ModelSection
 from qlora.residence import cache
 from qlora.residence.cache import FILE, INDEX, cache_folder_of, cache_key
 from qlora.residence.placement import Placement
-from tests.methods.tiny import logits_of, tiny_checkpoint
+from tests.tiny import logits_of, tiny_checkpoint
 
 CPU = torch.device("cpu")
 LAYERS = 3

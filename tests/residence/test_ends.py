@@ -43,18 +43,17 @@ from qlora.residence.ends import (
     is_tied,
     refuse_half,
 )
-from tests.methods import tiny
+from tests import tiny
 from tests.model.test_loss import (
     HEADS,
     IDS,
-    VOCABULARY,
     in_dtype,
     plain_loss,
     random_batch,
     random_head,
-    random_model,
     value_and_gradient,
 )
+from tests.tiny import VOCABULARY, random_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),

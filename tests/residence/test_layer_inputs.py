@@ -18,11 +18,9 @@ from qlora.model.checks import check_boundary
 from qlora.model.loss import batch_loss
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
 from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
-from tests.methods.tiny import TOKENS, tiny_checkpoint
-from tests.model.test_loss import random_model
 from tests.planning.test_memory import peak_of
 from tests.residence.test_layers import FAMILIES, ROWS, assert_equal, step_gradients
-from tests.training.tiny import gradients, tiny_model
+from tests.tiny import TOKENS, gradients, random_model, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 PLACES = ["device", "host", "host memory", "disk"]

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qlora.data import collate
 from qlora.errors import ModelError
@@ -22,20 +20,10 @@ from qlora.model.nf4 import Linear4bit
 from qlora.recipe import LoRA
 from qlora.residence.boundary import draws
 from qlora.residence.layers import RecomputedLayer, _cut, decoder_layers, recomputing, unwrap_layers, wrap_layers
-from tests.methods.tiny import TOKENS, difference, stir
-from tests.model.test_loss import random_model
-from tests.training.tiny import gradients, random_rows, tiny_model
+from tests.tiny import SMALL, TOKENS, difference, gradients, random_model, random_rows, small_model, stir, tiny_model
 
 ROWS = random_rows(24, seed=3)[:7]  # packed, of odd and different lengths
 FAMILIES = ["llama", "qwen2", "gemma2"]
-SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
-    "falcon, alibi": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}),
-    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
-    "codegen": ("CodeGen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
-}  # fmt: skip
 
 
 def step_gradients(model: AdaptedModel, rows: int = 7, seed: int = 5) -> dict[str, Tensor]:
@@ -48,18 +36,6 @@ def step_gradients(model: AdaptedModel, rows: int = 7, seed: int = 5) -> dict[st
         batch_loss(model.model, batch, 16)[0].backward()
     model.model.eval()
     return gradients(model)
-
-
-def small_model(name: str, folder: Path) -> AdaptedModel:
-    """A random, unquantised model of a family whose layers answer with a tuple, with adapters that do something."""
-    family, sizes = SMALL[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(vocab_size=96, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **sizes)  # fmt: skip
-    bare = AutoModelForCausalLM.from_config(config).eval()
-    base = Base(bare, None, folder, "small", None, "none", False, torch.device("cpu"), torch.float32)
-    model = apply_method(base, LoRA(r=4))
-    stir(model, 0.05)
-    return model
 
 
 def loss_and_gradients(model: AdaptedModel, count: int) -> tuple[float, dict[str, Tensor]]:

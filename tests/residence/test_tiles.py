@@ -25,11 +25,9 @@ from qlora.residence.layers import RecomputedLayer, decoder_layers, recomputing,
 from qlora.residence.tiles import TiledMLP, find_mlp, tile_mlps, tiles_of
 from tests.methods.test_laws import CASES, adapted, spoken
 from tests.methods.test_laws import ROWS as LAW_ROWS
-from tests.methods.tiny import TOKENS, difference, tiny_checkpoint
-from tests.model.test_loss import random_model
 from tests.planning.test_memory import peak_of
-from tests.residence.test_layers import FAMILIES, ROWS, assert_equal, small_model, step_gradients
-from tests.training.tiny import gradients, tiny_model
+from tests.residence.test_layers import FAMILIES, ROWS, assert_equal, step_gradients
+from tests.tiny import TOKENS, difference, gradients, random_model, small_model, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ from qlora.files.durable import write_json
 from qlora.errors import RunError
 from qlora.runs.folder import RUN_FILES
 from qlora.training import MetricsLog, checkpoint
-from tests.conftest import conversations, tiny_values, write_lines
+from tests.tiny import conversations, tiny_values, write_lines
 
 WEIGHTS = "adapter_model.safetensors"
 # what two runs of the same steps must share to the last bit; seconds and memory may differ

@@ -14,8 +14,7 @@ from qlora.data import collate, step_rows
 from qlora.model.nf4 import dense_weight
 from qlora.recipe import TrainingSection
 from qlora.training import Trainer
-from tests.methods.tiny import tiny_checkpoint
-from tests.training.tiny import random_rows, tiny_model
+from tests.tiny import random_rows, tiny_checkpoint, tiny_model
 
 peft = pytest.importorskip("peft")
 

@@ -20,8 +20,7 @@ from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import unwrap_layers
 from qlora.training import Trainer, checkpoint
-from tests.methods.tiny import TOKENS, logits_of, stir, tiny_checkpoint
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
+from tests.tiny import TOKENS, adapter_bytes, logits_of, random_rows, stir, tiny_checkpoint, tiny_model
 
 ROWS = random_rows(30, seed=1)[:14]  # by 4: steps of 4, 4, 4 and 2 rows an epoch
 

@@ -18,9 +18,8 @@ from qlora.recipe import TrainingSection
 from qlora.residence.layers import RecomputedLayer, decoder_layers
 from qlora.training import Trainer
 from qlora.training.in_backward import InBackward
-from tests.methods.tiny import stir, tiny_base, tiny_checkpoint
+from tests.tiny import adapter_bytes, random_rows, stir, tiny_base, tiny_checkpoint, tiny_model
 from tests.training.test_smaller import no_collection, short_of_memory
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
 TARGETS = ("q_proj", "o_proj", "down_proj")

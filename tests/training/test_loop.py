@@ -24,9 +24,18 @@ from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layer
 from qlora.training import Trainer, learning_rate, loop
 from qlora.training.smaller import Way
 from tests.methods.test_laws import CASES, spoken
-from tests.methods.tiny import VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
-from tests.residence.test_layers import small_model
-from tests.training.tiny import adapter_bytes, gradients, random_rows, tiny_model
+from tests.tiny import (
+    VOCABULARY,
+    adapter_bytes,
+    difference,
+    gradients,
+    random_rows,
+    small_model,
+    stir,
+    tiny_base,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 ROWS = random_rows(80, seed=1)[:19]
 WAYS = [(size, way) for size in (1, 2, 4, 8) for way in ("layer_major", "micro_batch_major", "resident")]

@@ -21,9 +21,8 @@ from qlora.training import Trainer, loop, rehearsal
 from qlora.training.optim import optimizer_tensors, steps_taken_back
 from qlora.training.rehearsal import worst_rows
 from qlora.training.smaller import Way
-from tests.methods.tiny import stir, tiny_base, tiny_checkpoint
+from tests.tiny import adapter_bytes, random_rows, stir, tiny_base, tiny_checkpoint, tiny_model
 from tests.training.test_smaller import losses_in_chunks_of, no_collection, short_of_memory
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
 
 ROWS = random_rows(60, seed=1)[:14]
 CPU = torch.device("cpu")

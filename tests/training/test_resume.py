@@ -32,8 +32,8 @@ from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
 from qlora.runs import run
 from qlora.training import MetricsLog, Trainer, checkpoint
-from tests.conftest import tiny_values
 from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
+from tests.tiny import tiny_values
 
 # another instruction set sums in another order
 INSTRUCTIONS = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -22,9 +22,7 @@ from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
 from qlora.training import Progress, Step, Trainer, loop
 from qlora.training.smaller import Way
-from tests.methods.tiny import stir, tiny_checkpoint
-from tests.residence.test_layers import small_model
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
+from tests.tiny import adapter_bytes, random_rows, small_model, stir, tiny_checkpoint, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]  # by 8: steps of 8, 8 and 3 rows an epoch
 WAYS: dict[str, dict[str, Any]] = {
