@@ -104,6 +104,7 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(logits(ours(sharded)), logits(ours(whole)))
 
 
+@pytest.mark.slow  # bitsandbytes compiles its kernels for them
 def test_odd_sizes(tmp_path: Path) -> None:
     any_checkpoint(tmp_path, hidden_size=60, intermediate_size=101, head_dim=14)
     assert torch.equal(logits(ours(tmp_path)), logits(theirs(tmp_path)))
