@@ -483,6 +483,7 @@ base.model(torch.tensor([[1, 2, 3]]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_the_middle_ends_at_once(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DYING, str(folder)],
