@@ -1,26 +1,27 @@
 """The law of memory: where weights and layer inputs are kept, and how a step is cut, change memory and speed alone.
 
-Losses and gradients of every arrangement are held against those of the resident model, for the most part to the last bit
-and with dropout on. Where the order of a sum is another one, float noise is allowed: tiles of an MLP and slices of a head
-give matrix products of other shapes, which a CPU's kernels add up in another order; so do micro-batches of other sizes.
-Dropout draws in the order of the computation, so it is compared between arrangements that cut a step in the same way.
+One table: cases (families, packing, methods) × arrangements. Each arrangement's loss and gradients are held against those of
+the one that it is ``like``; in the end all are like the resident model, whose micro-batches go one after the other and which
+keeps every activation. Bit for bit and with dropout on where the order of sums and draws is the same. Where it is another one,
+rounding is allowed: tiles of an MLP and slices of a head give matrix products of other shapes, which kernels add up in another
+order; so do micro-batches of other sizes.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from qlora import recipe as config
+from qlora.data import Row, collate
 from qlora.errors import MethodError
 from qlora.evaluation import answers, score
 from qlora.export import merge
-from qlora.methods import Adapters, apply_method, load_adapter, save_adapter
+from qlora.methods import AdaptedModel, Adapters, apply_method, load_adapter, save_adapter
 from qlora.model.base import Base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.layers import unwrap_layers
@@ -28,49 +29,66 @@ from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken
-from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_checkpoint
-from tests.training.tiny import adapter_bytes, gradients, random_rows
+from tests.rounding import LAYERS as SUMS_OF_TWO
+from tests.rounding import rounding
+from tests.steps import close, same_bits, step_of
+from tests.tiny import CPU, adapter_bytes, logits_of, random_rows, stir, tiny_checkpoint
 
-CPU = torch.device("cpu")
-LAYERS = 4
+LAYERS = 3
 ROWS = random_rows(20, seed=3)[:5]  # of odd lengths; in micro-batches of 2 the last one is short
-STEP = {"batch_size": 5, "micro_batch_size": 2, "steps": 10, "learning_rate": 1e-2}
+STEP = {"batch_size": 5, "micro_batch_size": 2, "steps": 10, "learning_rate": 1e-2, "max_grad_norm": None}
+ALLOWED = rounding(sums=SUMS_OF_TWO * LAYERS)  # forward and backward
 
 STREAMED = {"layers": "streamed"}
 FILE = {"layers": "streamed", "tier": "disk"}
-NOISE = 5e-6
-"""Relative to the largest gradient of a tensor, where the order of a sum is another one."""
-
+HOST = {"embedding": "host", "head": "host"}
 PLAIN = {"gradient_checkpointing": False}
 MICRO = {"accumulation": "micro_batch_major"}
-HOST = {"embedding": "host", "head": "host"}
-EVERYTHING = {**FILE, **HOST, "layers": 1, "slots": 3, "mlp_tile": 7, "layer_inputs": "disk"}
-# what is arranged otherwise: (memory, training, the difference allowed)
-ARRANGEMENTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "from the file": (FILE, {}, 0),
-    "half resident": ({"layers": 2}, {}, 0),
-    "streamed micro-batch by micro-batch": ({**FILE, "slots": 3}, MICRO, 0),
-    "tiled": ({"mlp_tile": 5}, {}, NOISE),
-    "everything": (EVERYTHING, {}, NOISE),
-    "everything, micro-batch by micro-batch": ({**EVERYTHING, "slots": 2, "layer_inputs": "host"}, MICRO, NOISE),
+EVERYTHING = {**FILE, **HOST, "layers": 1, "slots": 3, "mlp_tile": 7, "layer_inputs": "host"}
+
+
+class Arrangement(NamedTuple):
+    """What is arranged otherwise than by default, and what it is compared with."""
+
+    memory: dict[str, Any]
+    training: dict[str, Any]
+    like: str
+    same_bits: bool
+
+
+ARRANGEMENTS = {
+    "resident": Arrangement({}, PLAIN, "resident", True),
+    "recomputed": Arrangement({}, MICRO, "resident", True),
+    "layer-major": Arrangement({}, {}, "resident", False),
+    "layer-major, one row at a time": Arrangement({}, {"micro_batch_size": 1}, "resident", False),
+    "recomputed, one row at a time": Arrangement({}, {**MICRO, "micro_batch_size": 1}, "resident", False),
+    "all rows at once": Arrangement({}, {"micro_batch_size": 5}, "resident", False),
+    "streamed": Arrangement(STREAMED, {}, "layer-major", True),
+    "streamed from a file": Arrangement(FILE, {}, "layer-major", True),
+    "partly streamed": Arrangement({"layers": 1}, {}, "layer-major", True),
+    "one streamed, from a file": Arrangement({"layers": LAYERS - 1, "tier": "disk"}, {}, "layer-major", True),
+    "more slots than layers": Arrangement({**STREAMED, "slots": 9}, {}, "layer-major", True),
+    "streamed, micro-batch by micro-batch": Arrangement({**FILE, "slots": 3}, MICRO, "resident", True),
+    "inputs on the host": Arrangement({"layer_inputs": "host"}, {}, "layer-major", True),
+    "tiled": Arrangement({"mlp_tile": 5}, {}, "layer-major", False),
+    "one large tile": Arrangement({"mlp_tile": 1000}, {}, "layer-major", False),
+    "embedding and head on the host": Arrangement(HOST, {}, "layer-major", False),
+    "everything": Arrangement(EVERYTHING, {}, "layer-major", False),
+    "everything, micro-batch by micro-batch": Arrangement({**EVERYTHING, "slots": 2}, MICRO, "resident", False),
 }
-MORE: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "streamed": (STREAMED, {}, 0),
-    "one streamed, from the file": ({"layers": LAYERS - 1, "tier": "disk"}, {}, 0),
-    "more slots than layers": ({**STREAMED, "slots": 9}, {}, 0),
-    "recomputed micro-batch by micro-batch": ({}, MICRO, 0),
-    "inputs on disk": ({"layer_inputs": "disk"}, {}, 0),
-    "embedding and head on the host": (HOST, {}, NOISE),
+# a family's checkpoint and the rows that are trained on
+FAMILY_CASES: dict[str, tuple[str, list[Row]]] = {
+    "llama": ("llama", ROWS),
+    "llama, unpacked": ("llama", random_rows(5, packing=False, seed=4)),
+    "qwen2": ("qwen2", ROWS),
+    "gemma2": ("gemma2", ROWS),
 }
-FAMILY_ARRANGEMENTS = {"llama": ARRANGEMENTS | MORE, "qwen2": ARRANGEMENTS, "gemma2": ARRANGEMENTS}
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads a slot after its layer left gets NaN."""
     monkeypatch.setattr(Placement, "poison", True)
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -86,57 +104,107 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def base_of(folder: Path, memory: dict[str, Any], quantization: str = "nf4", **section: Any) -> Base:
-    model = ModelSection(name=str(folder), quantization=quantization, compute_dtype="fp32", **section)  # type: ignore[arg-type]
+def base_of(folder: Path, memory: dict[str, Any], quantization: str = "nf4") -> Base:
+    model = ModelSection(name=str(folder), quantization=quantization, compute_dtype="fp32")  # type: ignore[arg-type]
     return load_base(model, CPU, memory=MemorySection(**memory, cache=str(folder / "cache")))
 
 
-def measured(
-    base: Base, memory: dict[str, Any], training: dict[str, Any], section: Any = None
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of one step and the gradients of its adapter; with dropout on."""
-    model = apply_method(base, section or LoRA(r=4, alpha=8, dropout=0.1))
+Measured = tuple[float, dict[str, torch.Tensor]]
+
+
+def measured(model: AdaptedModel, rows: list[Row], name: str) -> Measured:
+    """The loss and the gradients of a step in an arrangement; the base has been placed so."""
+    memory, training = ARRANGEMENTS[name][:2]
+    step, found = step_of(Trainer(model, rows, TrainingSection(**{**STEP, **training}), memory=MemorySection(**memory)))
+    unwrap_layers(model.model)
+    return step.loss, found
+
+
+def compare(found: Measured, expected: Measured, bits: bool) -> None:
+    if bits:
+        assert found[0] == pytest.approx(
+            expected[0], rel=rounding(terms=1)
+        )  # parts of the loss are added up by the step
+        same_bits(found[1], expected[1])
+    else:
+        assert found[0] == pytest.approx(expected[0], rel=ALLOWED)
+        close(found[1], expected[1], ALLOWED)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, str, float], Measured]:
+    """What was measured already: case, arrangement, dropout."""
+    return {}
+
+
+@pytest.mark.parametrize("name", list(ARRANGEMENTS)[1:])
+@pytest.mark.parametrize("case", FAMILY_CASES)
+def test_every_arrangement_gives_the_gradients_of_the_resident_model(
+    folders: Callable[[str], Path], known: dict[tuple[str, str, float], Measured], case: str, name: str
+) -> None:
+    family, rows = FAMILY_CASES[case]
+
+    def look(name: str, dropout: float) -> Measured:
+        if (case, name, dropout) not in known:
+            base = base_of(folders(family), ARRANGEMENTS[name].memory)
+            model = apply_method(base, LoRA(r=4, alpha=8, dropout=dropout))
+            stir(model, 0.05)
+            known[case, name, dropout] = measured(model, rows, name)
+            placed = base.placement
+            assert (placed is not None) == ("layers" in ARRANGEMENTS[name].memory)
+            assert placed is None or placed.fetched >= len(placed.order)
+        return known[case, name, dropout]
+
+    like, bits = ARRANGEMENTS[name][2:]
+    dropout = 0.1 if bits else 0.0
+    expected = look(like, dropout)
+    assert all(values.any() for values in expected[1].values())
+    compare(look(name, dropout), expected, bits)
+
+
+def test_the_table_could_tell(folders: Callable[[str], Path]) -> None:
+    """Other draws, a row that is left out, and means of means (transformers#34191) are far from what is allowed."""
+    model = apply_method(base_of(folders("llama"), {}), LoRA(r=4, alpha=8, dropout=0.1))
     stir(model, 0.05)
-    trainer = Trainer(model, ROWS, TrainingSection(**{**STEP, **training}), memory=MemorySection(**memory))
-    loss, _ = trainer._gradients(ROWS)
-    found = gradients(model)
-    unwrap_layers(base.model)
-    model.remove()
-    return loss, found
-
-
-def compare(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, Any], allowed: float) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=max(allowed, 1e-7))
-    assert found[1].keys() == expected[1].keys()
-    for name, values in expected[1].items():
-        if allowed:
-            assert difference(found[1][name], values) <= allowed, name
-        else:
-            assert torch.equal(found[1][name], values), name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_arrangement_gives_the_resident_gradients(folders: Callable[[str], Path], family: str) -> None:
-    folder, still = folders(family), LoRA(r=4, alpha=8)
-    resident = base_of(folder, {})
-    references = {None: measured(resident, {}, {}), "micro_batch_major": measured(resident, {}, PLAIN)}
-    assert all(values.isfinite().all() and values.any() for values in references[None][1].values())
-    whole = measured(resident, {}, {**PLAIN, "micro_batch_size": 5}, still)
-    for training in ({}, MICRO):
-        compare(measured(resident, {}, training, still), whole, NOISE)
-    for name, (memory, training, allowed) in FAMILY_ARRANGEMENTS[family].items():
-        base = base_of(folder, memory)
-        assert (base.placement is not None) == ("layers" in memory)
-        tiled = "mlp_tile" in memory  # a tile draws its dropout before the next one
-        expected = whole if tiled else references[training.get("accumulation")]
-        found = measured(base, memory, training, still if tiled else None)
-        print(f"{family}, {name}: {max(difference(found[1][key], expected[1][key]) for key in expected[1]):.1e}")
-        compare(found, expected, allowed)
-        if base.placement is not None:
-            assert base.placement.fetched >= len(base.placement.order)
+    how = {**STEP, **PLAIN}
+    step, expected = step_of(Trainer(model, ROWS, TrainingSection(**how)))
+    for rows, seed in ((ROWS, 1), (ROWS[:4], 0)):
+        other, found = step_of(Trainer(model, rows, TrainingSection(**how, seed=seed)))
+        assert other.loss != step.loss
+        with pytest.raises(AssertionError, match="of its largest value"):
+            close(found, expected, 10 * ALLOWED)
+    parts = [step_of(Trainer(model, [row], TrainingSection(**how)))[0].loss for row in ROWS]
+    assert abs(sum(parts) / len(parts) - step.loss) > 10 * ALLOWED * step.loss
 
 
 # --- methods -----------------------------------------------------------------------------------------------------------
+
+CUTS = ("recomputed", "layer-major", "recomputed, one row at a time", "tiled")
+SHARED = ("prefix_projected",)  # a parameter of all layers gets its gradient's terms in another order
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_has_the_same_gradients_however_its_step_is_cut(folders: Callable[[str], Path], name: str) -> None:
+    """1×5 = 2×2+1 = 5×1 in both orders, and in tiles. AdaLoRA's penalty counts once."""
+    case = CASES[name]
+    section = case.section.model_copy(update={"orthogonality": 5.0}) if name == "adalora" else case.section
+    model = apply_method(base_of(folders("llama"), {}, case.quantization), section)
+    rows = spoken(model, ROWS)
+    if case.reads_data:
+        model.prepare([collate(rows, 0)])
+    if name != "full":  # a base has values already
+        stir(model, 0.05)
+    for module in model.model.modules():
+        if isinstance(vars(module).get("dropout"), float):
+            module.dropout = 0.0  # type: ignore[assignment]
+    names = list(model.trainable_parameters())
+    found = {cut: measured(model, rows, cut) for cut in ("resident", *CUTS)}
+    assert list(model.trainable_parameters()) == names
+    assert all(values.any() for values in found["resident"][1].values())
+    for cut in CUTS:
+        like, bits = ARRANGEMENTS[cut][2:]
+        compare(found[cut], found[like], bits and name not in SHARED)
+
 
 PARTLY = {**FILE, "layers": 1}
 FEW = ROWS[:3]

@@ -1,10 +1,9 @@
-"""Faults injected for real, inputs fuzzed, every resume compared, a long run watched; and the table of it.
+"""Faults injected for real, inputs fuzzed, a long run watched; and the table of it.
 
     make survive        python -m benchmarks.survive [--small] [--folder DIR] [--out FILE] [PART …]
 
-    kills  disk  damage  numbers             fault, trials, survived, lost
+    kills  disk  damage                      fault, trials, survived, lost
     fuzz                                     inputs by parser
-    matrix                                   method × optimizer × placement: is the resumed run the same, bit for bit?
     soak                                     memory, open files and threads of a long run
 
 What is done is kept in DIR, so that an interrupted call goes on with the next part. Exits with 1 when anything was lost.
@@ -27,8 +26,8 @@ from benchmarks.survive.size import Size
 from qlora.files.durable import write_json
 from qlora.machine.device import versions
 
-PARTS = ("kills", "disk", "damage", "numbers", "fuzz", "matrix", "soak")
-FAULTS = PARTS[:4]
+PARTS = ("kills", "disk", "damage", "fuzz", "soak")
+FAULTS = PARTS[:3]
 
 
 def main() -> int:
@@ -83,7 +82,7 @@ def row_holds(part: str, row: dict[str, Any]) -> bool:
         return bool(row["survived"] == row["trials"])
     if part == "fuzz":
         return not row["failures"]
-    return row["bitwise"] is not False if part == "matrix" else not row["grows"]
+    return not row["grows"]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -113,8 +112,6 @@ def table(found: dict[str, Any], size: Size) -> str:
         lines += [f"| **all** | **{total:,}** | **{survived:,}** | |", ""]
     if "fuzz" in found:
         lines += fuzz_lines(found["fuzz"]["rows"])
-    if "matrix" in found:
-        lines += matrix_lines(found["matrix"]["rows"])
     if "soak" in found:
         lines += soak_lines(found["soak"]["rows"])
     return "\n".join(lines)
@@ -137,43 +134,6 @@ def fuzz_lines(rows: list[dict[str, Any]]) -> list[str]:
         )
     inputs, seconds, failures = (sum(row[key] for row in rows) for key in ("inputs", "seconds", "failures"))
     return [*lines, f"| **all** | | **{inputs:,}** | **{seconds:.0f}** | **{failures}** | |", ""]
-
-
-def matrix_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Methods by placements; each cell tells of all optimizers."""
-    placements = list(dict.fromkeys(row["placement"] for row in rows))
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    refusals: list[str] = []
-    equal = sum(row["bitwise"] is True for row in rows)
-    refused = sum(isinstance(row["bitwise"], str) for row in rows)
-    lines = [
-        "## Resume",
-        "",
-        f"Is a run that was broken off, loaded from its checkpoint and finished the same as one that was not, in every bit of "
-        f"adapter, optimizer state and losses? {len(rows)} cells: {equal} are, {len(rows) - equal - refused} are not, {refused} "
-        f"are refused in a sentence. Each cell stands for {', '.join(optimizers)}; dropout on, an evaluation in between, packed "
-        "and unpacked rows, broken mid-epoch, at an epoch's last step, and twice, in turns.",
-        "",
-        f"| method | {' | '.join(placements)} |",
-        f"|---|{'---|' * len(placements)}",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for placement in placements:
-            here = [row for row in rows if row["method"] == method and row["placement"] == placement]
-            cells.append(", ".join(dict.fromkeys(_cell(row, refusals) for row in here)) or "not tried")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    notes = [f"{number}. {text}" for number, text in enumerate(refusals, start=1)]
-    return [*lines, "", *notes, ""]
-
-
-def _cell(row: dict[str, Any], refusals: list[str]) -> str:
-    if isinstance(row["bitwise"], str):
-        why = row["bitwise"].removeprefix("refused: ")
-        if why not in refusals:
-            refusals.append(why)
-        return f"refused ({refusals.index(why) + 1})"
-    return "yes" if row["bitwise"] else f"**no** ({row['optimizer']}: {row['differs']})"
 
 
 def soak_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.survive.kills import Course, Trial, courses
+from benchmarks.survive.nursery import Nursery, nurseries, row_of
+from benchmarks.survive.scene import difference, metrics, one_sentence, row
 from benchmarks.survive.size import Size
-from benchmarks.survive.tiny import Nursery, difference, metrics, nurseries, one_sentence, row, row_of
 from qlora.files.durable import SEAL, damage
 
 READERS = (["evaluate", "{run}"], ["export", "{run}", "adapter"], ["export", "{run}", "merged"], ["report", "{run}"])

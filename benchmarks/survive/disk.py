@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.survive.kills import Course, Trial, courses
+from benchmarks.survive.nursery import Ended, Nursery, nurseries, row_of
+from benchmarks.survive.scene import difference, one_sentence
 from benchmarks.survive.size import Size
-from benchmarks.survive.tiny import Ended, Nursery, difference, nurseries, one_sentence, row_of
 
 PAGE = 4096  # bytes in which a tmpfs gives room
 EXPORTS = ("merged", "portable")

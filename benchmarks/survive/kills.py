@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.survive.nursery import Nursery, in_turns, nurseries
+from benchmarks.survive.scene import Scene, broken, difference, one_sentence, row
 from benchmarks.survive.size import Size
-from benchmarks.survive.tiny import Nursery, Scene, broken, difference, in_turns, nurseries, one_sentence, row
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import yaml
 
-from benchmarks.survive.matrix import write_base
+from benchmarks.survive.scene import Scene
 from benchmarks.survive.size import Size
 
 LIMIT = 32.0
@@ -31,8 +30,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # what is soaked: (memory, method, training)
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "lora, resident": ({}, {"name": "lora", "r": 8, "dropout": 0.1}, {}),
-    "adalora, streamed from disk, layer inputs on disk": (
-        {"layers": "streamed", "tier": "disk", "layer_inputs": "disk"},
+    "adalora, streamed from disk": (
+        {"layers": "streamed", "tier": "disk"},
         {"name": "adalora", "r": 4, "initial_r": 8},
         {"optimizer": "adamw_8bit"},
     ),
@@ -44,13 +43,20 @@ def run(place: Path, size: Size, say: Callable[[str], None]) -> list[dict[str, A
 
     ``growth`` and ``limit`` are in KiB per 100 steps, and are None for what is counted.
     """
-    base, rows = write_base(place / "base"), []
-    data = write_text(place / "text.jsonl")
+    scene, rows = Scene(place / "scene"), []
     for name in size.of(list(VARIANTS)[-1:], list(VARIANTS)):
         steps, every = size.of(60, 2000), size.of(4, 100)
         path = place / f"{list(VARIANTS).index(name)}.yaml"
-        values = recipe_of(name, base, data, path.with_suffix(""), steps, size.of(5, 50), size.of(10, 100))
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        memory, method, training = VARIANTS[name]
+        often = {"steps": steps, "batch_size": 2, "micro_batch_size": 1, "save_every": size.of(5, 50), **training}
+        scene.recipe(
+            path,
+            path.with_suffix(""),
+            place / "cache" if memory else None,
+            method=method,
+            training=often,
+            evaluation={"every": size.of(10, 100), "prompts": 0},
+        )
         samples = look_at(path, every)
         # 60 steps are few for a slope: there one late allocation counts as much as sixty would
         found = judge(samples, warm=steps // 4, limit=size.of(64 * LIMIT, LIMIT))
@@ -100,33 +106,6 @@ def look_at(recipe: Path, every: int) -> list[dict[str, float]]:
         raise RuntimeError(f"The soaked run ended with {done.returncode}: {done.stderr[-2000:]}")
     samples: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return samples
-
-
-def recipe_of(
-    name: str, base: Path, data: Path, folder: Path, steps: int, save_every: int, evaluate_every: int
-) -> dict[str, Any]:
-    """The recipe of a variant, as plain values."""
-    memory, method, training = VARIANTS[name]
-    return {
-        "model": {"name": str(base), "compute_dtype": "fp32"},
-        "method": method,
-        "data": {"train": str(data), "form": "text", "held_out_fraction": 0.1, "max_length": 24},
-        "training": {
-            "steps": steps, "batch_size": 2, "micro_batch_size": 1, "save_every": save_every, **training
-        },
-        "memory": {**memory, "cache": str(base.with_name("cache"))},
-        "evaluation": {"every": evaluate_every, "prompts": 0},
-        "device": {"name": "cpu", "threads": 1},
-        "folder": str(folder),
-    }  # fmt: skip
-
-
-def write_text(path: Path, documents: int = 60) -> Path:
-    """A file of texts of 4 to 20 random words of ``write_base``'s vocabulary."""
-    random = numpy.random.default_rng(5)
-    texts = [" ".join(f"w{n}" for n in random.integers(3, 96, int(random.integers(4, 21)))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def sample() -> dict[str, float]:

@@ -20,7 +20,8 @@ from qlora.model import Base
 from qlora.recipe import PrefixTuning
 from qlora.residence.layers import decoder_layers, wrap_layers
 from tests.methods.tiny import VOCABULARY, stir
-from tests.model.test_loss import LargestLogits, random_model
+from tests.model.test_loss import LargestLogits
+from tests.tiny import random_model
 from tests.training.tiny import random_rows
 
 MODULE = sys.modules["qlora.evaluation.score"]  # by attribute that name is the function

@@ -19,7 +19,8 @@ from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, save_adapter
-from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.rounding import difference, rounding
+from tests.tiny import FAMILIES, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8)
 
@@ -48,7 +49,8 @@ def test_merged_is_the_adapter_model(tmp_path: Path, family: str, quantization: 
     base = tiny_checkpoint(tmp_path / "base", family)
     model = trained(base, tmp_path / "adapter", quantization)
     expected = logits_of(model.model)
-    for dtype, tolerance in (("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 3e-3)):
+    # the weights themselves are rounded, each by half an eps at most
+    for dtype, tolerance in (("fp32", rounding()), ("bf16", 5 * 2**-8), ("fp16", 6 * 2**-11)):
         out = tmp_path / dtype
         merged = merge(base, tmp_path / "adapter", out, quantization=quantization, compute_dtype="fp32", dtype=dtype)
         worst = difference(plain_logits(out), expected)
@@ -67,7 +69,7 @@ def test_linears_without_adapter_went_through_quantisation_too(tmp_path: Path) -
     model = trained(base, tmp_path / "adapter", section=section)
     merged = merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32")
     assert (merged.adapted, merged.dequantised) == (1, 13)
-    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
+    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
 
 
 def test_original_adds_to_the_weights_before_quantisation(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_ties_are_told_as_the_files_have_them(tmp_path: Path, family: str, tied:
     merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) is not tied
-    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
+    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
 
 
 def test_a_tied_config_with_both_tensors_in_the_file(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_a_tied_config_with_both_tensors_in_the_file(tmp_path: Path) -> None:
     model = trained(base, tmp_path / "adapter")
     merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
+    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_a_prequantised_base_becomes_plain(tmp_path: Path, quantised: BitsAndByt
     model = trained(tmp_path / "base", tmp_path / "adapter", options["quantization"])
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp32", **options)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) < 1e-5
+    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
     with pytest.raises(ModelError, match="itself quantised"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", base="original", **options)
 
@@ -215,6 +217,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems return memory when they like")
+@pytest.mark.slow
 def test_memory_is_one_tensor_whatever_the_model(tmp_path: Path) -> None:
     section = config.LoRA(r=4, target_modules=("up_proj",))
     for name, layers in (("small", 1), ("large", 12)):

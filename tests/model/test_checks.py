@@ -15,7 +15,8 @@ from qlora.model.checks import check_loss_path, check_packing, packs_one_row
 from qlora.residence import layers
 from qlora.residence.checks import check_boundary
 from qlora.residence.layers import decoder_layers, wrap_layers
-from tests.model.test_loss import FAMILIES, IDS, VOCABULARY, random_model
+from tests.model.test_loss import FAMILIES, IDS
+from tests.tiny import VOCABULARY, random_model
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.errors import ModelError
 from qlora.model import load_config, load_tokenizer, quantised_names
@@ -23,43 +21,17 @@ from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
 from qlora.residence.load import load_base
+from tests.tiny import any_checkpoint, word_tokenizer
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALL = {  # with rows of whole blocks of 64: of others, bitsandbytes on a CPU dequantises some wrongly (test_nf4.py)
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Phi3"]
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-def write_tokenizer(folder: Path, size: int = 96, **special: str) -> None:
-    words = ["<pad>", "<s>", "</s>"] + [f"w{i}" for i in range(3, size)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
-def tiny(
-    folder: Path, family: str = "Llama", dtype: torch.dtype = torch.bfloat16, shards: str = "5GB", **options: Any
-) -> Path:
-    """A random model of a family, saved as anyone would save it."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | options)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # ones and zeros would hide a norm or bias that was not loaded
-            nn.init.normal_(parameter, 0.5, 0.2)
-    model.save_pretrained(folder, max_shard_size=shards)
-    write_tokenizer(folder, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(tmp_path_factory.mktemp("llama"))
+    return any_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -99,7 +71,7 @@ def theirs(
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_every_family_are_those_of_from_pretrained(family: str, tied: bool, tmp_path: Path) -> None:
-    tiny(tmp_path, family, tie_word_embeddings=tied)
+    any_checkpoint(tmp_path, family, tie_word_embeddings=tied)
     model = ours(tmp_path)
     assert torch.equal(logits(model), logits(theirs(tmp_path)))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
@@ -113,7 +85,7 @@ def test_logits_of_every_family_are_those_of_from_pretrained(family: str, tied: 
 def test_logits_of_every_dtype_and_quantization(
     quantization: str, compute_dtype: str, stored: str, tmp_path: Path
 ) -> None:
-    tiny(tmp_path, "Qwen2", DTYPES[stored])
+    any_checkpoint(tmp_path, "Qwen2", DTYPES[stored])
     model = ours(tmp_path, quantization=quantization, compute_dtype=compute_dtype)
     assert torch.equal(logits(model), logits(theirs(tmp_path, quantization, compute_dtype=compute_dtype)))
     kinds = {"nf4": Linear4bit, "fp4": Linear4bit, "int8": Linear8bit, "none": nn.Linear}
@@ -127,14 +99,15 @@ def test_logits_without_double_quantisation(llama: Path) -> None:
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
-    whole = tiny(tmp_path / "whole")
-    sharded = tiny(tmp_path / "sharded", shards="60KB")
+    whole = any_checkpoint(tmp_path / "whole")
+    sharded = any_checkpoint(tmp_path / "sharded", shards="60KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert torch.equal(logits(ours(sharded)), logits(ours(whole)))
 
 
+@pytest.mark.slow  # bitsandbytes compiles its kernels for them
 def test_odd_sizes(tmp_path: Path) -> None:
-    tiny(tmp_path, hidden_size=60, intermediate_size=101, head_dim=14)
+    any_checkpoint(tmp_path, hidden_size=60, intermediate_size=101, head_dim=14)
     assert torch.equal(logits(ours(tmp_path)), logits(theirs(tmp_path)))
 
 
@@ -142,7 +115,7 @@ def test_rotary_frequencies_of_long_context_models(tmp_path: Path) -> None:
     """They are in no file: what the skeleton computes on meta has to be computed again."""
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope |= {"original_max_position_embeddings": 32, "rope_theta": 5e5}
-    tiny(tmp_path, rope_parameters=rope)
+    any_checkpoint(tmp_path, rope_parameters=rope)
     assert torch.equal(logits(ours(tmp_path)), logits(theirs(tmp_path)))
 
 
@@ -204,7 +177,7 @@ def test_prequantised_checkpoint_is_taken_as_it_is(
     llama: Path, tmp_path: Path, quantization: str, double_quant: bool
 ) -> None:
     theirs(llama, quantization, double_quant).save_pretrained(tmp_path)  # type: ignore[operator]
-    write_tokenizer(tmp_path, eos_token="</s>")
+    word_tokenizer(eos_token="</s>").save_pretrained(tmp_path)
     base = load_base(ModelSection(name=str(tmp_path), quantization=quantization, double_quant=True), CPU)
     assert base.double_quant == double_quant
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -226,9 +199,9 @@ def test_other_prequantised_checkpoints_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize("shards", ["5GB", "60KB"])
 def test_prequantised_8_bit_checkpoint_is_taken_as_it_is(tmp_path: Path, shards: str, compute_dtype: Any) -> None:
     """Qwen 2 has biases. Small shards part a weight from its scales."""
-    dense, packed = tiny(tmp_path / "dense", "Qwen2"), tmp_path / "packed"
+    dense, packed = any_checkpoint(tmp_path / "dense", "Qwen2"), tmp_path / "packed"
     theirs(dense, "int8", compute_dtype=compute_dtype).save_pretrained(packed, max_shard_size=shards)  # type: ignore[operator]
-    write_tokenizer(packed, eos_token="</s>")
+    word_tokenizer(eos_token="</s>").save_pretrained(packed)
     base = load_base(ModelSection(name=str(packed), quantization="int8", compute_dtype=compute_dtype), CPU)
     assert (base.quantization, base.double_quant) == ("int8", False)
     assert len(quantised_names(base.model)) == 14
@@ -378,7 +351,7 @@ def test_wrong_shape(copy: Path) -> None:
 
 
 def test_tied_head_may_be_in_the_checkpoint_too_or_alone(tmp_path: Path) -> None:
-    tiny(tmp_path, tie_word_embeddings=True)
+    any_checkpoint(tmp_path, tie_word_embeddings=True)
     before = logits(ours(tmp_path))
     change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     assert torch.equal(logits(ours(tmp_path)), before)
@@ -391,7 +364,7 @@ def test_tied_head_may_be_in_the_checkpoint_too_or_alone(tmp_path: Path) -> None
 
 def test_checkpoint_of_the_body_alone_gets_its_prefix(tmp_path: Path) -> None:
     """from_pretrained loads a checkpoint saved without the ``model.`` prefix; so do we."""
-    tiny(tmp_path, tie_word_embeddings=True)
+    any_checkpoint(tmp_path, tie_word_embeddings=True)
     before = logits(ours(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
@@ -403,14 +376,14 @@ MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32, "n
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
 def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    tiny(tmp_path, family, **MOE)
+    any_checkpoint(tmp_path, family, **MOE)
     for quantization in ("nf4", "none"):
         with pytest.raises(ModelError, match=r"model type '\w+'.*experts\.0\..*without experts"):
             ours(tmp_path, quantization=quantization)
 
 
 def test_experts_that_are_stored_fused_are_not_left_in_16_bits(tmp_path: Path) -> None:
-    tiny(tmp_path, "Mixtral", **MOE)
+    any_checkpoint(tmp_path, "Mixtral", **MOE)
     fused = theirs(tmp_path, "none")
     save_file({name: tensor.clone() for name, tensor in fused.state_dict().items()}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"stay in 16 bits: .*experts\.gate_up_proj"):
@@ -419,7 +392,9 @@ def test_experts_that_are_stored_fused_are_not_left_in_16_bits(tmp_path: Path) -
 
 
 def test_what_is_no_linear_is_refused(tmp_path: Path) -> None:
-    tiny(tmp_path, "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    any_checkpoint(
+        tmp_path, "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+    )
     with pytest.raises(ModelError, match=r"stay in 16 bits: transformer\.h\.\d\.mlp\.c_"):
         ours(tmp_path)
     assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(theirs(tmp_path, "none")))
@@ -462,15 +437,13 @@ def test_cast_of_the_model_keeps_the_packed_weights(llama: Path) -> None:
     ],
 )
 def test_padding_token(special: dict[str, str], padding: str, copy: Path) -> None:
-    write_tokenizer(copy, **special)
+    word_tokenizer(**special).save_pretrained(copy)
     assert load_tokenizer(copy).pad_token == padding
     assert load_tokenizer(ModelSection(name=str(copy))).pad_token_id < 96
 
 
 def test_padding_falls_back_to_the_end_token(tmp_path: Path) -> None:
-    words = {"x": 0, "</s>": 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="x"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
+    word_tokenizer(2, ("x", "</s>"), eos_token="</s>").save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token == "</s>"
     assert len(loaded) == 2

@@ -130,17 +130,17 @@ def test_adapter_gradients_and_optimizer_are_counted_exactly(models: dict[str, P
     assert planned["adapter"] == sum(p.untyped_storage().nbytes() for p in parameters.values())
     trainer = Trainer(model, rows_of(model, 2, 32), training)
     seen: list[int] = []
-    step = trainer.optimizer.step
+    step = trainer.state.optimizer.step
 
     def watched(*arguments: Any) -> Any:
         seen.append(sum(p.grad.untyped_storage().nbytes() for p in parameters.values() if p.grad is not None))
         return step(*arguments)
 
-    optimizing: Any = trainer.optimizer
+    optimizing: Any = trainer.state.optimizer
     optimizing.step = watched
     next(trainer)
     assert seen == [run.moments()[-1].gradients] == [planned["adapter"]]
-    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.optimizer, parameters).values())
+    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.state.optimizer, parameters).values())
     assert planned["optimizer"] == pytest.approx(state, rel=0.001)  # but for a step count of some bytes a matrix
 
 

@@ -23,7 +23,7 @@ from qlora.residence import cache
 from qlora.residence.cache import FILE, INDEX, cache_folder_of, cache_key
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
-from tests.methods.tiny import logits_of, tiny_checkpoint
+from tests.tiny import logits_of, tiny_checkpoint
 
 CPU = torch.device("cpu")
 LAYERS = 3
@@ -420,6 +420,7 @@ def processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
+@pytest.mark.slow
 def test_killed_while_it_was_written_it_is_made_by_the_next(
     processes: dict[str, Any], folder: Path, expected: torch.Tensor, says: Says
 ) -> None:
@@ -433,6 +434,7 @@ def test_killed_while_it_was_written_it_is_made_by_the_next(
     assert not rest(place)
 
 
+@pytest.mark.slow
 def test_a_system_that_limits_files(processes: dict[str, Any]) -> None:
     place, statuses, (text,) = processes["small files only"]
     assert statuses == [3]
@@ -442,6 +444,7 @@ def test_a_system_that_limits_files(processes: dict[str, Any]) -> None:
     assert not rest(place)
 
 
+@pytest.mark.slow
 def test_a_folder_of_someone_else(processes: dict[str, Any]) -> None:
     place, statuses, (text,) = processes["not writable"]
     assert statuses == [2]
@@ -449,6 +452,7 @@ def test_a_folder_of_someone_else(processes: dict[str, Any]) -> None:
     assert "make it writable, or name another folder by memory.cache." in text
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_write_it_once(processes: dict[str, Any]) -> None:
     place, statuses, texts = processes["two at once"]
     assert statuses == [0, 0]

@@ -16,11 +16,10 @@ from qlora.methods import AdaptedModel
 from qlora.model.loss import batch_loss
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
 from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
-from tests.methods.tiny import TOKENS, tiny_checkpoint
-from tests.model.test_loss import random_model
 from tests.planning.test_memory import peak_of
-from tests.residence.test_layers import FAMILIES, ROWS, assert_equal, step_gradients
-from tests.training.tiny import gradients, tiny_model
+from tests.residence.test_layers import ROWS, step_gradients
+from tests.steps import same_bits
+from tests.tiny import TOKENS, gradients, random_model, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 PLACES = ["device", "host", "host memory"]
@@ -35,11 +34,10 @@ def inputs_in(place: str) -> LayerInputs:
     return inputs
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
     """Four layers: of two the last one's input never leaves."""
-    folder = tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=4)
-    return tiny_model(folder, dropout=0.0)
+    return tiny_model(tiny_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=4), dropout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def test_gradients_are_the_same_bits(model: AdaptedModel, rows: int) -> None:
         inputs = inputs_in(place)
         wrap_layers(model.model, rows, inputs)
         for _ in range(2):  # the second step uses memory again
-            assert_equal(step_gradients(model), expected)
+            same_bits(step_gradients(model), expected)
         assert kept_by(model.model) == {inputs}
         assert not inputs.waiting
 
@@ -94,7 +92,7 @@ def test_dropout_and_an_evaluation_in_the_middle(dropping: AdaptedModel, place: 
     wrap_layers(network, 3)
     expected = step(False)
     wrap_layers(network, 3, inputs_in(place))
-    assert_equal(step(True), expected)
+    same_bits(step(True), expected)
 
 
 @pytest.mark.parametrize("place", PLACES[1:])
@@ -110,7 +108,7 @@ def test_several_forwards_before_their_backwards(dropping: AdaptedModel, place: 
         dropping.model.eval()
         return gradients(dropping)
 
-    assert_equal(step(inputs_in(place)), step(None))
+    same_bits(step(inputs_in(place)), step(None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -181,7 +179,7 @@ def test_a_graph_that_is_dropped_leaves_nothing(dropping: AdaptedModel) -> None:
     expected = step_gradients(dropping)
     assert len(inputs.memory.free) == held == 2
     wrap_layers(network, 2)
-    assert_equal(step_gradients(dropping), expected)
+    same_bits(step_gradients(dropping), expected)
 
 
 def test_host_memory_is_used_again() -> None:

@@ -31,9 +31,8 @@ from qlora.residence.layers import decoder_layers
 from qlora.residence.load import load_base
 from qlora.residence.placement import POISON, Placement, Slot, next_layers, resident_layers
 from qlora.training import Trainer
-from tests.methods.tiny import logits_of, stir, tiny_checkpoint
-from tests.model.test_load import theirs, tiny, write_tokenizer
-from tests.training.tiny import random_rows
+from tests.model.test_load import theirs
+from tests.tiny import any_checkpoint, logits_of, random_rows, stir, tiny_checkpoint, word_tokenizer
 
 CPU = torch.device("cpu")
 LAYERS = 6
@@ -478,6 +477,7 @@ base.model(torch.tensor([[1, 2, 3]]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_in_the_middle_ends_at_once(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DYING, str(folder)],
@@ -525,11 +525,11 @@ MEMORIES = [{"layers": "streamed"}, {"layers": 1, "tier": "disk"}]
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
 def test_prequantised_checkpoints_stream(tmp_path: Path, quantization: str) -> None:
     """Qwen 2 has biases; its embedding and head are tied here."""
-    tiny(tmp_path / "dense", "Qwen2", tie_word_embeddings=True)
+    any_checkpoint(tmp_path / "dense", "Qwen2", tie_word_embeddings=True)
     for double in (False, True) if quantization == "nf4" else (False,):
         place = tmp_path / f"packed-{double}"
         theirs(tmp_path / "dense", quantization, double).save_pretrained(place)  # type: ignore[operator]
-        write_tokenizer(place, eos_token="</s>")
+        word_tokenizer(eos_token="</s>").save_pretrained(place)
         for memory in MEMORIES:
             plain, streamed = streamed_and_plain(place, memory, quantization=quantization)
             assert torch.equal(plain, streamed)
@@ -540,10 +540,10 @@ def test_prequantised_checkpoints_stream(tmp_path: Path, quantization: str) -> N
 def test_a_prequantised_checkpoint_whose_config_lies_about_it_is_refused(tmp_path: Path) -> None:
     import json
 
-    tiny(tmp_path / "dense")
+    any_checkpoint(tmp_path / "dense")
     place = tmp_path / "packed"
     theirs(tmp_path / "dense", "nf4", False).save_pretrained(place)  # type: ignore[operator]
-    write_tokenizer(place, eos_token="</s>")
+    word_tokenizer(eos_token="</s>").save_pretrained(place)
     values = json.loads((place / "config.json").read_text())
     values["quantization_config"]["bnb_4bit_use_double_quant"] = True
     (place / "config.json").write_text(json.dumps(values))
@@ -559,7 +559,7 @@ def test_linears_that_are_kept_in_fp32_stream(
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["o_proj", "input_layernorm"])
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["o_proj", "input_layernorm"])
-    tiny(tmp_path, dtype=torch.float32)
+    any_checkpoint(tmp_path, dtype=torch.float32)
     section = {"quantization": quantization, "compute_dtype": "fp16"}
     for memory in MEMORIES:
         base = load_base(
@@ -580,7 +580,7 @@ def test_linears_that_are_kept_in_fp32_stream(
 
 def test_the_transposed_linears_of_gpt2_stream(tmp_path: Path) -> None:
     options = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
-    tiny(tmp_path, "GPT2", **options)
+    any_checkpoint(tmp_path, "GPT2", **options)
     for memory in MEMORIES:
         plain, streamed = streamed_and_plain(tmp_path, memory, quantization="none")
         assert torch.equal(plain, streamed)

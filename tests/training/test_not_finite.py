@@ -20,8 +20,7 @@ from qlora.model.nf4 import dense_weight
 from qlora.recipe import TrainingSection
 from qlora.training import Step, Trainer, checkpoint
 from qlora.training.optim import optimizer_tensors
-from tests.methods.tiny import tiny_checkpoint
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
+from tests.tiny import adapter_bytes, random_rows, tiny_checkpoint, tiny_model
 
 BAD = 95  # a token that no row holds but the one it is put into
 ROWS = [

@@ -108,7 +108,10 @@ def test_every_optimizer_is_adamw(name: Any) -> None:
     for key in values:
         moved = (truth[key] - start[key]).abs().mean()
         off = (values[key] - truth[key]).abs().mean() / moved
-        assert off <= (0.05 if "8bit" in name and key == "large" else 1e-5), (key, float(off))
+        rounded = (
+            10 * 4 * torch.finfo(torch.float32).eps * truth[key].abs().mean() / moved
+        )  # four a step, of values this large
+        assert off <= (0.05 if "8bit" in name and key == "large" else rounded), (key, float(off))
 
 
 def test_bf16_adapters_have_fp32_moments() -> None:

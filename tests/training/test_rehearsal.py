@@ -22,9 +22,9 @@ from qlora.training.objectives import tokens
 from qlora.training.optim import optimizer_tensors, steps_taken_back
 from qlora.training.rehearsal import worst_rows
 from qlora.training.way import Way
-from tests.methods.tiny import stir, tiny_base, tiny_checkpoint
+from tests.steps import take
+from tests.tiny import adapter_bytes, random_rows, stir, tiny_base, tiny_checkpoint, tiny_model
 from tests.training.test_smaller import losses_in_chunks_of, no_collection, short_of_memory
-from tests.training.tiny import adapter_bytes, random_rows, tiny_model
 
 ROWS = random_rows(60, seed=1)[:14]
 CPU = torch.device("cpu")
@@ -53,10 +53,6 @@ def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
     stir(one_model, 0.05)
     yield one_model
     unwrap_layers(one_model.model)
-
-
-def take(trainer: Trainer, count: int) -> list[tuple[float, float]]:
-    return [(step.loss, step.grad_norm) for step in (next(trainer) for _ in range(count))]
 
 
 def state_of(trainer: Trainer) -> tuple[Any, ...]:

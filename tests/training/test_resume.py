@@ -1,6 +1,6 @@
 """The law of resume: a run that was broken off and goes on is the run that was never broken, bit for bit.
 
-Through trainers, a few cells of the matrix that ``make survive`` tries whole; and through run folders, with a real signal.
+Through trainers, the cells of tests/training/matrix.py; and through run folders, with a real signal.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.survive import matrix
-from benchmarks.survive.matrix import Cell
-from benchmarks.survive.size import Size
 from qlora.data import step_rows
 from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
-from qlora.runs import train as run
+from qlora.runs.train import resume, train
 from qlora.training import MetricsLog, Trainer, checkpoint
-from tests.conftest import tiny_values
 from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
+from tests.tiny import tiny_checkpoint, tiny_values
+from tests.training import matrix
+from tests.training.matrix import Cell
 
 # another instruction set sums in another order
 INSTRUCTIONS = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -41,20 +40,35 @@ INSTRUCTIONS = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matrix.write_base(tmp_path_factory.mktemp("resume") / "base")
+    return tiny_checkpoint(tmp_path_factory.mktemp("resume") / "base")
 
 
 # --- the matrix ------------------------------------------------------------------------------------------------------
 
 
-def test_a_few_cells_of_every_kind_are_bitwise_equal(tmp_path: Path) -> None:
-    said: list[str] = []
-    rows = matrix.run(tmp_path, Size(small=True), said.append)
-    assert [row for row in rows if row["bitwise"] is not True] == []
-    assert len(said) == 1
-    assert any(row["eight_bit"] for row in rows if row["optimizer"] == "adamw_8bit")
-    assert any(row["eight_bit"] for row in rows if row["optimizer"] == "paged_adamw_8bit")
-    assert not any(row["eight_bit"] for row in rows if row["optimizer"] in ("adamw", "paged_adamw"))
+@pytest.mark.parametrize("cell", matrix.few(), ids=lambda cell: cell.method)
+def test_a_resumed_run_is_the_run_that_was_not_broken(base: Path, tmp_path: Path, cell: Cell) -> None:
+    found = matrix.try_cell(base, tmp_path, cell)
+    assert found == matrix.Found(eight_bit=found.eight_bit)
+    if "8bit" not in cell.optimizer:
+        assert not found.eight_bit
+    elif cell.method == "lora":
+        assert found.eight_bit
+
+
+@pytest.mark.slow
+def test_every_pair_of_settings_is_resumed_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    differ, refused = [], set()
+    for cell in matrix.every_pair():
+        found = matrix.try_cell(base, tmp_path, cell)
+        if found.refused:
+            refused.add((cell.method, cell.placement))
+        elif found.differs:
+            differ.append((cell, found.differs))
+    assert differ == []
+    assert refused == {("full", placement) for placement in ("streamed from disk", "half streamed")} | {
+        (method, "embedding and head on the host") for method in ("full",)
+    }
 
 
 def pairs(cells: list[Cell], *names: str) -> set[tuple[Any, ...]]:
@@ -62,16 +76,14 @@ def pairs(cells: list[Cell], *names: str) -> set[tuple[Any, ...]]:
 
 
 def test_the_cells_cover_every_pair() -> None:
-    """The few: of everything but the method, and every method once. The whole matrix: of everything."""
-    rest = ("optimizer", "placement", "packing", "broken_at")
-    few, every = matrix.few(), matrix.every()
-    assert pairs(few, *rest) == pairs(every, *rest)
-    assert Counter(cell.method for cell in few) == dict.fromkeys(matrix.METHODS, 1)
-    sizes = {"method": len(matrix.METHODS), "optimizer": 4, "placement": 6, "packing": 2, "broken_at": 3}
-    assert len(pairs(every, *sizes)) == sum(sizes[a] * sizes[b] for a, b in combinations(sizes, 2))
-    assert (
-        len(every) == len({(cell.method, cell.optimizer, cell.placement) for cell in every}) == len(matrix.METHODS) * 24
-    )
+    """The few: of everything but the method, and every method once. The many: of everything."""
+    sizes = {
+        "method": len(matrix.METHODS), "optimizer": len(matrix.OPTIMIZERS), "placement": len(matrix.PLACEMENTS), "packing": 2,
+        "broken_at": len(matrix.BROKEN),
+    }  # fmt: skip
+    for cells, names in ((matrix.few(), list(sizes)[1:]), (matrix.every_pair(), list(sizes))):
+        assert len(pairs(cells, *names)) == sum(sizes[a] * sizes[b] for a, b in combinations(names, 2))
+    assert Counter(cell.method for cell in matrix.few()) == dict.fromkeys(matrix.METHODS, 1)
 
 
 def test_a_difference_is_seen(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,24 +97,7 @@ def test_a_difference_is_seen(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         moment.view(-1)[7] = torch.nextafter(moment.view(-1)[7], torch.tensor(9.0))
 
     monkeypatch.setattr(checkpoint, "load_optimizer_tensors", almost)
-    row = matrix.try_cell(base, tmp_path, cell)
-    assert row["bitwise"] is False
-    assert "optimizer.safetensors" in row["differs"]
-
-
-@pytest.mark.parametrize(
-    ("method", "placement", "words"),
-    [
-        ("full", "streamed from disk", "streamed"),
-        ("adalora", "optimizer in backward", "adalora needs all gradients after the step"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_a_sentence(
-    base: Path, tmp_path: Path, method: str, placement: str, words: str
-) -> None:
-    row = matrix.try_cell(base, tmp_path, Cell(method, "adamw", placement, True, "twice"))
-    assert row["bitwise"].startswith("refused: ")
-    assert words in row["bitwise"]
+    assert "optimizer.safetensors" in matrix.try_cell(base, tmp_path, cell).differs
 
 
 # --- paged states ----------------------------------------------------------------------------------------------------
@@ -167,7 +162,7 @@ EARLY = next(row for row in step_rows(5, 2, 1, 0) if row in step_rows(5, 2, 4, 0
     [
         ("lora", "adamw_8bit", "streamed from disk"),
         ("adalora", "adamw", "resident"),
-        ("lora + modules + new_tokens", "paged_adamw", "optimizer in backward"),
+        ("lora + modules + new_tokens", "paged_adamw", "micro-batch by micro-batch"),
     ],
 )
 def test_a_run_with_skipped_steps_goes_on_bit_for_bit(
@@ -253,7 +248,7 @@ def recipe_of(values: dict[str, Any], folder: Path, *overrides: str) -> Recipe:
 @pytest.fixture(scope="module")
 def finished(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run.train(recipe_of(values, folder), quiet=True)
+    train(recipe_of(values, folder), quiet=True)
     return folder
 
 
@@ -270,7 +265,7 @@ def stopped(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
         patched.chdir(place)
         stop_after(patched, 4)
         with pytest.raises(Stopped, match="step 4 of 10"):
-            run.train(recipe_of(values, place / "run"), quiet=True)
+            train(recipe_of(values, place / "run"), quiet=True)
     return place / "run"
 
 
@@ -303,9 +298,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished: Path, stopped: Path, tmp_pa
         with pytest.MonkeyPatch.context() as patched:
             stop_after(patched, step)
             with pytest.raises(Stopped, match=f"step {step} of 10"):
-                run.resume(folder, quiet=True)
+                resume(folder, quiet=True)
     torch.manual_seed(5)
-    run.resume(folder, quiet=True)
+    resume(folder, quiet=True)
     assert_same_run(folder, finished)
 
 
@@ -320,7 +315,7 @@ def test_deterministic_kernels_give_a_cpu_the_same_run(
         return take(trainer)
 
     monkeypatch.setattr(Trainer, "__next__", looking)
-    run.train(recipe_of(values, tmp_path / "run", "device.deterministic=true"), quiet=True)
+    train(recipe_of(values, tmp_path / "run", "device.deterministic=true"), quiet=True)
     assert found
     assert all(found)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -330,7 +325,7 @@ def test_deterministic_kernels_give_a_cpu_the_same_run(
 def test_another_seed_is_another_run(values: dict[str, Any], finished: Path, tmp_path: Path) -> None:
     """From the first step on, whose rate is that of the longer run."""
     short = ("training.seed=1", "training.steps=2", "training.schedule=constant", "training.warmup_fraction=0")
-    run.train(recipe_of(values, tmp_path / "run", *short), quiet=True)
+    train(recipe_of(values, tmp_path / "run", *short), quiet=True)
     losses, others = (
         [line["loss"] for line in lines_of(folder) if "loss" in line] for folder in (tmp_path / "run", finished)
     )
@@ -349,20 +344,17 @@ def test_a_run_remembers_where_it_began(stopped: Path, chat_data: Path) -> None:
 def test_a_run_from_elsewhere_goes_on_and_says_that_it_is_another(
     finished: Path, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Begun on another torch and another device, and more threads now: nobody can promise the same bits."""
+    """Begun on another torch and another device: nobody can promise the same bits."""
     folder = shutil.copytree(stopped, tmp_path / "run")
     text = (folder / "environment.json").read_text()
     text = text.replace(f"CPU ({INSTRUCTIONS}), 1 threads", "NVIDIA T4").replace(
         f'"torch": "{torch.__version__}"', '"torch": "2.0.1"'
     )
     (folder / "environment.json").write_text(text)
-    try:
-        assert run.resume(folder, "device.threads=2").steps == 10
-    finally:
-        torch.set_num_threads(1)
+    assert resume(folder).steps == 10
     said = capsys.readouterr().err
     assert f"torch 2.0.1, now {torch.__version__}" in said
-    assert f"NVIDIA T4, now CPU ({INSTRUCTIONS}), 2 threads" in said
+    assert f"NVIDIA T4, now CPU ({INSTRUCTIONS}), 1 threads" in said
     assert "not bit for bit any more" in said
     assert nn.functional.cosine_similarity(adapter(folder), adapter(finished), 0) > 0.999
 
@@ -374,5 +366,5 @@ def adapter(folder: Path) -> Tensor:
 def test_resume_on_the_same_machine_says_nothing_of_the_kind(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.resume(shutil.copytree(finished, tmp_path / "run"))
+    resume(shutil.copytree(finished, tmp_path / "run"))
     assert "bit for bit" not in capsys.readouterr().err

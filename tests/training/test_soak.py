@@ -1,47 +1,39 @@
-"""The soak of ``make survive``, short: a run of sixty steps leaves nothing behind, and what would grow is seen."""
+"""A run leaves nothing behind: what it holds open, and how many threads it has, stay as they are. (Memory: ``make survive``.)"""
 
 from __future__ import annotations
 
-import sys
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.survive import soak
-from benchmarks.survive.size import Size
+from qlora.recipe import Recipe
+from qlora.runs.train import train
+from qlora.training import MetricsLog
+from tests.tiny import tiny_values
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_short_run_does_not_grow(tmp_path: Path) -> None:
-    """AdaLoRA streamed from the disk, with a checkpoint every 5 steps and an evaluation every 10, in a process of its own."""
-    rows = soak.run(tmp_path, Size(small=True), print)
-    assert [row["what"] for row in rows] == ["resident memory, MiB", "open files", "threads"]
-    assert [row for row in rows if row["grows"]] == []
-    assert all(row["at_end"] > 0 and row["steps"] == 60 for row in rows)
-    assert (tmp_path / "1" / "checkpoints" / "000060").is_dir()
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_files_and_threads_do_not_pile_up(
+    tiny_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA streamed from the disk, with a checkpoint every 5 steps and an evaluation every 10."""
+    values = tiny_values(tiny_model, chat_data, tmp_path / "run")
+    values["method"] = {"name": "adalora", "r": 2, "initial_r": 4}
+    values["memory"] = {"layers": "streamed", "tier": "disk", "cache": str(tmp_path / "cache"), "rehearse": False}
+    values["training"] |= {"steps": 30, "save_every": 5, "batch_size": 2, "micro_batch_size": 1}
+    values["evaluation"] |= {"every": 10, "prompts": 1}
+    samples: dict[int, tuple[int, int]] = {}
+    write = MetricsLog.write
 
+    def look(self: MetricsLog, line: Mapping[str, Any]) -> None:
+        write(self, line)
+        if "loss" in line:
+            samples[line["step"]] = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
-def made_up(growth: float, files: int = 7) -> list[dict[str, float]]:
-    """2,000 steps: a warm-up that takes 90 MiB, then noise of 40 KiB around ``growth`` KiB per 100 steps."""
-    return [
-        {
-            "step": step,
-            "memory": 400_000 + 90_000 * (step > 200) + growth * step / 100 + 40 * (-1) ** (step // 100),
-            "files": files if step > 1500 else 7,
-            "threads": 5,
-        }
-        for step in range(100, 2001, 100)
-    ]
-
-
-@pytest.mark.parametrize(("growth", "files", "grows"), [
-    (0, 7, [False, False, False]), (-900, 7, [False] * 3), (600, 7, [True, False, False]), (0, 8, [False, True, False]),
-])  # fmt: skip
-def test_growth_is_seen_and_noise_is_not(growth: float, files: int, grows: list[bool]) -> None:
-    rows = soak.judge(made_up(growth, files), warm=500, limit=soak.LIMIT)
-    assert [row["grows"] for row in rows] == grows
-    assert rows[0]["growth"] == pytest.approx(growth, abs=20)
-    assert rows[1] == {
-        "what": "open files", "at_start": 7, "at_end": files, "largest": files, "growth": None, "limit": None,
-        "grows": files > 7,
-    }  # fmt: skip
+    monkeypatch.setattr(MetricsLog, "write", look)
+    train(Recipe.from_dict(values), quiet=True)
+    assert samples[30] == samples[15]
+    assert (tmp_path / "run" / "checkpoints" / "000030").is_dir()
