@@ -31,7 +31,7 @@ import yaml
 
 from qlora import cli
 from qlora.data.formats import detect_form
-from qlora.recipe import Recipe
+from qlora.recipe import Recipe, reference
 from tests.docs.pages import PAGES, ROOT, Block, blocks, name, prose, spans
 
 KINDS = ("sh", "python", "yaml", "json", "text")
@@ -52,6 +52,9 @@ TARGETS = set(re.findall(r"(?m)^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(
 RUN_VERBS = ("resume", "evaluate", "chat", "export", "report")
 RECIPE_VERBS = ("plan", "preview", "train")
 COMMAND = re.compile(r"^\s*(\$ )?(qlora (?!run\b)\w|make |python3? |pip |git |vllm )")
+VALUE = re.compile(
+    r"(?P<section>model|method|data|training|evaluation|memory|device)\.(?P<key>(?!json)\w+)(?:[=:] ?(?P<value>[^…]+))?"
+)
 HUB = {"split", "held_out_split", "subset", "limit"}
 
 
@@ -198,6 +201,25 @@ def test_every_recipe_and_record_is_valid(page: Path) -> None:
                 assert detect_form(json.loads(line)), (
                     f"{name(page)}, line {block.line + number}: a record of no known form"
                 )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=name)
+def test_every_value_that_is_named_is_one_of_a_recipe(page: Path, tmp_path: Path) -> None:
+    """In sentences, as `memory.budget` or `training.steps=3`, and behind commands."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {train: my.jsonl}", encoding="utf-8")
+    tables = reference().split("### `")
+    for span in spans(page):
+        if found := VALUE.fullmatch(span):
+            there = [table for table in tables if re.match(rf"{found['section']}\b", table)]
+            assert any(f"| `{found['key']}` |" in table for table in there), f"{name(page)}: no recipe has `{span}`"
+            if found["value"]:
+                Recipe.from_yaml(recipe, f"{found['section']}.{found['key']}={found['value']}")
+    for block in blocks(page):
+        for words in commands(block.text) if block.kind == "sh" else ():
+            if words[0] == "qlora" and words[1] in (*RECIPE_VERBS, "resume"):
+                given = [word.removeprefix("--") for word in words[3:] if not word.startswith("count=")]
+                Recipe.from_yaml(recipe, *given)
 
 
 def look_up(words: list[str], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
