@@ -326,7 +326,7 @@ def run_qlora(bench: Bench, words: list[str]) -> None:
         bench.run(words[1])
         shutil.rmtree(bench.folder / words[1] / "merged", ignore_errors=True)
     elif verb == "train":  # a page shows several ways to begin the same run
-        folder = Recipe.from_yaml(words[1], *words[2:]).folder
+        folder = Recipe.from_yaml(words[1], *(word.removeprefix("--") for word in words[2:])).folder
         shutil.rmtree(bench.folder / str(folder), ignore_errors=True)
     allowed = (0, 2) if verb == "doctor" else (0,)  # what the machine lacks is no fault of the page
     status = cli.main(words)
