@@ -29,7 +29,7 @@ from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken
-from tests.rounding import LAYERS as SUMS_OF_TWO
+from tests.rounding import MODEL as SUMS_OF_TWO
 from tests.rounding import rounding
 from tests.steps import close, same_bits, step_of
 from tests.tiny import CPU, adapter_bytes, logits_of, random_rows, stir, tiny_checkpoint
