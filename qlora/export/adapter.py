@@ -14,13 +14,14 @@ from qlora.errors import RunError
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, load_adapter, save_portable
-from qlora.model.load import skeleton_base
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.skeleton import skeleton_base
 from qlora.recipe import ModelSection
 
 
 def export_adapter(
     section: ModelSection,
-    base_folder: str | Path,
+    base: Checkpoint,
     adapter_folder: str | Path,
     out: str | Path,
     overwrite: bool = False,
@@ -33,14 +34,14 @@ def export_adapter(
     replaces it, if it is an adapter).
     """
     out = Path(out)
-    keep_apart(out, Path(base_folder), Path(adapter_folder))
+    keep_apart(out, base.folder, Path(adapter_folder))
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
         raise RunError(
             f"'{out}' holds no adapter (no adapter_config.json), so it is not overwritten; choose another folder."
         )
     cpu = torch.device("cpu")  # the model stays on meta, the adapter is here
-    base = skeleton_base(section, cpu, resolve_compute_dtype(cpu, section.compute_dtype), Path(base_folder))
-    model = load_adapter(base, adapter_folder)
+    dtype = resolve_compute_dtype(cpu, section.compute_dtype)
+    model = load_adapter(skeleton_base(section, cpu, dtype, base.folder, base), adapter_folder)
     with folder_written_aside(out, overwrite) as aside:
         why = save_portable(model, aside)
         if chat_template is not None:

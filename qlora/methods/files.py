@@ -25,7 +25,6 @@ from qlora.methods.layout import PREFIX, Fields, Layout, padded
 from qlora.methods.lora import any_transposed, plain_config
 from qlora.methods.targets import matches, pattern_value, target_names
 from qlora.model.base import Base
-from qlora.model.checkpoint import fingerprint
 from qlora.model.tensor_file import read_header, read_tensors
 from qlora.recipe.reading import MOST_MISTAKES
 
@@ -317,7 +316,7 @@ def _check_base(base: Base, folder: Path) -> None:
 
 def known_base(base: Base) -> str | None:
     """The base's fingerprint; None for a model that came from no folder."""
-    return fingerprint(base.folder) if base.names is not None else None
+    return base.checkpoint.fingerprint if base.checkpoint is not None and base.names is not None else None
 
 
 def recorded_base(folder: str | Path) -> str | None:

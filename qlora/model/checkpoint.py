@@ -107,6 +107,13 @@ class Checkpoint:
 
         return read_tokenizer(self.folder, self.trust_remote_code)
 
+    def with_weights(self, progress: bool = False) -> Checkpoint:
+        """The same one with its weights here, the hub's downloaded now, and their headers checked. Raises as ``find_model``."""
+        if commit := commit_of(self.folder):
+            find_model(self.name, commit, progress, trust_remote_code=self.trust_remote_code)
+        self.entries  # noqa: B018 (read now, so that what is wrong is said now)
+        return self
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own. Raises ModelError when its file changed or went away."""
         entry = self.entries[name]
@@ -127,7 +134,8 @@ def open_checkpoint(source: ModelSection | Path | str, progress: bool = False, w
     """
     if isinstance(source, ModelSection):
         name, revision, code = source.name, source.revision, source.trust_remote_code
-        found = Checkpoint(find_model(name, revision, progress, weights, code), name, revision, code)
+        folder = find_model(name, revision, progress, weights, code)
+        found = Checkpoint(folder, name, commit_of(folder) or revision, code)
     else:
         found = Checkpoint(Path(source), str(source))
     found.config  # noqa: B018 (read now, so that what is wrong is said now)

@@ -41,6 +41,7 @@ class Assembled:
 
     model: PreTrainedModel
     checkpoint: Checkpoint
+    section: ModelSection
     scheme: Scheme
     names: dict[str, str]
     """Each tensor's name in the checkpoint → its name in the model; empty without the weights."""
@@ -72,6 +73,7 @@ class Assembled:
             names={target: name for name, target in self.names.items()},
             placement=placement,
             checkpoint=self.checkpoint,
+            section=self.section,
         )
 
 
@@ -89,7 +91,7 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
-    return Assembled(model, checkpoint, scheme, names, shapes, dtype)
+    return Assembled(model, checkpoint, section, scheme, names, shapes, dtype)
 
 
 def load_skeleton(section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:

@@ -29,8 +29,7 @@ from qlora.machine.device import (
 )
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
-from qlora.model.checkpoint import commit_of
-from qlora.model.hub import find_model
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
@@ -138,14 +137,16 @@ def ladder_lines(ladder: list[Arrangement], target: Target, chosen: Arrangement 
     return lines
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     """Resolve a recipe for this machine and estimate what it takes, from configuration and shapes; no weight is read.
 
     With ``memory.budget`` the arrangement is chosen here: the fastest that fits. Raises DoesNotFitError, with the table and
-    the smallest change that would do, when it is more than this machine has free, in memory or on the disk.
+    the smallest change that would do, when it is more than this machine has free, in memory or on the disk. ``checkpoint``
+    is the recipe's, where it was opened before.
     """
-    target, resolved, why = _here(recipe, rates=recipe.memory.budget is not None)
-    planned, _ = _plan(target, resolved, why, choose=recipe.memory.budget is not None)
+    checkpoint, budget = checkpoint or open_checkpoint(recipe.model, weights=False), recipe.memory.budget is not None
+    planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget)
+    resolved = planned.recipe
     require_disk(Path(resolved.folder or "."), planned.disk_bytes, "The run folder")
     return planned
 
@@ -156,18 +157,22 @@ def survey(recipe: Recipe) -> Survey:
     Nothing of what does not fit is refused where there is an arrangement that does: the fastest of these is planned then,
     and ``why`` says so.
     """
+    checkpoint = open_checkpoint(recipe.model, weights=False)
     elsewhere = recipe.device.memory is not None and recipe.device.name != "cpu"
-    target, resolved, why = card_elsewhere(recipe) if elsewhere else _here(recipe, rates=True)
-    planned, arranger = _plan(target, resolved, why, choose=True)
+    target, resolved, why = card_elsewhere(recipe, checkpoint) if elsewhere else _here(recipe, checkpoint, rates=True)
+    planned, arranger = _plan(checkpoint, target, resolved, why, choose=True)
     fits = resolved.memory.budget is not None or not planned.chosen.changes
     rows, context = arranger.most_rows(planned.chosen), arranger.longest_context(planned.chosen)
     return Survey(planned, arranger.ladder(), rows, context, fits)
 
 
-def _plan(target: Target, resolved: Recipe, why: list[str], choose: bool) -> tuple[Plan, Arranger]:
+def _plan(
+    checkpoint: Checkpoint, target: Target, resolved: Recipe, why: list[str], choose: bool
+) -> tuple[Plan, Arranger]:
     """The plan for ``target``. ``choose``: another arrangement is taken where the recipe's own does not fit."""
     budget = resolved.memory.budget is not None
-    base = skeleton_base(resolved.model, torch.device("meta"), DTYPES[resolved.model.compute_dtype])
+    dtype = DTYPES[resolved.model.compute_dtype]
+    base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint=checkpoint)
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     account = account_of(adapted, parameters, resolved.training.optimizer)
@@ -220,7 +225,7 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
     )
 
 
-def _here(recipe: Recipe, rates: bool) -> tuple[Target, Recipe, list[str]]:
+def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, Recipe, list[str]]:
     """(This machine, with no more than the recipe allows; the resolved recipe; why). ``rates``: its speed is measured."""
     device = resolve_device(recipe.device.name)
     dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
@@ -229,7 +234,7 @@ def _here(recipe: Recipe, rates: bool) -> tuple[Target, Recipe, list[str]]:
     why = []
     if recipe.device.name == "auto":
         why.append(f"device.name is {device.type}: {name if gpu else 'no CUDA device was found'}.")
-    resolved, reasons = resolve(recipe, device, dtype)
+    resolved, reasons = resolve(recipe, device, dtype, checkpoint)
     free, total = total_memory_bytes(device)
     for limit in (recipe.device.memory, recipe.memory.budget):
         if limit not in (None, "auto"):
@@ -240,19 +245,20 @@ def _here(recipe: Recipe, rates: bool) -> tuple[Target, Recipe, list[str]]:
         host = min(host or allowed, allowed)
     cache = cache_folder_of(recipe.memory)
     # what is in the file cache already is not written again
-    disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory)
+    disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory, checkpoint)
     measured = measure(device, dtype, cache) if rates else None
     workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0]) if gpu else 0
     return Target(name, device, free, total, host, disk, measured, workspace), resolved, [*why, *reasons]
 
 
-def card_elsewhere(recipe: Recipe) -> tuple[Target, Recipe, list[str]]:
+def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Recipe, list[str]]:
     """(The card in ``device.memory``, here or not, by name or by its memory alone; the resolved recipe; why)."""
     wanted = str(recipe.device.memory)
     known: Card | None = None if wanted[-1:] in "Bb" and wanted[:1].isdigit() else card(wanted)
     memory = known.memory if known else parse_memory(wanted)
     asked, computes = recipe.model.compute_dtype, known.dtype if known else "bf16"
-    resolved, why = resolve(recipe, torch.device("cuda", 0), DTYPES[computes if asked == "auto" else asked])
+    dtype = DTYPES[computes if asked == "auto" else asked]
+    resolved, why = resolve(recipe, torch.device("cuda", 0), dtype, checkpoint)
     host, _ = total_memory_bytes(torch.device("cpu"))
     if recipe.device.host_memory is not None:
         host = parse_memory(recipe.device.host_memory)
@@ -285,7 +291,9 @@ def amount(text: str) -> int:
         return card(text).memory
 
 
-def resolve(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> tuple[Recipe, list[str]]:
+def resolve(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint
+) -> tuple[Recipe, list[str]]:
     """The recipe with every ``auto`` decided for ``device``, which computes in ``dtype``, and a sentence for each decision.
 
     Nothing is asked of the device: it need not be here.
@@ -297,13 +305,11 @@ def resolve(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> tuple[R
         why.append(f"model.compute_dtype is {name}: {reasons[name]}.")
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")
-    section = recipe.model
-    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
     parts = []
     for part in parts_of(recipe.method):
         trained = METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype)
         parts.append(part.model_copy(update={"adapter_dtype": dtype_name(trained)}))
     method = recipe.method.model_copy(update={"parts": tuple(parts)}) if len(parts) > 1 else parts[0]
-    decided = {"model.compute_dtype": name, "model.revision": commit_of(folder) or section.revision}
+    decided = {"model.compute_dtype": name, "model.revision": checkpoint.revision}
     resolved = changed(recipe, {**decided, "device.name": str(device)})
     return resolved.model_copy(update={"method": method}), why

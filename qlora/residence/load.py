@@ -69,8 +69,7 @@ def load_base(
     double = empty.scheme.double_quant
     if empty.scheme.prequantised:  # config.json may not tell the truth about its weights; they do
         double = any(linear.double_quant for linear in model.modules() if isinstance(linear, Linear4bit))
-    known = {"tokenizer": tokenizer, "end_tokens": ends, "placement": placement, "section": section}
-    return empty.base(device, double_quant=double, **known)
+    return empty.base(device, tokenizer=tokenizer, double_quant=double, end_tokens=ends, placement=placement)
 
 
 def plan_placement(

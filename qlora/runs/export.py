@@ -19,8 +19,9 @@ from qlora.export import export_adapter as write_adapter
 from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
+from qlora.model.checkpoint import open_checkpoint
 from qlora.runs.evaluate import load_run
-from qlora.runs.folder import check_base, check_data, device_here, full_disk_said, open_run, read_adapter, template_of
+from qlora.runs.folder import check_data, device_here, full_disk_said, open_base, open_run, read_adapter, template_of
 from qlora.runs.session import load_recipe_data
 
 
@@ -54,13 +55,14 @@ def merge(
     folder = Path(folder)
     recipe, environment = open_run(folder)
     section = recipe.model
-    source, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    source = open_base(recipe, environment, folder)
+    template = template_of(recipe, folder, source)
     place = expanded(out) if out is not None else folder / "merged"
     with full_disk_said(place, "export it again"):
         return read_adapter(
             folder,
             lambda adapter: merge_files(
-                source,
+                source.folder,
                 adapter,
                 place,
                 quantization=section.quantization,
@@ -71,6 +73,7 @@ def merge(
                 overwrite=overwrite,
                 trust_remote_code=section.trust_remote_code,
                 chat_template=template,
+                checkpoint=source,
             ),
         )
 
@@ -82,7 +85,8 @@ def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
     """
     folder, out = Path(folder), expanded(out)
     recipe, environment = open_run(folder)
-    base, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    base = open_base(recipe, environment, folder)
+    template = template_of(recipe, folder, base)
     with full_disk_said(out, "export it again"):
         return read_adapter(
             folder, lambda adapter: write_adapter(recipe.model, base, adapter, out, overwrite, chat_template=template)
@@ -96,7 +100,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     """
     folder = Path(folder)
     recipe, environment = open_run(folder)
-    data = load_recipe_data(recipe)
+    data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
     check_data(data, environment, folder)
     prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
     if not prompts:

@@ -21,9 +21,7 @@ from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is
 from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import resolve_device
-from qlora.model.checkpoint import fingerprint
-from qlora.model.hub import find_model
-from qlora.model.tokenizer import load_tokenizer
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.recipe import Recipe
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import digest
@@ -116,14 +114,12 @@ def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
         )
 
 
-def check_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Path:
-    """The base's folder. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
-    base = find_model(
-        recipe.model.name, recipe.model.revision, progress=True, trust_remote_code=recipe.model.trust_remote_code
-    )
-    if fingerprint(base) != environment.get("base_fingerprint"):
+def open_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Checkpoint:
+    """The base's checkpoint. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
+    base = open_checkpoint(recipe.model, progress=True)
+    if base.fingerprint != environment.get("base_fingerprint"):
         raise RunError(
-            f"The model in '{base}' is not the one that '{folder}' was trained on (other configuration, tokenizer or "
+            f"The model in '{base.folder}' is not the one that '{folder}' was trained on (other configuration, tokenizer or "
             "tensors), so its adapter means nothing there. Put the old model back, or train anew."
         )
     return base
@@ -137,7 +133,7 @@ def device_here(recipe: Recipe) -> torch.device:
         return resolve_device("auto")
 
 
-def template_of(recipe: Recipe, folder: Path) -> str | None:
+def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
     """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
     try:
         planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
@@ -151,7 +147,7 @@ def template_of(recipe: Recipe, folder: Path) -> str | None:
             return kept.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"'{kept}' is damaged ({error}); write it again: qlora resume {shown(folder)}") from None
-    return ChatTemplate(load_tokenizer(recipe.model), recipe.data.chat_template).text
+    return ChatTemplate(base.tokenizer, recipe.data.chat_template).text
 
 
 def adapter_folder(folder: Path) -> Path:

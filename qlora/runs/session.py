@@ -25,7 +25,8 @@ from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.tokenizer import load_tokenizer, with_new_tokens
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.plan import amount
 from qlora.recipe import Recipe
 from qlora.residence.load import load_base
@@ -100,9 +101,9 @@ class Session:
         )
 
 
-def load_recipe_data(recipe: Recipe) -> Data:
+def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
     """The data of a recipe, tokenised as its method needs it."""
-    tokenizer = with_new_tokens(load_tokenizer(recipe.model), recipe.method)
+    tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
     return load_data(recipe.data, tokenizer, recipe.training.seed, recipe.method.virtual_tokens)
 
 
@@ -111,9 +112,11 @@ def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
     return data.held_out_prompts(recipe.evaluation.prompts) if data.held_out else []
 
 
-def load_model(recipe: Recipe, device: torch.device, quiet: bool, values_follow: bool = False) -> AdaptedModel:
+def load_model(
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool, values_follow: bool = False
+) -> AdaptedModel:
     """The base with its method. ``values_follow``: an adapter will be loaded, so its first values need not be worked out."""
-    base = load_base(recipe.model, device, progress=not quiet, memory=recipe.memory)
+    base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
     return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 

@@ -20,16 +20,17 @@ from qlora.files.durable import clear_leftovers, expanded, folder_written_aside,
 from qlora.files.lock import run_lock
 from qlora.machine.device import bytes_text, resolve_device
 from qlora.methods.files import save_portable
+from qlora.model.checkpoint import open_checkpoint
 from qlora.planning.plan import Plan, plan
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
 from qlora.runs.folder import (
     TEMPLATE,
-    check_base,
     check_data,
     clear,
     device_here,
     full_disk_said,
+    open_base,
     open_run,
     require_free,
     shown,
@@ -101,16 +102,17 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     """Everything loaded and planned for the first step; nothing is written yet."""
     begun, say = time.perf_counter(), speaker(quiet)
     use_threads(recipe)
-    data = load_recipe_data(recipe)
+    checkpoint = open_checkpoint(recipe.model, weights=False)
+    data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
-    planned = plan(recipe)
+    planned = plan(recipe, checkpoint)
     for sentence in planned.why:
         say(sentence)
     # a run's own recipe must not replace the run when it is trained again
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     device = limited(resolve_device(resolved.device.name), resolved)
     prompts = held_out_prompts(data, resolved)
-    model = load_model(resolved, device, quiet)
+    model = load_model(resolved, checkpoint.with_weights(not quiet), device, quiet)
     trainer = Trainer(model, data, folder=folder, recipe=resolved)
     model.prepare(trainer.batches())
     return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned
@@ -124,9 +126,9 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     for place in (folder, folder / "checkpoints"):
         clear_leftovers(place)
     use_threads(recipe)
-    data = load_recipe_data(recipe)
+    checkpoint = open_base(recipe, environment, folder)
+    data = load_recipe_data(recipe, checkpoint)
     check_data(data, environment, folder)
-    check_base(recipe, environment, folder)
     device = limited(device_here(recipe), recipe)
     if changed := differences(recipe, environment, device):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
@@ -134,7 +136,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
         say("What was given for this call may change the order of sums: the run goes on, perhaps not bit for bit.")
     found = checkpoints.find(folder / "checkpoints")
     prompts = held_out_prompts(data, recipe)
-    model = load_model(recipe, device, quiet, values_follow=bool(found))
+    model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
     trainer = Trainer(model, data, recipe.training, folder, recipe.memory, recipe=first)
     if found:
         for sentence in trainer.load_newest():

@@ -23,7 +23,6 @@ from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
 from qlora.methods import AdaptedModel
 from qlora.model import Base
-from qlora.model.checkpoint import fingerprint
 from qlora.recipe import DeviceSection, MemorySection, Recipe, TrainingSection
 
 ENVIRONMENT = "environment.json"
@@ -93,7 +92,7 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
         "versions": versions(),
         "device_name": device_text(base.device),
         "data_fingerprint": data.fingerprint,
-        "base_fingerprint": fingerprint(base.folder),
+        "base_fingerprint": base.checkpoint.fingerprint if base.checkpoint else None,
         "recipe_sha256": digest(recipe.to_yaml().encode()),
         "data_files": {file.name: file.sha256 for file in data.files},
         **_git_state(),
