@@ -41,7 +41,8 @@ from qlora.model.in_memory import as_base, on_meta, quantise
 from qlora.model.load import Base
 from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import Scheme, empty_linears, empty_model
-from qlora.planning import dry_run
+from qlora.planning.dry_run import Ledger
+from qlora.planning.few_layers import shortened
 from qlora.planning.memory import estimate
 from qlora.recipe import Combined, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.ends import embedding_on_host, head_on_host
@@ -234,11 +235,11 @@ def fake_step(kind: str, way: str, tokens: int, layers: int) -> tuple[int, int]:
     together = training.gradient_checkpointing and training.accumulation == "layer_major"
     at_once = training.batch_size if together else training.micro_batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = dry_run.shortened(adapted, packed=False, more=layers)[0].model
+        model: Any = shortened(adapted, packed=False, more=layers)[0].model
         if training.gradient_checkpointing:
             wrap_layers(model, training.micro_batch_size, mlp_tile=tile)
         model.train()
-        ledger = dry_run.Ledger(model, "cuda")
+        ledger = Ledger(model, "cuda")
         with ledger:
             for _ in range(training.batch_size // at_once):
                 ids = torch.zeros(at_once, tokens, dtype=torch.long)

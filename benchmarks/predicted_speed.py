@@ -27,8 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import qlora
 from qlora.data import Row
 from qlora.machine.device import resolve_compute_dtype, resolve_device, versions
+from qlora.planning.rates import measure
 from qlora.planning.shapes import shapes_of
-from qlora.planning.speed import measure, step_seconds, work_of
+from qlora.planning.speed import step_seconds, work_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {

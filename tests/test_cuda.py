@@ -24,7 +24,7 @@ from qlora.methods import AdaptedModel, apply_method
 from qlora.model import load_base
 from qlora.model.load import skeleton_base
 from qlora.planning.memory import estimate
-from qlora.planning.speed import measure
+from qlora.planning.rates import measure
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.placement import Placement
 from qlora.training import Trainer

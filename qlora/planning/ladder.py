@@ -23,8 +23,9 @@ from qlora.errors import ModelError
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.planning.memory import Estimate, estimate
+from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
-from qlora.planning.speed import Rates, Seconds, step_seconds, work_of
+from qlora.planning.speed import Seconds, step_seconds, work_of
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.ends import is_tied
 from qlora.residence.layers import decoder_layers
@@ -36,7 +37,7 @@ Changes = dict[str, object]
 FULL = 2048  # tokens at once after which a device's products gain no more by further rows
 UNIT = 256  # tokens in which contexts are counted
 LONGEST = 2**16  # rows or units beyond which nothing is looked for
-NEAR = 1 / 64  # of the largest rows and contexts, within which a search ends
+NEAR = 1 / 32  # of the largest rows and contexts, within which a search ends
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,9 @@ class Arrangement:
         return " ".join(f"{key}={value}" for key, value in self.changes.items()) or "as the recipe says"
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Of full rows."""
-        training = self.recipe.training
-        return training.batch_size * self.recipe.data.max_length / self.seconds.expected if self.seconds else None
+    def tokens(self) -> int:
+        """In a step of full rows."""
+        return self.recipe.training.batch_size * self.recipe.data.max_length
 
 
 class Arranger:

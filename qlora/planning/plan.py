@@ -32,10 +32,10 @@ from qlora.methods.files import portable_bytes
 from qlora.model.checkpoint import commit_of, find_model
 from qlora.model.load import cached_bytes, skeleton_base
 from qlora.planning.accounting import Account, account_of
-from qlora.planning.ladder import Arrangement, Arranger, Target
+from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
+from qlora.planning.rates import measure, measure_disk, rates_of
 from qlora.planning.shapes import count_parameters
-from qlora.planning.speed import measure, measure_disk, rates_of
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 
@@ -109,11 +109,9 @@ class Survey:
         plan, target = self.plan, self.plan.target
         lines = [str(plan)]
         if plan.chosen.seconds is not None and target.rates is not None:
-            rate = plan.chosen.tokens_per_second or 0.0
-            low, high = (
-                plan.chosen.seconds.expected * rate / end for end in (plan.chosen.seconds.high, plan.chosen.seconds.low)
-            )
-            lines.append(f"{plan.chosen.seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
+            seconds, tokens = plan.chosen.seconds, plan.chosen.tokens
+            rate, low, high = (tokens / end for end in (seconds.expected, seconds.high, seconds.low))
+            lines.append(f"{seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
         rows = "not one" if self.most_rows is None else f"{self.most_rows:,}"
         context = "none" if self.longest_context is None else f"{self.longest_context:,} tokens"
@@ -130,7 +128,7 @@ def ladder_lines(ladder: list[Arrangement], target: Target, chosen: Arrangement 
     """A line a rung: its memory on the device and beside it, its speed, whether it fits, and what it changes."""
     lines = []
     for one in ladder:
-        speed = "" if one.tokens_per_second is None else f"{one.tokens_per_second:>9,.0f} tokens/s"
+        speed = "" if one.seconds is None else f"{one.tokens / one.seconds.expected:>9,.0f} tokens/s"
         beside = f" + {bytes_text(one.needed.host_total):>10} host" if target.device.type != "cpu" else ""
         fits = "fits" if not target.lacking(one.needed) else "    "
         mark = "→" if chosen is not None and one.changes == chosen.changes else " "
@@ -186,7 +184,7 @@ def _plan(target: Target, resolved: Recipe, why: list[str], choose: bool) -> tup
             f"As the recipe stands it does not fit ({'; '.join(lacking)}). The fastest arrangement that does: {chosen}"
         )
     why.append(_fits(chosen.needed, target))
-    final = chosen.recipe.model_copy(update={"memory": chosen.recipe.memory.model_copy(update={"budget": None})})
+    final = changed(chosen.recipe, {"memory.budget": None})
     checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
     return Plan(final, target, account, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
 
@@ -208,10 +206,8 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
     if fitting is not None:
         do = f"Set memory.budget=auto, or this yourself: {fitting} ({bytes_text(fitting.needed.total)})."
     else:
-        smallest = (
-            f" The smallest arrangement needs {bytes_text(ladder[-1].needed.total)} of it: {ladder[-1]}."
-            if ladder
-            else ""
+        smallest = "".join(
+            f" The smallest arrangement needs {bytes_text(one.needed.total)} of it: {one}." for one in ladder[-1:]
         )
         do = (
             f"No arrangement fits.{smallest} Lower data.max_length, take a smaller model, or stop what else is running."
@@ -306,6 +302,6 @@ def resolve(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> tuple[R
         trained = METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype)
         parts.append(part.model_copy(update={"adapter_dtype": dtype_name(trained)}))
     method = recipe.method.model_copy(update={"parts": tuple(parts)}) if len(parts) > 1 else parts[0]
-    model = section.model_copy(update={"compute_dtype": name, "revision": commit_of(folder) or section.revision})
-    where = recipe.device.model_copy(update={"name": str(device)})
-    return recipe.model_copy(update={"model": model, "method": method, "device": where}), why
+    decided = {"model.compute_dtype": name, "model.revision": commit_of(folder) or section.revision}
+    resolved = changed(recipe, {**decided, "device.name": str(device)})
+    return resolved.model_copy(update={"method": method}), why

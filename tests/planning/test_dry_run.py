@@ -27,7 +27,8 @@ from qlora.model.in_memory import as_base, quantise
 from qlora.model.load import Base
 from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import Scheme, empty_linears, empty_model
-from qlora.planning.dry_run import Ledger, Shape, dry_run, shortened
+from qlora.planning.dry_run import Ledger, Shape, dry_run
+from qlora.planning.few_layers import shortened
 from qlora.planning.memory import estimate
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
 from qlora.residence.layers import decoder_layers, wrap_layers

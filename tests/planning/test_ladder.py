@@ -18,7 +18,7 @@ from qlora.methods import AdaptedModel, apply_method
 from qlora.model.load import cached_bytes, load_base, skeleton_base
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed, largest
 from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
-from qlora.planning.speed import rates_of
+from qlora.planning.rates import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from tests.conftest import write_model
 from tests.data.conftest import make_tokenizer

@@ -1,0 +1,154 @@
+"""Few layers: a copy of an adapted model with fake tensors and one decoder layer of each kind, for a dry run.
+
+Two layers are of one kind when their modules and shapes are the same and something trains below both of them or below
+neither. The first and the last layer are kinds of their own, since the decoder's own variables hold what goes into the one
+and comes out of the other.
+
+Knows modules, configurations and attention masks; must not know a step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+from qlora.errors import ModelError
+from qlora.methods import AdaptedModel
+from qlora.methods.method import Method
+from qlora.model.load import Base
+from qlora.residence.layers import decoder_layers, unwrap_layers
+
+UNPACKED = "qlora_unpacked"
+"""SDPA for rows of one example each. transformers takes fake tensors for tracing, and then writes out masks that a real
+step does without, because it cannot look whether positions restart."""
+
+
+def shortened(adapted: AdaptedModel, packed: bool, more: int = 0) -> tuple[AdaptedModel, list[int]]:
+    """A copy of fake tensors with one decoder layer of each kind, and for each of the model's layers the one that stands for it.
+
+    ``more`` layers are kept beside these.
+    """
+    model: Any = adapted.model
+    layers = layers_of(model)
+    kinds = _kinds(model.config, layers)
+    first = {kinds.index(kind) for kind in kinds}
+    kept = sorted(first.union([index for index in range(len(layers)) if index not in first][:more]))
+    config = copy.deepcopy(model.config)
+    memo: dict[int, Any] = {id(model.config): config}
+    _shorten(config, kept, len(layers))
+    _choose_attention(config, packed)
+    gone = {id(part) for layer in layers for part in layer.modules()}
+    gone -= {id(part) for index in kept for part in layers[index].modules()}  # layers may share a module
+    for module in model.modules():
+        if id(module) not in gone:
+            _fake_tensors(module, memo)
+    memo[id(layers)] = nn.ModuleList(copy.deepcopy(layers[index], memo) for index in kept)
+    base = copy.copy(adapted.base)
+    base.model, base.device = copy.deepcopy(model, memo), torch.device("cpu")
+    short = copy.copy(adapted)
+    short.base = base
+    short.methods = [_of_copy(method, base, memo) for method in adapted.methods]
+    if len(kept) < len(layers) and decoder_layers(base.model) is not memo[id(layers)]:
+        return shortened(adapted, packed, more + 1)  # another list in it has as many entries: P-tuning's network
+    unwrap_layers(base.model)
+    return short, [kept.index(kinds.index(kind)) for kind in kinds]
+
+
+def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:
+    """``method`` over what of its planted modules is in the copy."""
+    found = copy.copy(method)
+    found.base, found.device = base, base.device
+    found.planted = {path: memo[id(layer)] for path, layer in method.planted.items() if id(layer) in memo}
+    for layer in found.planted.values():
+        if hasattr(layer, "lacks"):  # values that EVA takes from data, and others from a file
+            layer.lacks = None  # type: ignore[assignment]
+    return found
+
+
+def _kinds(config: PretrainedConfig, layers: nn.ModuleList) -> list[Hashable]:
+    """For each layer what it is, equal where one takes the memory that another takes."""
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    below = False
+    found: list[Hashable] = []
+    for index, layer in enumerate(layers):
+        found.append((_structure(layer), types[index], below, index == 0, index == len(layers) - 1))
+        below = below or any(values.requires_grad for values in layer.parameters())
+    return found
+
+
+def _structure(layer: nn.Module) -> Hashable:
+    """Modules, their plain settings, and the shapes of what they hold."""
+    found = []
+    for module in layer.modules():
+        settings = tuple(
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key not in ("layer_idx", "training")
+        )
+        shapes = tuple(
+            (key, tuple(values.shape), values.dtype, values.requires_grad)
+            for key, values in (*module._parameters.items(), *module._buffers.items())
+            if values is not None
+        )
+        found.append((type(module), settings, shapes))
+    return tuple(found)
+
+
+def _shorten(config: PretrainedConfig, kept: list[int], count: int) -> None:
+    """Let the copy's configuration be one of the kept layers: their number, and every list with an entry for each layer."""
+    if not count:
+        return
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count and key.startswith(("layer", "no_rope", "attention")):
+            setattr(config, key, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _choose_attention(config: PretrainedConfig, packed: bool) -> None:
+    """Have the copy attend as a real step of such rows does (see ``UNPACKED``). Flash attention never has a mask."""
+    name = str(getattr(config, "_attn_implementation", None))
+    if "flash" in name or (name == "sdpa" and not packed):
+        config._attn_implementation = UNPACKED
+
+
+def _unpacked_mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """No mask, as SDPA hides the future by itself; but a window that is shorter than the rows is written out."""
+    if local_size is None or kv_length < local_size:
+        return None
+    window = sliding_window_causal_mask_function(local_size)
+    kwargs |= {"mask_function": window, "allow_is_causal_skip": False}
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
+    return mask
+
+
+def _unpacked_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return AttentionInterface()["sdpa"](module, *args, **kwargs)
+
+
+AttentionInterface.register(UNPACKED, _unpacked_attention)
+AttentionMaskInterface.register(UNPACKED, _unpacked_mask)
+
+
+def _fake_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put into ``memo`` a fake CPU tensor for each one that ``module`` holds itself, in whatever way."""
+    for values in [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]:
+        if isinstance(values, Tensor) and id(values) not in memo:
+            made = torch.empty(values.shape, dtype=values.dtype)
+            whole = isinstance(values, nn.Parameter)
+            memo[id(values)] = nn.Parameter(made, requires_grad=values.requires_grad) if whole else made
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers; none where they stand in no list."""
+    try:
+        return decoder_layers(model)
+    except ModelError:
+        return nn.ModuleList()
