@@ -95,10 +95,25 @@ CASES = {
     ),
 }
 every_method = pytest.mark.parametrize("name", CASES)
+# the slowest laws: each method once here, its other forms in make test-all
+FORMS = (
+    "rslora",
+    "lora_plus",
+    "lin",
+    "pfeiffer",
+    "parallel",
+    "prefix_tuning",
+    "head",
+    "lora_and_bottleneck",
+    "lora_and_prompt",
+)
+each_method_once = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in FORMS else []) for name in CASES]
+)
 
 
 def test_every_method_is_here() -> None:
-    here = {part.name for case in CASES.values() for part in config.parts_of(case.section)}
+    here = {part.name for name, case in CASES.items() if name not in FORMS for part in config.parts_of(case.section)}
     assert here == set(METHODS)
 
 
@@ -249,7 +264,7 @@ def trainer_of(checkpoint: Path, case: Case, folder: Path, prepared: bool = True
     return Trainer(model, spoken(model, ROWS), training, folder)
 
 
-@every_method
+@each_method_once
 def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     whole = trainer_of(checkpoint, case, tmp_path / "whole")
@@ -269,7 +284,7 @@ def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Pa
     assert len(set(losses)) == 10
 
 
-@every_method
+@each_method_once
 def test_evaluation_leaves_the_model_as_it_was(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     plain, disturbed = (trainer_of(checkpoint, case, tmp_path / way) for way in ("a", "b"))
