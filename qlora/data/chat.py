@@ -81,7 +81,7 @@ class ChatTemplate:
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         with one_child():
             try:
-                self._try()
+                self._require_jinja()
                 self.dialect = Dialect(self.renderer.text)
                 self.end_of_turn = self._end_of_turn()
             except CutOff as error:  # at the first time: every other question would cost as long
@@ -211,7 +211,7 @@ class ChatTemplate:
 
     # --- rendering ---------------------------------------------------------------------------------------------------
 
-    def _try(self) -> None:
+    def _require_jinja(self) -> None:
         try:
             self.renderer.text([{"role": "user", "content": "Hi"}])
         except Refused as error:  # it may refuse such a short conversation, which is its right

@@ -13,22 +13,14 @@ from qlora.files.durable import expanded, sha256_of
 
 
 @dataclass(frozen=True)
-class _Stamp:
-    """What a file looked like."""
-
-    bytes: int
-    modified: int
-    """Nanoseconds."""
-
-
-@dataclass(frozen=True)
 class DataFile:
     """A data file as it was when it was read. ``name`` is what the recipe calls it."""
 
     name: str
     path: Path
     sha256: str
-    stamp: _Stamp
+    stamp: tuple[int, int]
+    """Its size in bytes, and when it was changed, in nanoseconds."""
 
     @classmethod
     def look(cls, name: str) -> DataFile | None:
@@ -52,6 +44,6 @@ class DataFile:
         return "has other content"
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
-    return _Stamp(found.st_size, found.st_mtime_ns)
+    return found.st_size, found.st_mtime_ns
