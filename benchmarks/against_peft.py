@@ -175,7 +175,7 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from qlora.data import load_data, step_rows
     from qlora.methods import apply_method, save_adapter
-    from qlora.model import load_base
+    from qlora.residence.load import load_base
     from qlora.training.optim import learning_rate
 
     plan = recipe(settings)
@@ -275,7 +275,7 @@ def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from qlora.data.packing import Row
     from qlora.methods import apply_method
-    from qlora.model import load_base
+    from qlora.residence.load import load_base
     from qlora.training import Trainer
 
     plan = recipe(settings)

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.data import load_data
 from qlora.machine.device import DTYPES, resolve_device
-from qlora.model.checkpoint import find_model
+from qlora.model.hub import find_model
 from qlora.model.tokenizer import load_tokenizer
-from qlora.runs import run
+from qlora.runs.evaluate import load_run
+from qlora.runs.export import merge
 from qlora.runs.folder import adapter_folder, open_run
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
     device = resolve_device(recipe.device.name)
     prompts = [torch.tensor([prompt.ids], device=device) for prompt in data.held_out_prompts(options.prompts)]
-    ours = logits(run.load_run(options.run, quiet=True).model, prompts)
+    ours = logits(load_run(options.run, quiet=True).model, prompts)
 
     dtype = DTYPES[recipe.model.compute_dtype]
     base = AutoModelForCausalLM.from_pretrained(
@@ -59,7 +60,7 @@ def main() -> None:
 
     merged = options.run / "merged"
     if not merged.is_dir():
-        run.merge(options.run)
+        merge(options.run)
     report(
         "transformers, merged 16-bit model",
         ours,

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from qlora.recipe import DEFAULT_MODEL, Recipe
-from qlora.runs import run
+from qlora.runs.evaluate import preview
+from qlora.runs.train import train
 
 SETS = ("dolly_3k", "oasst_chat", "toolcall_sharegpt", "instruct_pref_1k", "wikitext2")
 
@@ -44,8 +45,8 @@ def main() -> None:
                     "folder": str(Path(scratch) / name),
                 }
             )
-            print(f"\n== {name}\n{run.preview(recipe, 1)[0]}\n", flush=True)
-            done = run.train(recipe, quiet=True)
+            print(f"\n== {name}\n{preview(recipe, 1)[0]}\n", flush=True)
+            done = train(recipe, quiet=True)
             steps = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
             data = json.loads((done.folder / "plan.json").read_text())["data"]
             counts = data["train"]

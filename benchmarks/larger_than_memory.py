@@ -30,8 +30,8 @@ from qlora.data import Row
 from qlora.export.writer import SafetensorsWriter
 from qlora.machine.device import GIB, bytes_text, peak_memory_bytes
 from qlora.methods import apply_method
-from qlora.model import load_base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 
 SIZES = {
@@ -100,7 +100,9 @@ def train(folder: Path, cache: Path, limit: float, layers: str, length: int) -> 
     )
     trainer = Trainer(model, rows, training, memory=memory)
     steps = [{"loss": step.loss, "seconds": step.seconds} for step in trainer]
-    moved = sum(values.abs().sum().item() for name, values in trainer.parameters.items() if name.endswith("lora_B"))
+    moved = sum(
+        values.abs().sum().item() for name, values in trainer.state.parameters.items() if name.endswith("lora_B")
+    )
     found = {
         "load_seconds": loaded,
         "after_load": after_load,

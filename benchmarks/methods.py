@@ -32,7 +32,7 @@ def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: l
     import qlora
     from qlora.machine.device import peak_memory_bytes, resolve_device
     from qlora.recipe import parts_of
-    from qlora.runs.run import load_run
+    from qlora.runs.evaluate import load_run
 
     run_folder = folder / recipe_path.stem
     shutil.rmtree(run_folder, ignore_errors=True)

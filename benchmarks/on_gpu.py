@@ -33,15 +33,19 @@ from qlora.machine.device import (
     versions,
 )
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.load import Base, _finish
+from qlora.model.base import Base
+from qlora.model.config import Scheme
+from qlora.model.load import finish
 from qlora.model.nf4 import FrozenLinear
-from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning.ladder import changed
 from qlora.planning.memory import estimate
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from qlora.residence.ends import embedding_on_host, head_on_host
+from qlora.residence.homes import HostHome
+from qlora.residence.image import Image
 from qlora.residence.layers import decoder_layers
-from qlora.residence.placement import HostHome, Image, Placement, resident_layers
+from qlora.residence.placement import Placement, resident_layers
 from qlora.training import Trainer
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -96,7 +100,7 @@ def random_base(config: Any, memory: MemorySection, device: torch.device, dtype:
                 linear.out_features, linear.in_features, generator=generator, device=device, dtype=torch.float32
             )
             linear.place((0.02 * drawn).to(dtype), device)  # type: ignore[operator]
-    _finish(model, set(model.state_dict()), device, Path("random"))
+    finish(model, set(model.state_dict()), device, "random")
     model.eval().requires_grad_(False)
     if placement is not None:
         placement.stream(layers)

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from qlora.data import Row
 from qlora.machine.device import bytes_text, peak_since_reset, reset_peak_memory, resolve_device
 from qlora.methods import apply_method
-from qlora.model import load_base, load_config
+from qlora.model import load_config
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
@@ -59,10 +60,10 @@ def measure(options: argparse.Namespace, name: str, scratch: Path) -> None:
     training = TrainingSection(steps=options.steps, batch_size=options.rows, micro_batch_size=1, schedule="constant")
     trainer = Trainer(model, rows, training, memory=memory)
     trainer._gradients(rows)
-    gradients = {name: p.grad.cpu().clone() for name, p in trainer.parameters.items() if p.grad is not None}
+    gradients = {name: p.grad.cpu().clone() for name, p in trainer.state.parameters.items() if p.grad is not None}
     save_file(gradients, scratch / f"{list(ARRANGEMENTS).index(name)}.safetensors")
     del gradients
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
     alone = reset_peak_memory(device)
     steps = list(trainer)
     speeds = sorted(step.tokens_per_second for step in steps)

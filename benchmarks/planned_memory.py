@@ -37,10 +37,11 @@ from qlora import recipe as config
 from qlora.data import Row
 from qlora.machine.device import bytes_text, versions
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.base import Base
+from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, on_meta, quantise
-from qlora.model.load import Base
 from qlora.model.loss import head_of, hidden_states, summed_loss
-from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning import dry_run
 from qlora.planning.memory import estimate
 from qlora.recipe import Combined, LoRA, MemorySection, ModelSection, TrainingSection

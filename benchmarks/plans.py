@@ -19,7 +19,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arranger, changed
 from qlora.planning.plan import card_elsewhere, ladder_lines
 from qlora.recipe import Recipe

@@ -3,137 +3,35 @@
     import qlora
     run = qlora.train(qlora.Recipe.from_yaml("recipes/quickstart.yaml"))
 
-Names are imported when they are first used, so that ``import qlora`` is quick and ``qlora doctor`` runs without torch.
+``__init__.pyi`` lists the public names. Each is imported when it is first used, so that ``import qlora`` is quick and
+``qlora doctor`` runs without torch.
 """
 
 from __future__ import annotations
 
+import ast
 import logging
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from qlora.data import Data, load_data
-    from qlora.errors import QloraError
-    from qlora.evaluation import answer, answers
-    from qlora.methods import AdaptedModel, Adapters, apply_method, combine, load_adapter, save_adapter, save_combined
-    from qlora.model import Base, load_base, quantise
-    from qlora.planning.accounting import Account, account
-    from qlora.planning.plan import Plan, Survey, plan, survey
-    from qlora.recipe import (
-        IA3,
-        AdaLoRA,
-        BitFit,
-        Bottleneck,
-        Combined,
-        DoRA,
-        Full,
-        LoRA,
-        MemorySection,
-        Modules,
-        NewTokens,
-        PrefixTuning,
-        PromptTuning,
-        PTuning,
-        Recipe,
-    )
-    from qlora.reporting import write_report
-    from qlora.runs.run import Run, evaluate, load_run, merge, preview, resume, train
-    from qlora.training import Step, Trainer
+from pathlib import Path
 
 # While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
-    "planning.accounting": ("Account", "account"),
-    "recipe": (
-        "IA3",
-        "AdaLoRA",
-        "BitFit",
-        "Bottleneck",
-        "Combined",
-        "DoRA",
-        "Full",
-        "LoRA",
-        "MemorySection",
-        "Modules",
-        "NewTokens",
-        "PTuning",
-        "PrefixTuning",
-        "PromptTuning",
-        "Recipe",
-    ),
-    "data": ("Data", "load_data"),
-    "errors": ("QloraError",),
-    "evaluation": ("answer", "answers"),
-    "methods": (
-        "AdaptedModel",
-        "Adapters",
-        "apply_method",
-        "combine",
-        "load_adapter",
-        "save_adapter",
-        "save_combined",
-    ),
-    "model": ("Base", "load_base", "quantise"),
-    "reporting": ("write_report",),
-    "planning.plan": ("Plan", "Survey", "plan", "survey"),
-    "runs.run": ("Run", "evaluate", "load_run", "merge", "preview", "resume", "train"),
-    "training": ("Step", "Trainer"),
+    alias.name: line.module
+    for line in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(line, ast.ImportFrom) and line.module
+    for alias in line.names
 }
 
-__all__ = [
-    "IA3",
-    "Account",
-    "AdaLoRA",
-    "AdaptedModel",
-    "Adapters",
-    "Base",
-    "BitFit",
-    "Bottleneck",
-    "Combined",
-    "Data",
-    "DoRA",
-    "Full",
-    "LoRA",
-    "MemorySection",
-    "Modules",
-    "NewTokens",
-    "PTuning",
-    "Plan",
-    "PrefixTuning",
-    "PromptTuning",
-    "QloraError",
-    "Recipe",
-    "Run",
-    "Step",
-    "Survey",
-    "Trainer",
-    "account",
-    "answer",
-    "answers",
-    "apply_method",
-    "combine",
-    "evaluate",
-    "load_adapter",
-    "load_base",
-    "load_data",
-    "load_run",
-    "merge",
-    "plan",
-    "preview",
-    "quantise",
-    "resume",
-    "save_adapter",
-    "save_combined",
-    "survey",
-    "train",
-    "write_report",
-]
+__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"qlora.{home}"), name)
-    raise AttributeError(f"module 'qlora' has no attribute '{name}'")
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,22 +1,25 @@
 """Chat: a conversation with a trained model in the terminal.
 
-Knows a run, its chat template and generation; must not know training. What the model writes is shown, and moves no cursor.
+Knows a run, its chat template and generation; must not know training. What the model writes cannot move the cursor.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from transformers import TextStreamer
 
-from qlora.data.rendering import CutOff, Refused, Renderer
+from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
 from qlora.evaluation import answer, room
-from qlora.runs.run import chat_tokenizer, load_run
+from qlora.runs.evaluate import chat_tokenizer, load_run
 
-LONGEST_ANSWER = 256
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+LONGEST_ANSWER = 256  # tokens
 
 
 class Conversation:
@@ -29,8 +32,11 @@ class Conversation:
         template = self.tokenizer.chat_template
         self._renderer = None if template is None else Renderer(template, self.tokenizer.special_tokens_map)
 
-    def say(self, text: str, max_new_tokens: int = LONGEST_ANSWER, streamer: Any = None) -> str:
-        """The answer to ``text``, greedy; both are remembered. A run on raw text continues the text and remembers nothing."""
+    def say(self, text: str, max_new_tokens: int = LONGEST_ANSWER, streamer: BaseStreamer | None = None) -> str:
+        """The greedy answer to ``text``; both are remembered. A model of raw text continues it, and remembers nothing.
+
+        Raises RunError when the conversation grows too long for the model, or its chat template refuses it.
+        """
         asked = [*self.messages, {"role": "user", "content": text}]
         if self._renderer is None:
             ids = self.tokenizer(text, verbose=False)["input_ids"]
@@ -60,8 +66,9 @@ class _Screen(TextStreamer):
         super().on_finalized_text(visible(text), stream_end)
 
 
+@one_child()
 def talk(folder: str | Path, lines: TextIO | None = None) -> None:
-    """Read questions line by line and print the answers as they come. ``/new`` forgets, ``/quit`` or end of input leaves."""
+    """Read questions line by line and print the answers as they come. ``/new`` forgets; ``/quit`` or the input's end leaves."""
     source = lines or sys.stdin
     conversation = Conversation(folder)
     terminal = source.isatty()

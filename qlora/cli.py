@@ -1,52 +1,182 @@
 """The command line: a verb, a recipe or a run folder, and ``section.key=value`` overrides.
 
-Says what ``run`` returns, for people, and turns every error into one sentence and an exit status. Nothing heavy is
-imported before it is needed, so that ``qlora doctor`` runs where torch does not.
+A verb is a function, and its docstring is its help. Says what ``runs`` returned, for people, and turns every error into one
+sentence and an exit status. Nothing heavy is imported before it is needed, so that ``qlora doctor`` runs where torch does
+not, and a slip in a recipe need not wait for torch.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest, redacted, visible
 
-USAGE = """qlora VERB RECIPE-or-RUN [section.key=value …]
+if TYPE_CHECKING:
+    from qlora.recipe import Recipe
+    from qlora.runs.session import Run
 
-  plan      RECIPE                 what it takes in memory and on disk, how long a step takes, what else would fit
-  preview   RECIPE [count=2]       examples as the model sees them, trained tokens marked
-  train     RECIPE                 train, evaluate, report; overwrite=true replaces an old run
-  resume    RUN                    go on from the newest checkpoint [training.micro_batch_size=1 and the like]
-  evaluate  RUN                    held-out loss and answers, measured now
-  chat      RUN                    talk to the trained model
-  export    RUN merged             a plain 16-bit model [out=FOLDER base=original dtype=fp16 overwrite=true]
-  export    RUN adapter            the adapter as plain LoRA, which every server loads [out=FOLDER overwrite=true]
-  report    RUN                    write report.html from the run's files
-  doctor                           is this machine ready?
-  recipe                           every value of a recipe, with its default and meaning
+USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
+NOTES = """A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
+also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
 
-A recipe is a YAML file (recipes/quickstart.yaml); a run is the folder that train leaves (runs/quickstart).
-"""
+
+def plan(words: list[str]) -> int:
+    """RECIPE: memory, disk, seconds per step and what else would fit; loads no weights.
+
+    Any value of the recipe may follow; device.memory=4090 (or 24GiB) plans for a GPU you don't have.
+    """
+    recipe = _recipe("plan", words)
+    from qlora.planning.plan import survey
+
+    found = survey(recipe)
+    print(visible(redacted(str(found))))
+    return 0 if found.fits else 3
+
+
+def preview(words: list[str]) -> None:
+    """RECIPE [count=2]: examples as the model sees them, trained tokens marked."""
+    count = _taken(words, "count").get("count", "2")
+    if not count.isdecimal() or not int(count):
+        raise InputError(f"count is '{count}'; expected a whole number from 1.")
+    recipe = _recipe("preview", words)
+    from rich.console import Console
+
+    from qlora.runs.evaluate import preview
+
+    console = Console(soft_wrap=True)
+    for example in preview(recipe, int(count)):
+        console.print(example if console.is_terminal else str(example), markup=False, highlight=False)
+        console.print()
+
+
+def train(words: list[str]) -> None:
+    """RECIPE: train, evaluate, report; overwrite=true replaces an old run.
+
+    Any value of the recipe may follow: training.epochs=2 method.r=8. `qlora recipe` lists them.
+    """
+    recipe = _recipe("train", words)
+    from qlora.runs.train import train
+
+    _summary(train(recipe))
+
+
+def resume(words: list[str]) -> None:
+    """RUN: go on from the newest checkpoint.
+
+    Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1.
+    """
+    folder = _run("resume", words[:1])
+    from qlora.runs.train import resume
+
+    _summary(resume(folder, *words[1:]))
+
+
+def evaluate(words: list[str]) -> None:
+    """RUN: held-out loss and answers, measured now."""
+    folder = _run("evaluate", words)
+    from qlora.runs.evaluate import evaluate
+
+    _summary(evaluate(folder))
+
+
+def chat(words: list[str]) -> None:
+    """RUN: talk to the trained model."""
+    folder = _run("chat", words)
+    from qlora.chat import talk
+
+    talk(folder)
+
+
+def export(words: list[str]) -> None:
+    """RUN merged|adapter: a plain 16-bit model, or the adapter as plain LoRA, which every server loads.
+
+    Both take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32.
+    """
+    allowed = {"base": ("dequantized", "original"), "dtype": ("bf16", "fp16", "fp32"), "overwrite": ("true", "false")}
+    options = _taken(words, "out", *allowed)
+    target = words.pop(1) if len(words) > 1 else None
+    if target not in ("merged", "adapter"):
+        raise InputError(
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, or 'adapter', a plain LoRA adapter."
+        )
+    folder = _run("export", words)
+    for name, value in options.items():
+        if target == "adapter" and name in ("base", "dtype"):
+            raise InputError(f"qlora export RUN adapter takes out and overwrite, but found '{name}={value}'.")
+        if value not in allowed.get(name, (value,)):
+            raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import compare_merged, export_adapter, merge
+
+    overwrite = options.pop("overwrite", "false") == "true"
+    out = options.pop("out", None)
+    if target == "adapter":
+        place = out or f"{folder}/portable"
+        why = export_adapter(folder, place, overwrite=overwrite)
+        print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
+        return
+    merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
+    size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"
+    print(f"Merged model: {merged.folder} ({size})")
+    try:
+        difference = compare_merged(folder, merged)
+    except QloraError as error:  # the export is done and whole; only the comparison is not
+        print(f"Its logits were not compared with the adapter model's: {error}")
+        return
+    print(
+        f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
+        f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats per token, "
+        f"the same next token at {difference.same_choice:.1%} of the positions."
+    )
+
+
+def report(words: list[str]) -> None:
+    """RUN: write report.html from the run's files."""
+    from qlora.reporting import write_report
+
+    print(write_report(_run("report", words)))
+
+
+def doctor(_: list[str]) -> int:
+    """Is this machine ready? One line per check, with the fix."""
+    from qlora.doctor import examine, exit_status, print_findings
+
+    findings = examine()
+    print_findings(findings)
+    return exit_status(findings)
+
+
+def recipe(_: list[str]) -> None:
+    """Every value of a recipe, with its default and meaning."""
+    from qlora.recipe import reference
+
+    print(reference(), end="")
+
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    verb.__name__: verb for verb in (plan, preview, train, resume, evaluate, chat, export, report, doctor, recipe)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 130 and 143 signals."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("help", "--help", "-h"):
-        print(USAGE, end="")
-        return 0 if words else 2
     _quiet_libraries()
     stopped: list[int] = []
     try:
-        with _lasting_errors(), _terminated(stopped):
+        with redirect_stderr(cast(TextIO, _Lasting(sys.stderr))), _terminated(stopped):
             return _status(words, stopped)
     except KeyboardInterrupt:  # once more, while the first was told
         return _stopped(stopped)
@@ -55,173 +185,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(words: list[str], stopped: list[int]) -> int:
     """Run the command; every error becomes one sentence. ``stopped``: the signals that ended it."""
     try:
-        if words[0] not in VERBS:
-            raise InputError(
-                f"'{words[0]}' is not a verb of qlora.{nearest(words[0], VERBS)} The verbs are {', '.join(VERBS)}."
-            )
-        return VERBS[words[0]](words[1:]) or 0
+        return _do(words)
     except QloraError as error:
-        print(f"qlora: {visible(error)}", file=sys.stderr)
-        return error.exit_status
+        return _failed(error.exit_status, error)
     except KeyboardInterrupt:
-        print("qlora: stopped; nothing that was saved is lost.", file=sys.stderr)
-        return _stopped(stopped)
+        return _failed(_stopped(stopped), "stopped; nothing that was saved is lost.")
     except BrokenPipeError:  # | head
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return 0
-    except OSError as error:
-        if disk_is_full(error):
-            return _full(error)
-        print(f"qlora: {visible(error)}", file=sys.stderr)
-        return 2
     except Exception as error:
+        if disk_is_full(error):  # not only an OSError: safetensors has an exception of its own
+            return _failed(3, f"The disk is full ({error}); make room and go on with qlora resume RUN, or begin again.")
+        if isinstance(error, OSError):
+            return _failed(2, error)
         if _out_of_memory(error):
-            print(
-                f"qlora: Out of memory ({visible(first_line(error))}); lower training.micro_batch_size or data.max_length, or set "
-                "training.accumulation=micro_batch_major.",
-                file=sys.stderr,
-            )
-            return 3
-        if disk_is_full(error):  # safetensors has an exception of its own
-            return _full(error)
+            less = "lower training.micro_batch_size or data.max_length, or set training.accumulation=micro_batch_major."
+            return _failed(3, f"Out of memory ({first_line(error)}); {less}")
         print(visible(traceback.format_exc()), end="", file=sys.stderr)
-        print("qlora: this is a defect of qlora; please report it with the lines above.", file=sys.stderr)
-        return 1
+        return _failed(1, "this is a defect of qlora; please report it with the lines above.")
 
 
-def _plan(words: list[str]) -> int:
-    recipe = _recipe("plan", words)  # first, here and below: a slip of the pen need not wait for torch
-    from qlora.planning.plan import survey
-
-    found = survey(recipe)
-    print(visible(redacted(str(found))))
-    return 0 if found.fits else 3
-
-
-def _preview(words: list[str]) -> None:
-    count = _take(words, "count") or "2"
-    if not count.isdecimal() or not int(count):
-        raise InputError(f"count is '{count}'; expected a whole number from 1.")
-    recipe = _recipe("preview", words)
-    from rich.console import Console
-
-    from qlora.runs import run
-
-    console = Console(soft_wrap=True)
-    for example in run.preview(recipe, int(count)):
-        console.print(example if console.is_terminal else str(example), markup=False, highlight=False)
-        console.print()
+def _do(words: list[str]) -> int:
+    verb, *rest = words or ["--help"]
+    if verb == "--version":
+        print(f"qlora {metadata.version('qlora')}")
+        return 0
+    if verb in ("help", "--help", "-h"):
+        lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
+        print(USAGE, "", *lines, "", NOTES, sep="\n")
+        return 0 if words else 2
+    if verb not in VERBS:
+        raise InputError(f"'{verb}' is not a verb of qlora.{nearest(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
+    takes, does, more = _help(verb)
+    if {"--help", "-h"} & set(rest):
+        print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
+        return 0
+    rest = [_plain(verb, word) for word in rest]
+    if rest and not takes:
+        raise InputError(f"qlora {verb} takes nothing more, but found '{' '.join(rest)}'.")
+    return VERBS[verb](rest) or 0
 
 
-def _train(words: list[str]) -> None:
-    recipe = _recipe("train", words)
-    from qlora.runs import run
-
-    _summary(run.train(recipe))
-
-
-def _resume(words: list[str]) -> None:
-    folder = _run("resume", words[:1])
-    from qlora.runs import run
-
-    _summary(run.resume(folder, *words[1:]))
+def _help(verb: str) -> tuple[str, str, str]:
+    """What a verb takes, what it does, and more of it: its docstring, ``RUN: talk to the trained model.``, in parts."""
+    first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
+    takes, _, does = first.rpartition(": ")
+    return takes, does[0].upper() + does[1:], more
 
 
-def _evaluate(words: list[str]) -> None:
-    folder = _run("evaluate", words)
-    from qlora.runs import run
-
-    _summary(run.evaluate(folder))
-
-
-def _export(words: list[str]) -> None:
-    options = {name: _take(words, name) for name in ("out", "base", "dtype", "overwrite")}
-    target = words.pop(1) if len(words) > 1 else None
-    if target not in ("merged", "adapter"):
+def _plain(verb: str, word: str) -> str:
+    """``--training.steps=10`` → ``training.steps=10``. Raises InputError for any other flag."""
+    if word.startswith("--") and "=" in word:
+        return word[2:]
+    if word.startswith("-"):
         raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, or 'adapter', a plain LoRA adapter."
+            f"'{word}' is not a flag of qlora {verb}; expected --help, or a value with its key, such as --training.steps=10."
         )
-    if target == "adapter" and (extra := next((key for key in ("base", "dtype") if options[key]), None)):
-        raise InputError(f"qlora export RUN adapter takes out and overwrite, but found '{extra}={options[extra]}'.")
-    folder = _run("export", words)
-    for name, allowed in (
-        ("base", ("dequantized", "original")),
-        ("dtype", ("bf16", "fp16", "fp32")),
-        ("overwrite", ("true", "false")),
-    ):
-        if options[name] not in (None, *allowed):
-            raise InputError(f"{name} is '{options[name]}'; expected {' or '.join(allowed)}.")
-    from qlora.machine.device import bytes_text
-    from qlora.runs import run
-
-    if target == "adapter":
-        place = options["out"] or f"{folder}/portable"
-        why = run.export_adapter(folder, place, overwrite=options["overwrite"] == "true")
-        print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
-        return
-    chosen: dict[str, Any] = {key: value for key, value in options.items() if value and key in ("base", "dtype")}
-    merged = run.merge(folder, options["out"], overwrite=options["overwrite"] == "true", **chosen)
-    print(
-        f"Merged model: {merged.folder} ({merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted)"
-    )
-    try:
-        difference = run.compare_merged(folder, merged)
-    except QloraError as error:  # the export is done and whole; only the comparison is not
-        print(f"Its logits were not compared with the adapter model's: {error}")
-        return
-    print(
-        f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
-        f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats a token, "
-        f"the same next token at {difference.same_choice:.1%} of the positions."
-    )
+    return word
 
 
-def _report(words: list[str]) -> None:
-    from qlora.reporting import write_report
-
-    print(write_report(_run("report", words)))
-
-
-def _chat(words: list[str]) -> None:
-    folder = _run("chat", words)
-    from qlora.chat import talk
-
-    talk(folder)
-
-
-def _doctor(words: list[str]) -> int:
-    from qlora.doctor import examine, exit_status, print_findings
-
-    if words:
-        raise InputError(f"qlora doctor takes nothing more, but found '{' '.join(words)}'.")
-    findings = examine()
-    print_findings(findings)
-    return exit_status(findings)
-
-
-def _reference(words: list[str]) -> None:
-    if words:
-        raise InputError(f"qlora recipe takes nothing more, but found '{' '.join(words)}'.")
-    from qlora.recipe import reference
-
-    print(reference(), end="")
-
-
-VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    "plan": _plan,
-    "preview": _preview,
-    "train": _train,
-    "resume": _resume,
-    "evaluate": _evaluate,
-    "chat": _chat,
-    "export": _export,
-    "report": _report,
-    "doctor": _doctor,
-    "recipe": _reference,
-}
-
-
-def _recipe(verb: str, words: list[str]) -> Any:
+def _recipe(verb: str, words: list[str]) -> Recipe:
     from qlora.recipe import Recipe
 
     if not words:
@@ -245,16 +268,14 @@ def _run(verb: str, words: list[str]) -> Path:
     return path
 
 
-def _take(words: list[str], name: str) -> str | None:
-    """Remove ``name=value`` from the words and return the value."""
-    for word in words[1:]:
-        if word.startswith(f"{name}="):
-            words.remove(word)
-            return word.partition("=")[2]
-    return None
+def _taken(words: list[str], *names: str) -> dict[str, str]:
+    """Take every ``name=value`` of these names out of the words."""
+    taken = [word for word in words[1:] if "=" in word and word.partition("=")[0] in names]
+    words[:] = [word for word in words if word not in taken]
+    return dict(word.split("=", 1) for word in taken)
 
 
-def _summary(run: Any) -> None:
+def _summary(run: Run) -> None:
     """What a run came to, on standard output."""
     from qlora.machine.device import bytes_text
 
@@ -278,20 +299,15 @@ def _summary(run: Any) -> None:
 
 def _command() -> str:
     """How this command is called from here: by its name, or by its path where the shell would not find it."""
-    import shutil
-
     called = Path(sys.argv[0])
     if called.name != "qlora" or shutil.which("qlora"):
         return "qlora"
     return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)
 
 
-def _full(error: Exception) -> int:
-    print(
-        f"qlora: The disk is full ({visible(error)}); make room and go on with qlora resume RUN, or begin again.",
-        file=sys.stderr,
-    )
-    return 3
+def _failed(status: int, why: object) -> int:
+    print(f"qlora: {visible(why)}", file=sys.stderr)
+    return status
 
 
 def _stopped(stopped: list[int]) -> int:
@@ -303,7 +319,7 @@ def _stopped(stopped: list[int]) -> int:
 def _terminated(stopped: list[int]) -> Iterator[None]:
     """Inside, SIGTERM ends the work as Ctrl-C does, so that what is half-written is removed; it is noted in ``stopped``."""
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: object) -> None:
         stopped.append(number)
         raise KeyboardInterrupt
 
@@ -318,19 +334,8 @@ def _terminated(stopped: list[int]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _lasting_errors() -> Iterator[None]:
-    """Inside, work goes on when nobody takes what it says any more: a terminal that was closed, a full disk under a log."""
-    stream = sys.stderr
-    sys.stderr = cast(TextIO, _Lasting(stream))
-    try:
-        yield
-    finally:
-        sys.stderr = stream
-
-
 class _Lasting:
-    """A stream whose failures are nobody's, and to which nothing writes a secret."""
+    """A stream that takes no secret, and never fails: work goes on when its terminal is closed, or the disk under a log full."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -344,22 +349,20 @@ class _Lasting:
         with suppress(OSError, ValueError):
             self.stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
     if "torch" not in sys.modules:  # qlora doctor runs without it
-        return False
+        return isinstance(error, MemoryError)
     from qlora.machine.device import ran_out_of_memory
 
     return ran_out_of_memory(error)
 
 
 def _quiet_libraries() -> None:
-    """Other libraries' progress bars and advice; what matters of it is said by qlora."""
+    """Other libraries' progress bars and advice; qlora says what matters of it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

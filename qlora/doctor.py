@@ -1,23 +1,21 @@
 """The doctor: can this machine train, and if not, what to do about it.
 
-Each check looks at one thing, really uses it where that is cheap, and stands alone: a library that is missing or broken
-makes one line *wrong* and no other line late. So this file imports nothing heavy at its top, not even torch; it must
-not be needed by anything but the command line.
+One line per check, with the fix. A check uses what it looks at where that is cheap, and stands alone: a library that is
+missing or broken makes its own line *wrong* and no other. So this file imports nothing heavy at its top, not even torch.
+Only the command line may need it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +36,8 @@ CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, how it is, what was found, and what to do where it is not ok."""
+class Finding(NamedTuple):
+    """One line: what was looked at, how it is, what was found, and the fix where it is not ok."""
 
     name: str
     state: State
@@ -49,6 +46,11 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.state:<8} {self.name:<22} {self.found}" + (f" → {self.advice}" if self.advice else "")
+
+
+def _graded(name: str, found: str, *, wrong: str = "", warning: str = "") -> Finding:
+    """Wrong or a warning where there is a fix for it, else ok."""
+    return Finding(name, "wrong" if wrong else "warning" if warning else "ok", found, wrong or warning)
 
 
 def examine() -> list[Finding]:
@@ -66,7 +68,7 @@ def examine() -> list[Finding]:
         findings += _isolated(f"NF4 on {device}", broken, _nf4, device)
         findings += _isolated(f"8-bit on {device}", f"use model.quantization=nf4, or {broken}", _int8, device)
     findings += _isolated("memory", "see that at least 3 GiB are free", _memory)
-    findings += _isolated("disk here", "choose another folder", _disk, "disk here", Path.cwd)
+    findings += _isolated("disk here", "choose another folder", _disk, "disk here", Path())
     findings += _isolated("cache", "set QLORA_CACHE to a folder that you may write to", _cache)
     return findings
 
@@ -92,12 +94,11 @@ def print_findings(findings: Iterable[Finding]) -> None:
     console.print(Text(", ".join(counts)))
 
 
-def _isolated(name: str, advice: str, check: Callable[..., Finding | Iterable[Finding]], *given: Any) -> list[Finding]:
+def _isolated(name: str, advice: str, check: Callable[..., Iterable[Finding]], *given: object) -> list[Finding]:
     """The check's findings up to where it fails; the failure itself becomes a last, wrong one."""
     findings: list[Finding] = []
     try:
-        found = check(*given)
-        for finding in [found] if isinstance(found, Finding) else found:
+        for finding in check(*given):
             findings.append(finding)  # one by one, to keep what was found before a failure
     except (Exception, SystemExit) as error:  # a broken library raises anything on import
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
@@ -105,97 +106,90 @@ def _isolated(name: str, advice: str, check: Callable[..., Finding | Iterable[Fi
     return findings
 
 
-def _python() -> Finding:
+def _python() -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet
 
     wanted = metadata.metadata("qlora")["Requires-Python"]
     version = platform.python_version()
-    found = f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return Finding("Python", "wrong", f"{found}; {wanted} is needed", "install that, and qlora into it")
-    return Finding("Python", "ok", found)
+    fix = "" if SpecifierSet(wanted).contains(version, prereleases=True) else f"install {wanted}, and qlora into it"
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    yield _graded("Python", f"{version} on {machine}", wrong=fix)
 
 
 def _torch() -> Iterator[Finding]:
     import torch
 
-    yield _library("torch")
-    x = torch.arange(6.0).reshape(2, 3)
-    if (x @ x.T).tolist() != [[5.0, 14.0], [14.0, 50.0]]:
-        yield Finding("torch", "wrong", "a 2×3 matrix product came out wrong", "reinstall torch")
+    yield from _library("torch")
+    if not _multiplies("cpu", torch.float32):
+        yield Finding("torch", "wrong", "a matrix product came out wrong", "reinstall torch")
+
+
+def _multiplies(device: str, dtype: torch.dtype) -> bool:
+    import torch
+
+    ones = torch.ones(64, 64, dtype=dtype, device=device)
+    return float((ones @ ones).float().sum()) == 64.0**3
 
 
 def _cuda() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
-        driver = _driver()
-        if driver and torch.version.cuda is None:
-            advice = "install torch with CUDA, see pytorch.org/get-started"
-            yield Finding("CUDA", "warning", f"driver {driver}, but this torch is built without CUDA", advice)
-        elif driver:
-            advice = f"the driver may be too old for CUDA {torch.version.cuda}: update it, or see CUDA_VISIBLE_DEVICES"
-            yield Finding("CUDA", "warning", f"driver {driver}, but torch sees no device", advice)
-        else:
-            advice = "training runs on the CPU, which suits small models such as the quickstart's"
-            yield Finding("CUDA", "warning", "no device", advice)
+    driver, built = _driver(), torch.version.cuda
+    if torch.cuda.is_available():
+        yield Finding("CUDA", "ok", f"{built}, driver {driver or 'unknown'}")
+        advice = "this torch has no code for the device, or another process holds it: see 'nvidia-smi'"
+        for index in range(torch.cuda.device_count()):
+            yield from _isolated(f"cuda:{index}", advice, _cuda_device, index)
         return
-    yield Finding("CUDA", "ok", f"{torch.version.cuda}, driver {_driver() or 'unknown'}")
-    for index in range(torch.cuda.device_count()):
-        yield from _isolated(
-            f"cuda:{index}",
-            "this torch has no code for the device, or another process holds it: see 'nvidia-smi'",
-            _cuda_device,
-            index,
-        )
+    found, advice = "no device", "training runs on the CPU, which suits small models such as the quickstart's"
+    if driver and built:
+        found = f"driver {driver}, but torch sees no device"
+        advice = f"the driver may be too old for CUDA {built}: update it, or see CUDA_VISIBLE_DEVICES"
+    elif driver:
+        found = f"driver {driver}, but this torch is built without CUDA"
+        advice = "install torch with CUDA, see pytorch.org/get-started"
+    yield Finding("CUDA", "warning", found, advice)
 
 
-def _cuda_device(index: int) -> Finding:
+def _cuda_device(index: int) -> Iterator[Finding]:
     import torch
 
     from qlora.machine.device import bytes_text
 
-    properties = torch.cuda.get_device_properties(index)
+    name, gpu = f"cuda:{index}", torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
-    ones = torch.ones(64, 64, device=f"cuda:{index}")
-    if float((ones @ ones).sum()) != 64.0**3:
-        return Finding(
-            f"cuda:{index}", "wrong", f"{properties.name}: a matrix product came out wrong", "test the device"
-        )
-    found = (
-        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{bytes_text(free)} of {bytes_text(total)} free"
-    )
-    if free < 0.5 * total:
-        return Finding(f"cuda:{index}", "warning", found, "end what else uses the device: see 'nvidia-smi'")
-    return Finding(f"cuda:{index}", "ok", found)
+    memory = f"{bytes_text(free)} of {bytes_text(total)} free"
+    found = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+    wrong = "" if _multiplies(name, torch.float32) else "a matrix product came out wrong: test the device"
+    busy = "end what else uses the device: see 'nvidia-smi'" if free < 0.5 * total else ""
+    yield _graded(name, found, wrong=wrong, warning=busy)
 
 
-def _bf16() -> Finding:
+def _bf16() -> Iterator[Finding]:
     """Whether bf16 is supported and fast, and what ``model.compute_dtype=auto`` is here. Slow is no fault: auto avoids it."""
     import torch
 
-    leave = "leave model.compute_dtype at auto"
-    without = []
-    for index in range(_cuda_count()):
-        with torch.cuda.device(index):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                without.append(f"cuda:{index}")
-    if without:
-        found = f"not in the hardware of {', '.join(without)}, where fp16 with loss scaling is the default"
-        return Finding("bf16", "ok", found, leave)
-    if _cuda_count():
-        return Finding("bf16", "ok", "in hardware, and the default")
-    ones = torch.ones(8, 8, dtype=torch.bfloat16)
-    if float((ones @ ones).sum()) != 8.0**3:
-        return Finding("bf16", "wrong", "a matrix product came out wrong", "set model.compute_dtype=fp32")
-    flags, default = _cpu_flags(), "fp32 is the default on a CPU"
-    if flags is None:
-        return Finding("bf16", "ok", f"supported, this system does not tell how fast; {default}", leave)
-    if fast := [flag for flag in BF16_FLAGS if flag in flags]:
-        advice = "to use it, set model.compute_dtype=bf16"
-        return Finding("bf16", "ok", f"supported and fast ({', '.join(fast)}); {default}", advice)
-    return Finding("bf16", "ok", f"supported but slow (neither {' nor '.join(BF16_FLAGS)}); {default}", leave)
+    found, fix = "in hardware, and the default", ""
+    if count := _cuda_count():
+        without = []
+        for index in range(count):
+            with torch.cuda.device(index):
+                if not torch.cuda.is_bf16_supported(including_emulation=False):
+                    without.append(f"cuda:{index}")
+        if without:
+            found = f"not in the hardware of {', '.join(without)}, where fp16 with loss scaling is the default"
+            fix = "leave model.compute_dtype at auto"
+    elif not _multiplies("cpu", torch.bfloat16):
+        yield Finding("bf16", "wrong", "a matrix product came out wrong", "set model.compute_dtype=fp32")
+        return
+    else:
+        flags = _cpu_flags()
+        fast = [flag for flag in BF16_FLAGS if flag in (flags or ())]
+        speed = f" and fast ({', '.join(fast)})" if fast else f" but slow (neither {' nor '.join(BF16_FLAGS)})"
+        speed = ", this system does not tell how fast" if flags is None else speed
+        found = f"supported{speed}; fp32 is the default on a CPU"
+        fix = "to use it, set model.compute_dtype=bf16" if fast else "leave model.compute_dtype at auto"
+    yield Finding("bf16", "ok", found, fix)
 
 
 def _cpu_flags() -> set[str] | None:
@@ -209,15 +203,12 @@ def _cpu_flags() -> set[str] | None:
 
 def _driver() -> str | None:
     """The NVIDIA driver's version, None without one."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (answer.stdout.splitlines() or [""])[0].strip() or None
+    return answer.stdout.partition("\n")[0].strip() or None
 
 
 def _cuda_count() -> int:
@@ -229,25 +220,27 @@ def _cuda_count() -> int:
         return 0
 
 
-def _library(name: str) -> Finding:
+def _library(name: str) -> Iterator[Finding]:
     """The installed version against the minimum that our own package metadata asks for."""
     from packaging.requirements import Requirement
 
     try:
         needs = [Requirement(line) for line in metadata.requires("qlora") or []]
     except metadata.PackageNotFoundError:
-        return Finding(name, "wrong", "qlora itself is not installed", "install it with 'pip install -e .'")
-    wanted = next((str(need.specifier) for need in needs if need.name == name and need.marker is None), "")
+        yield Finding(name, "wrong", "qlora itself is not installed", "install it with 'pip install -e .'")
+        return
+    need = next((need for need in needs if need.name == name and need.marker is None), Requirement(name))
+    install = f"install it with 'pip install --upgrade \"{need}\"'"
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, "wrong", "is not installed", f"install it with 'pip install \"{name}{wanted}\"'")
-    if not Requirement(f"{name}{wanted}").specifier.contains(version, prereleases=True):
-        return Finding(
-            name, "wrong", f"{version}, needs {wanted}", f"install it with 'pip install --upgrade \"{name}{wanted}\"'"
-        )
+        yield Finding(name, "wrong", "is not installed", install)
+        return
+    if not need.specifier.contains(version, prereleases=True):
+        yield Finding(name, "wrong", f"{version}, needs {need.specifier}", install)
+        return
     __import__(name)  # metadata may be there without a library that loads
-    return Finding(name, "ok", f"{version} (needs {wanted})" if wanted else version)
+    yield Finding(name, "ok", f"{version} (needs {need.specifier})" if need.specifier else version)
 
 
 def _sample(device: str) -> torch.Tensor:
@@ -256,7 +249,7 @@ def _sample(device: str) -> torch.Tensor:
     return torch.randn(128, 256, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _nf4(device: str) -> Finding:
+def _nf4(device: str) -> Iterator[Finding]:
     """Quantise normally distributed weights, read them back, and hold the error against NF4's own bound."""
     import torch
 
@@ -270,15 +263,12 @@ def _nf4(device: str) -> Finding:
     worst = float((error / weight.abs().reshape(-1, BLOCK).amax(1, keepdim=True)).max())
     typical = float(error.square().mean().sqrt() / weight.square().mean().sqrt())
     found = f"round trip errs by {typical:.3f} of the weights' size, at most {worst:.3f} of a block's largest"
-    if not (worst <= NF4_WORST and 0 < typical <= NF4_TYPICAL):
-        advice = "the results would be wrong: reinstall bitsandbytes, or train elsewhere"
-        return Finding(
-            f"NF4 on {device}", "wrong", f"{found}; at most {NF4_TYPICAL} and {NF4_WORST:.3f} expected", advice
-        )
-    return Finding(f"NF4 on {device}", "ok", found)
+    expected = f"at most {NF4_TYPICAL} and {NF4_WORST:.3f} are right: reinstall bitsandbytes, or train elsewhere"
+    fine = worst <= NF4_WORST and 0 < typical <= NF4_TYPICAL
+    yield _graded(f"NF4 on {device}", found, wrong="" if fine else expected)
 
 
-def _int8(device: str) -> Finding:
+def _int8(device: str) -> Iterator[Finding]:
     """A product with an 8-bit weight against the same product in full."""
     import torch
 
@@ -292,52 +282,41 @@ def _int8(device: str) -> Finding:
     with torch.no_grad():
         exact = x.float() @ weight.T
         typical = float((linear(x).float() - exact).norm() / exact.norm())
+    expected = f"at most {INT8_TYPICAL} is right: use model.quantization=nf4, or reinstall bitsandbytes"
     found = f"a product errs by {typical:.4f} of its size"
-    if not typical <= INT8_TYPICAL or math.isnan(typical):
-        advice = "use 4 bits (model.quantization=nf4), or reinstall bitsandbytes"
-        return Finding(f"8-bit on {device}", "wrong", f"{found}; at most {INT8_TYPICAL} expected", advice)
-    return Finding(f"8-bit on {device}", "ok", found)
+    yield _graded(f"8-bit on {device}", found, wrong="" if typical <= INT8_TYPICAL else expected)  # NaN is not
 
 
-def _memory() -> Finding:
+def _memory() -> Iterator[Finding]:
     import torch
 
     from qlora.machine.device import bytes_text, total_memory_bytes
 
     free, total = total_memory_bytes(torch.device("cpu"))
-    if total == 0:
-        return Finding("memory", "warning", "this system does not tell", "see that at least 3 GiB are free")
-    found = f"{bytes_text(free)} of {bytes_text(total)} free"
-    if free < LITTLE_MEMORY:
-        return Finding("memory", "warning", found, "the quickstart takes 2 GiB: close other programs")
-    return Finding("memory", "ok", found)
+    found = f"{bytes_text(free)} of {bytes_text(total)} free" if total else "this system does not tell"
+    little = "the quickstart takes 2 GiB: see that 3 GiB are free" if free < LITTLE_MEMORY else ""
+    yield _graded("memory", found, warning=little)
 
 
-def _disk(name: str, where: Callable[[], Path]) -> Finding:
+def _disk(name: str, folder: Path) -> Iterator[Finding]:
     from qlora.machine.device import bytes_text
 
-    folder = where()
     free = shutil.disk_usage(_existing(folder)).free
-    found = f"{bytes_text(free)} free under {folder}"
-    if free < NO_DISK:
-        return Finding(name, "wrong", found, "free some: not even a small model fits")
-    if free < LITTLE_DISK:
-        return Finding(name, "warning", found, "enough for the quickstart, not for a larger model")
-    return Finding(name, "ok", found)
+    none = "free some: not even a small model fits" if free < NO_DISK else ""
+    little = "enough for the quickstart, not for a larger model" if free < LITTLE_DISK else ""
+    yield _graded(name, f"{bytes_text(free)} free under {folder.absolute()}", wrong=none, warning=little)
 
 
-def _cache() -> Finding:
+def _cache() -> Iterator[Finding]:
     from qlora.machine.device import cache_folder
 
     folder = cache_folder()
     with tempfile.TemporaryFile(dir=_existing(folder)) as file:  # leaves nothing behind, not even the cache folder
         file.write(b"qlora")
-    return _disk("cache", lambda: folder)
+    yield from _disk("cache", folder)
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists: where it would be made."""
     folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    return next(place for place in (folder, *folder.parents) if place.exists())

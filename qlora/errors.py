@@ -11,9 +11,9 @@
     ├── DoesNotFitError         3   memory or disk is too small for what was asked; also a MemoryError
     └── Stopped           130, 143  a signal arrived; the state was saved first
 
-A message is one or two sentences: what was found, what was expected, what to do next. Below the tree: what every text goes
-through that leaves the program, so that it holds no secret (``redacted``) and moves no cursor (``visible``). This file knows
-no other module.
+A message is one or two sentences: what was found, what was expected, what to do next. Below the tree is what every text
+goes through before it is shown or written: ``redacted`` takes secrets out, ``visible`` shows control characters as escapes.
+Knows no other module.
 """
 
 from __future__ import annotations
@@ -137,15 +137,7 @@ _KEYS = re.compile(
 )
 _SECRET_NAMES = {"TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIALS", "APIKEY"}
 _PLACE_NAMES = {
-    "PATH",
-    "FILE",
-    "DIR",
-    "FOLDER",
-    "HOME",
-    "NAME",
-    "ID",
-    "TYPE",
-    "URL",
+    *["PATH", "FILE", "DIR", "FOLDER", "HOME", "NAME", "ID", "TYPE", "URL"]
 }  # HF_TOKEN_PATH says where the token is
 _SHORTEST_SECRET = 8  # characters; TOKEN=true would take every "true" with it
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from qlora.data.rendering import one_child
 from tests.tiny import WORDS, chat_checkpoint, conversations, tiny_values, write_lines
 
 write_model = chat_checkpoint  # its name elsewhere
 __all__ = ["WORDS", "conversations", "tiny_values", "write_lines", "write_model"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_renderer() -> Iterator[None]:
+    """One process for all templates of the session: a beginning costs half a second."""
+    with one_child():
+        yield
 
 
 @pytest.fixture(scope="session")

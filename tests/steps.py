@@ -5,13 +5,15 @@ Knows the trainer's public side; must not know how it goes about a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from qlora.training import Step, Trainer
+from qlora.training.way import Way
 from tests.rounding import FLOOR, LAYERS, difference, rounding
 
 LOSS = rounding()
@@ -29,10 +31,17 @@ def take(trainer: Trainer, count: int) -> list[tuple[float, float]]:
     return [(step.loss, step.grad_norm) for step in (next(trainer) for _ in range(count))]
 
 
+def go(trainer: Trainer, way: Way) -> Trainer:
+    """Have rows go this way from now on."""
+    trainer.state.way = way
+    trainer.passage.take(way)
+    return trainer
+
+
 def step_of(trainer: Trainer) -> tuple[Step, dict[str, Tensor]]:
     """Take a step whose optimizer stands still: what the step tells, and the gradients that would have moved it."""
     found: dict[str, Tensor] = {}
-    optimizer: Any = trainer.optimizer
+    optimizer: Any = trainer.state.optimizer
     move = optimizer.step
 
     def look(*_: Any, **__: Any) -> None:
@@ -65,3 +74,16 @@ def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: 
         assert worst <= bound, (
             f"{name}: {difference(found[name], values):.1e} of its largest value, {allowed:.1e} allowed"
         )
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held at one time during ``work``, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0
+    return peak

@@ -11,7 +11,9 @@ import pytest
 from qlora.chat import Conversation, talk
 from qlora.errors import RunError
 from qlora.recipe import Recipe
-from qlora.runs import run
+from qlora.runs.evaluate import chat_tokenizer
+from qlora.runs.export import merge
+from qlora.runs.train import train
 from tests.conftest import conversations, tiny_values, write_lines
 
 SHORT = ("training.steps=1", "data.held_out_fraction=0", "evaluation.prompts=0")
@@ -20,7 +22,7 @@ SHORT = ("training.steps=1", "data.held_out_fraction=0", "evaluation.prompts=0")
 @pytest.fixture(scope="module")
 def chat_run(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "run"
-    return run.train(Recipe.from_dict(tiny_values(tiny_model, chat_data, folder), *SHORT), quiet=True).folder
+    return train(Recipe.from_dict(tiny_values(tiny_model, chat_data, folder), *SHORT), quiet=True).folder
 
 
 def test_conversation_remembers_both_sides(chat_run: Path) -> None:
@@ -57,7 +59,7 @@ def test_too_long_conversation_is_refused_and_not_remembered(
 def test_positions_that_the_method_takes_are_counted(tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
     values = tiny_values(tiny_model, chat_data, tmp_path / "run")
     values["method"] = {"name": "prefix_tuning", "tokens": 8}
-    conversation = Conversation(run.train(Recipe.from_dict(values, *SHORT), quiet=True).folder)
+    conversation = Conversation(train(Recipe.from_dict(values, *SHORT), quiet=True).folder)
     with pytest.raises(RunError, match="the model reads 248"):
         conversation.say("fox " * 300)
 
@@ -80,18 +82,18 @@ def test_own_template_is_used_in_chat(tiny_model: Path, tmp_path: Path) -> None:
     )
     data = write_lines(tmp_path / "chat.jsonl", conversations(6))
     values = tiny_values(tiny_model, data, tmp_path / "run")
-    folder = run.train(Recipe.from_dict(values, *SHORT, f"data.chat_template={template}"), quiet=True).folder
-    text = run.chat_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    folder = train(Recipe.from_dict(values, *SHORT, f"data.chat_template={template}"), quiet=True).folder
+    text = chat_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text == "user: Hi</s>"
     assert (folder / "adapter/chat_template.jinja").read_text(encoding="utf-8") == template.read_text(encoding="utf-8")
-    merged = run.merge(folder)
+    merged = merge(folder)
     assert (merged.folder / "chat_template.jinja").read_text(encoding="utf-8") == template.read_text(encoding="utf-8")
 
 
 def test_raw_text_is_continued_and_nothing_remembered(tiny_model: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "text.jsonl", [{"text": f"the fox said {n} hello there"} for n in range(6)])
     values = tiny_values(tiny_model, data, tmp_path / "run")
-    folder = run.train(Recipe.from_dict(values, *SHORT), quiet=True).folder
+    folder = train(Recipe.from_dict(values, *SHORT), quiet=True).folder
     conversation = Conversation(folder)
     assert conversation.say("the fox", max_new_tokens=4) == conversation.say("the fox", max_new_tokens=4)
     assert conversation.messages == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from qlora import cli
 from qlora.cli import main
 from qlora.planning import plan as planner
-from qlora.runs import run
+from qlora.runs import train as run
 from tests.conftest import conversations, tiny_values, write_lines
 
 Spoil = Callable[[dict[str, Any], Path], None]
@@ -106,12 +107,36 @@ def test_bad_overrides(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureF
 # --- the words -------------------------------------------------------------------------------------------------------
 
 
-def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["help"]) == 0
-    assert capfd.readouterr().out == cli.USAGE
+def test_help(capfd: pytest.CaptureFixture[str]) -> None:
+    for words in (["help"], ["--help"], ["-h"]):
+        assert main(words) == 0
+        told = capfd.readouterr().out
+        assert all(f"\n  {verb} " in told for verb in cli.VERBS)
     assert main([]) == 2
+    assert capfd.readouterr().out == told
+    for verb, takes in (("train", "RECIPE"), ("export", "RUN merged|adapter"), ("doctor", "")):
+        assert main([verb, "--help"]) == 0
+        told = capfd.readouterr().out
+        assert told.splitlines()[0] == f"qlora {verb} {takes}".strip()
+        assert main([verb, "anything", "-h"]) == 0
+        assert capfd.readouterr().out == told
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"qlora \d+\.\d+\S*\n", capfd.readouterr().out)
+
+
+def test_values_may_be_written_as_flags(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(recipe_file), "--count=3", "--data.held_out_fraction=0.5"]) == 0
+    assert "example 2 of 20" in capfd.readouterr().out
+    assert "'training.epoch' " in refused(capfd, "train", str(recipe_file), "--training.epoch=2")
+    for flag in ("--epochs", "-v", "--training.steps"):
+        assert f"'{flag}' is not a flag of qlora train; expected --help," in refused(
+            capfd, "train", "a.yaml", flag, "3"
+        )
+    assert "'--verbose' is not a verb" in refused(capfd, "--verbose")
+
+
+def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'train'?" in refused(capfd, "trian")
-    assert all(f"\n  {verb} " in cli.USAGE for verb in cli.VERBS)
     for verb in ("plan", "preview", "train"):
         assert f"qlora {verb} needs a recipe" in refused(capfd, verb)
     for verb in ("resume", "evaluate", "chat", "report"):
@@ -125,6 +150,7 @@ def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "expected 'merged'" in refused(capfd, "export", str(tmp_path))
     assert "expected 'merged'" in refused(capfd, "export", str(tmp_path), "gguf")
     assert "dtype is 'int3'" in refused(capfd, "export", str(tmp_path), "merged", "dtype=int3")
+    assert "takes out and overwrite" in refused(capfd, "export", str(tmp_path), "adapter", "--dtype=fp16")
     assert "no run folder" in refused(capfd, "export", str(tmp_path), "merged")
     assert "nothing more" in refused(capfd, "doctor", "now")
 

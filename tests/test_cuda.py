@@ -20,11 +20,11 @@ from qlora.data import IGNORE_INDEX, Row
 from qlora.evaluation import answers
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import load_base
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.planning.speed import measure
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.conftest import write_model
@@ -81,9 +81,11 @@ def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, t
     trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(**values))
     loss, _ = trainer._gradients(trainer.rows)
     found = {
-        name: values.grad.float().clone() for name, values in trainer.parameters.items() if values.grad is not None
+        name: values.grad.float().clone()
+        for name, values in trainer.state.parameters.items()
+        if values.grad is not None
     }
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
     return loss, found
 
 
@@ -112,8 +114,8 @@ def test_adapters_and_their_states_have_their_dtypes(folder: Path) -> None:
         assert {values.dtype for values in model.trainable_parameters().values()} == {expected}
         trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings())
         next(trainer)
-        for values in trainer.parameters.values():
-            state = trainer.optimizer.state[values]
+        for values in trainer.state.parameters.values():
+            state = trainer.state.optimizer.state[values]
             assert {t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 1} == {torch.float32}
 
 
@@ -175,7 +177,7 @@ def test_fp16_trains(folder: Path) -> None:
     steps = list(trainer)
     assert all(numpy.isfinite([step.loss, step.grad_norm]).all() for step in steps)
     assert steps[-1].loss < 0.9 * steps[0].loss
-    assert trainer.loss_scale > 1
+    assert trainer.state.loss_scale > 1
 
 
 def test_packed_examples_are_apart(folder: Path) -> None:
@@ -250,7 +252,10 @@ def test_gradients_do_not_depend_on_where_things_wait(
         model, section = placed(deep, tmp_path, "fp32", **memory)
         trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(micro_batch_size=1), memory=section)
         found.append(
-            ([next(trainer).loss for _ in range(3)], {n: p.detach().clone() for n, p in trainer.parameters.items()})
+            (
+                [next(trainer).loss for _ in range(3)],
+                {n: p.detach().clone() for n, p in trainer.state.parameters.items()},
+            )
         )
     (losses, plain), (others, moved) = found
     assert others == pytest.approx(losses, rel=1e-4)
@@ -280,7 +285,7 @@ def test_a_head_on_the_host_is_pinned_and_right_every_time(deep: Path, tmp_path:
     for _ in range(20):
         torch.cuda._sleep(2_000_000)
         losses.add(trainer._gradients(trainer.rows)[0])
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.state.optimizer.zero_grad(set_to_none=True)
     assert len(losses) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from qlora.doctor import Finding, examine, exit_status, print_findings
 
 def _by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
+
+
+def only(findings: Iterable[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
 
 
 def test_names_what_it_looked_at() -> None:
@@ -57,7 +63,7 @@ def test_a_library_that_breaks_on_import_makes_wrong_lines_and_no_crash(
     monkeypatch.setattr(builtins, "__import__", breaking)
     # Modules that were loaded before would hide the breakage. Their parents' attributes are set to what they are, so that
     # monkeypatch puts them back too: other tests must not meet a second Linear4bit.
-    for parent, child in ((qlora, "device"), (qlora, "model"), (qlora.model, "nf4")):
+    for parent, child in ((qlora.machine, "device"), (qlora, "model"), (qlora.model, "nf4")):
         monkeypatch.setattr(parent, child, getattr(parent, child))
         monkeypatch.delitem(sys.modules, f"{parent.__name__}.{child}")
     findings = examine()
@@ -77,7 +83,7 @@ def test_a_library_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -
         return "0.1.0" if name == "transformers" else real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    old, missing = doctor._library("transformers"), doctor._library("accelerate")
+    old, missing = only(doctor._library("transformers")), only(doctor._library("accelerate"))
     assert (old.state, missing.state) == ("wrong", "wrong")
     assert old.found.startswith("0.1.0, needs >=5")
     assert "pip install" in old.advice
@@ -101,7 +107,7 @@ def test_bf16_on_a_cpu(
     monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
-    found = doctor._bf16()
+    found = only(doctor._bf16())
     assert found.state == "ok"
     assert found.found.startswith("supported")
     assert says in found.found
@@ -121,7 +127,7 @@ def test_bf16_on_gpus(has: list[bool], says: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "_cuda_count", lambda: len(has))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: next(asked))
-    assert doctor._bf16().found == says
+    assert only(doctor._bf16()).found == says
 
 
 def test_a_round_trip_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +135,9 @@ def test_a_round_trip_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
 
     real = nf4.dense_weight
     monkeypatch.setattr(nf4, "dense_weight", lambda linear, dtype: real(linear, dtype).flip(0))
-    assert doctor._nf4("cpu").state == "wrong"
+    assert only(doctor._nf4("cpu")).state == "wrong"
     monkeypatch.setattr(nf4, "dense_weight", lambda linear, dtype: torch.full((128, 256), float("nan")))
-    assert doctor._nf4("cpu").state == "wrong"
+    assert only(doctor._nf4("cpu")).state == "wrong"
 
 
 def test_an_8_bit_product_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +145,12 @@ def test_an_8_bit_product_that_errs_is_wrong(monkeypatch: pytest.MonkeyPatch) ->
 
     real = Linear8bit.product
     monkeypatch.setattr(Linear8bit, "product", lambda self, x: 1.1 * real(self, x))
-    assert doctor._int8("cpu").state == "wrong"
+    assert only(doctor._int8("cpu")).state == "wrong"
 
 
 def test_the_error_bounds_are_near_what_is_measured() -> None:
     """A bound that nothing comes near would see nothing."""
-    numbers = [float(word.strip(",")) for word in doctor._nf4("cpu").found.split() if word[0].isdigit()]
+    numbers = [float(word.strip(",")) for word in only(doctor._nf4("cpu")).found.split() if word[0].isdigit()]
     typical, worst = numbers
     assert doctor.NF4_TYPICAL / 2 < typical < doctor.NF4_TYPICAL
     assert doctor.NF4_WORST * 0.7 < worst < doctor.NF4_WORST
@@ -162,7 +168,7 @@ def test_disk_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert found.state == "wrong"
     assert "QLORA_CACHE" in found.advice
     monkeypatch.setattr(doctor, "NO_DISK", 1 << 62)
-    assert doctor._disk("disk here", lambda: tmp_path).state == "wrong"
+    assert only(doctor._disk("disk here", tmp_path)).state == "wrong"
 
 
 def test_exit_status_and_printing(capsys: pytest.CaptureFixture[str]) -> None:

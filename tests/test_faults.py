@@ -18,8 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qlora.files.durable import clear_leftovers, damage, file_written_aside, read_json
+from qlora.files.durable import clear_leftovers, damage, file_written_aside
 from qlora.files.lock import LOCK
+from qlora.files.strangers import Fault, read_object
 from qlora.runs.folder import RUN_FILES
 from tests.processes import NO_MOUNTS, Ended, run, start
 from tests.tiny import conversations, write_lines
@@ -99,7 +100,9 @@ def broken(folder: Path) -> str | None:
         if place.is_dir() and (why := damage(place)):
             return f"{place.name}: {why}"
     for name in ("environment.json", "plan.json", "evaluation.json", "method.json"):
-        if (folder / name).is_file() and not read_json(folder / name):
+        try:
+            read_object(folder / name)
+        except Fault:
             return f"{name} is torn"
     report = folder / "report.html"
     if report.is_file() and not report.read_text(encoding="utf-8").rstrip().endswith("</html>"):

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import struct
-import sys
 import time
 import tracemalloc
 import zipfile
@@ -17,30 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from benchmarks.survive.changes import changed
-from benchmarks.survive.fuzz import LONGEST
-from benchmarks.survive.parsers import LLAMA, LORA, PARSERS, Parser, tensor, tensors_bytes
-from qlora.cli import main
 from qlora.errors import DoesNotFitError, MethodError, ModelError, QloraError, RecipeError
-from qlora.files.strangers import MAX_JSON, MAX_LEVELS, MAX_RECIPE, MAX_VALUES, Fault, json_object, shown, yaml_values
+from qlora.files.strangers import MAX_JSON, Fault
 from qlora.machine.cards import parse_memory
 from qlora.methods import files
 from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
 from qlora.model import default, tensor_file, tokenizer
 from qlora.model.checkpoint import (
     INDEX,
+    MAX_INDEX,
     MAX_SHARDS,
-    find_model,
     fingerprint,
     open_checkpoint,
     read_model_config,
 )
+from qlora.model.hub import find_model
 from qlora.model.tensor_file import MAX_HEADER
-from qlora.recipe.config import MOST_MISTAKES, Recipe
+from tests.hostile.changes import changed
+from tests.hostile.parsers import LLAMA, LONGEST, LORA, PARSERS, Parser, tensor, tensors_bytes
 
 ROOT = Path(__file__).parents[1]
 SOON = 10.0  # seconds of a core, on a slow one
@@ -106,27 +101,6 @@ HEADERS: dict[str, tuple[object, str]] = {
     "a byte order mark": (b"\xef\xbb\xbf{}", "no JSON"),
     "a list": ([], "holds list"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HEADERS)
-def test_header_is_refused(name: str, tmp_path: Path) -> None:
-    header, said = HEADERS[name]
-    (tmp_path / "config.json").write_text("{}")
-    content = tensors_bytes(header, size=36)
-    for file, read, kind in (
-        ("model.safetensors", open_checkpoint, ModelError),
-        (files.WEIGHTS, read_adapter_tensors, MethodError),
-        (files.WEIGHTS, recorded_base, MethodError),
-        (files.METHOD_STATE, read_method_state, MethodError),
-    ):
-        (tmp_path / file).write_bytes(content)
-        began = time.process_time()
-        with pytest.raises(kind, match=said) as caught:
-            read(tmp_path)
-        assert time.process_time() - began < SOON
-        assert "damaged" in str(caught.value)
-        assert len(str(caught.value)) < 1000
-        assert "\n" not in str(caught.value)
 
 
 def test_what_is_odd_and_sound_is_read(tmp_path: Path) -> None:
@@ -218,39 +192,20 @@ INDEXES: dict[str, tuple[object, str]] = {
     "no text": ({"a": 3}, "no 'weight_map'"),
     "a list": (["a.safetensors"], "no 'weight_map'"),
     "nothing": ({}, "names 0 files"),
-    "very many files": ({str(number): f"{number}.safetensors" for number in range(MAX_SHARDS + 1)}, "names 10,001 files"),
-    "very many tensors": ({f"model.layers.{number}.weight": "a.safetensors" for number in range(10**5)}, "lacks 'a.safetensors'"),
+    "very many files": (
+        {str(number): f"{number}.safetensors" for number in range(MAX_SHARDS + 1)},
+        "names 10,001 files",
+    ),
+    "very many tensors": (
+        {f"model.layers.{number}.weight": "a.safetensors" for number in range(10**5)},
+        "lacks 'a.safetensors'",
+    ),
+}
+INDEX_FILES: dict[str, tuple[object, str]] = {
+    **{name: ({"weight_map": weight_map}, said) for name, (weight_map, said) in INDEXES.items()},
+    "a key twice": (b'{"weight_map": {"a": "a.safetensors"}, "weight_map": {"a": "../a.safetensors"}}', "has the key 'weight_map' twice"),
+    "too large": (b" " * (MAX_INDEX + 1), "bytes; expected at most"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", INDEXES)
-def test_index_leads_nowhere_else(name: str, tmp_path: Path) -> None:
-    weight_map, said = INDEXES[name]
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (tmp_path / "secret.safetensors").write_bytes(tensors_bytes({"a": tensor(0)}))
-    (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    (folder / "config.json").write_text("{}")
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    for read in (open_checkpoint, fingerprint):
-        with pytest.raises(ModelError, match=said) as caught:
-            read(folder)
-        assert len(str(caught.value)) < 2000
-
-
-def test_index_that_is_too_large_is_not_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with (tmp_path / INDEX).open("wb") as file:
-        file.truncate(10**12)  # a file with holes
-    with pytest.raises(ModelError, match="has 1,000,000,000,000 bytes; expected at most"):
-        open_checkpoint(tmp_path)
-
-
-def test_index_with_a_key_twice(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}, "weight_map": {"a": "../a.safetensors"}}')
-    with pytest.raises(ModelError, match="has the key 'weight_map' twice"):
-        open_checkpoint(tmp_path)
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
@@ -286,16 +241,6 @@ CONFIGS: dict[str, tuple[object, str]] = {
     "a list": ([], "holds list"),
     "no text": (b"\xff\xfe", "no JSON"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_model_configuration_is_refused(name: str, tmp_path: Path) -> None:
-    values, said = CONFIGS[name]
-    (tmp_path / "config.json").write_bytes(values if isinstance(values, bytes) else json.dumps(values).encode())
-    for read in (read_model_config, open_checkpoint, fingerprint):
-        with pytest.raises(ModelError, match=said) as caught:
-            read(tmp_path)
-        assert len(str(caught.value)) < 1000
 
 
 def test_configuration_with_the_same_twice_is_read(tmp_path: Path) -> None:
@@ -365,136 +310,39 @@ ADAPTER_CONFIGS: dict[str, tuple[object, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ADAPTER_CONFIGS)
-def test_adapter_config_is_refused(name: str, tmp_path: Path) -> None:
-    values, said = ADAPTER_CONFIGS[name]
-    (tmp_path / files.CONFIG).write_bytes(values if isinstance(values, bytes) else json.dumps(values).encode())
-    began = time.process_time()
-    with pytest.raises(MethodError, match=said) as caught:
-        read_adapter_config(tmp_path)
-    assert time.process_time() - began < SOON
-    assert len(str(caught.value)) < 3000
-    assert str(caught.value).isprintable()
-
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
-
-DATA = "data: {train: x}\n"
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
-)
-MERGED_LAUGHS = "a: &a {x: 1}\n" + "".join(
-    f"{y}: &{y} {{<<: [{', '.join([f'*{x}'] * 9)}]}}\n" for x, y in zip("abcdefgh", "bcdefghi", strict=True)
-)
-RECIPES: dict[str, tuple[str | bytes, str]] = {
-    "a billion laughs": (LAUGHS, "more than 20,000 values"),
-    "a billion laughs by merging": (MERGED_LAUGHS, "more than 20,000 values"),
-    "a list in itself": ("data: &a [*a]", "an anchor that holds itself at line 1, column 11"),
-    "a mapping in itself": ("&a\ndata: *a", "an anchor that holds itself"),
-    "a merge of itself": ("data: &a {<<: *a}", "an anchor that holds itself"),
-    "a chain of aliases": ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 99)), f"more than {MAX_LEVELS} levels"),
-    "an alias of nothing": ("data: *x", "undefined alias"),
-    "Python": ("data: !!python/object/apply:os.system ['touch made']", "'!!python/object/apply:os.system'"),
-    "Python's names": ("data: !!python/name:os.system", "'!!python/name:os.system'"),
-    "a tag of one's own": ("data: !x {train: y}", "stands for no plain value"),
-    "a set": (DATA + "method: {target_modules: !!set {a, b}}", "'!!set'"),
-    "bytes": (DATA + "folder: !!binary aGk=", "'!!binary'"),
-    "an ordered map": (DATA + "method: !!omap [a: 1]", "'!!omap'"),
-    "an empty number": (DATA + "training: {epochs: !!int ''}", "not valid YAML"),
-    "a truth that is none": (DATA + "overwrite: !!bool x", "not valid YAML"),
-    "a date that is none": (DATA + "folder: !!timestamp x", "not valid YAML"),
-    "an impossible date": (DATA + "folder: 2024-13-45", "not valid YAML"),
-    "a number to the base of sixty": (DATA + f"training: {{epochs: {'1:' * 400}1.5}}", "a number of more than 64 characters"),
-    "many digits": (DATA + f"training: {{epochs: {'9' * 100_000}}}", "a number of more than 64 characters"),
-    "many hexadecimal digits": (DATA + f"training: {{epochs: 0x{'f' * 100_000}}}", "a number of more than 64 characters"),
-    "a number too large to count": (DATA + "training: {epochs: 999999999999999999999}", "expected a number below 2⁵³"),
-    "a float too large": (DATA + "training: {learning_rate: 1.0e+999}", "finite number|less than or equal"),
-    "a NUL": (b"folder: \x00", "not valid YAML"),
-    "an escaped NUL": (DATA + r'folder: "a\0b"', "no text may hold"),
-    "half a character": (DATA + r'folder: "\ud800"', "no text may hold"),
-    "no character": (DATA + r'folder: "\U7fffffff"', "not valid YAML"),
-    "not UTF-8": (b"folder: \xe9", "UTF-8"),
-    "UTF-16": ("folder: a".encode("utf-16"), "UTF-8"),
-    "a list as a key": ("? [a]\n: b", "a key that is no plain text"),
-    "a mapping as a key": ("{{a: b}: c}", "a key that is no plain text"),
-    "an anchor as a key": ("x: &x [1]\n*x : y", "a key that is no plain text"),
-    "a key twice in a list": (DATA + "method:\n- {r: 4,\n   r: 8}", "'method.0.r' stands twice, at lines 3 and 4"),
-    "two documents": ("data: x\n---\ndata: y", "not valid YAML"),
-    "a large file": ("#" * (MAX_RECIPE + 1), f"at most {MAX_RECIPE:,}"),
-    "many values": (DATA + f"x: [{'1,' * 100_000}]", f"more than {MAX_VALUES:,} values"),
-    "nested": ("[" * 200_000, f"nested more than {MAX_LEVELS} levels"),
-    "nested in blocks": ("- " * 100_000, f"nested more than {MAX_LEVELS} levels"),
-    "many mistakes": (DATA + "".join(f"k{number}: 1\n" for number in range(3000)), f"and {3000 - MOST_MISTAKES:,} more"),
-    "many wrong files": (f"data: {{train: [{'1,' * 9000}]}}", "more"),
-    "many methods": (DATA + f"method: [{'{},' * 9000}]", "more than once"),
-    "many tokens": (DATA + f"method: {{name: new_tokens, tokens: [{'a,' * 9000}]}}", "more than once"),
-    "rows that are negative": (DATA + "method: {name: new_tokens, tokens: [a], ids: [-1]}", "method.ids"),
-    "a long value": (DATA + f"training: {{epochs: {'x' * 100_000}}}", "'training.epochs' .line 2. is 'xxx"),
-    "a long key": (DATA + f"? {'x' * 100_000}\n: 1", "is not a known key"),
-    "orders to a terminal": (DATA + '"\\e[2J": 1', r"'\\x1b\[2J' .line 2. is not a known key"),
-    "a revision that is a path": (DATA + "model: {revision: ../../../etc/passwd}", "expected a branch, tag or commit"),
-    "a revision that is absolute": (DATA + "model: {revision: /etc/passwd}", "expected a branch, tag or commit"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, said = RECIPES[name]
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    began = time.process_time()
-    with pytest.raises(RecipeError, match=said) as caught:
-        Recipe.from_yaml(path)
-    assert time.process_time() - began < SOON
-    assert len(str(caught.value)) < 3000
-    assert [item.name for item in tmp_path.iterdir()] == ["recipe.yaml"]
-
-
-def test_laughs_take_no_memory() -> None:
-    for text in (LAUGHS, MERGED_LAUGHS):
-        tracemalloc.start()
-        try:
-            with pytest.raises(Fault, match="values"):
-                yaml_values(text)
-            assert tracemalloc.get_traced_memory()[1] < 2 * 10**6
-        finally:
-            tracemalloc.stop()
-
-
-def test_anchors_and_merges_of_a_recipe_are_read() -> None:
-    text = "x: &x {train: a.jsonl, limit: 5}\ndata: {<<: *x, limit: 6}\ny: [*x, *x]\n"
-    values, lines = yaml_values("\ufeff" + text)
-    assert values == yaml.safe_load(text)
-    assert lines["data", "limit"] == 2
-    parts = yaml_values("data: {train: a}\nmethod: [&b {name: bottleneck, form: pfeiffer}, *b]")[0]
-    forms = [part.form for part in Recipe.from_dict(parts, "method.1.form=lin").method.parts]
-    assert forms == ["pfeiffer", "lin"]  # the override of one is none of the other
-
-
-OVERRIDES = {
-    "no value": ("training.epochs", "expected section.key=value"),
-    "no key": ("=1", "expected section.key=value"),
-    "very deep": (".".join("a" * 5000) + "=1", "expected section.key=value"),
-    "very long": ("a" * 10**6, "expected section.key=value"),
-    "a number of a list with 5,000 digits": (f"method.{'9' * 5000}.r=1", "in a list of 1"),
-    "a superscript": ("method.².r=1", "in a list of 1"),
-    "a negative number": ("method.-1.r=1", "in a list of 1"),
-    "an anchor in itself": ("data.train=&a [*a]", "an anchor that holds itself"),
-    "Python": ("data.train=!!python/object/apply:os.system ['true']", "stands for no plain value"),
-    "nested": ("data.train=" + "[" * 10_000, "nested more than"),
-    "a long value": ("training.epochs=" + "x" * 10**5, "is 'xxx"),
-    "not YAML": ("data.train=[", "not valid YAML"),
-    "half a character": ("folder=\ud800", "not valid YAML|no text may hold"),
+FILES: dict[str, tuple[dict[str, tuple[object, str]], type[QloraError], tuple[Callable[[Path], object], ...]]] = {
+    "model.safetensors": (HEADERS, ModelError, (open_checkpoint,)),
+    files.WEIGHTS: (HEADERS, MethodError, (read_adapter_tensors, recorded_base)),
+    files.METHOD_STATE: (HEADERS, MethodError, (read_method_state,)),
+    INDEX: (INDEX_FILES, ModelError, (open_checkpoint, fingerprint)),
+    "config.json": (CONFIGS, ModelError, (read_model_config, open_checkpoint, fingerprint)),
+    files.CONFIG: (ADAPTER_CONFIGS, MethodError, (read_adapter_config,)),
 }
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
-def test_override_is_refused(name: str) -> None:
-    override, said = OVERRIDES[name]
-    with pytest.raises(RecipeError, match=said) as caught:
-        Recipe.from_dict({"data": {"train": "x"}, "method": [{"name": "lora"}]}, override)
-    assert len(str(caught.value)) < 1000
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file in FILES for name in FILES[file][0]])
+def test_file_is_refused(file: str, name: str, tmp_path: Path) -> None:
+    table, kind, readers = FILES[file]
+    content, said = table[name]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.safetensors").write_bytes(tensors_bytes({"a": tensor(0)}))
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    (folder / "config.json").write_text("{}")
+    if table is HEADERS:
+        content = tensors_bytes(content, size=36)
+    (folder / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    for read in readers:
+        began = time.process_time()
+        with pytest.raises(kind, match=said) as caught:
+            read(folder)
+        assert time.process_time() - began < SOON
+        assert len(str(caught.value)) < 3000
+        assert str(caught.value).isprintable()
+        assert table is not HEADERS or "damaged" in str(caught.value)
+
+
+# --- words of the command line ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -516,24 +364,6 @@ def test_name_of_a_model_that_is_none(name: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ModelError) as caught:
         find_model(name, weights=False)
     assert len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    "name", ["a billion laughs", "Python", "a list in itself", "an escaped NUL", "not UTF-8", "nested", "a long value"]
-)
-def test_command_line_says_one_line(
-    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text, _ = RECIPES[name]
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert main(["train", str(path)]) == 2
-    errors = capfd.readouterr().err
-    assert errors.startswith("qlora: ")
-    assert errors.count("\n") == 1
-    assert "Traceback" not in errors
-    assert [item.name for item in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 # --- pickles, and the one GGUF file that is read ---------------------------------------------------------------------
@@ -763,44 +593,3 @@ def test_any_change_is_read_or_refused_in_a_sentence(
         assert len(said) <= LONGEST
 
     each()
-
-
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(), st.lists))
-def test_what_is_shown_of_a_value_is_short_and_printable(value: object) -> None:
-    assert len(shown(value)) < 800
-    assert shown(value).isprintable()
-
-
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
-@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,0123456789eE+-.aNI\\ud', max_size=60).map(str.encode))
-def test_json_is_what_the_json_module_reads_or_a_fault(content: bytes) -> None:
-    try:
-        values = json_object(content)
-    except Fault:
-        return
-    assert str(values) == str(json.loads(content))
-
-
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
-@given(st.text(alphabet="{}[]\"',:?-&*!|>#\n ab01<=.~%", max_size=40))
-def test_yaml_is_what_pyyaml_reads_or_a_fault(text: str) -> None:
-    try:
-        values, _ = yaml_values(text)
-    except Fault:
-        return
-    assert str(values) == str(yaml.safe_load(text))
-
-
-def test_both_engines_find_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("atheris", reason="pip install 'qlora[fuzz]' brings the fuzzer that is guided by coverage")
-    if sys.platform == "win32":
-        pytest.skip("needs fork")
-    from benchmarks.survive import fuzz
-    from benchmarks.survive.size import Size
-
-    said: list[str] = []
-    rows = fuzz.run(tmp_path, Size(small=True), said.append, only="adapter")  # of all: make survive
-    assert len(rows) == len(said) == 4
-    assert [row for row in rows if row["failures"]] == []
-    assert all(row["inputs"] >= 10 for row in rows)

@@ -22,10 +22,10 @@ from qlora.errors import MethodError
 from qlora.evaluation import answers, score
 from qlora.export import merge
 from qlora.methods import AdaptedModel, Adapters, apply_method, load_adapter, save_adapter
-from qlora.model import load_base
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.layers import unwrap_layers
+from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken

@@ -15,7 +15,7 @@ from qlora.cli import main
 from qlora.errors import REDACTED, DataError, ModelError, redacted, visible
 from qlora.model.foreign_code import foreign_code, say_foreign_code
 from qlora.model.tokenizer import load_tokenizer
-from qlora.runs import run
+from qlora.runs import train as run
 from qlora.training.log import MetricsLog, Progress
 from tests.conftest import tiny_values
 
@@ -79,7 +79,7 @@ def test_errors_say_no_secret(
         raise ConnectionError(f"401 for https://me:{TOKEN}@hub/x, authorization: Bearer my-own-token-0123")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    monkeypatch.setattr("qlora.model.checkpoint._require_room", lambda *_: None)
+    monkeypatch.setattr("qlora.model.hub._require_room", lambda *_: None)
     assert main(["train", str(recipe_file), "model.name=org/private"]) == 2
     for broken in (OSError, RuntimeError):
 

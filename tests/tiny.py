@@ -37,8 +37,9 @@ from qlora.data import Row
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.load import Base, load_base
+from qlora.model.base import Base
 from qlora.recipe import LoRA, ModelSection
+from qlora.residence.load import load_base
 from tests.data.conftest import make_tokenizer
 from tests.rounding import difference
 

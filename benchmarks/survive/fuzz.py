@@ -34,7 +34,6 @@ from benchmarks.survive.size import Size
 
 SLOW = 2.0  # seconds of a core that one input may take
 HANGS = 60  # seconds on the clock, which other processes share, after which one input counts as hanging
-LONGEST = 4000  # characters of a message
 KINDS = ("hypothesis", "atheris")
 INPUTS = {"hypothesis": (25, 400), "atheris": (100, 16_000)}  # of each parser, times its share: (small, full)
 LIMIT = 1200  # seconds of one child, after which it counts as hanging
@@ -88,8 +87,8 @@ def main(words: list[str] | None = None) -> None:
     with atheris.instrument_imports(include=["qlora", "yaml"], enable_loader_override=False):
         import yaml  # noqa: F401
 
-        from benchmarks.survive import changes  # noqa: F401
-        from benchmarks.survive.parsers import PARSERS
+        from tests.hostile import changes  # noqa: F401
+        from tests.hostile.parsers import PARSERS
     sys.addaudithook(_watch)
     for target in PARSERS:
         for engine in KINDS:
@@ -166,7 +165,7 @@ class _Trial:
     def _hypothesis(self, count: int) -> None:
         from hypothesis import HealthCheck, Phase, given, seed, settings
 
-        from benchmarks.survive.changes import changed
+        from tests.hostile.changes import changed
 
         @seed(0)
         @settings(
@@ -185,7 +184,7 @@ class _Trial:
     def _atheris(self, count: int) -> None:
         import atheris
 
-        from benchmarks.survive.changes import TOKENS, change
+        from tests.hostile.changes import TOKENS, change
 
         def mutate(content: bytes, most: int, seed: int) -> bytes:
             made = change(Random(seed), content) if seed % 2 else atheris.Mutate(content, most)
@@ -244,6 +243,7 @@ class _Trial:
 
 def _judged(error: Exception) -> str | None:
     from qlora.errors import QloraError
+    from tests.hostile.parsers import LONGEST
 
     if isinstance(error, QloraError):
         return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -172,12 +173,6 @@ def _serve() -> None:
     sys.path.insert(0, os.getcwd())
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    import qlora.chat
-    import qlora.cli
-    import qlora.export
-    import qlora.reporting
-    import qlora.runs.run  # noqa: F401
 
     assert torch.get_num_threads() == 1  # threads do not live through a fork
     LlamaForCausalLM(
@@ -378,6 +373,7 @@ def _suffer(
     verb = cli.VERBS.get(words[0])
     if verb is not None:
 
+        @functools.wraps(verb)  # its docstring says what it takes
         def begins(arguments: list[str]) -> int | None:
             os.write(begun, b".")
             return verb(arguments)
@@ -398,7 +394,7 @@ class _Events:
     ) -> None:
         import safetensors.torch
 
-        from qlora.runs import run
+        from qlora.runs import session, train
         from qlora.training import MetricsLog
 
         self.at, self.torn, self.folder, self.count, self.fill, self.busy = at, torn, folder, 0, fill, False
@@ -435,7 +431,7 @@ class _Events:
             self.due("line", half)
             write_line(log, values)
 
-        measure, answers = run.score, run.answers
+        measure, answers = train.score, session.answers
 
         def measured(model: Any, rows: Any, *others: Any) -> Any:
             self.due("measure", lambda: measure(model, rows[: len(rows) // 2], *others))
@@ -445,7 +441,7 @@ class _Events:
             self.due("answer", lambda: answers(model, prompts, length // 2))
             return answers(model, prompts, length)
 
-        run.score, run.answers = measured, answered
+        train.score, session.answers = measured, answered
         os.fsync, os.pwrite, os.posix_fallocate = flushed, written, reserved  # type: ignore[assignment]
         safetensors.torch.serialize_file = serialized
         MetricsLog.write = line  # type: ignore[method-assign]

@@ -124,7 +124,7 @@ def sample() -> dict[str, float]:
 def main(recipe: str, every: int) -> None:
     """In a process of its own: train, and print the samples as one line of JSON."""
     from qlora.recipe import Recipe
-    from qlora.runs import run as qlora_run
+    from qlora.runs.train import train
     from qlora.training import MetricsLog
 
     write, samples = MetricsLog.write, list[dict[str, float]]()
@@ -135,7 +135,7 @@ def main(recipe: str, every: int) -> None:
             samples.append({"step": line["step"], **sample()})
 
     MetricsLog.write = look  # type: ignore[method-assign, assignment]
-    qlora_run.train(Recipe.from_yaml(recipe), quiet=True)
+    train(Recipe.from_yaml(recipe), quiet=True)
     print(json.dumps(samples))
 
 

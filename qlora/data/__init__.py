@@ -17,22 +17,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
-from qlora.data.examples import IGNORE_INDEX, Example, fit, text_examples
+from qlora.data.examples import Example, fit, text_examples
 from qlora.data.files import DataFile
 from qlora.data.formats import Conversation, Parsed, parse
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
+from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
 from qlora.data.sources import read_records
 from qlora.data.split import needs_pieces, split_pieces, split_records
 from qlora.errors import DataError, listed
+from qlora.model.loss import IGNORE_INDEX
 from qlora.recipe import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "IGNORE_INDEX",
@@ -61,7 +65,7 @@ class Prompt:
     answer: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """What a run trains on and is measured on."""
 
@@ -70,7 +74,7 @@ class Data:
     report: Report
     fingerprint: str
     """SHA-256 over every token, label and position of all rows: another value is other data."""
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate | None
     """The chat template in use; None for raw text."""
     max_length: int
@@ -81,6 +85,18 @@ class Data:
     """How many the rows leave room for, before every example."""
     files: tuple[DataFile, ...] = ()
     """The files it was read from, in the recipe's order; a hub data set has none here."""
+    section: DataSection | None = None
+    """The recipe's section that it was read by."""
+    seed: int = 0
+    """What is held out was drawn by it."""
+
+    def __repr__(self) -> str:
+        train, held = self.report.train, self.report.held_out
+        out = f"{held.examples:,} examples in {held.rows:,} rows" if held.rows else "nothing"
+        return (
+            f"Data({self.report.form}: {train.examples:,} examples in {train.rows:,} rows of at most {self.max_length:,} tokens, "
+            f"{train.target_tokens:,} target tokens; {out} held out)"
+        )
 
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
@@ -108,7 +124,7 @@ class Data:
         chosen = set(order)
         order += [index for index in range(total) if index not in chosen]
         prompts: list[Prompt] = []
-        with self.template.renderer if self.template else nullcontext():
+        with one_child():
             for index in order:
                 if len(prompts) == count:
                     break
@@ -131,7 +147,7 @@ class Data:
         return Prompt(begin, ids[:half], rest)
 
 
-def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_tokens: int = 0) -> Data:
+def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0, virtual_tokens: int = 0) -> Data:
     """Read, check, tokenise and pack what a recipe's `data` section names.
 
     ``tokenizer`` is a transformers tokenizer with a fast implementation and is left as it is; ``seed`` draws the
@@ -146,51 +162,60 @@ def load_data(section: DataSection, tokenizer: Any, seed: int = 0, virtual_token
             "tokens; raise data.max_length, or lower method.tokens."
         )
     files = _look(section)
-    records = read_records(section.train, section.subset, section.split, section.limit)
-    parsed = parse(records, section.form, section.columns)
-    held = Parsed(parsed.form)
-    in_pieces = needs_pieces(parsed, section.held_out_fraction)
-    if section.held_out is not None:
-        given = read_records(section.held_out, section.subset, section.held_out_split)
-        held = parse(given, parsed.form, section.columns)
-    elif section.held_out_fraction and not in_pieces:
-        parsed, held = split_records(parsed, section.held_out_fraction, seed)
+    parts, in_pieces = _read(section, seed)
     if changed := [file.name for file in files if file.change()]:
         raise DataError(f"{listed(changed)} changed while it was read; wait until it is written, then begin again.")
-    train_on = _resolve_train_on(section.train_on, parsed.form)
-    template = ChatTemplate(tokenizer, section.chat_template) if parsed.form != "text" else None
-
-    examples, held_examples = (_examples(part, tokenizer, template, train_on, longest) for part in (parsed, held))
-    if in_pieces:
-        examples, held_examples = split_pieces(examples, section.held_out_fraction, seed)
-    train, counts = _rows(parsed, examples, tokenizer, section, virtual_tokens)
-    held_out, held_counts = _rows(held, held_examples, tokenizer, section, virtual_tokens)
-    if held_counts.records and not held_out:
-        raise DataError(
-            f"None of the {held_counts.records} held-out records leaves a token to measure "
-            f"({'; '.join(held_counts.losses())}); give others, or raise data.max_length."
-        )
+    form = parts[0].form
+    train_on = _resolve_train_on(section.train_on, form)
+    if form == "text":
+        template = None
+        examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
+    else:
+        with one_child():
+            template = ChatTemplate(tokenizer, section.chat_template)
+            examples = tuple(template.encode(part.conversations, train_on) for part in parts)
     notes = list(template.dialect.notes) if template else []
     if in_pieces:
-        few = "one document is" if len(parsed) == 1 else f"{len(parsed):,} documents are"
+        examples = split_pieces(examples[0], section.held_out_fraction, seed)
+        few = "one document is" if len(parts[0]) == 1 else f"{len(parts[0]):,} documents are"
         notes.append(
             f"pieces of text are held out, not whole documents: {few} too few for "
             f"held_out_fraction={section.held_out_fraction:g}"
         )
-    report = Report(parsed.form, train_on, template.name if template else None, counts, held_counts, tuple(notes))
+    (train, counts), (held_out, held_counts) = (
+        _rows(part, several, tokenizer, section, virtual_tokens) for part, several in zip(parts, examples, strict=True)
+    )
+    report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes))
     _require_targets(report, section)
     return Data(
-        train,
-        held_out,
-        report,
-        _fingerprint(train, held_out),
-        tokenizer,
-        template,
-        section.max_length,
-        held.conversations,
-        virtual_tokens,
-        files,
+        train=train,
+        held_out=held_out,
+        report=report,
+        fingerprint=_fingerprint(train, held_out),
+        tokenizer=tokenizer,
+        template=template,
+        max_length=section.max_length,
+        held_out_conversations=parts[1].conversations,
+        virtual_tokens=virtual_tokens,
+        files=files,
+        section=section,
+        seed=seed,
     )
+
+
+def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]:
+    """((records to train on, records held out), whether pieces of the first are still to be held out)."""
+    parsed = parse(
+        read_records(section.train, section.subset, section.split, section.limit), section.form, section.columns
+    )
+    if section.held_out is not None:
+        given = read_records(section.held_out, section.subset, section.held_out_split)
+        return (parsed, parse(given, parsed.form, section.columns)), False
+    if needs_pieces(parsed, section.held_out_fraction):
+        return (parsed, Parsed(parsed.form)), True
+    if section.held_out_fraction:
+        return split_records(parsed, section.held_out_fraction, seed), False
+    return (parsed, Parsed(parsed.form)), False
 
 
 def _look(section: DataSection) -> tuple[DataFile, ...]:
@@ -212,17 +237,12 @@ def _resolve_train_on(train_on: str, form: str) -> str:
     return train_on
 
 
-def _examples(
-    parsed: Parsed, tokenizer: Any, template: ChatTemplate | None, train_on: str, longest: int
-) -> list[list[Example]]:
-    """The examples of each text, or of each conversation with an answer."""
-    if template is None:
-        return text_examples(parsed.texts, tokenizer, longest)
-    return template.encode(parsed.conversations, train_on)
-
-
 def _rows(
-    parsed: Parsed, examples: Sequence[list[Example]], tokenizer: Any, section: DataSection, virtual_tokens: int
+    parsed: Parsed,
+    examples: Sequence[list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    virtual_tokens: int,
 ) -> tuple[list[Row], Counts]:
     """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part."""
     longest = section.max_length - virtual_tokens
@@ -249,7 +269,12 @@ def _rows(
 
 def _require_targets(report: Report, section: DataSection) -> None:
     """Refuse data that trains on nothing, or a chat set that trains on the questions too without being asked to."""
-    counts = report.train
+    counts, held = report.train, report.held_out
+    if held.records and not held.rows:
+        raise DataError(
+            f"None of the {held.records} held-out records leaves a token to measure "
+            f"({'; '.join(held.losses())}); give others, or raise data.max_length."
+        )
     if not counts.target_tokens:
         if counts.dropped and section.too_long == "drop":
             raise DataError(

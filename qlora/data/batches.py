@@ -12,8 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from qlora.data.examples import IGNORE_INDEX
 from qlora.data.packing import Row
+from qlora.model.loss import IGNORE_INDEX
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

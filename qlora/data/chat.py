@@ -24,17 +24,24 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
 from qlora.data.dialect import Dialect
 from qlora.data.examples import Example, make_example
-from qlora.data.formats import Conversation
-from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer
+from qlora.data.formats import Conversation, Message
+from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
+from qlora.data.values import capital
 from qlora.errors import DataError
 from qlora.files.durable import expanded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""(begin, end) in characters of a text."""
 
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -45,8 +52,7 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}"""
 """The template of tokenizers without one. A tokenizer that begins every text with bos gets it here too."""
 
-_BATCH = 512  # texts tokenised at once: the offsets of no more are in memory
-_GROUP = 64  # conversations rendered at once: few enough that their texts are no burden
+_GROUP = 64  # conversations rendered and tokenised at once: no more texts than theirs are in memory
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.
@@ -62,7 +68,7 @@ class ChatTemplate:
     template is cut off: it loops, or asks for too much memory.
     """
 
-    def __init__(self, tokenizer: Any, file: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot say which characters a token covers, which the loss mask needs; "
@@ -73,7 +79,7 @@ class ChatTemplate:
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        with self.renderer:
+        with one_child():
             try:
                 self._try()
                 self.dialect = Dialect(self.renderer.text)
@@ -88,35 +94,16 @@ class ChatTemplate:
         ``train_on``: ``assistant`` trains every answer, ``completion`` the last one, ``all`` everything. Raises DataError
         naming the record when the template refuses it, cannot be masked, or leaves the end-of-turn token untrained.
         """
-        texts: list[str] = []
-        spans: list[list[tuple[int, int]]] = []
-        owners: list[int] = []
-        with self.renderer:
+        encoded: list[list[Example]] = []
+        with one_child():
             for first in range(0, len(conversations), _GROUP):
-                rendered = self._rendered(conversations[first : first + _GROUP], train_on)
-                for owner, examples in enumerate(rendered, first):
-                    for text, answers in examples:
-                        texts.append(text)
-                        spans.append(answers)
-                        owners.append(owner)
-        encoded: list[list[Example]] = [[] for _ in conversations]
-        for first in range(0, len(texts), _BATCH):
-            batch = self.tokenizer(
-                texts[first : first + _BATCH], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            for at, (ids, offsets) in enumerate(zip(batch["input_ids"], batch["offset_mapping"], strict=True), first):
-                place = conversations[owners[at]].place
-                if train_on == "all":
-                    trained = numpy.ones(len(ids), dtype=bool)
-                else:
-                    answers = spans[at]
-                    if self._states_mask:
-                        answers = _runs(offsets, answers)[-1 if train_on == "completion" else 0 :]
-                    trained = self._mask(ids, offsets, answers, place)
-                encoded[owners[at]].append(make_example(ids, trained))
+                group = conversations[first : first + _GROUP]
+                texts = list(self._texts(group, train_on))
+                examples = iter(self._tokenised([text for several in texts for text in several], train_on))
+                encoded += [list(itertools.islice(examples, len(several))) for several in texts]
         return encoded
 
-    def prompt(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[int], str]:
+    def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int], str]:
         """The first question of a conversation as the template's messages, its ids with the generation prompt, and the
         answer that was given."""
         messages, tools = self.dialect.speak(conversation)
@@ -128,10 +115,8 @@ class ChatTemplate:
 
     # --- text and spans ----------------------------------------------------------------------------------------------
 
-    def _rendered(
-        self, conversations: Sequence[Conversation], train_on: str
-    ) -> Iterator[list[tuple[str, list[tuple[int, int]]]]]:
-        """For each conversation the (text, spans of answers in characters) of the examples that it gives."""
+    def _texts(self, conversations: Sequence[Conversation], train_on: str) -> Iterator[list[_Text]]:
+        """For each conversation the texts of the examples that it gives."""
         jobs, answers = [], []
         for conversation in conversations:
             messages, tools = self.dialect.speak(conversation)
@@ -140,29 +125,22 @@ class ChatTemplate:
                 found = found[-1:]
             if train_on == "all" or self._states_mask:
                 found = []
-            # the whole, which ends with the last answer (formats.py left off what follows), what ends with the others, and
-            # what each is the answer to
-            cuts = [(len(messages), False), *((at + 1, False) for at in found[:-1]), *((at, True) for at in found)]
-            jobs.append(Job(messages, tools, cuts))
+            jobs.append(Job(messages, tools, _Renderings.cuts(len(messages), found)))
             answers.append(found)
         places = [conversation.place for conversation in conversations]
-        for place, job, found, texts in zip(places, jobs, answers, self._checked(places, jobs), strict=True):
-            yield self._examples(place, job, found, texts)
-
-    def _examples(
-        self, place: str, job: Job, answers: list[int], rendered: list[Rendered]
-    ) -> list[tuple[str, list[tuple[int, int]]]]:
-        if not answers:
-            return [(text, spans) for text, spans in rendered]
-        texts = [text for text, _ in rendered]
-        whole, upto, asked = texts[0], [*texts[1 : len(answers)], texts[0]], texts[len(answers) :]
-        spans = [
-            (self._start(place, job, at, before, text), self._end(text))
-            for at, before, text in zip(answers, asked, upto, strict=True)
-        ]
-        if all(whole.startswith(text) for text in upto):
-            return [(whole, spans)]
-        return [(text, [span]) for text, span in zip(upto, spans, strict=True)]
+        for place, job, found, rendered in zip(places, jobs, answers, self._checked(places, jobs), strict=True):
+            if not found:
+                yield [_Text(place, *rendered[0])]
+                continue
+            whole, asked, upto = _Renderings.of(rendered)
+            spans = [
+                (self._start(place, job, at, before, text), self._end(text))
+                for at, before, text in zip(found, asked, upto, strict=True)
+            ]
+            if all(whole.startswith(text) for text in upto):
+                yield [_Text(place, whole, spans)]
+            else:
+                yield [_Text(place, text, [span]) for text, span in zip(upto, spans, strict=True)]
 
     def _start(self, place: str, job: Job, at: int, asked: str, upto: str) -> int:
         """Where the answer of message ``at`` begins in ``upto``, the rendering that ends with it; ``asked`` ends before it."""
@@ -173,7 +151,7 @@ class ChatTemplate:
         (((before, _),),) = self._checked([place], [Job(job.messages, job.tools, [(at, False)])])
         if not upto.startswith(before):
             raise DataError(
-                f"{_capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
+                f"{capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
                 f"{at + 1} differently once the answer follows. Give a data.chat_template with {{% generation %}} blocks, "
                 "or set data.train_on=all."
             )
@@ -187,20 +165,35 @@ class ChatTemplate:
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
+    def _tokenised(self, texts: Sequence[_Text], train_on: str) -> Iterator[Example]:
+        """An example for each text."""
+        batch = self.tokenizer(
+            [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+            if train_on == "all":
+                trained = numpy.ones(len(ids), dtype=bool)
+            else:
+                begins, ends = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2).T
+                spans = text.answers
+                if self._states_mask:
+                    spans = _runs(begins, ends, spans)[-1 if train_on == "completion" else 0 :]
+                trained = self._mask(ids, begins, ends, spans, text.place)
+            yield make_example(ids, trained)
+
     def _mask(
-        self, ids: list[int], offsets: list[Any], spans: list[tuple[int, int]], place: str
+        self, ids: list[int], begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], spans: list[Span], place: str
     ) -> NDArray[numpy.bool_]:
-        """Which tokens hold a character of a span. ``offsets``: the (begin, end) characters of each token."""
-        begins, ends = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2).T
+        """Which tokens hold a character of a span."""
         trained = numpy.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            inside = (ends > start) & (begins < end) & (ends > begins)
+        for span in spans:
+            inside = _holding(begins, ends, span)
             trained |= inside
             last = int(numpy.flatnonzero(inside)[-1]) if inside.any() else -1
             if self.end_of_turn is not None and (last < 0 or ids[last] != self.end_of_turn):
                 token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
                 raise DataError(
-                    f"{_capital(place)} has an answer whose end-of-turn token {token} would carry no loss, and the model "
+                    f"{capital(place)} has an answer whose end-of-turn token {token} would carry no loss, and the model "
                     f"would never learn to stop; in the chat template ({self.name}) the token must belong to the answer."
                 )
         return trained
@@ -232,7 +225,7 @@ class ChatTemplate:
         try:
             return self.renderer.render(jobs, mark_answers=self._states_mask)
         except Refused as error:
-            place = _capital(places[error.job])
+            place = capital(places[error.job])
             raise DataError(f"{place} is refused by the chat template ({self.name}): {error}.") from None
         except CutOff as error:
             raise self._cut_off(places[error.job], error) from None
@@ -244,21 +237,53 @@ class ChatTemplate:
         )
 
 
-def _runs(offsets: list[Any], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The ``{% generation %}`` blocks of a text as the tokens that hold them, those side by side as one.
+class _Text(NamedTuple):
+    """A text of the record at ``place``, and where in it the answers are."""
 
-    ``offsets``: the (begin, end) characters of each token. ``spans`` and what is returned: (begin, end) in characters.
+    place: str
+    text: str
+    answers: list[Span]
+
+
+class _Renderings(NamedTuple):
+    """The texts that show where answers are. Of user, assistant, user, assistant, with p for the generation prompt:
+
+    whole uaua      asked [u p, uau p], which end before an answer      upto [ua, uaua], which end with it
     """
-    begins, ends = numpy.asarray(offsets, dtype=numpy.int64).reshape(-1, 2).T
+
+    whole: str
+    asked: list[str]
+    upto: list[str]
+
+    @staticmethod
+    def cuts(length: int, answers: Sequence[int]) -> list[tuple[int, bool]]:
+        """What to render of ``length`` messages, the last of them the last answer: whole, each asked, the rest of upto."""
+        return [(length, False), *((at, True) for at in answers), *((at + 1, False) for at in answers[:-1])]
+
+    @classmethod
+    def of(cls, rendered: Sequence[Rendered]) -> _Renderings:
+        """The texts of ``cuts``, of at least one answer."""
+        (whole, *texts), count = [text for text, _ in rendered], len(rendered) // 2
+        return cls(whole, texts[:count], [*texts[count:], whole])
+
+
+def _holding(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], span: Span) -> NDArray[numpy.bool_]:
+    """Which tokens, that begin and end at these characters, hold one of a span's."""
+    start, end = span
+    return (ends > start) & (begins < end) & (ends > begins)
+
+
+def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list[Span]) -> list[Span]:
+    """``{% generation %}`` blocks as spans of whole tokens; those whose tokens are side by side as one."""
     trained = numpy.zeros(len(begins), dtype=bool)
-    for start, end in spans:
+    for start, end in blocks:
         if start < end:
-            trained |= (ends > start) & (begins < end) & (ends > begins)
+            trained |= _holding(begins, ends, (start, end))
     edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[0], trained, [0]])))
     return [(int(begins[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _find(tokenizer: Any, file: str | None) -> tuple[str, str]:
+def _find(tokenizer: PreTrainedTokenizerBase, file: str | None) -> tuple[str, str]:
     """(name, Jinja source) of the template to use: the file, the tokenizer's own, or the default."""
     if file is not None:
         try:
@@ -274,7 +299,3 @@ def _find(tokenizer: Any, file: str | None) -> tuple[str, str]:
     begins = tokenizer("a")["input_ids"][:1]
     bos = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else ""
     return "the default, as the tokenizer has none", bos + DEFAULT_TEMPLATE
-
-
-def _capital(place: str) -> str:
-    return place[:1].upper() + place[1:]

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
-from qlora.data.formats import Conversation
+from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import Refused
-from qlora.data.values import Mistake, function_calls, json_inside
+from qlora.data.values import Mistake, capital, function_calls, json_inside
 from qlora.errors import DataError
+from qlora.files.strangers import JsonObject
 
 TOOLS_INTRODUCTION = "You can call these functions. To call one, answer with a JSON object of its name and arguments."
 """Stands before the tools' JSON in the system turn of a template without tools."""
@@ -36,7 +36,7 @@ class Dialect:
         tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {"type": "object"}}}
         result = {"role": "tool", "content": "result", "tool_call_id": "call00000", "name": "f"}
 
-        def shows(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bool:
+        def shows(messages: list[JsonObject], tools: list[JsonObject] | None = None) -> bool:
             try:
                 return _MARK in render(messages, tools)
             except Refused:
@@ -49,12 +49,12 @@ class Dialect:
         self.notes: dict[str, None] = {}
         """What was put in other words, as sentences for the report, in order and each once."""
 
-    def speak(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    def speak(self, conversation: Conversation) -> tuple[list[Message], list[JsonObject] | None]:
         """The conversation's messages and tools as the template takes them; as many assistant turns as before.
 
         Raises DataError when a function call is not JSON and the template needs it to be.
         """
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         number = 0
         for message in conversation.messages:
             if message.get("is_call") or message.get("tool_calls"):
@@ -74,7 +74,7 @@ class Dialect:
             messages = _without_system(messages)
         return messages, tools or None
 
-    def _call(self, message: dict[str, Any], number: int, place: str) -> dict[str, Any]:
+    def _call(self, message: Message, number: int, place: str) -> Message:
         """A message with a function call, as `tool_calls` or as text."""
         if message.get("is_call"):
             if not self.calls:
@@ -86,7 +86,7 @@ class Dialect:
         calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
         return {"role": "assistant", "content": "\n".join(part for part in (message["content"], *calls) if part)}
 
-    def _result(self, message: dict[str, Any], number: int) -> dict[str, Any]:
+    def _result(self, message: Message, number: int) -> Message:
         if self.calls:  # Mistral's template wants an id of nine letters and digits on both sides
             return {"tool_call_id": f"call{number:05d}", **message}
         if self.tool_turn:
@@ -98,7 +98,7 @@ class Dialect:
         self.notes[sentence] = None
 
 
-def _calls(content: str, number: int, place: str) -> list[dict[str, Any]]:
+def _calls(content: str, number: int, place: str) -> list[JsonObject]:
     """``{"name": …, "arguments": {…}}``, or a list of those, as `tool_calls`."""
     try:
         found = json_inside(content, "a function call")
@@ -107,19 +107,19 @@ def _calls(content: str, number: int, place: str) -> list[dict[str, Any]]:
         calls = []
     if not calls:
         raise DataError(
-            f"{place[:1].upper()}{place[1:]} has a function call that is not a JSON object with name and arguments: {content[:60]}"
+            f"{capital(place)} has a function call that is not a JSON object with name and arguments: {content[:60]}"
         )
     return [{"id": f"call{number:05d}", **call} for call in calls]
 
 
-def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+def _with_system(messages: list[Message], text: str) -> list[Message]:
     """``text`` at the end of the system turn, which is made where there is none."""
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
 
 
-def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_system(messages: list[Message]) -> list[Message]:
     """The leading system texts moved before the first user turn's."""
     first = next(at for at, message in enumerate(messages) if message["role"] != "system")
     text = "\n\n".join(message["content"] for message in messages[: first + 1])

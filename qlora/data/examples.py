@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-IGNORE_INDEX = -100
-"""The label of a token that carries no loss, as torch's cross-entropy spells it."""
+from qlora.model.loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH = 512  # texts given to the tokenizer at once: enough to use it fully, and the offsets of no more are in memory
 
@@ -36,7 +38,7 @@ class Example:
         return int(numpy.count_nonzero(self.labels != IGNORE_INDEX))
 
 
-def make_example(ids: Sequence[int] | NDArray[Any], trained: Sequence[bool] | NDArray[Any]) -> Example:
+def make_example(ids: ArrayLike, trained: ArrayLike) -> Example:
     """An example from ids ``[n]`` and, for each, whether it carries loss ``[n]``."""
     array = numpy.asarray(ids, dtype=numpy.int32)
     labels = numpy.where(numpy.asarray(trained, dtype=bool), array, IGNORE_INDEX).astype(numpy.int32)
@@ -44,7 +46,7 @@ def make_example(ids: Sequence[int] | NDArray[Any], trained: Sequence[bool] | ND
     return Example(array, labels)
 
 
-def text_examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[Example]]:
+def text_examples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[Example]]:
     """Raw text: the pieces of each document, of at most ``max_length`` tokens, all trained, nothing cut off.
 
     A document is tokenised with the special tokens that the tokenizer itself adds (a bos token, where it has that

@@ -14,14 +14,17 @@ tokenizer or a template. *New data format* → one function here and one line in
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Required, TypedDict, cast
 
 from qlora.data.sources import Record
-from qlora.data.values import Mistake, function_calls, kind, objects, text
+from qlora.data.values import Mistake, capital, function_calls, kind, objects, text
 from qlora.errors import DataError, listed, nearest
+from qlora.files.strangers import JsonObject
 
+Fields = Mapping[str, object]
+"""What a record holds."""
 ROLES = ("system", "user", "assistant", "tool")
 
 _SHAREGPT_ROLES = {
@@ -34,18 +37,33 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+_TEXTS = ("reasoning_content", "name", "tool_call_id")
+"""What else a turn may hold, as text, for the template to use."""
+
+
+class Message(TypedDict, total=False):
+    """A turn, in the shape that chat templates take."""
+
+    role: Required[str]
+    """One of ``ROLES``."""
+    content: Required[str]
+    tool_calls: list[JsonObject]
+    """The assistant's, each with a function of name and arguments."""
+    is_call: bool
+    """The content is a call, as ShareGPT's function_call has it; dialect.py puts it as the template likes."""
+    reasoning_content: str
+    name: str
+    tool_call_id: str
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the shape that chat templates take, the last one the assistant's; ``place`` names the record."""
+    """What was said, the last message the assistant's."""
 
-    messages: tuple[dict[str, Any], ...]
-    """``{"role", "content"}``, role one of ``ROLES``. An assistant message may hold ``tool_calls``, each with a function of
-    name and arguments; one from ShareGPT's function_call holds the call as its content and ``is_call: True``, for the chat
-    room to put as the template likes."""
-    tools: tuple[dict[str, Any], ...] = ()
+    messages: tuple[Message, ...]
+    tools: tuple[JsonObject, ...] = ()
     place: str = ""
+    """Where its record is, for messages: ``line 7 of 'train.jsonl'``."""
     unanswered: tuple[str, ...] = ()
     """The contents of the turns after the last answer, which were left off: nobody learns from them."""
 
@@ -82,19 +100,24 @@ def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, s
     DataError is raised; it names the first that is wrong, what it holds, and how many more there are.
     """
     renamed = _renamed(records, columns or {})
+    first = renamed[0]
     if form == "auto":
-        form = detect_form(renamed[0].fields) or _refuse_unknown(renamed[0])
+        form = detect_form(first.fields) or ""
+    if not form:
+        forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
+        raise DataError(
+            f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}, which are no known form. The forms "
+            f"are {forms}; name other fields with data.columns, as in {{prompt: question, completion: answer}}."
+        )
     parsed = Parsed(form)
     mistakes: list[str] = []
     for record in renamed:
         try:
-            _require_form(record, form, renamed[0].place)
-            if form == "text":
-                parsed.records.append(_string(record.fields, "text"))
-            else:
-                parsed.records.append(_answered(_FORMS[form].read(record.fields), record.place))
+            _require_form(record, form, first.place)
+            read = _FORMS[form].read(record.fields)
+            parsed.records.append(read if isinstance(read, str) else _answered(replace(read, place=record.place)))
         except Mistake as mistake:
-            mistakes.append(f"{_capital(record.place)} {mistake}.")
+            mistakes.append(f"{capital(record.place)} {mistake}.")
     if mistakes:
         others = len(mistakes) - 1
         more = f" {others} more {'records have mistakes' if others > 1 else 'record has a mistake'}." if others else ""
@@ -102,7 +125,7 @@ def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, s
     return parsed
 
 
-def detect_form(fields: Mapping[str, Any]) -> str | None:
+def detect_form(fields: Fields) -> str | None:
     """The first form whose fields are all there, in the order of the table above; None when none is.
 
     One whose turns are of another kind is named only when no form matches, so that it can be said what is wrong.
@@ -125,7 +148,7 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
         lacking = [record for record in records if theirs not in record.fields]
         if lacking and (name in needed or len(lacking) == len(records)):
             raise DataError(
-                f"{_capital(lacking[0].place)} has no field '{theirs}', which data.columns names for '{name}'."
+                f"{capital(lacking[0].place)} has no field '{theirs}', which data.columns names for '{name}'."
                 f"{nearest(theirs, lacking[0].fields)} Its fields: {listed(lacking[0].fields, 12)}."
             )
     renamed = []
@@ -134,19 +157,6 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
         fields |= {name: record.fields[theirs] for name, theirs in columns.items() if theirs in record.fields}
         renamed.append(Record(fields, record.source, record.unit, record.number))
     return renamed
-
-
-def _capital(place: str) -> str:
-    return place[:1].upper() + place[1:]
-
-
-def _refuse_unknown(record: Record) -> str:
-    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
-    raise DataError(
-        f"{_capital(record.place)} has the fields {listed(record.fields, 12) or '(none)'}, which are "
-        f"no known form. The forms are {forms}; name other fields with data.columns, as in {{prompt: question, "
-        f"completion: answer}}."
-    )
 
 
 def _require_form(record: Record, form: str, first: str) -> None:
@@ -167,52 +177,68 @@ def _require_form(record: Record, form: str, first: str) -> None:
 # --- one function a form ---------------------------------------------------------------------------------------------
 
 
-def _messages(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
-    messages = []
-    for number, turn in enumerate(fields["messages"], start=1):
-        if not isinstance(turn, dict) or "role" not in turn:
-            raise Mistake(f"has a turn without role and content (turn {number}: {_shown(turn)})")
+def _messages(fields: Fields) -> Conversation:
+    messages: list[Message] = []
+    for number, turn in _turns(fields, "messages", "role", "content"):
         role = "system" if turn["role"] == "developer" else _known_role(turn["role"], ROLES, number)
-        message: dict[str, Any] = {"role": role, "content": _content(turn.get("content"), number)}
-        calls = function_calls(turn.get("tool_calls"), f"'tool_calls' of turn {number}")
-        if calls and role != "assistant":
-            raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
-        if calls:
+        message: dict[str, object] = {"role": role, "content": _content(turn.get("content"), number)}
+        if calls := function_calls(turn.get("tool_calls"), f"'tool_calls' of turn {number}"):
+            if role != "assistant":
+                raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
             message["tool_calls"] = calls
-        for name in ("reasoning_content", "name", "tool_call_id"):
+        for name in _TEXTS:
             if turn.get(name) is not None and (value := text(turn[name], f"'{name}' of turn {number}")):
                 message[name] = value
-        messages.append(message)
-    return messages, _tools(fields.get("tools"))
+        messages.append(cast(Message, message))
+    return Conversation(tuple(messages), _tools(fields.get("tools")))
 
 
-def _sharegpt(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
-    messages: list[dict[str, Any]] = []
-    if fields.get("system"):
-        messages.append({"role": "system", "content": _string(fields, "system")})
-    for number, turn in enumerate(fields["conversations"], start=1):
-        if not isinstance(turn, dict) or "from" not in turn:
-            raise Mistake(f"has a turn without from and value (turn {number}: {_shown(turn)})")
+def _sharegpt(fields: Fields) -> Conversation:
+    messages = _system(_string(fields, "system") if fields.get("system") else "")
+    for number, turn in _turns(fields, "conversations", "from", "value"):
         role = _SHAREGPT_ROLES[_known_role(turn["from"], _SHAREGPT_ROLES, number)]
         content = _content(turn.get("value"), number)
         if role == "function_call":
             messages.append({"role": "assistant", "content": content, "is_call": True})
         else:
             messages.append({"role": role, "content": content})
-    return messages, _tools(fields.get("tools"))
+    return Conversation(tuple(messages), _tools(fields.get("tools")))
 
 
-def _alpaca(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
+def _alpaca(fields: Fields) -> Conversation:
     asked = [_string(fields, "instruction"), _string(fields, "input", needed=False)]
     system = _string(fields, "system", needed=False)
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    messages.append({"role": "user", "content": "\n\n".join(part for part in asked if part.strip())})
-    return [*messages, {"role": "assistant", "content": _string(fields, "output")}], ()
+    question = "\n\n".join(part for part in asked if part.strip())
+    return _pair(question, _string(fields, "output"), system if system.strip() else "")
 
 
-def _prompt_completion(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]:
-    prompt, completion = _string(fields, "prompt"), _string(fields, "completion")
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], ()
+def _prompt_completion(fields: Fields) -> Conversation:
+    return _pair(_string(fields, "prompt"), _string(fields, "completion"))
+
+
+def _text(fields: Fields) -> str:
+    if not (found := _string(fields, "text")).strip():
+        raise Mistake("has an empty 'text'")
+    return found
+
+
+def _pair(question: str, answer: str, system: str = "") -> Conversation:
+    asked: Message = {"role": "user", "content": question}
+    return Conversation((*_system(system), asked, {"role": "assistant", "content": answer}))
+
+
+def _system(content: str) -> list[Message]:
+    return [{"role": "system", "content": content}] if content else []
+
+
+def _turns(fields: Fields, field: str, who: str, what: str) -> Iterator[tuple[int, JsonObject]]:
+    """The turns of a conversation, numbered from 1."""
+    turns = fields[field]
+    assert isinstance(turns, list)  # the form was required
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or who not in turn:
+            raise Mistake(f"has a turn without {who} and {what} (turn {number}: {_shown(turn)})")
+        yield number, turn
 
 
 @dataclass(frozen=True)
@@ -220,11 +246,11 @@ class _Form:
     needs: tuple[str, ...]
     takes: tuple[str, ...]
     shape: str
-    read: Callable[[Mapping[str, Any]], tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]]]
+    read: Callable[[Fields], Conversation | str]
     turn: str | None = None
     """For forms made of turns: the field that every turn has, which tells messages from ShareGPT."""
 
-    def matches(self, fields: Mapping[str, Any]) -> bool:
+    def matches(self, fields: Fields) -> bool:
         if any(name not in fields for name in self.needs):
             return False
         if self.turn is None:
@@ -238,16 +264,16 @@ _FORMS = {
     "sharegpt": _Form(("conversations",), ("system", "tools"), "a list of {from, value}", _sharegpt, turn="from"),
     "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca),
     "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion),
-    "text": _Form(("text",), (), "text", lambda fields: ([], ())),
+    "text": _Form(("text",), (), "text", _text),
 }
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _answered(read: tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]], place: str) -> Conversation:
+def _answered(read: Conversation) -> Conversation:
     """Check the order of a conversation and leave off what follows its last answer."""
-    messages, tools = read
+    messages = read.messages
     if not messages:
         raise Mistake("has no turns")
     for number, message in enumerate(messages, start=1):
@@ -258,7 +284,7 @@ def _answered(read: tuple[list[dict[str, Any]], tuple[dict[str, Any], ...]], pla
         raise Mistake(f"begins with the {first}; expected a user's turn first")
     last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     rest = tuple(message["content"] for message in messages[last + 1 :])
-    return Conversation(tuple(messages[: last + 1]), tools, place, rest)
+    return replace(read, messages=messages[: last + 1], unanswered=rest)
 
 
 def _known_role(role: object, known: Sequence[str] | Mapping[str, str], number: int) -> str:
@@ -283,17 +309,12 @@ def _content(content: object, number: int) -> str:
     return text(content, f"the content of turn {number}")
 
 
-def _string(fields: Mapping[str, Any], name: str, needed: bool = True) -> str:
+def _string(fields: Fields, name: str, needed: bool = True) -> str:
     value = fields.get(name)
-    if value is None and not needed:
-        return ""
-    value = text(value, f"'{name}'")
-    if needed and not value.strip() and name == "text":
-        raise Mistake("has an empty 'text'")
-    return value
+    return "" if value is None and not needed else text(value, f"'{name}'")
 
 
-def _tools(value: object) -> tuple[dict[str, Any], ...]:
+def _tools(value: object) -> tuple[JsonObject, ...]:
     """The functions a conversation may call: a list of JSON schemas, or that list as a JSON string."""
     tools = objects(value, "'tools'")
     for tool in tools:

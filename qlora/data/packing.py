@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from qlora.data.examples import IGNORE_INDEX, Example
+from qlora.data.examples import Example
+from qlora.model.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

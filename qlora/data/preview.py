@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy
 from rich.text import Text
 
-from qlora.data.examples import IGNORE_INDEX, Example
+from qlora.data.examples import Example
+from qlora.model.loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TRAINED_STYLE = "bold green"
 OTHER_STYLE = "dim"
@@ -40,7 +44,7 @@ class Preview:
         return text
 
 
-def make_preview(example: Example, tokenizer: Any, name: str) -> Preview:
+def make_preview(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> Preview:
     """The preview of one example, titled with ``name`` and its counts."""
     trained = example.labels != IGNORE_INDEX
     edges = [*numpy.flatnonzero(numpy.diff(trained, prepend=not trained[0])).tolist(), len(trained)]

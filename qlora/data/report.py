@@ -6,7 +6,8 @@ Knows numbers and how to print them; must not know where they come from.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from qlora.files.strangers import JsonObject
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Report:
     notes: tuple[str, ...] = ()
     """Sentences about what was put in other words for the template's sake, and how text was held out."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Plain values for JSON: form, train_on, template, train and held_out counts, notes."""
         values = asdict(self) | {"notes": list(self.notes)}
         for name in ("train", "held_out"):

@@ -17,18 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qlora.data.values import json_fault, kind
+from qlora.data.values import capital, json_fault, kind
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
+from qlora.files.strangers import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One record: its fields, and where it stands, for messages: ``line 7 of 'train.jsonl'``."""
 
-    fields: dict[str, Any]
+    fields: JsonObject
     source: str
     unit: str
     number: int
@@ -130,10 +130,11 @@ def _json(path: Path, source: str) -> Iterator[Record]:
         yield Record(_object(value, f"record {number} of '{source}'"), source, "record", number)
 
 
-def _parsed(text: str, source: str, number: int | None = None) -> Any:
+def _parsed(text: str, source: str, number: int | None = None) -> object:
     """What the JSON ``text`` holds: line ``number`` of the file, or all of it."""
     try:
-        return json.loads(text)
+        found: object = json.loads(text)
+        return found
     except (ValueError, RecursionError) as error:
         fault = json_fault(error)
         if number is None and isinstance(error, json.JSONDecodeError):
@@ -148,9 +149,9 @@ def _parsed(text: str, source: str, number: int | None = None) -> Any:
         raise DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}") from None
 
 
-def _object(value: Any, place: str) -> dict[str, Any]:
+def _object(value: object, place: str) -> JsonObject:
     if not isinstance(value, dict):
-        raise DataError(f"{place[0].upper()}{place[1:]} is {kind(value)}; expected an object with named fields.")
+        raise DataError(f"{capital(place)} is {kind(value)}; expected an object with named fields.")
     return value
 
 
@@ -197,10 +198,11 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
     """A hub data set, kept in the `datasets` library's own cache. That library runs no code of a data set."""
     import datasets
 
+    nowhere = datasets.exceptions.DatasetNotFoundError
     try:
-        with _quiet(name, known=(datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError)):
+        with _quiet(name, known=(nowhere, ConnectionError, ValueError)):
             table = datasets.load_dataset(name, subset, split=split)
-    except datasets.exceptions.DatasetNotFoundError:
+    except nowhere:
         raise DataError(f"'{name}' is neither a file here nor a data set on the hub.{missing}") from None
     except ConnectionError:
         raise DataError(
@@ -216,7 +218,7 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
 
 @contextmanager
 def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Run the `datasets` library without progress bars, and say its failures in a sentence.
+    """Run the `datasets` library without progress bars, and say its failures in a sentence, all but the ``known``.
 
     A full disk is no fault of the data: it goes on as it is, also from inside the error that the library wraps it in.
     """
@@ -233,9 +235,12 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
     except known:
         raise
     except Exception as error:
-        if (full := _full_disk(error)) is not None:
+        causes: list[BaseException] = [error]  # the library wraps the reason: "An error occurred while generating …"
+        while (inner := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(inner)
+        if full := next(filter(disk_is_full, causes), None):
             raise full from None
-        cause = error.__cause__ or error  # the library wraps the reason: "An error occurred while generating …"
+        cause = error.__cause__ or error
         if isinstance(cause, OSError) and "Not enough disk space" in str(cause):  # it looks before a large download
             raise DoesNotFitError(
                 f"'{source}' does not fit on the disk ({first_line(cause).split(' (')[0]}); make room, or name a folder "
@@ -251,19 +256,4 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
             datasets.enable_progress_bars()
 
 
-def _full_disk(error: BaseException | None) -> BaseException | None:
-    """The one among an error and its causes that says that the disk is full. Rust's say so in their text alone."""
-    while error is not None:
-        if disk_is_full(error):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-_READERS = {
-    ".jsonl": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".txt": _plain_text,
-}
+_READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _plain_text}

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+
+from qlora.files.strangers import JsonObject
 
 DEEPEST = 64
 """Levels of lists and objects inside a field: above any function's schema, and far below the depth at which Python gives
@@ -21,6 +22,11 @@ up, which moves with the caller and with the version."""
 
 class Mistake(Exception):
     """What is wrong with one record, as the end of a sentence that begins with its place."""
+
+
+def capital(place: str) -> str:
+    """A place at the beginning of a sentence."""
+    return place[:1].upper() + place[1:]
 
 
 def kind(value: object) -> str:
@@ -53,17 +59,17 @@ def json_fault(error: ValueError | RecursionError) -> str:
     return f"it has an integer of more than {sys.get_int_max_str_digits():,} digits"
 
 
-def json_inside(value: str, where: str) -> Any:
+def json_inside(value: str, where: str) -> object:
     """What the JSON text in a field holds."""
     try:
-        found = json.loads(value)
+        found: object = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise Mistake(f"has broken JSON in {where} ({json_fault(error)})") from None
     _check(found, where)  # the escape \ud83d is text that UTF-8 can hold; what it stands for is not
     return found
 
 
-def objects(value: object, where: str) -> list[dict[str, Any]]:
+def objects(value: object, where: str) -> list[JsonObject]:
     """A list of JSON objects, or that list as JSON text; none for null and for blank text."""
     if isinstance(value, str):
         value = json_inside(value, where) if value.strip() else None
@@ -78,7 +84,7 @@ def objects(value: object, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def function_calls(value: object, where: str) -> list[dict[str, Any]]:
+def function_calls(value: object, where: str) -> list[JsonObject]:
     """Calls as chat templates take them: ``{"type": "function", "function": {"name": "f", "arguments": {}}}``.
 
     Also taken: a call without that frame, ``{"name": "f", "arguments": {}}``; arguments as JSON text, which is how OpenAI
@@ -94,7 +100,7 @@ def function_calls(value: object, where: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _arguments(value: object, where: str) -> dict[str, Any]:
+def _arguments(value: object, where: str) -> JsonObject:
     if isinstance(value, str):
         value = json_inside(value, f"the arguments of {where}") if value.strip() else None
     if value is None:

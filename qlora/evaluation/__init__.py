@@ -1,4 +1,4 @@
-"""Evaluation: what the model makes of held-out data, and what it answers. Leaves the model as it was."""
+"""Evaluation: the loss on held-out data, and answers to prompts. Leaves the model as it was."""
 
 from __future__ import annotations
 

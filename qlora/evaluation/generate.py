@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,19 +17,32 @@ from qlora.methods import AdaptedModel, Adapters
 from qlora.model.checks import position_limit
 from qlora.model.nf4 import FrozenLinear, dense_cached
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+Ids = Sequence[int]
+
 
 def room(model: AdaptedModel | Adapters, count: int) -> int | None:
-    """How many more tokens have a position in the model behind a prompt of ``count``; None where nothing bounds them."""
+    """How many tokens may follow a prompt of ``count`` tokens before positions run out; None where nothing bounds them."""
     limit = position_limit(model.model)
     return None if limit is None else limit - model.first_position - count
 
 
-def answers(
-    model: AdaptedModel | Adapters, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None
-) -> list[str]:
-    """The greedy continuation of each prompt (token ids), up to an end token or ``max_new_tokens``, as text.
+def answer(
+    model: AdaptedModel | Adapters, prompt: Ids, max_new_tokens: int = 256, streamer: BaseStreamer | None = None
+) -> str:
+    """One greedy answer; a transformers ``streamer`` gets the tokens as they come."""
+    return answers(model, [prompt], max_new_tokens, streamer)[0]
 
-    It also ends with the model's positions. Raises DataError, before anything is asked, for a prompt that leaves none.
+
+def answers(
+    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None = None
+) -> list[str]:
+    """The greedy continuation of each prompt (token ids) as text, up to an end token or ``max_new_tokens``.
+
+    It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
     """
     lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
     found: dict[int, str] = {}
@@ -53,18 +66,18 @@ def _length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> 
 
 @torch.no_grad()
 def _generate(
-    model: AdaptedModel | Adapters, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any
+    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None
 ) -> list[str]:
     """One batch of answers, each up to an end token or ``max_new_tokens``."""
-    tokenizer: Any = model.tokenizer
-    network: Any = model.model
+    tokenizer: PreTrainedTokenizerBase = model.tokenizer
+    network: PreTrainedModel = model.model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    # what the method puts before a text stands behind the padding
-    prompts = [[*range(-model.virtual_tokens, 0), *prompt] for prompt in prompts]
-    width = max(map(len, prompts))
-    # transformers' idea of the model's device: host memory where the embedding lies there
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=network.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=network.device)
+    # Padded on the left. Negative ids stand for what the method puts before a text, behind the padding: [0 0 -2 -1 5 6].
+    rows = [[*range(-model.virtual_tokens, 0), *prompt] for prompt in prompts]
+    width = max(map(len, rows))
+    # On transformers' idea of the model's device, which is the host where the embedding is kept there.
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=network.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=network.device)
     ends = _end_tokens(model)
     was_training = network.training
     network.eval()
@@ -88,30 +101,24 @@ def _generate(
     return [tokenizer.decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
 
 
-def answer(
-    model: AdaptedModel | Adapters, prompt: Sequence[int], max_new_tokens: int = 256, streamer: Any = None
-) -> str:
-    """One greedy answer; a transformers ``streamer`` gets the tokens as they come."""
-    return answers(model, [prompt], max_new_tokens, streamer)[0]
-
-
 def _end_tokens(model: AdaptedModel | Adapters) -> list[int]:
-    """Every token that ends an answer: the checkpoint's own in config.json and generation_config.json, and the tokenizer's."""
-    network: Any = model.model
-    found = [model.tokenizer.eos_token_id, network.config.eos_token_id, list(model.base.end_tokens)]
-    return sorted({end for item in found for end in (item if isinstance(item, list) else [item]) if end is not None})
+    """Every token that ends an answer: by the tokenizer, by config.json (one or a list), and by generation_config.json."""
+    network: PreTrainedModel = model.model
+    named = network.config.eos_token_id
+    found = [model.tokenizer.eos_token_id, *model.base.end_tokens, *(named if isinstance(named, list) else [named])]
+    return sorted({end for end in found if end is not None})
 
 
-def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+def _until(ids: list[int], ends: Ids) -> list[int]:
     """``ids`` before the first end token: what follows is padding, which need not be a special token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @contextmanager
 def _fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
-    """On a CPU, dequantise once for the whole answer instead of once a token, where a quarter of the free memory allows.
+    """On a CPU, dequantise once per answer instead of once per token, where that takes at most a quarter of the free memory.
 
-    Not where layers are streamed: their weights leave while the answer is made, and memory is what was to be saved.
+    Not where layers are streamed: they are there to save memory, and their weights leave while the answer is made.
     """
     linears = [module for module in model.model.modules() if isinstance(module, FrozenLinear)]
     dense = sum(linear.in_features * linear.out_features for linear in linears) * model.base.compute_dtype.itemsize

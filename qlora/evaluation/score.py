@@ -23,7 +23,7 @@ SMALLEST_CHUNK = 16  # target positions whose logits exist at the same time
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out loss in nats a target token, its exponential, and over how many target tokens."""
+    """Held-out loss in nats per target token, its exponential, and how many target tokens it is a mean over."""
 
     loss: float
     perplexity: float
@@ -32,36 +32,32 @@ class HeldOut:
 
 @torch.no_grad()
 def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk: int = 256) -> HeldOut:
-    """The mean loss over all target tokens of ``rows``.
+    """The mean loss over all target tokens of ``rows``, ``rows_at_once`` to a batch, ``chunk`` targets' logits at a time.
 
-    Raises DataError when they hold none, and for tokens or positions that the model has not.
-
-    Rows of like length share a batch, so that little is padded; the sum does not depend on it. Where memory runs out it goes
-    on with half as many rows at once, and in the end with smaller chunks. Raises DoesNotFitError when one row is too much.
+    Raises DataError when there is no target token, and for tokens or positions that the model doesn't have. Where memory
+    runs out it goes on with half as many rows, and in the end with smaller chunks; DoesNotFitError when one row is too much.
     """
     if packs_one_row(model.model) and any(len(row.examples) > 1 for row in rows):
         rows_at_once = 1
-    pad = getattr(model.tokenizer, "pad_token_id", None)
     virtual = model.virtual_tokens
     check_rows(model.model, rows, model.first_position, virtual, "Held-out row")
     was_training = model.model.training
     model.model.eval()
-    total, count = 0.0, 0
+    total, count, start = 0.0, 0, 0
+    # Rows of like length share a batch, so that little is padded; the sum does not depend on it.
+    ordered = sorted(rows, key=lambda row: len(row.ids) + virtual * len(row.examples))
     try:
-        ordered = sorted(rows, key=lambda row: len(row.ids) + virtual * len(row.examples))
-        start = 0
         while start < len(ordered):
-            together = list(ordered[start : start + rows_at_once])
+            together = ordered[start : start + rows_at_once]
             try:
-                batch = collate(together, 0 if pad is None else int(pad), virtual)
-                loss, targets = batch_loss(model.model, {k: v.to(model.device) for k, v in batch.items()}, chunk)
-                total, count, start = total + loss.item(), count + targets, start + len(together)
+                loss, targets = _batch_loss(model, together, chunk)
+                total, count, start = total + loss, count + targets, start + len(together)
                 continue
             except Exception as error:
                 if not ran_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            release_memory(model.device)
+            release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
             if len(together) > 1:
                 rows_at_once = len(together) // 2
             elif chunk > SMALLEST_CHUNK:
@@ -77,3 +73,11 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
         raise DataError("The held-out rows have no target token to measure; give others, or raise data.max_length.")
     mean = total / count
     return HeldOut(mean, math.exp(mean) if mean < 700 else math.inf, count)
+
+
+def _batch_loss(model: AdaptedModel, rows: list[Row], chunk: int) -> tuple[float, int]:
+    """The summed loss of some rows in nats, and their target tokens."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    batch = collate(rows, 0 if pad is None else int(pad), model.virtual_tokens)
+    loss, targets = batch_loss(model.model, {key: values.to(model.device) for key, values in batch.items()}, chunk)
+    return loss.item(), targets

@@ -25,11 +25,12 @@ from qlora.files.durable import folder_written_aside
 from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.targets import unplanted
-from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
-from qlora.model.load import Base, match_names, packed_parts, quantised_names
-from qlora.model.nf4 import dense_weight
-from qlora.model.skeleton import empty_linears, empty_model, read_config, scheme_of
-from qlora.model.tokenizer import load_tokenizer
+from qlora.model import anatomy
+from qlora.model.checkpoint import INDEX, Checkpoint
+from qlora.model.load import packed_tensors, quantised_names
+from qlora.model.names import packed_parts
+from qlora.model.nf4 import FrozenLinear, dense_weight
+from qlora.model.skeleton import assemble
 from qlora.recipe import ModelSection
 
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
@@ -65,12 +66,14 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Merged:
     """Write base + adapter into the new folder ``out`` as plain safetensors in ``dtype``, with config and tokenizer.
 
     ``quantization``, ``double_quant`` and ``compute_dtype`` say what the adapter was trained on; ``base="original"`` adds
-    it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own. The
-    files are split as the source's are. Nothing is at ``out`` before everything is written.
+    it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, and
+    ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at ``out``
+    before everything is written.
 
     Raises ModelError or MethodError for a base or an adapter that cannot be read or do not belong together, RunError
     when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
@@ -79,19 +82,17 @@ def merge(
     keep_apart(out, base_folder, adapter_folder)
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
-    source = _Source(
-        base_folder,
-        adapter_folder,
-        ModelSection(
-            name=str(base_folder),
-            quantization=quantization,
-            double_quant=double_quant,
-            trust_remote_code=trust_remote_code,
-        ),
-        torch.device("cpu") if device is None else device,
-        compute_dtype,
+    if checkpoint is None:
+        checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=trust_remote_code)
+    section = ModelSection(
+        name=checkpoint.name,
+        quantization=quantization,
+        double_quant=double_quant,
+        trust_remote_code=checkpoint.trust_remote_code,
     )
-    if base == "original" and source.prequantised:
+    device = torch.device("cpu") if device is None else device
+    source = _Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, compute_dtype))
+    if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
             f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized'."
         )
@@ -128,37 +129,20 @@ class _Source:
     """The base's tensors as they were trained on, one at a time, and the adapter that belongs to them."""
 
     def __init__(
-        self, folder: Path, adapter: Path, section: ModelSection, device: torch.device, compute_dtype: str
+        self,
+        checkpoint: Checkpoint,
+        section: ModelSection,
+        adapter: Path,
+        device: torch.device,
+        compute_dtype: torch.dtype,
     ) -> None:
-        self.device = device
-        self.compute_dtype = resolve_compute_dtype(device, compute_dtype)
-        config = read_config(folder, section)
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        scheme = scheme_of(config, section)
-        self.prequantised = scheme.prequantised
-        self.model: Any = empty_model(config, section, self.compute_dtype)
-        self.names = match_names(self.model, self.checkpoint, scheme, section.name)
+        self.checkpoint, self.device, self.compute_dtype = checkpoint, device, compute_dtype
+        self.empty = assemble(checkpoint, section, compute_dtype)
+        self.model, self.names, self.shapes = self.empty.model, self.empty.names, self.empty.shapes
         self._untie()
-        # A packed weight says nothing of its shape; the skeleton does, before its linears become packed ones too.
-        self.shapes = {name: tuple(values.shape) for name, values in self.model.state_dict().items()}
-        packed = {
-            self.names[name].removesuffix(".weight") for name in self.names if packed_parts(name, self.checkpoint)
-        }
-        empty_linears(self.model, scheme, self.compute_dtype, packed)
         self.quantised = quantised_names(self.model)
-        base = Base(
-            model=self.model,
-            tokenizer=load_tokenizer(folder, section.trust_remote_code),
-            folder=folder,
-            name=section.name,
-            revision=section.revision,
-            quantization=scheme.quantization,
-            double_quant=scheme.double_quant,
-            device=device,  # the model stays on meta, the adapter is here
-            compute_dtype=self.compute_dtype,
-            names={target: name for name, target in self.names.items()},
-        )
-        self.adapted = load_adapter(base, adapter)
+        # the model stays on meta, the adapter is on the device
+        self.adapted = load_adapter(self.empty.base(device, tokenizer=checkpoint.tokenizer), adapter)
         for method in self.adapted.methods:
             if why := method.why_not_merged():
                 raise MethodError(f"{method.section.name} cannot be merged: {why}.")
@@ -170,7 +154,7 @@ class _Source:
     def _untied(self) -> dict[str, str]:
         """What the adapter made different from the tensor that it was tied to, as ``{"lm_head.weight": "model.embed…"}``."""
         names = {target: name for name, target in self.names.items()}
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = anatomy.tied_names(self.model)
         return {
             lacking: names[present]
             for pair in tied.items()
@@ -181,7 +165,7 @@ class _Source:
     def _untie(self) -> None:
         """Where the checkpoint holds different weights for what its config.json ties, they are two, as in ``load_base``."""
         stored = {target: name for name, target in self.names.items()}
-        for target, origin in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+        for target, origin in anatomy.tied_names(self.model).items():
             if {target, origin} <= stored.keys():
                 first, second = (self.checkpoint.read(stored[name]) for name in (target, origin))
                 if not torch.equal(first, second):
@@ -243,12 +227,10 @@ class _Source:
 
     def _requantised(self, name: str, target: str) -> Tensor:
         """The dense values that the quantised linear stood for while the adapter was trained."""
-        linear: Any = unplanted(self.model.get_submodule(target.removesuffix(".weight")))
+        linear = unplanted(self.model.get_submodule(target.removesuffix(".weight")))
+        assert isinstance(linear, FrozenLinear)
         if parts := packed_parts(name, self.checkpoint):
-            stem = name.removesuffix("weight")
-            linear.place_quantised(
-                {part.removeprefix(stem): self.checkpoint.read(part) for part in [name, *parts]}, self.device
-            )
+            linear.place_quantised(packed_tensors(self.checkpoint, name), self.device)
             whole = dense_weight(linear, self.compute_dtype)
         else:
             # cast before quantising, as the loader does: the scales depend on the dtype they came from
@@ -270,7 +252,7 @@ class _Source:
             for key, value in self.checkpoint.config.items()
             if key not in ("quantization_config", "torch_dtype")
         }
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied = anatomy.tied_names(self.model)
         present = set(self.names.values())
         both = bool(self.untied) or any(target in present and origin in present for target, origin in tied.items())
         values = {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}

@@ -19,9 +19,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from qlora.errors import RunError
+from qlora.files.strangers import Fault, JsonObject, read_object
 
 SEAL = "checksums.json"
 _ASIDE: set[Path] = set()
@@ -135,14 +135,14 @@ def file_written_aside(path: Path) -> Iterator[Path]:
         _ASIDE.discard(aside)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: JsonObject) -> None:
     """Write an object as JSON, whole or not at all. Raises OSError."""
     text = json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n"
     with file_written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON knows no infinity: a perplexity too large for a float becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -151,39 +151,41 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none or it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def seal(folder: Path) -> None:
-    """Write ``checksums.json``: of every file in ``folder`` its size in bytes and SHA-256. Raises OSError."""
-    files = {
+    """Write ``checksums.json`` into a folder, of its files. Raises OSError."""
+    (folder / SEAL).write_text(json.dumps(checksums(folder), indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What tells a folder from the one that was sealed, in a few words, or None."""
+    try:
+        return difference(folder, read_object(folder / SEAL), SEAL)
+    except Fault:
+        return f"{SEAL} is missing or unreadable"
+
+
+def checksums(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Of every file in ``folder`` its size in bytes and SHA-256, but for the seal's own. Raises OSError."""
+    return {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name != SEAL
     }
-    (folder / SEAL).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
 
 
-def damage(folder: Path) -> str | None:
-    """What tells a folder from the one that was sealed, in a few words, or None. Sizes first: they cost nothing.
+def difference(folder: Path, files: object, record: str) -> str | None:
+    """What tells a folder's files from ``files``, their checksums as they were read from ``record``, in a few words, or None.
 
-    A file that was added is no damage; what is read of a folder has been sealed.
+    Sizes first: they cost nothing. A file that was added is no difference; what is read of a folder is in its record.
     """
     try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sealed.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return f"{SEAL} is missing or unreadable"
+        expected = {str(name): (int(one["bytes"]), str(one["sha256"])) for name, one in files.items()}  # type: ignore[attr-defined]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return f"{record} is missing or unreadable"
     if not expected or any(Path(name).name != name or len(name) > 255 for name in expected):
-        return f"{SEAL} names no files of this folder"
+        return f"{record} names no files of this folder"
     if not all(0 <= size < 2**63 for size, _ in expected.values()):
-        return f"{SEAL} gives sizes that no file has"
+        return f"{record} gives sizes that no file has"
     try:
         for name, (size, _) in expected.items():
             if not (folder / name).is_file():

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from qlora.errors import RunError, disk_is_full
-from qlora.files.durable import read_json
+from qlora.files.strangers import Fault, read_object
 
 LOCK = ".lock"
 
@@ -59,7 +59,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _taken(folder: Path) -> str:
-    values = read_json(folder / LOCK)
+    try:
+        values = read_object(folder / LOCK) or {}
+    except Fault:  # the other one is about to write it, or the system keeps it from us
+        values = {}
     who = f" ({values['process']} on {values.get('host')})" if "process" in values else ""
     return (
         f"Another process{who} is training in '{folder}'; wait until it ends, stop it, or choose another folder "

@@ -1,6 +1,6 @@
 """JSON and YAML that strangers wrote: bounded before it is believed, and only plain values come out.
 
-    file ► its size ► text ► parsed once ► depth, number and repeats of its values ► plain values
+    file ► its size ► text ► parsed once ► depth and number of its values ► plain values
 
 Checkpoints, adapters and recipes are downloaded and sent about. Whatever such a file holds, reading it ends, in time and
 memory that its size bounds, and what is wrong with it is a ``Fault``: the end of a sentence that begins with the file's
@@ -14,21 +14,23 @@ import os
 import reprlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
+JsonObject: TypeAlias = dict[str, Any]
+"""An object as JSON has it: what its values are has yet to be asked."""
+
 MAX_JSON = 4 * 1024**2  # bytes of a configuration; the largest that are published have under one million
+MAX_OURS = 256 * 1024**2  # bytes of what a run wrote of itself, its answers among it
 MAX_RECIPE = 256 * 1024  # bytes of a recipe; PyYAML reads 36,000 a second at worst, so that the worst takes seconds
-MAX_VALUES = 20_000  # values and keys of a recipe, each counted as often as an alias repeats it
-MAX_DEPTH = (
-    64  # levels of lists and objects in JSON; Python gives up somewhere below 1,000, which moves with the caller
-)
+MAX_VALUES = 20_000  # values and keys of a recipe
+MAX_DEPTH = 64  # levels of lists and objects in JSON; Python gives up below 1,000, which moves with the caller
 MAX_LEVELS = 16  # in YAML: a recipe has five, and PyYAML looks at all that are open once more for every sign it reads
 MAX_NUMBER = 64  # characters of a number: the time to read one grows with the square of its length
 MAX_SHOWN = 100  # characters of a text that a message repeats
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
-PLAIN_TAGS |= {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge"}
+PLAIN_TAGS.add("tag:yaml.org,2002:timestamp")
 
 
 class Fault(ValueError):
@@ -47,7 +49,17 @@ def read_bytes(path: Path, most: int) -> bytes:
         return file.read(size)  # and no more: Python takes the memory for what it is asked to read at once
 
 
-def json_object(content: bytes, strict: bool = False, most: int | None = None) -> dict[str, Any]:
+def read_object(path: Path, most: int = MAX_JSON) -> JsonObject | None:
+    """The object in a JSON file of at most ``most`` bytes; None where there is no file. Raises Fault for anything else."""
+    try:
+        return json_object(read_bytes(path, most))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Fault(f"it cannot be read ({error})") from None
+
+
+def json_object(content: bytes, strict: bool = False, most: int | None = None) -> JsonObject:
     """The object in UTF-8 ``content``. Raises Fault for anything else, and for what is deeper than ``MAX_DEPTH``.
 
     A key that stands twice with different values is refused: which of them counts differs between readers. ``strict`` is
@@ -55,10 +67,10 @@ def json_object(content: bytes, strict: bool = False, most: int | None = None) -
     some models' configurations hold. ``most`` bounds how many values there may be.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, object]]) -> JsonObject:
         values = dict(pairs)
         if len(values) != len(pairs):
-            seen: dict[str, Any] = {}
+            seen: JsonObject = {}
             for key, value in pairs:
                 if key in seen and (strict or seen[key] != value):
                     raise Fault(f"it has the key {shown(key)} twice")
@@ -87,11 +99,11 @@ def _refuse(constant: str) -> float:
     raise Fault(f"it holds {constant}, which is no JSON")
 
 
-def _bound(values: Any, most: int | None) -> None:
+def _bound(values: object, most: int | None) -> None:
     """Raise Fault where plain values are too deep or too many. Level by level: recursion has a bound of its own."""
     level, count = [values], 0
     for _ in range(MAX_DEPTH + 1):
-        inside: list[Any] = []
+        inside: list[object] = []
         for value in level:
             if isinstance(value, dict):
                 inside += value.values()
@@ -107,17 +119,10 @@ def _bound(values: Any, most: int | None) -> None:
 
 
 class _Composer(yaml.SafeLoader):
-    """PyYAML's safe loader, which stops at what no recipe needs.
+    """PyYAML's safe loader, which stops at what no recipe needs: anchors and aliases among it, since ten lines of nine aliases
+    each are 9¹⁰ values."""
 
-    Aliases are weighed with all that they stand for: ten lines of nine aliases each are 9¹⁰ values, and merge keys (``<<``)
-    copy them one by one.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.weights: dict[
-            yaml.Node, tuple[int, int]
-        ] = {}  # of every finished node: (values, levels), aliases unfolded
+    values = 0
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """The scanner opens a bracket."""
@@ -133,54 +138,48 @@ class _Composer(yaml.SafeLoader):
         if levels > MAX_LEVELS:
             raise Fault(f"it is nested more than {MAX_LEVELS} levels deep at line {self.line + 1}")
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """One node, weighed. Raises Fault."""
-        mark = self.peek_event().start_mark
-        place = f"at line {mark.line + 1}, column {mark.column + 1}"
-        is_alias = self.check_event(yaml.AliasEvent)
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One node. Raises Fault for what stands for no plain value, and for too many."""
+        event = self.peek_event()
+        place = f"at line {event.start_mark.line + 1}, column {event.start_mark.column + 1}"
+        if event.anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            raise Fault(f"it has {shown(sign + event.anchor)} {place}; write the values out, anchors are not followed")
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise Fault(f"it has more than {MAX_VALUES:,} values {place}")
         node = super().compose_node(parent, index)
-        if node is None:
-            return None
-        if is_alias and node not in self.weights:
-            raise Fault(f"it has an anchor that holds itself {place}")
-        if not is_alias:
-            self._weigh(node, place)
-        count, depth = self.weights[node]
-        if count > MAX_VALUES or len(self.weights) > MAX_VALUES:
-            raise Fault(f"it has more than {MAX_VALUES:,} values {place}, counting what aliases repeat")
-        self._refuse_depth(depth)
+        if node is not None:
+            _require_plain(node, place)
         return node
 
-    def _weigh(self, node: yaml.Node, place: str) -> None:
-        if node.tag not in PLAIN_TAGS:
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            raise Fault(f"it is not valid YAML for a recipe: {shown(tag)} {place} stands for no plain value")
-        inside: list[yaml.Node] = []
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
-                raise Fault(f"it has a number of more than {MAX_NUMBER} characters {place}")
-            if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
-                raise Fault(f"it has a character that no text may hold (NUL, or half of a surrogate pair) {place}")
-        elif isinstance(node, yaml.MappingNode):
-            inside = [part for pair in node.value for part in pair]
-            if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-                raise Fault(f"it has a key that is no plain text {place}")
-        else:
-            inside = node.value
-        weighed = [self.weights[part] for part in inside]
-        self.weights[node] = 1 + sum(count for count, _ in weighed), 1 + max((depth for _, depth in weighed), default=0)
+
+def _require_plain(node: yaml.Node, place: str) -> None:
+    if node.tag not in PLAIN_TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise Fault(f"it is not valid YAML for a recipe: {shown(tag)} {place} stands for no plain value")
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
+            raise Fault(f"it has a number of more than {MAX_NUMBER} characters {place}")
+        if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            raise Fault(f"it has a character that no text may hold (NUL, or half of a surrogate pair) {place}")
+    elif isinstance(node, yaml.MappingNode) and not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        raise Fault(f"it has a key that is no plain text {place}")
 
 
-def yaml_values(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The plain values of a YAML document, None for an empty one, and the line (from 1) of every key by its path.
+Lines: TypeAlias = dict[tuple[str, ...], int]
+"""Of every key, by its path, the line that it stands in, from 1."""
 
-    A list's parts are numbered from 0. Raises Fault for what is no YAML, for more than ``MAX_RECIPE`` bytes, ``MAX_VALUES``
-    values or ``MAX_LEVELS`` levels, for tags of other than plain values, anchors that hold themselves, and a key that stands
-    twice.
+
+def yaml_values(text: str) -> tuple[object, Lines]:
+    """The plain values of a YAML document, None for an empty one, and where its keys stand; a list's parts are numbered from 0.
+
+    Raises Fault for what is no YAML, for more than ``MAX_RECIPE`` bytes, ``MAX_VALUES`` values or ``MAX_LEVELS`` levels, for
+    tags of other than plain values, anchors and aliases, and a key that stands twice.
     """
     if len(text) > MAX_RECIPE or len(text.encode("utf-8", "surrogatepass")) > MAX_RECIPE:
         raise Fault(f"it is larger than {MAX_RECIPE:,} bytes")
-    lines: dict[tuple[str, ...], int] = {}
+    lines: Lines = {}
     try:
         loader = _Composer(text)
         try:
@@ -200,7 +199,7 @@ def yaml_values(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         raise Fault(f"it is not valid YAML{place}: {problem.splitlines()[0][: 2 * MAX_SHOWN]}") from None
 
 
-def _lines(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+def _lines(node: yaml.Node, path: tuple[str, ...], lines: Lines) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, key.value)

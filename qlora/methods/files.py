@@ -27,7 +27,7 @@ from qlora.methods.targets import matches, pattern_value, target_names
 from qlora.model.checkpoint import fingerprint
 from qlora.model.load import Base
 from qlora.model.tensor_file import read_header, read_tensors
-from qlora.recipe.config import MOST_MISTAKES
+from qlora.recipe.reading import MOST_MISTAKES
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

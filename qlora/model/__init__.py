@@ -1,18 +1,22 @@
 """A checkpoint on disk becomes a frozen base model.
 
-shards (files → tensors) ─┐
-skeleton (config → empty) ─┼─► load (filled, quantised, frozen) ─► Base
-nf4 (the linears) ─────────┘       tokenizer ─────────────────────┤
-a module of yours ─────────── in_memory (quantised, as it is) ─────┘
+hub (a name) ─► checkpoint (its files) ─► skeleton (an empty model) ─► load (filled, quantised, frozen) ─► base
+                    │    │                    │          │
+                    │    config               names      nf4 (the linears), anatomy (where the family's parts are)
+                    tokenizer
+a module of yours ─► in_memory (quantised, as it is) ────────────────────────────────────────────────────► base
+
+What stays on the device while training, and what does not, is the room above: ``residence``.
 """
 
 from __future__ import annotations
 
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, find_model, open_checkpoint
+from qlora.model.config import load_config
 from qlora.model.in_memory import as_base, quantise
-from qlora.model.load import Base, load_base, quantised_names
+from qlora.model.load import quantised_names
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_cached, dense_weight, is_linear
-from qlora.model.skeleton import load_config
 from qlora.model.tokenizer import load_tokenizer
 
 __all__ = [
@@ -25,7 +29,6 @@ __all__ = [
     "dense_weight",
     "find_model",
     "is_linear",
-    "load_base",
     "load_config",
     "load_tokenizer",
     "open_checkpoint",

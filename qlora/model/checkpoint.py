@@ -1,36 +1,38 @@
-"""The files of a checkpoint: find its folder, check its configuration and headers, read one tensor at a time.
+"""The opened checkpoint: one folder of files, found once, checked, and handed on to whoever needs something of it.
 
-    model.name → folder → config.json, index, headers → one tensor, another, …
+    recipe's model section ─► folder ─┬─ config.json ─► raw values, transformers' configuration
+                                      ├─ index, headers ─► entries: every tensor, read one at a time
+                                      ├─ a fingerprint
+                                      └─ the tokenizer
 
-Knows which files belong together, and the hub's client; must not know a model's architecture or quantisation. Reads
-safetensors alone: a pickle runs code when it is loaded, so none is ever opened. Everything in the folder was written by
-strangers, and is bounded and checked before it is believed.
+Knows which files belong together; must not know a model's architecture or quantisation. Reads safetensors alone: a pickle
+runs code when it is loaded, so none is ever opened. Everything in the folder was written by strangers, and is bounded and
+checked before it is believed.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from qlora.errors import ModelError, disk_is_full, first_line, listed, nearest
+from qlora.errors import ModelError, listed
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
-from qlora.machine.device import require_disk
+from qlora.model.hub import find_model
 from qlora.model.tensor_file import MAX_HEADER, Entry, read_header, read_tensor
-from qlora.recipe import DEFAULT_MODEL
+from qlora.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What a run reads of a hub repository: the configuration, every kind of tokenizer file, the weights, and code with leave.
-HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "*.tiktoken", "vocab.txt", "merges.txt"]
-HUB_WEIGHTS = ["*.safetensors"]
-HUB_CODE = ["*.py"]
-# The same weights once more, as Mistral itself arranges them, and other models in folders below (``*`` matches ``/`` too).
-HUB_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
 SAMPLES, SAMPLE = 64, 4096  # of a file's weights that its fingerprint covers: how many, and bytes each
 MAX_INDEX = 24 * 1024**2  # bytes: some 200,000 tensors
 MAX_SHARDS = 10_000
@@ -42,13 +44,68 @@ MOST_REPEATED = {re.compile("(layers?|blocks|depth)$"): 1_000, re.compile("(labe
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors whose headers were read and found sound."""
+    """A model's folder. Each part is read when it is first asked for, and once; ``open_checkpoint`` makes it.
+
+    Every part raises ModelError where its files are missing, damaged, or are not what they should be.
+    """
 
     folder: Path
-    config: dict[str, Any]
-    shards: tuple[Path, ...]
-    entries: dict[str, Entry]
-    """Every tensor by its name in the checkpoint, file by file in the order on disk."""
+    name: str
+    """What the recipe calls it."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands there."""
+        return read_model_config(self.folder)
+
+    @cached_property
+    def _model_config(self) -> PretrainedConfig:
+        from qlora.model.config import parse_config
+
+        return parse_config(self)
+
+    def model_config(self) -> PretrainedConfig:
+        """A copy of transformers' configuration, for a model of its own to hold and change."""
+        return copy.deepcopy(self._model_config)
+
+    @cached_property
+    def shards(self) -> tuple[Path, ...]:
+        """The safetensors files that hold its weights."""
+        return _shards(self.folder)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor by its name in the checkpoint, file by file in the order on disk; no weight is read for it."""
+        entries: dict[str, Entry] = {}
+        for shard in self.shards:
+            for name, entry in _header(shard).items():
+                if name in entries:
+                    raise ModelError(
+                        f"'{entries[name].file.name}' and '{shard.name}' in '{self.folder}' both hold {shown(name)}."
+                    )
+                entries[name] = entry
+        return entries
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 that tells one base from another without reading all of its weights, in milliseconds.
+
+        Over config.json, tokenizer.json where there is one, and of every safetensors file of the checkpoint its name, size,
+        header, and 64 samples of 4 KiB spread evenly over its weights. Notices another model, configuration or vocabulary,
+        a tensor that was added, dropped, cast or has another shape, and weights that were trained on. Does not notice a
+        change of a few numbers between the samples, nor the other tokenizer files, the chat template or the checkpoint's
+        Python code. The same weights in other files have another fingerprint.
+        """
+        return _fingerprint(self)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, always with a padding token."""
+        from qlora.model.tokenizer import read_tokenizer
+
+        return read_tokenizer(self.folder, self.trust_remote_code)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own. Raises ModelError when its file changed or went away."""
@@ -61,45 +118,38 @@ class Checkpoint:
             raise ModelError(f"{shown(name)} in '{entry.file}': {fault}; fetch the checkpoint again.") from None
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read the configuration and the headers of a checkpoint folder; no weight is read yet.
+def open_checkpoint(source: ModelSection | Path | str, progress: bool = False, weights: bool = True) -> Checkpoint:
+    """Find the model of a recipe's section, or take a folder, and check its configuration and headers; read no weight yet.
 
-    Raises ModelError where there is no such folder or no config.json, where the weights are pickles only, where the
-    index names files that are missing or lie outside of the folder, and where a file is truncated or damaged.
+    ``weights`` off, none are downloaded or looked at: for whoever wants the configuration or the tokenizer. Raises ModelError
+    where there is no such model or no config.json, where the weights are pickles only, where the index names files that are
+    missing or lie outside of the folder, and where a file is truncated or damaged; and whatever ``find_model`` raises.
     """
-    folder = Path(folder)
-    config = read_model_config(folder)
-    shards = _shards(folder)
-    entries: dict[str, Entry] = {}
-    for shard in shards:
-        for name, entry in _header(shard).items():
-            if name in entries:
-                raise ModelError(
-                    f"'{entries[name].file.name}' and '{shard.name}' in '{folder}' both hold {shown(name)}."
-                )
-            entries[name] = entry
-    return Checkpoint(folder, config, shards, entries)
+    if isinstance(source, ModelSection):
+        name, revision, code = source.name, source.revision, source.trust_remote_code
+        found = Checkpoint(find_model(name, revision, progress, weights, code), name, revision, code)
+    else:
+        found = Checkpoint(Path(source), str(source))
+    found.config  # noqa: B018 (read now, so that what is wrong is said now)
+    if weights:
+        found.entries  # noqa: B018
+    return found
 
 
 def fingerprint(folder: Path) -> str:
-    """A SHA-256 that tells one base from another without reading all of its weights, in milliseconds.
+    """The fingerprint of the checkpoint in ``folder``."""
+    return Checkpoint(Path(folder), str(folder)).fingerprint
 
-    Over config.json, tokenizer.json where there is one, and of every safetensors file of the checkpoint its name, size,
-    header, and 64 samples of 4 KiB spread evenly over its weights. Notices another model, configuration or vocabulary,
-    a tensor that was added, dropped, cast or has another shape, and weights that were trained on. Does not notice a
-    change of a few numbers between the samples, nor the other tokenizer files, the chat template or the checkpoint's
-    Python code. The same weights in other files have another fingerprint.
 
-    Raises ModelError where a file is missing or cannot be read.
-    """
-    folder = Path(folder)
-    read_model_config(folder)
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.folder
+    checkpoint.config  # noqa: B018 (a folder that is no checkpoint has no fingerprint)
     digest = hashlib.sha256()
     try:
         for path in (folder / "config.json", folder / "tokenizer.json"):
             if path.is_file():
                 _digest(digest, path.name, path.stat().st_size, read_bytes(path, MAX_TOKENIZER))
-        for path in _shards(folder):
+        for path in checkpoint.shards:
             with path.open("rb") as file:
                 length = file.read(8)
                 header = file.read(min(int.from_bytes(length, "little"), MAX_HEADER))
@@ -115,7 +165,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(digest: Any, name: str, size: int, content: bytes) -> None:
+def _digest(digest: hashlib._Hash, name: str, size: int, content: bytes) -> None:
     digest.update(f"{name} {size} {len(content)}\n".encode() + content)  # lengths, so that no bytes can change sides
 
 
@@ -224,109 +274,3 @@ def _header(path: Path) -> dict[str, Entry]:
         return read_header(path).entries
     except (Fault, OSError) as error:
         raise ModelError(f"'{path}' is damaged: {error}; fetch it again.") from None
-
-
-def find_model(
-    name: str,
-    revision: str | None = None,
-    progress: bool = False,
-    weights: bool = True,
-    trust_remote_code: bool = False,
-) -> Path:
-    """The folder of ``model.name``: a local folder, the embedded default, or a hub id, downloaded into the hub's cache.
-
-    Only safetensors, configuration and tokenizer files are downloaded: no safetensors when ``weights`` is off, and the
-    repository's Python files too with ``trust_remote_code``.
-
-    Raises ModelError, in a sentence, when there is no such folder or repository, when access to it is not granted, or
-    when the download fails; DoesNotFitError when the disk is too small for the weights, and OSError when it is full
-    before they have arrived.
-    """
-    try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return folder
-    except (OSError, RuntimeError) as error:  # longer than names may be; ~someone who has no home here
-        raise ModelError(f"There is no model {shown(name)} ({getattr(error, 'strerror', None) or error}).") from None
-    if name == DEFAULT_MODEL:
-        from qlora.model.default import default_model_folder
-
-        return default_model_folder(progress)
-    looks_like_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-    if folder.is_file():
-        raise ModelError(
-            f"'{name}' is a file; expected the folder of a model, with config.json and safetensors weights."
-        )
-    if looks_like_path or "/" not in name:
-        hint = nearest(name, [DEFAULT_MODEL])
-        raise ModelError(
-            f"There is no model folder '{name}'.{hint} Expected an existing folder, a hub id such as org/name, "
-            f"or '{DEFAULT_MODEL}'."
-        )
-    patterns = HUB_FILES + (HUB_WEIGHTS if weights else []) + (HUB_CODE if trust_remote_code else [])
-    if weights:
-        _require_room(name, revision, patterns)
-    return _download(name, revision, patterns)
-
-
-def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    at = f" at revision '{revision}'" if revision else ""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
-    except GatedRepoError:
-        problem = (
-            "asks for its terms to be accepted first: do so on its page on the hub and log in with `hf auth login`"
-        )
-    except RepositoryNotFoundError:
-        problem = (
-            "is neither a local folder nor a public repository of the hub; check the name, or log in if it is private"
-        )
-    except RevisionNotFoundError:
-        problem = "has no such revision; expected a branch, tag or commit of it"
-    except HFValidationError:
-        problem = "is neither a local folder nor a valid hub id (org/name)"
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        problem = "is not wholly in the local cache, and the hub cannot be reached; connect, or name a local folder"
-    except Exception as error:  # those of the HTTP and storage clients are of every kind, few of them an OSError
-        if disk_is_full(error):
-            raise
-        problem = f"could not be downloaded: {first_line(error)}; try again, or name a local folder"
-    raise ModelError(f"The model '{name}'{at} {problem}.")
-
-
-def _require_room(name: str, revision: str | None, patterns: list[str]) -> None:
-    """Raise DoesNotFitError when what is still to be downloaded is more than the disk of the hub's cache has free.
-
-    Where the hub does not tell sizes nothing is checked; the download itself then says what is wrong.
-    """
-    from huggingface_hub import model_info
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-    from huggingface_hub.utils import filter_repo_objects
-
-    try:
-        info = model_info(name, revision=revision, files_metadata=True, timeout=10)  # seconds
-    except Exception:
-        return
-    cache = Path(HF_HUB_CACHE)
-    kept = cache / repo_folder_name(repo_id=name, repo_type="model")
-    files = filter_repo_objects(
-        info.siblings or [], allow_patterns=patterns, ignore_patterns=HUB_IGNORED, key=lambda file: file.rfilename
-    )
-    missing = 0
-    for file in files:
-        # a blob, which commits share, is called by its SHA-256 or git's own hash; without symbolic links there is none
-        blob = kept / "blobs" / str(file.lfs.sha256 if file.lfs else file.blob_id)
-        if not blob.exists() and not (kept / "snapshots" / str(info.sha) / file.rfilename).exists():
-            missing += file.size or 0
-    require_disk(cache, missing, f"The model '{name}'")

@@ -2,26 +2,23 @@
 
     its own logits      against   hidden states times its head
     packed examples     against   each of them alone
-    the boundary        against   the plain layers
     rows to read        against   its embeddings and positions
 
 A family may do something that this package does not know; without a check the run would go wrong in silence. Knows a
-model, its loss and the boundary around its layers; must not know adapters, optimizers or where batches come from.
+model and its loss; must not know adapters, optimizers or where batches come from.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-from qlora.errors import DataError, ModelError, NonFiniteError, QloraError, first_line
-from qlora.machine.device import ran_out_of_memory
+from qlora.errors import DataError, ModelError, NonFiniteError
+from qlora.model import anatomy
+from qlora.model.anatomy import position_limit  # noqa: F401 (its old home)
 from qlora.model.loss import head_of, hidden_states
-from qlora.residence.layers import kept_by, recomputing
-from qlora.residence.tiles import TiledMLP, tiles_of
 
 
 @torch.no_grad()
@@ -54,22 +51,6 @@ def packs_one_row(model: Any) -> bool:
     return "flash" in str(getattr(model.config, "_attn_implementation", None))
 
 
-def position_limit(model: Any) -> int | None:
-    """How many positions a text may have in this model; None where its configuration sets no bound.
-
-    Where rotary tables are stretched, ``max_position_embeddings`` may still name the length before: Qwen2.5 with YaRN
-    has 32,768 there and reaches 4 times as far.
-    """
-    named = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(named, int) or named < 1:
-        return None
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    # Gemma 3 has a table for each kind of layer
-    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
-    reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
-    return max(named, *(int(positions) for positions in reach))
-
-
 class HasIds(Protocol):
     """A row of the data, as far as a model is concerned: int arrays [n] of token ids and positions."""
 
@@ -86,7 +67,7 @@ def check_rows(model: Any, rows: Sequence[HasIds], first: int = 0, virtual: int 
     ``first``: positions taken before every text; ``virtual``: how many of these are tokens of the stream. ``what`` is what
     a message calls a row.
     """
-    embeddings, positions = model.get_input_embeddings().num_embeddings, position_limit(model)
+    embeddings, positions = anatomy.embedding_rows(model), anatomy.position_limit(model)
     for number, row in enumerate(rows):
         largest, longest = int(row.ids.max()), first + int(row.positions.max()) + 1
         if largest >= embeddings:
@@ -129,55 +110,3 @@ def check_packing(model: Any, ids: list[int], rows: int = 1) -> None:
             f"{difference:.3g} from the example alone, {rows} rows at once); set data.packing=false"
             + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
         )
-
-
-def check_boundary(model: Any, ids: list[int], rows: int, at_once: int, packed: bool) -> None:
-    """Raise ModelError unless the recompute boundary changes no hidden state of a model in eval mode.
-
-    ``rows`` short rows go through it as in training, ``at_once`` at once; the last of these micro-batches is compared with
-    itself through the plain layers. A layer may get something that the boundary cuts wrongly, or should cut and does not
-    know (see ``_cut`` in ``layers.py``); an MLP in tiles may look at more than one token, so its tiles are small here.
-    All rows differ, and with ``packed`` each restarts its positions elsewhere. Inputs that wait on disk are written there:
-    raises DoesNotFitError or ModelError where that is refused.
-    """
-    device = next(model.parameters()).device
-    length = 9 if rows == 8 else 8  # a square table that all rows share is not to look like one with a row for each
-    restarts = [1 + row % (length - 1) if packed else length for row in range(rows)]
-    batch = {
-        "input_ids": [[ids[(row + at) % len(ids)] for at in range(length)] for row in range(rows)],
-        "position_ids": [[*range(restart), *range(length - restart)] for restart in restarts],
-    }
-    whole = {key: torch.tensor(value, device=device) for key, value in batch.items()}
-    last = slice((rows - 1) // at_once * at_once, rows)
-    with torch.no_grad(), tiles_of(model, sys.maxsize):
-        plain = hidden_states(model, {key: value[last] for key, value in whole.items()}).float()
-    try:
-        with torch.enable_grad(), recomputing(model), tiles_of(model, 3):
-            states = hidden_states(model, whole)
-            for inputs in kept_by(model):
-                inputs.settle()
-            found = states[last].detach().float()
-            del states
-    except QloraError:
-        raise
-    except Exception as error:  # a tensor of the wrong shape fails wherever the family's code first meets it
-        if ran_out_of_memory(error):
-            raise
-        raise _boundary_error(model, rows, at_once, f"{type(error).__name__}: {first_line(error)}") from error
-    difference, largest = (found - plain).abs().max().item(), plain.abs().max().item()
-    coarsest = max(torch.finfo(values.dtype).eps for values in model.parameters() if values.is_floating_point())
-    if not difference <= max(1e-3, 4 * coarsest) * largest:
-        raise _boundary_error(model, rows, at_once, f"hidden states of up to {largest:.3g} differ by {difference:.3g}")
-
-
-def _boundary_error(model: Any, rows: int, at_once: int, found: str) -> ModelError:
-    """``found`` with what it means and what to do. Rows that fit at once are not cut, which is the cheaper way out."""
-    do = "training.gradient_checkpointing=false"
-    if rows > at_once:
-        do = f"training.accumulation=micro_batch_major, or {do} if that is refused too"
-    if any(isinstance(module, TiledMLP) for module in model.modules()):
-        do = f"memory.mlp_tile=null, or {do} if that is refused too"
-    return ModelError(
-        f"The layers of this {model.config.model_type} model do not answer behind the recompute boundary as they do alone "
-        f"({rows} rows, {at_once} at once: {found}), so its gradients would be wrong; set {do}."
-    )

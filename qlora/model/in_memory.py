@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError, listed, nearest
 from qlora.machine.device import DTYPES
-from qlora.model.load import Base
+from qlora.model import anatomy
+from qlora.model.base import Base
+from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.nf4 import FrozenLinear, Linear4bit
-from qlora.model.skeleton import FOUR_BIT, Scheme, empty_linear, matches
+from qlora.model.skeleton import empty_linear, matches
 
 QUANTISED = (*FOUR_BIT, "int8")
 
@@ -125,7 +127,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def _heads(module: Any) -> set[str]:
     """The whole paths of output heads: transformers' own answer, and the module that holds the last parameter."""
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    head = anatomy.head(module)
     last = next(reversed([name for name, _ in module.named_parameters(remove_duplicate=False)]), "").rpartition(".")[0]
     return {path for path, part in module.named_modules() if part is head or path == last}
 

@@ -9,7 +9,7 @@ have logits at a time, only positions that are targets have them at all, and the
 the forward, while the chunk's logits are at hand; nothing but that gradient is kept. A frozen head needs none; one that
 trains (a head of its own, full fine-tuning, rows of new tokens) gets its own in the same way, summed up in fp32.
 
-A head in host memory (``host.py``) comes in slices of the vocabulary, and fetching them is what costs: each comes once a
+A head in host memory (``residence/ends.py``) comes in slices of the vocabulary, and fetching them is what costs: each comes once a
 pass, for all positions, and logits exist for a chunk and a slice at a time.
 
 Knows a model's decoder and head; must not know adapters, optimizers or where batches come from.
@@ -20,18 +20,34 @@ or a slice of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora.model import anatomy
 from qlora.model.nf4 import dense_weight
-from qlora.residence.ends import HostLinear, fp32_product
 
 IGNORE_INDEX = -100
+
+
+class SlicedLinear(Protocol):
+    """An output head that comes to the device a slice of the vocabulary at a time (``HostLinear`` of ``residence/ends.py``)."""
+
+    def slices(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, weight[start:stop] on the device), over the whole vocabulary, each good until the next is asked for."""
+
+    def bias_of(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """The bias of a slice."""
+
+
+def _sliced(module: nn.Module) -> SlicedLinear | None:
+    """``module`` where it is such a head itself; what is planted on one only answers to its names."""
+    found: Any = module
+    return found if hasattr(type(module), "slices") else None
 
 
 @dataclass(frozen=True)
@@ -74,19 +90,14 @@ class Head:
 
 def head_of(model: Any) -> Head:
     """The output head of a causal language model, with the scaling that its family puts on logits."""
-    config = model.config
-    multiplier = 1.0
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
-        multiplier *= scale
-    if scale := getattr(config, "logits_scaling", None):  # Granite divides
-        multiplier /= scale
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(model.get_output_embeddings(), multiplier, softcap)
+    module = anatomy.head(model)
+    assert module is not None
+    return Head(module, *anatomy.logit_scale(model))
 
 
 def hidden_states(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of ``input_ids`` and ``position_ids``, without logits and without a cache."""
-    output = model.get_decoder()(
+    output = anatomy.decoder(model)(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, return_dict=True
     )
     hidden_BTD: Tensor = output.last_hidden_state
@@ -129,8 +140,8 @@ class _TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         below = ctx.needs_input_grad[0]  # nothing below the head may train
         grads = [torch.zeros_like(values, dtype=torch.float32) for values in trained]
-        if isinstance(head.module, HostLinear) and not trained:
-            total, grad_ND = _over_slices(hidden_ND, head, head.module, wanted, places, chunk, below)
+        if (sliced := _sliced(head.module)) is not None and not trained:
+            total, grad_ND = _over_slices(hidden_ND, head, sliced, wanted, places, chunk, below)
         else:
             total, grad_ND = _over_chunks(hidden_ND, head, wanted, places, chunk, below, trained, grads)
         ctx.save_for_backward(grad_ND, *grads)
@@ -218,7 +229,7 @@ def _over_chunks(
 
 
 def _over_slices(
-    hidden_ND: Tensor, head: Head, linear: HostLinear, wanted: Tensor, places: Tensor, chunk: int, below: bool
+    hidden_ND: Tensor, head: Head, linear: SlicedLinear, wanted: Tensor, places: Tensor, chunk: int, below: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the sum, the gradient of the hidden states where it is wanted), slice by slice of the head."""
     dtype, targets, count = hidden_ND.dtype, wanted[places, None], len(places)
@@ -290,3 +301,10 @@ def _through_head(
         hidden = found[-1]
         assert hidden is not None
         grad_ND[rows] = hidden.to(grad_ND.dtype)
+
+
+def fp32_product(x: Tensor, y: Tensor) -> Tensor:
+    """x y, the sums left in fp32 as they are made: what is summed up further is not to be rounded to 16 bits in between."""
+    if x.dtype != torch.float32 and x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()  # a CPU is no slower in it

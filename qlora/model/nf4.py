@@ -12,9 +12,9 @@ all state is plain buffers, and the backward asks the module again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import bitsandbytes
 import torch
@@ -39,6 +39,27 @@ FUSED_ROWS = 16  # up to so many rows, as in generation, CUDA's fused kernel bea
 INT8_THRESHOLD = 6.0  # activations above it are multiplied in 16 bits (LLM.int8(), arXiv:2208.07339)
 
 
+class Away(Protocol):
+    """Where the weights of a linear wait while its layer is not on the device (``residence/placement.py``)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are computed with."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The linear's tensors that wait."""
+
+    def bring(self) -> None:
+        """Give the linear its weights, in memory of their own, until ``keep`` or ``drop``."""
+
+    def keep(self) -> None:
+        """Send the weights that the linear has now to where they wait."""
+
+    def drop(self) -> None:
+        """Leave the linear without weights again."""
+
+
 class FrozenLinear(nn.Module):
     """What the quantised linears share: y = x Wᵀ + b with a W that never trains and is never kept dense.
 
@@ -53,8 +74,16 @@ class FrozenLinear(nn.Module):
         values = torch.empty(out_features, dtype=compute_dtype, device="meta")
         self.bias = nn.Parameter(values, requires_grad=False) if bias else None
         self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
-        self.away: Any = None  # where the weights wait while their layer is not on the device (placement.py)
+        self.away: Away | None = None
         self.unread = False  # on while nobody reads the product but its gradient is wanted (layers.py)
+
+    def place(self, weight: Tensor, device: torch.device) -> None:
+        """Quantise a dense [out, in] tensor (fp32, fp16 or bf16) on ``device`` and keep the result there."""
+        raise NotImplementedError
+
+    def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take over a weight that bitsandbytes quantised before: what its checkpoint has for it, by the last part of its name."""
+        raise NotImplementedError
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in], made anew."""
@@ -145,7 +174,6 @@ class Linear4bit(FrozenLinear):
     block: int
 
     def place(self, weight: Tensor, device: torch.device) -> None:
-        """Quantise a dense [out, in] tensor (fp32, fp16 or bf16) on ``device`` and keep the result there."""
         self._keep(*_quantised(weight.to(device).contiguous(), self.quant_type, self.double_quant))
 
     def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -342,7 +370,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if not isinstance(linear, FrozenLinear):
         weight = linear.weight
         assert isinstance(weight, Tensor)
-        device = getattr(linear, "compute_device", weight.device)  # a head may lie in host memory (host.py)
+        device = getattr(linear, "compute_device", weight.device)  # a head may lie in host memory (residence/ends.py)
         return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(device, dtype)
     if linear.kept is None:
         return linear.dequantise(dtype)
@@ -367,25 +395,30 @@ def dense_cached(layer: nn.Module) -> Iterator[None]:
             linear.kept = None
 
 
+def away_of(module: nn.Module) -> Away | None:
+    """Where a linear's weights wait, plain or quantised; None for what stays."""
+    return getattr(module, "away", None)
+
+
 def is_away(linear: nn.Module) -> bool:
     """Whether the linear has weights, but they wait elsewhere at the moment."""
-    return getattr(linear, "away", None) is not None and bool(linear.weight.is_meta)  # type: ignore[union-attr]
+    return away_of(linear) is not None and bool(linear.weight.is_meta)  # type: ignore[union-attr]
 
 
 def is_empty(linear: nn.Module) -> bool:
     """Whether the linear has a shape and no weights anywhere, as in a skeleton."""
-    return bool(linear.weight.is_meta) and getattr(linear, "away", None) is None  # type: ignore[union-attr]
+    return bool(linear.weight.is_meta) and away_of(linear) is None  # type: ignore[union-attr]
 
 
 @contextmanager
 def at_hand(linear: nn.Module, changed: bool = False) -> Iterator[None]:
     """Inside, the linear has its weights even while its layer waits elsewhere. ``changed``: they go back there afterwards."""
-    if not is_away(linear):
+    away = away_of(linear)
+    if away is None or not is_away(linear):
         yield
-        if changed and getattr(linear, "away", None) is not None:
-            linear.away.keep()  # type: ignore[union-attr, operator]
+        if changed and away is not None:
+            away.keep()
         return
-    away: Any = linear.away
     away.bring()
     try:
         yield

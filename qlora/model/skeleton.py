@@ -1,117 +1,126 @@
-"""The empty model: a checkpoint's configuration becomes a transformers causal LM on the meta device, its linears empty.
+"""The empty model: a checkpoint becomes a transformers causal LM on the meta device, its linears quantised and empty.
 
-Knows transformers' configurations and model classes, and which linears are quantised; must not know files or tensors.
-Whatever cannot be loaded correctly is refused here, before a weight is read.
+    checkpoint ─► configuration ─► model on meta ─► names ─► quantised linears ─► Assembled
+                                                                  │
+                          load: filled from the files · plan: planted as it is · export: one tensor after the other
+
+Knows transformers' model classes, and which linears are quantised; must not read a weight. Whatever cannot be loaded
+correctly is refused here, before one is read.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line, listed
-from qlora.model.checkpoint import find_model, read_model_config
-from qlora.model.foreign_code import say_foreign_code
+from qlora.model import anatomy
+from qlora.model.base import Base
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.config import Scheme, any_config, scheme_of
+from qlora.model.names import match_names, matches_any, packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
 
-FOUR_BIT = ("nf4", "fp4")
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
 MOST_UNQUANTISED = 0.10
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """How the linears of a base are stored: the recipe's wish, or what a prequantised checkpoint brings along."""
+class Assembled:
+    """An empty model and where each of its tensors is in the checkpoint."""
 
-    quantization: str
-    double_quant: bool
-    prequantised: bool
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    scheme: Scheme
+    names: dict[str, str]
+    """Each tensor's name in the checkpoint → its name in the model; empty without the weights."""
+    shapes: dict[str, tuple[int, ...]]
+    """The shape of every tensor of the model, by its name there, before linears were quantised."""
+    dtype: torch.dtype
+    """What it computes in, and most weights have."""
+
+    def base(self, device: torch.device, **known: Any) -> Base:
+        """The model as a base whose adapters are on ``device``; ``known`` goes to ``Base`` as it is."""
+        checkpoint = self.checkpoint
+        return Base(
+            model=self.model,
+            tokenizer=known.pop("tokenizer", None),
+            folder=checkpoint.folder,
+            name=checkpoint.name,
+            revision=checkpoint.revision,
+            quantization=self.scheme.quantization,
+            double_quant=known.pop("double_quant", self.scheme.double_quant),
+            device=device,
+            compute_dtype=self.dtype,
+            names={target: name for name, target in self.names.items()},
+            checkpoint=checkpoint,
+            **known,
+        )
 
 
-def load_config(section: ModelSection) -> Any:
-    """The transformers configuration of ``section.name``, without its weights.
+def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, weights: bool = True) -> Assembled:
+    """The one way from a checkpoint to its empty model: configuration, module, names, quantised linears, dtypes.
 
-    Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
-    needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
+    Without ``weights`` the files of weights need not be there: nothing is matched, and every linear that the recipe would
+    quantise is. Raises ModelError for whatever cannot be loaded whole and exactly.
     """
-    folder = find_model(section.name, section.revision, weights=False, trust_remote_code=section.trust_remote_code)
-    return read_config(folder, section)
-
-
-def read_config(folder: Path, section: ModelSection) -> Any:
-    """``load_config`` for a folder that is already found."""
-    config, raw = _any_config(folder, section)
-    _refuse_other_kinds(config, raw, section.name, native=raw.get("model_type") in CONFIG_MAPPING)
-    return config
-
-
-def _any_config(folder: Path, section: ModelSection) -> tuple[Any, dict[str, Any]]:
-    """The configuration in ``folder``, of whatever kind of model, and config.json as it stands there."""
-    raw = read_model_config(folder)
-    kind = raw.get("model_type")
-    native = kind in CONFIG_MAPPING
-    if not native and raw.get("auto_map") and not section.trust_remote_code:
-        raise ModelError(
-            f"'{section.name}' (model type '{kind}') comes with its own Python code, which is not run by default. Read "
-            "that code, and if you trust it set model.trust_remote_code=true."
-        )
-    if not native and not raw.get("auto_map"):
-        raise ModelError(
-            f"'{section.name}' has the model type '{kind}', which transformers {transformers.__version__} does not know; "
-            "a newer transformers may."
-        )
-    if section.trust_remote_code:
-        say_foreign_code(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # a configuration class may raise anything over values it does not like
-        raise ModelError(f"The configuration in '{folder}' is not valid: {first_line(error)}.") from error
-    return config, raw
-
-
-def _refuse_other_kinds(config: Any, raw: dict[str, Any], name: str, native: bool) -> None:
-    made = [str(item) for item in raw.get("architectures") or []]
-    what = f"'{name}' is a {made[0] if made else config.model_type}"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{what}, an encoder-decoder model; expected a decoder-only language model.")
-    # A composite configuration (Gemma 3 from 4B up, Llama 4, the VL models) nests the text model's own inside.
-    if config.get_text_config(decoder=True) is not config:
-        raise ModelError(
-            f"{what}, which holds more than a text model (images or sound); only text models are supported. Name a "
-            "checkpoint of its language model alone."
-        )
-    if not native:
-        return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
-    # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
-    chosen = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
-    if made and not {item.lower() for item in made} & {item.lower() for item in names}:
-        raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
-
-
-def load_skeleton(section: ModelSection, dtype: torch.dtype) -> nn.Module:
-    """The whole model on the meta device, its linears quantised as the recipe says: every shape and no weight."""
-    config = load_config(section)
+    config = checkpoint.model_config()
     scheme = scheme_of(config, section)
-    model: Any = empty_model(config, section, dtype)
-    empty_linears(model, Scheme(scheme.quantization, scheme.double_quant, prequantised=False), dtype, set())
+    model = empty_model(config, section, dtype)
+    names = match_names(model, checkpoint, scheme, checkpoint.name) if weights else {}
+    shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
+    empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
+    _widen(model, dtype)
+    return Assembled(model, checkpoint, scheme, names, shapes, dtype)
+
+
+def load_skeleton(section: ModelSection, dtype: torch.dtype, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
+    """The whole model on the meta device, its linears quantised as the recipe says: every shape and no weight."""
+    checkpoint = checkpoint or open_checkpoint(section, weights=False)
+    model = assemble(checkpoint, section, dtype, weights=False).model
     model.tie_weights()
     model.requires_grad_(False)
-    skeleton: nn.Module = model
-    return skeleton
+    return model
+
+
+def skeleton_base(
+    section: ModelSection,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Base:
+    """A base without weights: the model of ``section`` on meta. What is planted in it lies on ``device``.
+
+    With ``folder``, the checkpoint's own, it has that checkpoint's tokenizer and fingerprint too; with ``checkpoint``, which
+    may lack its weights, the tokenizer alone, when it is asked for.
+    """
+    if checkpoint is None and folder is not None:
+        checkpoint = Checkpoint(folder, section.name, section.revision, section.trust_remote_code)
+    return Base(
+        model=load_skeleton(section, dtype, checkpoint),
+        tokenizer=None if folder is None or checkpoint is None else checkpoint.tokenizer,
+        folder=folder or Path(),
+        name=section.name,
+        revision=section.revision,
+        quantization=section.quantization,
+        double_quant=section.double_quant,
+        device=device,
+        compute_dtype=dtype,
+        names=None if folder is None else {},
+        checkpoint=None if folder is None else checkpoint,
+    )
 
 
 def any_skeleton(model: str | Path | Any) -> nn.Module:
@@ -123,7 +132,7 @@ def any_skeleton(model: str | Path | Any) -> nn.Module:
     name = str(model) if isinstance(model, str | Path) else type(model).__name__
     section = ModelSection(name=name)
     if isinstance(model, str | Path):
-        config = _any_config(find_model(name, weights=False), section)[0]
+        config = any_config(open_checkpoint(section, weights=False))
     elif isinstance(model, PretrainedConfig):
         config = copy.deepcopy(model)
     else:
@@ -137,40 +146,12 @@ def any_skeleton(model: str | Path | Any) -> nn.Module:
     return _built(maker, config, section, torch.float32).requires_grad_(False)
 
 
-def scheme_of(config: Any, section: ModelSection) -> Scheme:
-    """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
-
-    How they are multiplied with is the recipe's and ours to say: a compute dtype or an outlier threshold that the
-    checkpoint names is not taken over.
-    """
-    found = getattr(config, "quantization_config", None)
-    if not found:
-        return Scheme(section.quantization, section.double_quant, prequantised=False)
-    values = found if isinstance(found, dict) else found.to_dict()
-    four, eight = bool(values.get("load_in_4bit")), bool(values.get("load_in_8bit"))
-    # the oldest 8-bit checkpoints do not name their method
-    named = values.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
-    method = str(named).rpartition(".")[2].lower()
-    if method != "bitsandbytes" or not (four or eight):
-        raise ModelError(
-            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints and "
-            "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
-        )
-    kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
-    if section.quantization != kind:
-        raise ModelError(
-            f"'{section.name}' is already quantised to {kind}, but the recipe asks for {section.quantization}; set "
-            f"model.quantization={kind}, or name the 16-bit checkpoint that it was made from."
-        )
-    return Scheme(kind, four and bool(values.get("bnb_4bit_use_double_quant")), prequantised=True)
-
-
-def empty_model(config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
+def empty_model(config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
     return _built(AutoModelForCausalLM, config, section, dtype)
 
 
-def _built(maker: Any, config: Any, section: ModelSection, dtype: torch.dtype) -> nn.Module:
+def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
@@ -178,7 +159,7 @@ def _built(maker: Any, config: Any, section: ModelSection, dtype: torch.dtype) -
         with torch.device("meta"):
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
             code = {"trust_remote_code": section.trust_remote_code} if hasattr(maker, "from_config") else {}
-            model: nn.Module = make(config, dtype=dtype, attn_implementation=attention, **code)
+            model: PreTrainedModel = make(config, dtype=dtype, attn_implementation=attention, **code)
     except Exception as error:  # over the sizes of a stranger's configuration a model class raises anything
         raise ModelError(
             f"transformers {transformers.__version__} cannot build '{section.name}' with attention "
@@ -187,7 +168,7 @@ def _built(maker: Any, config: Any, section: ModelSection, dtype: torch.dtype) -
     return model
 
 
-def empty_linears(model: Any, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
+def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
     """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers.
 
     ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced.
@@ -233,11 +214,18 @@ def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
     return names
 
 
-def dense_modules(model: Any) -> list[str]:
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in fp32 that dtype in the skeleton, where it is still without memory."""
+    names = [re.escape(part) for part in fp32_names(model, dtype)]
+    for name, values in model.named_parameters():
+        if values.is_floating_point() and matches_any(name, names):
+            values.data = values.data.float()
+
+
+def dense_modules(model: PreTrainedModel) -> list[str]:
     """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
-    head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
+    for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
@@ -247,11 +235,11 @@ def matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) for pattern in patterns)
 
 
-def _refuse_mostly_dense(model: Any, quantization: str) -> None:
+def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
-    outside.add(id(model.get_output_embeddings()))
+    outside.add(id(anatomy.head(model)))
     dense = {
         f"{name}.{key}": weight.numel()
         for name, module in model.named_modules()

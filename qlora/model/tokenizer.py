@@ -8,15 +8,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import MethodError, ModelError, first_line, listed
-from qlora.model.checkpoint import MAX_TOKENIZER, find_model, read_json
+from qlora.model.checkpoint import MAX_TOKENIZER, Checkpoint, read_json
 from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
-from qlora.recipe import ModelSection, parts_of
+from qlora.model.hub import find_model
+from qlora.recipe import AnyMethod, ModelSection, parts_of
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
@@ -26,19 +26,25 @@ RESERVED = (
 )  # fmt: skip
 
 
-def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a recipe's model section, or of a folder, always with a padding token.
+def load_tokenizer(
+    source: ModelSection | Checkpoint | Path | str, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe's model section, of an opened checkpoint or of a folder; weights are not needed."""
+    if isinstance(source, Checkpoint):
+        return source.tokenizer
+    if isinstance(source, ModelSection):
+        folder = find_model(source.name, source.revision, weights=False, trust_remote_code=source.trust_remote_code)
+        return read_tokenizer(folder, source.trust_remote_code)
+    return read_tokenizer(Path(source), trust_remote_code)
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, always with a padding token.
 
     Where the checkpoint names no padding token, one that it reserves becomes it, else the end-of-sequence token. That is
     safe here: masks come from positions, so a pad that equals the end token hides nothing, and no token is ever added,
     so no embedding is resized. Raises ModelError for missing or damaged tokenizer files.
     """
-    if isinstance(source, ModelSection):
-        trust_remote_code = source.trust_remote_code
-        # previewing data needs no weights
-        folder = find_model(source.name, source.revision, weights=False, trust_remote_code=trust_remote_code)
-    else:
-        folder = Path(source)
     found = [path for pattern in FILES for path in folder.glob(pattern)]
     if not found:
         raise ModelError(f"'{folder}' has no tokenizer; expected {', '.join(FILES[:-1])} or {FILES[-1]} in it.")
@@ -50,7 +56,7 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
     if trust_remote_code:
         say_foreign_code(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # the tokenizers library raises bare Exception over a damaged file, or panics
         if (
             not isinstance(error, Exception) and type(error).__name__ != "PanicException"
@@ -67,7 +73,7 @@ def load_tokenizer(source: ModelSection | Path | str, trust_remote_code: bool = 
     return tokenizer
 
 
-def with_new_tokens(tokenizer: Any, method: Any) -> Any:
+def with_new_tokens(tokenizer: PreTrainedTokenizerBase, method: AnyMethod) -> PreTrainedTokenizerBase:
     """``tokenizer``, or a copy with the tokens that a recipe's ``method`` section adds (its part ``new_tokens``).
 
     A token that the tokenizer has already keeps its id; whether it may is for the method to say, which knows the model.
@@ -78,7 +84,7 @@ def with_new_tokens(tokenizer: Any, method: Any) -> Any:
     return tokenizer
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str], special: bool) -> Any:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], special: bool) -> PreTrainedTokenizerBase:
     """A copy of ``tokenizer`` that reads each of ``tokens`` as one token, with the next free ids in their order.
 
     ``special`` tokens are left out where special tokens are skipped. Raises MethodError where the tokenizer gives a new
@@ -112,7 +118,7 @@ def _rows(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _choose_padding(tokenizer: Any, rows: int | None) -> None:
+def _choose_padding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> None:
     def usable(number: int | None) -> bool:
         return number is not None and (rows is None or number < rows)
 

@@ -157,7 +157,7 @@ class Arranger:
 
     def _orders(self) -> list[str]:
         training = self.recipe.training
-        if training.batch_size == 1 or training.optimizer_in_backward:
+        if training.batch_size == 1:
             return ["layer_major"]
         try:
             self.look({"training.accumulation": "layer_major", "training.gradient_checkpointing": True})

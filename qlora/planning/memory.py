@@ -27,8 +27,9 @@ from qlora.model.nf4 import FrozenLinear
 from qlora.planning.accounting import bytes_of, moments
 from qlora.planning.dry_run import DryRun, Moment, Shape, dry_run
 from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.image import ALIGNMENT, frozen_linears
 from qlora.residence.layers import decoder_layers
-from qlora.residence.placement import ALIGNMENT, frozen_linears, resident_layers
+from qlora.residence.placement import resident_layers
 
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed
@@ -135,7 +136,7 @@ def estimate(
         where[kind] = kept * run.input_bytes
         if away == "disk" and place == "cuda":
             host["pinned_layer_inputs"] = run.input_bytes  # on its way to the file
-    found = run.moments(freed=training.optimizer_in_backward)
+    found = run.moments()
     steps = {
         layer: optimizer_step_bytes(together, training, place)
         for layer, together in _moved_together(adapted, training).items()
@@ -329,13 +330,7 @@ def optimizer_step_bytes(parameters: list[nn.Parameter], training: TrainingSecti
 def _moved_together(adapted: AdaptedModel, training: TrainingSection) -> dict[int | None, list[nn.Parameter]]:
     """The parameters that the optimizer moves in one call: all of them, or a layer's by its number and the others at the end."""
     trained = list(adapted.trainable_parameters().values())
-    if not training.optimizer_in_backward:
-        return {None: trained}
-    owners = {id(p): n for n, layer in enumerate(decoder_layers(adapted.model)) for p in layer.parameters()}
-    parts: dict[int | None, list[nn.Parameter]] = {}
-    for values in trained:
-        parts.setdefault(owners.get(id(values)), []).append(values)
-    return parts
+    return {None: trained}
 
 
 def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:

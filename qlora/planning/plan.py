@@ -30,13 +30,14 @@ from qlora.machine.device import (
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.model.checkpoint import commit_of, find_model
-from qlora.model.load import cached_bytes, skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of, count_parameters
 from qlora.planning.ladder import Arrangement, Arranger, Target
 from qlora.planning.memory import Estimate
 from qlora.planning.speed import Rates, measure, rates_of
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
+from qlora.residence.load import cached_bytes
 
 REST = 16 * 1024**2  # metrics, evaluation and report
 

@@ -44,8 +44,9 @@ from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model.nf4 import FrozenLinear, Linear4bit, features, is_linear
 from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.image import Image
 from qlora.residence.layers import decoder_layers
-from qlora.residence.placement import Image, resident_layers
+from qlora.residence.placement import resident_layers
 
 # --- how fast -------------------------------------------------------------------------------------------------------------
 

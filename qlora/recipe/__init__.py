@@ -1,6 +1,7 @@
 """The recipe: what is wanted, in one typed and frozen schema.
 
-schema (what every section shares) ─► methods (a section for each method) ─► config (the recipe itself)
+    schema (what every section shares) ─► methods (a section for each method) ─► config (the recipe itself)
+    reading (YAML, overrides, mistakes as sentences) · reference (the fields as Markdown)
 
 Knows YAML and pydantic; must not know torch, a model or a data set.
 """
@@ -16,7 +17,6 @@ from qlora.recipe.config import (
     ModelSection,
     Recipe,
     TrainingSection,
-    reference,
 )
 from qlora.recipe.methods import (
     IA3,
@@ -42,6 +42,7 @@ from qlora.recipe.methods import (
     named,
     parts_of,
 )
+from qlora.recipe.reference import reference
 from qlora.recipe.schema import Section
 
 __all__ = [

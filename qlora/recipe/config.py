@@ -1,30 +1,25 @@
-"""The recipe: everything a run needs to know, in one typed and frozen schema.
+"""The recipe's sections: everything a run needs to know, in one typed and frozen schema.
 
-Each field is documented once, by the text under it; ``reference()`` prints those texts as the README's table. A recipe
-never changes after it is validated: ``auto`` values are resolved into a *new* recipe, which is what runs and what the
-run folder keeps. This file knows YAML and pydantic; it must not know torch, a model or a data set.
+Each field is documented once, by the text under it, which reference.py prints. A recipe never changes after it is
+validated: ``auto`` values are resolved into a *new* recipe, which is what runs and what the run folder keeps. Knows pydantic;
+must not know torch, a model or a data set.
 """
 
 from __future__ import annotations
 
 import re
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import pydantic
 import yaml
 from pydantic import Field, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
-from qlora.errors import RecipeError, nearest
-from qlora.files.strangers import MAX_RECIPE, Fault, read_bytes, shown, yaml_values
-from qlora.recipe.methods import AnyMethod, LoRA, named
-from qlora.recipe.schema import Section, type_text
+from qlora.files.strangers import JsonObject, Lines, shown
+from qlora.recipe.methods import AnyMethod, LoRA, named, parts_of
+from qlora.recipe.reading import read_file, validated
+from qlora.recipe.schema import Section
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
-MOST_MISTAKES = 10  # that one message names
 
 
 class ModelSection(Section):
@@ -129,9 +124,6 @@ class TrainingSection(Section):
     a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
     loss_chunk: int = Field(256, ge=1)
     """Target positions whose logits exist at the same time."""
-    optimizer_in_backward: bool = False
-    """Move a layer's parameters as soon as its gradients are whole, and free these: one layer's gradients at a time. Needs
-    `accumulation: layer_major` and `max_grad_norm: null`, since the norm of all gradients is known only at the end."""
     not_finite: Literal["stop", "skip"] = "stop"
     """What happens when a step's loss or a gradient is not finite (NaN, infinity). Either way no parameter moves, and the
     step, its rows and the first bad module are named. `skip` then goes on with the next step."""
@@ -164,7 +156,7 @@ class MemorySection(Section):
     """`host` keeps the input embedding in host memory; only the rows of the tokens at hand travel."""
     head: Literal["device", "host"] = "device"
     """`host` keeps the output head in host memory; slices of the vocabulary travel, and the loss is summed over them."""
-    layer_inputs: Literal["device", "host", "disk"] = "device"
+    layer_inputs: Literal["device", "host"] = "device"
     """Where the inputs of the layers wait for backward (with `training.gradient_checkpointing`)."""
     mlp_tile: int | None = Field(None, ge=1)
     """Tokens that go through a layer's MLP at once, where a long row would not fit; all of them when left out."""
@@ -205,7 +197,7 @@ class DeviceSection(Section):
 
     @field_validator("memory", mode="before")
     @classmethod
-    def _a_card_may_be_a_number(cls, value: Any) -> Any:
+    def _a_card_may_be_a_number(cls, value: object) -> object:
         return str(value) if type(value) is int else value  # YAML reads 4090 as one
 
 
@@ -226,200 +218,41 @@ class Recipe(Section):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _lora_by_default(cls, value: Any) -> Any:
+    def _lora_by_default(cls, value: object) -> object:
         return named(value)
 
     @classmethod
     def from_yaml(cls, path: str | Path, *overrides: str) -> Recipe:
-        """Read a recipe file; each override is ``section.key=value`` with a YAML value.
+        """Read a recipe file; each override is ``section.key=value`` with a YAML value, with or without ``--`` before it.
 
         Raises RecipeError naming every mistake: the key, its place, and the nearest valid key.
         """
         path = Path(path)
-        try:
-            text = read_bytes(path, MAX_RECIPE).decode("utf-8")
-        except FileNotFoundError:
-            raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
-        values, lines = _parse(text, str(path))
+        values, lines = read_file(path)
         if values.get("folder") is None:
             values["folder"] = str(Path("runs") / path.stem)
         return cls.from_dict(values, *overrides, source=str(path), lines=lines)
 
     @classmethod
     def from_dict(
-        cls,
-        values: dict[str, Any],
-        *overrides: str,
-        source: str = "the recipe",
-        lines: dict[tuple[str, ...], int] | None = None,
+        cls, values: JsonObject, *overrides: str, source: str = "the recipe", lines: Lines | None = None
     ) -> Recipe:
         """Validate plain values. ``lines`` maps a key's path to its line in ``source``, for the messages."""
-        merged = _unfolded(values)
-        places = dict(lines or {})
-        for override in overrides:
-            places.pop(_override(merged, override), None)  # its value no longer stands in the file
-        try:
-            return cls.model_validate(merged)
-        except pydantic.ValidationError as error:
-            count = error.error_count()
-            mistakes = [_sentence(cls, item, places) for item in error.errors(include_url=False)[:MOST_MISTAKES]]
-            if count > MOST_MISTAKES:
-                mistakes.append(f"and {count - MOST_MISTAKES:,} more.")
-            many = f"{count:,} mistakes in {source}:" if count > 1 else f"{source}:"
-            raise RecipeError("\n  ".join([many, *mistakes]) if count > 1 else f"{many} {mistakes[0]}") from None
+        return validated(cls, values, overrides, source, lines or {})
 
     def to_yaml(self) -> str:
         """The recipe as YAML, every value written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
-
-def reference() -> str:
-    """Every field with its type, default and documentation, as Markdown tables: ``qlora recipe`` and docs/recipe.md."""
-    lines: list[str] = []
-    top = [(name, field) for name, field in Recipe.model_fields.items() if not _sections_of(field.annotation)]
-    tables: list[tuple[str, type[Section], list[tuple[str, FieldInfo]]]] = []
-    for name, field in Recipe.model_fields.items():
-        for tag, section in _sections_of(field.annotation).items():
-            fields = sorted(section.model_fields.items(), key=lambda item: item[0] != "name")
-            tables.append((f"{name}: {tag}" if tag else name, section, fields))
-    for title, model, fields in [*tables, ("(top level)", Recipe, top)]:
-        lines += [
-            f"### `{title}`",
-            "",
-            " ".join((model.__doc__ or "").split()),
-            "",
-            "| key | default | meaning |",
-            "|---|---|---|",
-        ]
-        for name, field in fields:
-            default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
-            meaning = " ".join((field.description or "").split())
-            lines.append(f"| `{name}` | {default} | {meaning} Type: {type_text(field.annotation)}. |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _plain(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _sections_of(annotation: Any) -> dict[str, type[Section]]:
-    """The sections that a field may hold: ``{"": DataSection}``, ``{"lora": LoRA, …}`` where a name tells them apart."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return {"": annotation}
-    found: dict[str, type[Section]] = {}
-    for part in typing.get_args(annotation):
-        for section in _sections_of(part).values():
-            if "name" in section.model_fields:
-                found[str(section.model_fields["name"].default)] = section
-    return found
-
-
-def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """YAML text → its values, and the line of every key."""
-    try:
-        values, lines = yaml_values(text)
-    except Fault as fault:
-        raise RecipeError(f"'{source}' cannot be used: {fault}; expected sections of 'key: value' lines.") from None
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"'{source}' holds {'nothing' if values is None else type(values).__name__}; expected sections such as 'model:' and 'data:'."
+    def __repr__(self) -> str:
+        data, training = self.data, self.training
+        files = data.train if isinstance(data.train, str) else ", ".join(data.train)
+        out = data.held_out or (f"{data.held_out_fraction:.2%}" if data.held_out_fraction else "nothing")
+        length = f"{training.epochs} epochs" if training.steps is None else f"{training.steps} steps"
+        methods = " + ".join(part.in_short() for part in parts_of(self.method))
+        return (
+            f"Recipe({self.model.name} in {self.model.quantization}, {methods},\n"
+            f"       {files} ({out} held out), {length} of {training.batch_size} rows a step, folder {self.folder})"
         )
-    return values, lines
 
-
-def _unfolded(value: Any) -> Any:
-    """A copy in which no two places share what an alias stands for: an override of one must not change the other."""
-    if isinstance(value, dict):
-        return {key: _unfolded(inner) for key, inner in value.items()}
-    return [_unfolded(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Put one ``section.key=value`` into ``values``, in place, and return the key's path."""
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    said = shown(override)
-    if not equals or not all(path) or len(path) > DEEPEST:
-        raise RecipeError(f"{said} is not an override; expected section.key=value, as in training.epochs=2.")
-    try:
-        value, _ = yaml_values(text)
-    except Fault as fault:
-        raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
-    place: Any = values
-    for part in path[:-1]:
-        if isinstance(place, dict) and place.get(part) is None:  # a section without a key reads as null
-            place[part] = {}
-        place = _inside(place, part, said)
-        if not isinstance(place, dict | list):
-            raise RecipeError(f"{said} goes into {shown(part)}, which is a single value and not a section.")
-    if isinstance(place, list):
-        _inside(place, path[-1], said)
-        place[int(path[-1])] = value
-    else:
-        place[path[-1]] = value
-    return tuple(path)
-
-
-def _inside(place: Any, part: str, said: str) -> Any:
-    """The value ``part`` of a section, or, by its number from 0, of a list such as several methods."""
-    if isinstance(place, dict):
-        return place[part]
-    if not part.isdecimal() or len(part) > 9 or int(part) >= len(place):
-        raise RecipeError(f"{said} names {shown(part)} in a list of {len(place)}; expected a number from 0.")
-    return place[int(part)]
-
-
-def _sentence(recipe: type[Section], item: Any, lines: dict[tuple[str, ...], int]) -> str:
-    """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
-    path, owner = _place(recipe, item["loc"])
-    key = shown(".".join(path) or "the recipe")
-    line = lines.get(tuple(path))
-    place = f" (line {line})" if line else ""
-    if item["type"] == "extra_forbidden":
-        hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
-        return f"{key}{place} is not a known key.{hint}"
-    if item["type"] == "union_tag_invalid":
-        known = [tag for tag in _sections_of(Recipe.model_fields["method"].annotation) if tag != "combined"]
-        tag = str(item["ctx"]["tag"])
-        return f"'{'.'.join(path)}.name' is {shown(tag)}; expected one of {', '.join(known)}.{nearest(tag, known)}"
-    if item["type"] == "union_tag_not_found":
-        return f"{key}{place} is {shown(item['input'])}; expected a section with a name, or a list of such."
-    if item["type"] == "missing":
-        return f"{key} is missing; it has no default."
-    if item["type"] == "value_error":
-        return f"{key}{place} {item['ctx']['error']}."
-    return f"{key}{place} is {shown(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
-
-
-def _place(recipe: type[Section], loc: tuple[Any, ...]) -> tuple[list[str], type[Section]]:
-    """pydantic's place of a mistake → (the key's path in the recipe, the section that it stands in).
-
-    pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') is data.train, and ('method',
-    'combined', 'parts', 0, 'lora', 'r') is method.0.r.
-    """
-    path: list[str] = []
-    owner, inside = recipe, {"": recipe}
-    for part in loc:
-        if path == ["method"] and part == "one":
-            continue
-        if len(inside) > 1 and str(part) in inside:  # a union's tag
-            inside = {"": inside[str(part)]}
-            continue
-        section = inside.get("")
-        if section is None:
-            if isinstance(part, int):
-                path.append(str(part))
-            continue
-        if path == ["method"] and part == "parts":
-            inside = _sections_of(section.model_fields["parts"].annotation)
-            continue
-        owner = section
-        path.append(str(part))
-        field = section.model_fields.get(str(part))
-        inside = _sections_of(field.annotation) if field else {}
-    return path, owner
+    __str__ = __repr__

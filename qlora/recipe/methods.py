@@ -29,6 +29,15 @@ class MethodSection(Section):
         """Tokens that the method puts into the stream before every text."""
         return 0
 
+    def in_short(self) -> str:
+        """Its name, its rank, and what differs from the defaults: ``lora r=16 init='pissa'``."""
+        fields = type(self).model_fields
+        return " ".join(
+            str(value) if name == "name" else f"{name}={shown(value)}"
+            for name, value in sorted(self, key=lambda field: (field[0] != "name", field[0] != "r"))
+            if name in ("name", "r") or value != fields[name].get_default(call_default_factory=True)
+        )
+
 
 class TargetedSection(MethodSection):
     """What every method on chosen linears has."""
@@ -267,7 +276,7 @@ class NewTokens(MethodSection):
         return tokens
 
 
-def _name(value: Any) -> str | None:
+def _name(value: object) -> str | None:
     return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
 
 
@@ -298,7 +307,7 @@ class Combined(Section):
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _lora_by_default(cls, value: Any) -> Any:
+    def _lora_by_default(cls, value: object) -> object:
         return [named(part) for part in value] if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
@@ -327,13 +336,13 @@ AnyMethod = Annotated[
 ]
 
 
-def named(value: Any) -> Any:
+def named(value: object) -> object:
     """A method as a recipe may write it → with its ``name``: LoRA when there is none, ``combined`` for a list."""
     if isinstance(value, list | tuple):
         return {"name": "combined", "parts": list(value)}
     return {"name": "lora", **value} if isinstance(value, dict) else value
 
 
-def parts_of(section: Any) -> tuple[Any, ...]:
+def parts_of(section: object) -> tuple[Any, ...]:
     """The single methods of a section: its parts, or itself."""
     return tuple(section.parts) if isinstance(section, Combined) else (section,)

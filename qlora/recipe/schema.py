@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -25,7 +25,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic would read `epochs: true` as 1
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind is not bool:
@@ -34,14 +34,26 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _countable(cls, value: Any) -> Any:
+    def _countable(cls, value: object) -> object:
         # arithmetic with anything larger ends in an OverflowError somewhere, or takes for ever
         if isinstance(value, int) and abs(value) >= MOST:
             raise ValueError(f"is {shown(value)}; expected a number below 2⁵³")
         return value
 
 
-def type_text(annotation: Any) -> str:
+def sections_of(annotation: object) -> dict[str, type[Section]]:
+    """The sections that a field may hold: ``{"": DataSection}``, ``{"lora": LoRA, …}`` where a name tells them apart."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {"": annotation}
+    found: dict[str, type[Section]] = {}
+    for part in typing.get_args(annotation):
+        for section in sections_of(part).values():
+            if "name" in section.model_fields:
+                found[str(section.model_fields["name"].default)] = section
+    return found
+
+
+def type_text(annotation: object) -> str:
     """``Literal['a', 'b'] | None`` → ``a, b or null``."""
     origin = typing.get_origin(annotation)
     if origin is Literal:
@@ -55,5 +67,11 @@ def type_text(annotation: Any) -> str:
     if origin is dict:
         key, value = typing.get_args(annotation)
         return f"mapping of {type_text(key)} to {type_text(value)}"
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    names: dict[object, str] = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,10 +1,10 @@
 """Reporting: a run folder becomes one page for people.
 
-    records     the folder's files          → Records, with a note on everything that could not be read
-    figures     Records                     → the headline figures, numbers as text
-    curves      Records                     → charts to draw
-    charts      a chart                     → SVG (axes: its ticks and scales)
-    page        Records                     → HTML (sections: its parts; style: its sheet; markup: escaping)
+    records     the folder's files       → Records, with a note on everything that could not be read
+    figures     Records                  → the headline figures; numbers as text
+    curves      Records                  → charts to draw
+    charts      a chart                  → its axes, lines and read-outs (axes: round ticks)
+    page        all of these             → HTML, through report.html.jinja and report.css
 
 ``write_report`` runs them. The page needs no network, no script and no other file, and can be written at any time, also
 while the run goes on. This room knows the run folder's files alone; it must not know a model, or what wrote them.

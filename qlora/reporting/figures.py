@@ -1,64 +1,63 @@
 """Numbers for people, and the few figures that sum a run up.
 
 Knows units, rounding and a run's records; must not know HTML. Every text is plain: ``4.88 M``, ``6 min 12 s``,
-``−50.3 %``. Missing numbers are an em dash, never a zero.
+``−50.3 %``. A missing number is an em dash, never a zero.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qlora.reporting.records import HeldOut, Records, number, section, whole
 
 MISSING = "—"
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What stands at the head of the page. ``None`` where the run folder does not tell (yet)."""
+class Figures(NamedTuple):
+    """The head of the page. ``None`` where the run folder does not tell (yet)."""
 
     before: HeldOut | None
-    after: HeldOut | None
-    """The final evaluation, or the latest one of a run that has not ended."""
+    after: HeldOut | None  # the final evaluation, or the latest one of a run that has not ended
     finished: bool
     steps_done: int
     steps_planned: int | None
     trainable: int | None
     parameters: int | None
-    tokens: int | None
-    """Tokens that went through the model in training, padding left out as the log counts them."""
+    tokens: int | None  # that went through the model in training, without padding
     target_tokens: int | None
-    seconds: float | None
-    """Time spent in optimizer steps; loading and evaluation are not in it."""
-    peak_memory: float | None
-    """Bytes."""
-    tokens_per_second: float | None
-    """The median over the steps."""
+    seconds: float | None  # in optimizer steps, without loading and evaluation
+    peak_memory: float | None  # bytes
+    tokens_per_second: float | None  # the median over the steps
 
 
 def summarise(records: Records) -> Figures:
     """Records → the headline figures."""
-    done = records.steps[-1]["step"] if records.steps else 0
+    done = records.steps[-1].number if records.steps else 0
     planned = whole(records.plan, "steps")
-    after_exists = number(section(records.evaluation, "held_out", "after"), "loss") is not None
-    before_exists = bool(records.held_out) and records.held_out[0].step == 0
-    later = [point for point in records.held_out if point.step > 0]
-    method, model = section(records.plan, "method"), section(records.plan, "model")
+    evaluated = number(section(records.evaluation, "held_out", "after"), "loss") is not None
+    speeds = sorted(column(records, "tokens_per_second"))
+    tokens, targets = column(records, "tokens"), column(records, "target_tokens")
+    seconds = column(records, "seconds")
     return Figures(
-        before=records.held_out[0] if before_exists else None,
-        after=later[-1] if later else None,
-        finished=after_exists or (planned is not None and done >= planned),
+        before=next((point for point in records.held_out if point.step == 0), None),
+        after=next((point for point in reversed(records.held_out) if point.step > 0), None),
+        finished=evaluated or (planned is not None and done >= planned),
         steps_done=done,
         steps_planned=planned,
-        trainable=whole(method, "trainable_parameters"),
-        parameters=whole(model, "parameters"),
-        tokens=_total(records, "tokens"),
-        target_tokens=_total(records, "target_tokens"),
-        seconds=_sum(records, "seconds"),
-        peak_memory=max(_column(records, "peak_memory_bytes"), default=None),
-        tokens_per_second=_median(_column(records, "tokens_per_second")),
+        trainable=whole(section(records.plan, "method"), "trainable_parameters"),
+        parameters=whole(section(records.plan, "model"), "parameters"),
+        tokens=round(math.fsum(tokens)) if tokens else None,
+        target_tokens=round(math.fsum(targets)) if targets else None,
+        seconds=math.fsum(seconds) if seconds else None,
+        peak_memory=max(column(records, "peak_memory_bytes"), default=None),
+        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
     )
+
+
+def column(records: Records, key: str) -> list[float]:
+    """What the steps say under ``key``, those left out that say nothing."""
+    return [value for step in records.steps if (value := number(step.values, key)) is not None]
 
 
 def change_text(before: float, after: float) -> str:
@@ -73,10 +72,10 @@ def count_text(count: float | None) -> str:
     """A count in short: 950 → ``950``, 48_213 → ``48.2 k``, 4_884_480 → ``4.88 M``, 7.24e9 → ``7.24 B``."""
     if count is None:
         return MISSING
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(count) >= size:
-            return f"{significant(count / (1e3 if letter == 'k' else size), 3)} {letter}"
-    return f"{count:,.0f}".replace(",", "\u202f")
+    for least, unit, letter in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(count) >= least:
+            return f"{significant(count / unit, 3)} {letter}"
+    return exact_text(count)
 
 
 def exact_text(count: float | None) -> str:
@@ -92,48 +91,22 @@ def significant(value: float | None, digits: int = 4) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power)
     if not -4 <= exponent <= 6:
-        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa}e{int(power)}".replace("-", "−")
+        return f"{mantissa}e{exponent}".replace("-", "−")
     return f"{value:.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 
 
 def duration_text(seconds: float | None) -> str:
-    """``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    """``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
     if seconds is None:
         return MISSING
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole_seconds = round(seconds)
-    if whole_seconds < 60:
-        return f"{whole_seconds} s"
-    if whole_seconds < 3600:
-        return f"{whole_seconds // 60} min {whole_seconds % 60:02d} s"
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def share_text(part: float | None, of: float | None) -> str:
-    """``3.50 %``; an em dash where either is missing."""
-    if part is None or not of:
-        return MISSING
-    return f"{significant(100 * part / of, 3)} %"
-
-
-def _column(records: Records, key: str) -> list[float]:
-    return [value for step in records.steps if (value := number(step, key)) is not None]
-
-
-def _sum(records: Records, key: str) -> float | None:
-    column = _column(records, key)
-    return math.fsum(column) if column else None
-
-
-def _total(records: Records, key: str) -> int | None:
-    total = _sum(records, key)
-    return None if total is None else round(total)
-
-
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None

@@ -1,194 +1,224 @@
-"""The page: a header that sums the run up, then the sections in the order in which they are asked about.
+"""The page: what each of its parts shows, handed to ``report.html.jinja``, which says how.
 
-    header      name, status, what was trained on what, held-out loss before → after, the other headline figures
-    training    the curves
-    answers     the same held-out prompts before and after, beside the expected answer
-    data        examples, tokens, what was truncated or dropped
-    resources   memory by kind as planned, and why the plan is what it is
-    recipe      every value
-    origin      the command that trains it again, versions
-
-Knows the document and its header; must not read a file.
+Everything that a stranger wrote becomes text, or a list of it, here: the template escapes text, and looks up nothing in a
+stranger's objects. Knows what belongs together and in which words; must not read a run's file or draw a curve.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+import shlex
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qlora.errors import redacted
 from qlora.machine.device import bytes_text
-from qlora.recipe import parts_of
-from qlora.reporting import sections
-from qlora.reporting.figures import (
-    MISSING,
-    Figures,
-    change_text,
-    count_text,
-    duration_text,
-    exact_text,
-    share_text,
-    significant,
-    summarise,
-)
-from qlora.reporting.markup import Markup, join, tag
-from qlora.reporting.records import Records, section
-from qlora.reporting.style import STYLE
+from qlora.recipe import Recipe, Section, parts_of
+from qlora.reporting import charts, figures
+from qlora.reporting.curves import loss_chart, small_charts
+from qlora.reporting.figures import exact_text
+from qlora.reporting.records import Json, Records, number, section, whole
 
 # Nothing is fetched and nothing runs: should a text ever get past the escaping, the browser still refuses it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+# Control characters are not allowed in HTML, and one half of a surrogate pair cannot be written as UTF-8 at all:
+# json.loads('"\\ud800"') gives one. Both are shown as the replacement character.
+_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+# Counts that are shown at zero too: that nothing was lost is what a reader looks for.
+_ALWAYS = ("records", "examples", "tokens", "target_tokens", "target_fraction", "truncated", "dropped")
+
+# plan.json's memory may hold these beside the kinds; they are sums and limits.
+_SUMS = {"total": "planned in all", "budget": "budget", "free": "free before the run", "capacity": "on the device"}
+
+Bar = tuple[str, float, str]  # label, percent of the width, text
+Pairs = list[tuple[str, str]]
+
 
 def render(records: Records) -> str:
     """Records → a complete HTML document."""
-    figures = summarise(records)
-    folder = _folder(records)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>'),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("title", f"{records.name} · qlora"),
-        tag("style", Markup(STYLE)),
+    folder = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"count": figures.count_text, "exact": exact_text, "significant": figures.significant}
+    pages.filters |= {"duration": figures.duration_text, "bytes": bytes_text, "thinned": charts.thinned}
+    pages.globals |= {"POLICY": POLICY, "WIDE": charts.WIDE, "SMALL": charts.SMALL, "change": figures.change_text}
+    pages.globals |= {"axes": charts.axes, "columns": charts.columns, "read_out": charts.read_out}
+    summary = figures.summarise(records)
+    page = pages.get_template("report.html.jinja").render(
+        name=records.name,
+        figures=summary,
+        facts=_facts(records),
+        notes=records.notes,
+        loss_chart=loss_chart(records),
+        small_charts=small_charts(records),
+        held_out=records.held_out,
+        answers=_answers(records.evaluation.get("generations")),
+        ranks=_ranks(section(records.method, "ranks")),
+        data=_data(section(records.plan, "data")),
+        memory=_memory(section(records.plan, "memory"), summary.peak_memory),
+        why=_sentences(records.plan.get("why")),
+        recipe=_recipe(records.recipe) if records.recipe else [],
+        recipe_text=records.recipe_text,
+        commands=_commands(records, summary.finished),
+        environment=_environment(records.environment),
     )
-    body = tag(
-        "body",
-        _header(records, figures),
-        tag(
-            "main",
-            sections.training(records),
-            sections.answers(records),
-            sections.method(records),
-            sections.data(records),
-            sections.resources(records, figures),
-            sections.recipe(records),
-            sections.origin(records, figures, folder),
-        ),
-        tag("footer", tag("p", "Made by qlora from the files of the run folder alone. This page loads nothing.")),
-    )
-    return f"<!DOCTYPE html>\n{tag('html', join(head, body), lang='en')}\n"
-
-
-def _folder(records: Records) -> str:
-    """The run folder as its owner typed it, where the recipe still tells; else its name. Never the absolute path."""
-    told = redacted(records.recipe.folder) if records.recipe else None
-    return told if told and told.rstrip("/").rpartition("/")[2] == records.name else records.name
-
-
-def _header(records: Records, figures: Figures) -> Markup:
-    return tag(
-        "header",
-        tag("div", tag("span", "qlora run"), _status(figures), class_="eyebrow"),
-        tag("h1", records.name),
-        tag("ul", (tag("li", fact) for fact in _facts(records)), class_="facts"),
-        tag("ul", (tag("li", note) for note in records.notes), class_="notes") if records.notes else None,
-        tag("div", _result(figures), _tiles(figures), class_="headline"),
-    )
-
-
-def _status(figures: Figures) -> Markup:
-    if figures.finished:
-        return tag("span", "Finished", class_="status finished")
-    of = f" of {exact_text(figures.steps_planned)}" if figures.steps_planned else ""
-    text = f"Not finished, at step {exact_text(figures.steps_done)}{of}" if figures.steps_done else "Not begun"
-    return tag("span", text, class_="status")
+    return _NOT_TEXT.sub("\ufffd", page)
 
 
 def _facts(records: Records) -> list[str]:
-    """One line about what was trained: the base, how it is held, the method, the device."""
-    model = section(records.plan, "model")
-    quantization = str(model.get("quantization") or "")
-    facts = [str(model.get("name") or "")]
-    recipe = records.recipe
-    if recipe is not None:
-        facts[0] = facts[0] or recipe.model.name
-        quantization = quantization or recipe.model.quantization
-        facts.append(
-            {"none": "not quantised", "nf4": "NF4", "fp4": "FP4", "int8": "int8"}.get(quantization, quantization)
-        )
-        facts.append(_method_text(recipe.method))
-    else:
-        facts.append(quantization)
+    """What was trained: the base, how it is held, the method, the device."""
+    model, recipe = section(records.plan, "model"), records.recipe
+    name = model.get("name") or (recipe and recipe.model.name) or ""
+    held = str(model.get("quantization") or (recipe and recipe.model.quantization) or "")
+    held = {"none": "not quantised", "nf4": "NF4", "fp4": "FP4"}.get(held, held)
     device = records.environment.get("device_name") or records.environment.get("device") or records.plan.get("device")
     if isinstance(device, dict):
         device = device.get("name")
-    facts.append(device if isinstance(device, str) else "")
-    return [redacted(fact) for fact in facts if fact]
+    method = " + ".join(map(_method, parts_of(recipe.method))) if recipe else ""
+    return [redacted(fact) for fact in (str(name), held, method, device) if fact and isinstance(fact, str)]
 
 
-def _method_text(section: Any) -> str:
-    """``LoRA r 16, alpha 32``; several methods with a plus between them."""
-    texts = []
-    for part in parts_of(section):
-        facts = [f"{key} {getattr(part, key):g}" for key in ("r", "alpha", "size", "tokens") if _is_number(part, key)]
-        texts.append(" ".join([type(part).__name__, ", ".join(facts)]).strip())
-    return " + ".join(texts)
+def _method(part: Section) -> str:
+    """``LoRA r 16, alpha 32``."""
+    values = [(key, getattr(part, key, None)) for key in ("r", "alpha", "size", "tokens")]
+    facts = [f"{key} {value:g}" for key, value in values if isinstance(value, int | float)]
+    return " ".join([type(part).__name__, ", ".join(facts)]).strip()
 
 
-def _is_number(part: Any, key: str) -> bool:
-    return isinstance(getattr(part, key, None), int | float)
+def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, str | None]]]]:
+    """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, text)."""
+    titles = {"expected": "Expected", "before": "Before", "after": "After training"}
+    found = []
+    for item in generations if isinstance(generations, list) else []:
+        if isinstance(item, dict):
+            texts = {key: None if item.get(key) is None else _said(item[key]).strip() for key in titles}
+            shown = [(key, titles[key], text) for key, text in texts.items() if key != "expected" or text is not None]
+            found.append((_said(item.get("prompt")), shown))
+    return found
 
 
-def _result(figures: Figures) -> Markup:
-    """Held-out loss before → after, large; perplexity below."""
-    before, after = figures.before, figures.after
-    if before is None and after is None:
-        return tag("div", tag("p", "Held-out loss", class_="label"), tag("p", MISSING, class_="loss"), class_="result")
-    when = "" if figures.finished else f", so far (step {exact_text((after or before).step)})"  # type: ignore[union-attr]
-    loss = tag(
-        "p",
-        tag("span", significant(before.loss if before else None), class_="was"),
-        tag("span", "→", class_="arrow"),
-        tag("span", significant(after.loss if after else None), class_="now"),
-        class_="loss",
-    )
-    change = None
-    if before and after:
-        change = tag(
-            "p",
-            tag("b", change_text(before.loss, after.loss)),
-            f"perplexity {significant(before.perplexity)} → {significant(after.perplexity)}",
-            class_="change",
-        )
-    tokens = (after or before).target_tokens  # type: ignore[union-attr]
-    measured = tag("p", f"over {exact_text(tokens)} target tokens", class_="label") if tokens else None
-    return tag("div", tag("p", f"Held-out loss{when}", class_="label"), loss, change, measured, class_="result")
+def _said(value: object) -> str:
+    """A prompt or an answer as text: a conversation line by line, anything else that is no text as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
+        return "\n".join(f"{turn.get('role', '')}: {_said(turn['content'])}".lstrip(": ") for turn in value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _tiles(figures: Figures) -> Markup:
-    planned = figures.steps_planned
-    unfinished = planned is not None and planned > figures.steps_done
-    tiles = [
-        (
-            "Trainable parameters",
-            count_text(figures.trainable),
-            f"{share_text(figures.trainable, figures.parameters)} of {count_text(figures.parameters)}"
-            if figures.trainable and figures.parameters
-            else "",
-        ),
-        (
-            "Steps",
-            exact_text(figures.steps_done),
-            f"of {exact_text(planned)} planned" if unfinished else "as planned" if planned else "",
-        ),
-        (
-            "Tokens trained",
-            count_text(figures.tokens),
-            f"{count_text(figures.target_tokens)} with loss" if figures.target_tokens is not None else "",
-        ),
-        ("Time", duration_text(figures.seconds), "in training steps" if figures.seconds is not None else ""),
-        (
-            "Speed",
-            exact_text(figures.tokens_per_second),
-            "tokens a second, median" if figures.tokens_per_second is not None else "",
-        ),
-        ("Peak memory", MISSING if figures.peak_memory is None else bytes_text(figures.peak_memory), ""),
+def _sentences(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [_said(sentence) for sentence in value] if isinstance(value, list) else []
+
+
+def _ranks(ranks: Json) -> list[Bar]:
+    """AdaLoRA's final ranks, on average over the layers, by the name of the linear."""
+    by_name: dict[str, list[float]] = {}
+    for path in ranks:
+        if (rank := number(ranks, path)) is not None:
+            by_name.setdefault(path.rpartition(".")[2], []).append(rank)
+    means = {name: sum(values) / len(values) for name, values in by_name.items()}
+    texts = {name: f"{means[name]:.1f} ({min(values):.0f} to {max(values):.0f})" for name, values in by_name.items()}
+    return _bars(means, texts, max([*means.values(), 1.0]))
+
+
+def _bars(amounts: dict[str, float], texts: dict[str, str], full: float) -> list[Bar]:
+    """The largest first; ``full`` fills the width."""
+    largest_first = sorted(amounts, key=lambda name: -amounts[name])
+    return [(name, round(max(0.4, 100 * amounts[name] / full), 1), texts[name]) for name in largest_first]
+
+
+def _data(report: Json) -> dict[str, object] | None:
+    """What the data room counted: plan.json's ``data``, with its parts ``train`` and ``held_out``."""
+    if not report:
+        return None
+    parts = {name: part for name in ("train", "held_out") if (part := section(report, name))}
+    if not parts:
+        parts = {"train": {key: value for key, value in report.items() if number(report, key) is not None}}
+    keys = dict.fromkeys(key for part in parts.values() for key in part)
+    shown = [key for key in keys if key in _ALWAYS or any(number(part, key) for part in parts.values())]
+    about = [("Form: ", "form"), ("loss on ", "train_on"), ("chat template: ", "template")]
+    return {
+        "lead": ", ".join(f"{title}{report[key]}" for title, key in about if report.get(key)),
+        "parts": [_words(name) for name in parts],
+        "rows": [(_words(key), [_amount(key, part) for part in parts.values()]) for key in shown],
+        "notes": _sentences(report.get("notes")),
+    }
+
+
+def _amount(key: str, values: Json) -> str:
+    share = number(values, key)
+    if key.endswith("_fraction") and share is not None:
+        return f"{100 * share:.1f} %"
+    return exact_text(whole(values, key))
+
+
+def _memory(memory: Json, peak: float | None) -> tuple[list[Bar], Pairs] | None:
+    """Planned memory by kind as bars; the sums below them as (bytes, title)."""
+    kinds = {_words(key): value for key in memory if key not in _SUMS and (value := number(memory, key)) and value > 0}
+    if not kinds:
+        return None
+    sums = {title: number(memory, key) for key, title in _SUMS.items()}
+    sums[_SUMS["total"]] = sums[_SUMS["total"]] or sum(kinds.values())
+    sums["measured at its peak"] = peak
+    bars = _bars(kinds, {key: bytes_text(value) for key, value in kinds.items()}, max(kinds.values()))
+    return bars, [(bytes_text(value), title) for title, value in sums.items() if value]
+
+
+def _recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
+    """A card for every section, and for each method: (name, meaning, value, whether it differs from the default)."""
+    cards = []
+    for name in Recipe.model_fields:
+        value = getattr(recipe, name)
+        for part in parts_of(value) if isinstance(value, Section) else ():
+            rows = []
+            for key, field in type(part).model_fields.items():
+                chosen = field.is_required() or getattr(part, key) != field.get_default(call_default_factory=True)
+                meaning = " ".join((field.description or "").split())
+                rows.append((key, meaning, _value(getattr(part, key)), chosen))
+            cards.append((f"method: {part.name}" if name == "method" else name, rows))
+    return cards
+
+
+def _commands(records: Records, finished: bool) -> Pairs:
+    """What to do next: (why, command)."""
+    # The run folder as its owner typed it, where the recipe still tells; else its name. Never the absolute path.
+    told = redacted(records.recipe.folder or "").rstrip("/") if records.recipe else ""
+    folder = told if told.rpartition("/")[2] == records.name else records.name
+    here = shlex.quote(folder)
+    again = f"qlora train {shlex.quote(f'{folder}/recipe.yaml')} folder={shlex.quote(f'{folder}-again')}"
+    repeat = ("the same run once more, in a folder of its own", again)
+    if not finished:
+        return [("go on from the last checkpoint", f"qlora resume {here}"), repeat]
+    merged = ("base and adapter as one plain checkpoint", f"qlora export {here} merged")
+    return [repeat, ("talk to the trained model", f"qlora chat {here}"), merged]
+
+
+def _environment(values: Json) -> list[tuple[str, Pairs]]:
+    """Everything that environment.json tells: a card for each object in it, one for the rest."""
+    cards = {key: section(values, key) for key in values}
+    cards["environment"] = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    shown = {title: card for title, card in cards.items() if card}
+    return [
+        (_words(title), [(_words(key), _value(value)) for key, value in card.items()]) for title, card in shown.items()
     ]
-    return tag(
-        "dl",
-        (
-            tag("div", tag("dt", name), tag("dd", value, tag("small", about) if about else None))
-            for name, value, about in tiles
-        ),
-        class_="tiles",
-    )
+
+
+def _value(value: object) -> str:
+    """A value as a recipe spells it: ``true``, ``null``, ``2e-04``, ``a, b``. A recipe may name an address with a password."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "{}"
+    return str(redacted(str(value)))
+
+
+def _words(key: str) -> str:
+    """``target_tokens`` → ``target tokens``."""
+    return key.replace("_", " ")

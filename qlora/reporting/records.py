@@ -1,8 +1,8 @@
-"""What a run folder holds, read without trusting it: a run may be going on, stopped, torn or written by someone else.
+"""What a run folder holds, read without trusting it: the run may be going on, stopped, torn, or written by someone else.
 
 Knows the names of the run folder's files and of their fields; must not know HTML, and imports nothing that trains.
-Whatever is missing is empty, whatever is broken is left out and *said* in ``notes``. No secret gets further than this file,
-but what the data and the models said stays as it is.
+What is missing is empty; what is broken is left out and *said* in ``notes``. No secret gets past this file, but what the
+data and the models said stays as it is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from qlora.errors import RecipeError, RunError, listed, redacted
 from qlora.recipe import Recipe
 
+Json = dict[str, object]
 
-@dataclass(frozen=True)
-class HeldOut:
-    """One held-out evaluation. ``loss`` is summed over ``target_tokens`` and divided by them."""
+
+class HeldOut(NamedTuple):
+    """One held-out evaluation. ``loss`` in nats per target token, a mean over ``target_tokens``."""
 
     step: int
     loss: float
@@ -33,18 +34,22 @@ class Records:
     """A run folder's content. Lists are in the order of the steps; mappings are empty where the file is not there."""
 
     name: str
-    recipe: Recipe | None
-    """None when ``recipe.yaml`` does not validate with this version; its text is in ``recipe_text`` either way."""
+    recipe: Recipe | None  # None when recipe.yaml does not validate with this version
     recipe_text: str
-    plan: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """One a step, ascending, every ``step`` an int and at most once."""
-    held_out: list[HeldOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Sentences about what could not be read."""
+    plan: Json
+    environment: Json
+    evaluation: Json
+    method: Json
+    steps: list[Step]  # ascending, every step at most once
+    held_out: list[HeldOut]
+    notes: list[str]  # sentences about what could not be read
+
+
+class Step(NamedTuple):
+    """A training step's line in metrics.jsonl."""
+
+    number: int
+    values: Json
 
 
 def read_records(folder: Path) -> Records:
@@ -58,35 +63,37 @@ def read_records(folder: Path) -> Records:
             "Give the folder that 'qlora train' printed."
         )
     notes: list[str] = []
+    recipe = None
     try:
         text = recipe_file.read_text(encoding="utf-8", errors="replace")
+        recipe = Recipe.from_yaml(recipe_file)
     except OSError as error:
         raise RunError(f"'{recipe_file}' cannot be read ({error}); a report needs the run's recipe.") from None
-    recipe: Recipe | None = None
-    try:
-        recipe = Recipe.from_yaml(recipe_file)
     except (RecipeError, RecursionError) as error:
         reason = " ".join(str(error).replace(str(recipe_file), "recipe.yaml").split())
         notes.append(f"recipe.yaml does not validate with this version and is shown as it is. {reason}")
-    evaluation = _mapping(folder / "evaluation.json", notes)
+    evaluation = _object(folder / "evaluation.json", notes)
     steps, held_out = _metrics(folder / "metrics.jsonl", notes)
+    for when, step in (("before", 0), ("after", steps[-1].number if steps else 0)):
+        if point := _held_out(section(evaluation, "held_out", when), step):
+            held_out.setdefault(step, point)
     return Records(
         name=redacted(folder.absolute().name),
         recipe=recipe,
         recipe_text=redacted(text),
-        plan=redacted(_mapping(folder / "plan.json", notes)),
-        environment=redacted(_mapping(folder / "environment.json", notes)),
+        plan=redacted(_object(folder / "plan.json", notes)),
+        environment=redacted(_object(folder / "environment.json", notes)),
         evaluation=evaluation,
-        method=redacted(_mapping(folder / "method.json", notes)),
+        method=redacted(_object(folder / "method.json", notes)),
         steps=steps,
-        held_out=_with_before_and_after(held_out, evaluation, steps[-1]["step"] if steps else 0),
+        held_out=[held_out[step] for step in sorted(held_out)],
         notes=redacted(notes),
     )
 
 
-def number(mapping: Mapping[str, Any], key: str) -> float | None:
+def number(values: Mapping[str, object], key: str) -> float | None:
     """The finite number under ``key``, else None: text, NaN and truth values are no numbers."""
-    value = mapping.get(key)
+    value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -96,21 +103,21 @@ def number(mapping: Mapping[str, Any], key: str) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def whole(mapping: Mapping[str, Any], key: str) -> int | None:
+def whole(values: Mapping[str, object], key: str) -> int | None:
     """The finite number under ``key`` as an int, else None."""
-    value = number(mapping, key)
+    value = number(values, key)
     return None if value is None else int(value)
 
 
-def section(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """The mapping at ``keys`` inside ``mapping``; empty when anything on the way is not one."""
-    here: Any = mapping
+def section(values: Json, *keys: str) -> Json:
+    """The object at ``keys`` inside ``values``; empty when anything on the way is not one."""
+    here: object = values
     for key in keys:
         here = here.get(key) if isinstance(here, dict) else None
     return here if isinstance(here, dict) else {}
 
 
-def _mapping(file: Path, notes: list[str]) -> dict[str, Any]:
+def _object(file: Path, notes: list[str]) -> Json:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,20 +131,19 @@ def _mapping(file: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
-def _metrics(file: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[HeldOut]]:
-    """metrics.jsonl → (training steps, held-out evaluations).
+def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOut]]:
+    """metrics.jsonl → training steps, and held-out evaluations by step.
 
-    A resumed run may have written a step twice, before it was stopped and after; the later line is the one that counts.
+    A resumed run may have written a step twice, before it was stopped and after; the later line counts.
     """
     try:
-        raw = file.read_bytes()
+        lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return [], []
+        return [], {}
     except OSError as error:
         notes.append(f"metrics.jsonl could not be read and is left out ({error}).")
-        return [], []
-    lines = raw.split(b"\n")
-    steps: dict[int, dict[str, Any]] = {}
+        return [], {}
+    steps: dict[int, Step] = {}
     held_out: dict[int, HeldOut] = {}
     broken: list[int] = []
     twice = 0
@@ -149,42 +155,28 @@ def _metrics(file: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[H
         except (ValueError, RecursionError):
             record = None
         step = whole(record, "step") if isinstance(record, dict) else None
-        if record is None or step is None:
-            # Only the last line can be torn by a stop in the middle of a write; it then lacks its line break.
-            if index == len(lines):
-                notes.append(f"The last line of metrics.jsonl (line {index}) is torn and was skipped.")
-            else:
-                broken.append(index)
-            continue
-        loss = number(record, "held_out_loss")
-        if loss is not None:
-            held_out[step] = HeldOut(
-                step, loss, _perplexity(record, "held_out_perplexity", loss), whole(record, "held_out_target_tokens")
-            )
-        if "held_out_loss" not in record:
+        if step is not None and "held_out_loss" not in record:
             twice += step in steps
-            steps[step] = {**record, "step": step}
+            steps[step] = Step(step, record)
+        elif step is not None:
+            if point := _held_out(record, step, "held_out_"):
+                held_out[step] = point
+        elif index == len(lines):  # a stop in the middle of a write leaves a last line without its line break
+            notes.append(f"The last line of metrics.jsonl (line {index}) is torn and was skipped.")
+        else:
+            broken.append(index)
     if broken:
         notes.append(f"Lines of metrics.jsonl that are not objects with a step were skipped: {listed(broken)}.")
     if twice:
         notes.append(f"Steps that stand twice in metrics.jsonl ({twice}) are shown as their later line tells.")
-    return [steps[step] for step in sorted(steps)], [held_out[step] for step in sorted(held_out)]
+    return [steps[step] for step in sorted(steps)], held_out
 
 
-def _with_before_and_after(held_out: list[HeldOut], evaluation: dict[str, Any], last_step: int) -> list[HeldOut]:
-    """Add evaluation.json's ``before`` at step 0 and ``after`` at the last step where metrics.jsonl has no point."""
-    points = {point.step: point for point in held_out}
-    for when, step in (("before", 0), ("after", last_step)):
-        values = section(evaluation, "held_out", when)
-        loss = number(values, "loss")
-        if loss is not None:
-            point = HeldOut(step, loss, _perplexity(values, "perplexity", loss), whole(values, "target_tokens"))
-            points.setdefault(step, point)
-    return [points[step] for step in sorted(points)]
-
-
-def _perplexity(values: dict[str, Any], key: str, loss: float) -> float:
-    given = number(values, key)
-    if given is not None:
-        return given
-    return math.exp(loss) if loss < 700 else math.inf
+def _held_out(values: Json, step: int, prefix: str = "") -> HeldOut | None:
+    loss = number(values, f"{prefix}loss")
+    if loss is None:
+        return None
+    perplexity = number(values, f"{prefix}perplexity")
+    if perplexity is None:
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+    return HeldOut(step, loss, perplexity, whole(values, f"{prefix}target_tokens"))

@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from qlora.errors import ModelError
 from qlora.machine.device import host_bytes
+from qlora.model import anatomy
+from qlora.model.anatomy import is_tied
+from qlora.model.loss import fp32_product
 
 SLICE = 64 * 1024**2
 """Bytes of the head that travel at once: 2 to 5 ms on PCI Express, against which a copy's start is nothing. Two of them lie
@@ -145,13 +148,6 @@ class _Product(torch.autograd.Function):
         return total.to(grad.dtype).view(*grad.shape[:-1], -1), None
 
 
-def fp32_product(x: Tensor, y: Tensor) -> Tensor:
-    """x y, the sums left in fp32 as they are made: what is summed up further is not to be rounded to 16 bits in between."""
-    if x.dtype != torch.float32 and x.is_cuda:
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()  # a CPU is no slower in it
-
-
 def refuse_half(model: Any, embedding: bool, head: bool) -> None:
     """Raise ModelError where the embedding or the head alone is to go to host memory, and both are one matrix.
 
@@ -170,7 +166,7 @@ def embedding_on_host(model: Any, device: torch.device | None = None) -> None:
 
     ``device`` is where the rows go, the weight's own when left out: give it where the weight was loaded into host memory.
     """
-    embedding = model.get_input_embeddings()
+    embedding: Any = anatomy.embedding(model)
     if is_tied(model):
         head_on_host(model, device)
     elif not gathers_on_host(embedding):
@@ -186,11 +182,11 @@ def head_on_host(model: Any, device: torch.device | None = None) -> None:
 
     ``device`` is where it computes, the weight's own when left out. Raises ModelError for a head that is no plain linear.
     """
-    head: Any = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
+    head: Any = anatomy.head(model)
+    embedding = anatomy.embedding(model)
     if isinstance(head, HostLinear):
         return
-    path = next((path for path, module in model.named_modules() if module is head), None)
+    path = anatomy.path_of(model, head)
     plain: bool = type(head) is nn.Linear
     if not plain or path is None:
         raise ModelError(
@@ -205,17 +201,6 @@ def head_on_host(model: Any, device: torch.device | None = None) -> None:
     model.set_submodule(path, HostLinear(weight, bias, device).train(head.training))
     if tied:
         _gather_on_host(model, embedding, weight, device)
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the output head and the input embedding are one matrix."""
-    head = model.get_output_embeddings()
-    one, other = getattr(model.get_input_embeddings(), "weight", None), getattr(head, "weight", None)
-    if one is None or one is other:
-        return one is not None
-    path = next((path for path, module in model.named_modules() if module is head), None)
-    # before its weights are read, a model only says so
-    return bool(one.is_meta) and f"{path}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def held_on_host(model: nn.Module) -> dict[int, str]:
@@ -267,7 +252,7 @@ def _gather_on_host(model: Any, embedding: Any, weight: nn.Parameter, device: to
     embedding.register_forward_hook(_rows_to_device)
     # transformers takes the first parameter's device, which is the embedding's, for the model's, and generate() sends
     # positions and masks there
-    model.get_decoder().register_forward_pre_hook(
+    anatomy.decoder(model).register_forward_pre_hook(
         lambda module, args, kwargs: (_moved(args, device), _moved(kwargs, device)), with_kwargs=True
     )
 

@@ -19,7 +19,7 @@ A shape does not always tell what has a row for each row, so a trainer compares 
 
 Whole tensors [R, T, D] alive at one time, beside what a micro-batch needs inside the layer (m: rows of a micro-batch):
 
-                                  inputs on the device            inputs in host memory or on disk
+                                  inputs on the device            inputs in host memory
     forward, in layer i of L      i + 1 inputs, the output        1 input, the output
     the turn: loss                L inputs, the last output       1 input, the last output
     backward, in layer i          i + 1 inputs, 2 gradients       2 · m / R inputs, 2 gradients
@@ -44,6 +44,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
@@ -160,7 +161,7 @@ class _Recompute(torch.autograd.Function):
         if after is not None:
             set_rng_state(after, device)
         if kept is not None:
-            kept.done()
+            kept.forget()
         del hidden, kept
         if boundary.after_backward is not None:
             boundary.after_backward(boundary.layer)
@@ -210,24 +211,6 @@ def unwrap_layers(model: Any) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, RecomputedLayer):
                 setattr(parent, name, child.layer)
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
-    depth = model.config.num_hidden_layers
-    named = model.get_decoder().named_modules()
-    # the outermost of that length: the network of a P-tuning may have one too
-    found = [
-        (path.count("."), module)
-        for path, module in named
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if found:
-        return min(found, key=lambda place: place[0])[1]
-    raise ModelError(
-        f"No list of {depth} decoder layers was found in this {model.config.model_type} model; "
-        "set training.gradient_checkpointing=false."
-    )
 
 
 @contextmanager

@@ -32,11 +32,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
+from qlora.model import anatomy
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
-
-MLP = ("mlp", "feed_forward", "ffn")
-"""What the families call the MLP of a layer."""
 
 
 class TiledMLP(Boundary):
@@ -187,20 +185,14 @@ def find_mlp(layer: nn.Module) -> tuple[nn.Module, str]:
 
     Raises ModelError where there is none, or one that takes more than its hidden states.
     """
-    holder = layer
-    while True:
-        names = [name for name, _ in holder.named_children()]
-        if name := next((name for name in MLP if name in names), None):
-            break
-        if "base" not in names:  # a layer that something is planted on is its ``base``
-            raise ModelError(
-                f"A {type(holder).__name__} has no MLP under the names {', '.join(MLP)}, only {', '.join(names)}, so there is "
-                "nothing to cut into tiles; leave memory.mlp_tile out."
-            )
-        holder = holder.base  # type: ignore[assignment]
-    mlp: Any = getattr(holder, name)
-    while isinstance(getattr(mlp, "base", None), nn.Module):
-        mlp = mlp.base
+    holder, name = anatomy.innermost(layer), anatomy.mlp(layer)
+    if name is None:
+        there = ", ".join(name for name, _ in holder.named_children())
+        raise ModelError(
+            f"A {type(holder).__name__} has no MLP under the names {', '.join(anatomy.MLP)}, only {there}, so there is "
+            "nothing to cut into tiles; leave memory.mlp_tile out."
+        )
+    mlp = anatomy.innermost(getattr(holder, name))
     parameters = inspect.signature(mlp.forward).parameters.values()
     wanted = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
     if len(wanted) > 1:

@@ -5,10 +5,7 @@ What each file holds is in the README. Knows files; must not know models or trai
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from qlora.recipe import Recipe
 from qlora.data import Data
 from qlora.data.chat import ChatTemplate
-from qlora.machine.device import resolve_device, versions
-from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover, read_json
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
+from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover
 from qlora.files.lock import LOCK, run_lock
+from qlora.files.strangers import MAX_OURS, Fault, read_object
+from qlora.machine.device import resolve_device
 from qlora.model.checkpoint import find_model, fingerprint
 from qlora.model.tokenizer import load_tokenizer
+from qlora.recipe import Recipe
 from qlora.training import checkpoint as checkpoints
+from qlora.training.record import digest
 
 Some = TypeVar("Some")
 TEMPLATE = "chat_template.jinja"
@@ -63,10 +62,13 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         raise RunError(
             f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
         )
-    environment = read_json(folder / "environment.json")
+    try:
+        environment = read_object(folder / "environment.json", MAX_OURS) or {}
+    except Fault:
+        environment = {}
     if "recipe_sha256" not in environment:
         raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
-    if _digest(path.read_bytes()) != environment.get("recipe_sha256"):
+    if digest(path.read_bytes()) != environment.get("recipe_sha256"):
         raise RunError(
             f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {shown(path)} folder=runs/…"
         )
@@ -136,7 +138,10 @@ def device_here(recipe: Recipe) -> torch.device:
 
 def template_of(recipe: Recipe, folder: Path) -> str | None:
     """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
-    planned = read_json(folder / "plan.json").get("data")
+    try:
+        planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
+    except Fault:
+        planned = None  # the template beside the adapter tells as much
     if "text" in (recipe.data.form, planned.get("form") if isinstance(planned, dict) else None):
         return None
     kept = folder / "adapter" / TEMPLATE
@@ -256,53 +261,5 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def environment_of(recipe: Recipe, data: Data, base: Path, device: torch.device) -> dict[str, Any]:
-    """What ``environment.json`` holds: versions, device, and the fingerprints that ``resume`` compares."""
-    return {
-        "versions": versions(),
-        "device_name": device_text(device),
-        "data_fingerprint": data.fingerprint,
-        "base_fingerprint": fingerprint(base),
-        "recipe_sha256": _digest(recipe.to_yaml().encode()),
-        "data_files": {file.name: file.sha256 for file in data.files},
-        **_git_state(),
-    }
-
-
-def device_text(device: torch.device) -> str:
-    """The device as ``environment.json`` names it. A CPU's sums depend on its instructions and its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"CPU ({kind}), {torch.get_num_threads()} threads"
-
-
-def differences(recipe: Recipe, environment: dict[str, Any], device: torch.device) -> list[str]:
-    """In what this machine differs from the one that the run began on, as ``torch 2.12.0, now 2.13.0``."""
-    known = environment.get("versions")
-    before = {"device": recipe.device.name, "hardware": environment.get("device_name")}
-    before |= known if isinstance(known, dict) else {}
-    now = {"device": str(device), "hardware": device_text(device), **versions()}
-    return [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
-
-
-def _git_state() -> dict[str, Any]:
-    """The commit that the current folder is at, and whether files were changed since; nothing known outside of a checkout."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": commit or None, "git_changed": None if changes is None or not commit else bool(changes)}
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def _began(folder: Path) -> bool:
     return (folder / "environment.json").is_file()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,15 +1,13 @@
-"""Training: one loop moves the parameters, whatever the method.
+"""Training: one loop trains the parameters, whatever the method.
 
-optim (AdamW, schedule) ─────────┐
-checkpoint (save, load) ─────────┼─► loop (Trainer → Step) ─► log (metrics.jsonl, progress)
-in_backward (a layer at a time) ─┤
-smaller, rehearsal (does it fit) ┘
+objectives (rows → summed loss) ─► step (rows → gradients → parameters) ─► recover ─► loop (Trainer → Step)
+way, passage (how rows go through the model)     state ─► checkpoint, rehearsal       log (metrics.jsonl, progress)
 """
 
 from __future__ import annotations
 
-from qlora.training.log import MetricsLog, Progress
-from qlora.training.loop import Step, Trainer
+from qlora.training.log import MetricsLog, Progress, Step
+from qlora.training.loop import Trainer
 from qlora.training.optim import learning_rate, make_optimizer
 from qlora.training.rehearsal import Rehearsal
 

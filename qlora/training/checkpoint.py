@@ -8,19 +8,17 @@
                                                           a step that memory made necessary, what is checked on resume
         checksums.json                                    of each of these files, so that damage is noticed
 
-A damaged checkpoint is passed over for the newest one that is whole. The order of the data and the random draws follow from the seed and the step, so neither is stored. Plain data and
-safetensors only; nothing is pickled. Knows a trainer's parts; must not know a recipe or a report.
+A damaged checkpoint is passed over for the newest one that is whole. The order of the data and the random draws follow
+from the seed and the step, so neither is stored. Plain data and safetensors only; nothing is pickled. Knows a training's
+state; must not know a recipe's file, rows or a report.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 
 from qlora.errors import MethodError, NonFiniteError, RunError, listed
@@ -32,10 +30,8 @@ from qlora.methods.files import (
 )
 from qlora.model.tensor_file import read_tensors
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
-from qlora.training.smaller import Way
-
-if TYPE_CHECKING:
-    from qlora.training.loop import Trainer
+from qlora.training.state import TrainState
+from qlora.training.way import Way
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -45,52 +41,46 @@ class DamagedError(RunError):
     """A checkpoint that is not what was written."""
 
 
-def save(trainer: Trainer, folder: Path, keep: int) -> Path:
-    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What this trainer wrote or read is not written again.
+def save(state: TrainState, folder: Path, keep: int) -> Path:
+    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What was written or read already is not written again.
 
     Checkpoints of later steps go too: they are of another course, and ``find`` would take one of them for the newest.
     """
-    place = folder / f"{trainer.step_number:06d}"
-    if place != trainer.saved:
-        if broken := not_finite(trainer):
+    place = folder / f"{state.step:06d}"
+    if place != state.saved:
+        if broken := state.not_finite():
             raise NonFiniteError(
-                f"{listed(broken, 3)} hold values that are not finite after step {trainer.step_number}, so this state is not "
+                f"{listed(broken, 3)} hold values that are not finite after step {state.step}, so this state is not "
                 "saved; the newest checkpoint is whole."
             )
         clear_leftovers(folder)
         with folder_written_aside(place, overwrite=True) as aside:
-            save_adapter(trainer.model, aside)
-            save_file(optimizer_tensors(trainer.optimizer, trainer.parameters), aside / OPTIMIZER)
-            state: dict[str, Any] = {
-                "step": trainer.step_number,
-                "total_steps": trainer.total_steps,
-                "loss_scale": trainer.loss_scale,
-                "optimizer": trainer.training.optimizer,
-            }
-            if trainer.skipped:
-                state["skipped"] = trainer.skipped
-            if trainer.way != Way.of(trainer.training):
-                state["smaller"] = trainer.way.values()
-            (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            save_adapter(state.model, aside)
+            save_file(optimizer_tensors(state.optimizer, state.parameters), aside / OPTIMIZER)
+            (aside / STATE).write_text(json.dumps(_values(state), indent=2) + "\n", encoding="utf-8")
             seal(aside)
-        trainer.saved = place
+        state.saved = place
     found = find(folder)
-    ours = [other for other in found if int(other.name) <= trainer.step_number]
+    ours = [other for other in found if int(other.name) <= state.step]
     for old in {*found} - {*ours[-keep:]}:
         with suppress(OSError):  # one too many does no harm
             delete_folder(old)
     return place
 
 
-def not_finite(trainer: Trainer) -> list[str]:
-    """The trained parameters that hold NaN or infinity. A checkpoint with one could not be read again."""
-    # the norm is NaN or infinite where a value is, and takes no memory, as isfinite() does
-    largest = {
-        name: torch.linalg.vector_norm(values.detach(), math.inf)
-        for name, values in trainer.parameters.items()
-        if values.numel()
+def _values(state: TrainState) -> dict[str, object]:
+    """What ``state.json`` holds."""
+    values: dict[str, object] = {
+        "step": state.step,
+        "total_steps": state.total_steps,
+        "loss_scale": state.loss_scale,
+        "optimizer": state.training.optimizer,
     }
-    return [name for name, value in largest.items() if not math.isfinite(float(value))]
+    if state.skipped:
+        values["skipped"] = state.skipped
+    if state.way != Way.of(state.training):
+        values["smaller"] = state.way.values()
+    return values
 
 
 def find(folder: Path) -> list[Path]:
@@ -117,7 +107,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def load_newest(trainer: Trainer, folder: Path) -> list[str]:
+def load_newest(state: TrainState, folder: Path) -> list[str]:
     """``load`` the newest checkpoint that is whole; return a sentence for each newer one, whose steps are taken again.
 
     Raises RunError when there is none, or when it does not belong to this run.
@@ -125,7 +115,7 @@ def load_newest(trainer: Trainer, folder: Path) -> list[str]:
     found, lost = find(folder), list[str]()
     for place in reversed(found):
         try:
-            load(trainer, place)
+            load(state, place)
             return lost
         except DamagedError as error:
             lost.append(str(error))
@@ -145,8 +135,8 @@ def _require_one(folder: Path, found: list[Path], lost: list[str]) -> None:
         )
 
 
-def load(trainer: Trainer, place: Path) -> None:
-    """Put a trainer into the state that ``save`` wrote.
+def load(state: TrainState, place: Path) -> None:
+    """Put back what ``save`` wrote. The caller then has rows go ``state.way``.
 
     Raises DamagedError, with nothing changed, when the files are not what was written; RunError when they do not belong
     to this run.
@@ -154,32 +144,28 @@ def load(trainer: Trainer, place: Path) -> None:
     if (why := damage(place)) is not None:
         raise DamagedError(_loss(place, why))
     try:
-        state = json.loads((place / STATE).read_text(encoding="utf-8"))
-        total, kind = state["total_steps"], state["optimizer"]
-        step, scale = int(state["step"]), float(state["loss_scale"])
-        skipped = int(state.get("skipped", 0))
-        smaller = Way.from_values(state["smaller"]) if "smaller" in state else trainer.way
+        values = json.loads((place / STATE).read_text(encoding="utf-8"))
+        total, kind = values["total_steps"], values["optimizer"]
+        step, scale, skipped = int(values["step"]), float(values["loss_scale"]), int(values.get("skipped", 0))
+        way = Way.from_values(values["smaller"]) if "smaller" in values else state.way
         tensors = read_tensors(place / OPTIMIZER)
         adapter, method = read_adapter_tensors(place), read_method_state(place)
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MethodError
     ) as error:  # fmt: skip
         raise DamagedError(_loss(place, str(error))) from None
-    if (total, kind) != (trainer.total_steps, trainer.training.optimizer):
+    if (total, kind) != (state.total_steps, state.training.optimizer):
         raise RunError(
-            f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {trainer.total_steps} steps with "
-            f"{trainer.training.optimizer}; resume with the run's own recipe."
+            f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {state.total_steps} steps with "
+            f"{state.training.optimizer}; resume with the run's own recipe."
         )
-    trainer.torn = True  # until everything is in its place
+    state.torn = True  # until everything is in its place
     try:
-        trainer.model.load_state(adapter, method)
+        state.model.load_state(adapter, method)
     except MethodError as error:
         raise RunError(f"The checkpoint '{place}' does not belong to this run. {error}") from None
-    load_optimizer_tensors(trainer.optimizer, trainer.parameters, tensors)
-    trainer.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
-    trainer._arrange(min(smaller, trainer.way))  # this trainer may know already that less fits
-    trainer.step_number = step
-    trainer.skipped = skipped
-    trainer.torn = False
-    trainer.loss_scale = scale
-    trainer.saved = place
+    load_optimizer_tensors(state.optimizer, state.parameters, tensors)
+    state.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
+    state.way = min(way, state.way)  # this process may know already that less fits
+    state.step, state.skipped, state.loss_scale = step, skipped, scale
+    state.torn, state.saved = False, place

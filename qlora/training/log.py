@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,47 @@ from rich.progress import Progress as Bar
 from qlora.errors import redacted, visible
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import bytes_text
-from qlora.training.loop import Step
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. ``metrics.jsonl`` holds these fields."""
+
+    number: int
+    """Counted from 1."""
+    epoch: float
+    """Passes over the data done after this step."""
+    loss: float
+    """Cross-entropy in nats, summed over the step's target tokens and divided by them."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    target_tokens: int
+    tokens: int
+    """Tokens of the data that went through the model: neither padding nor virtual tokens."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seconds: float
+    micro_batch_size: int = 1
+    """Rows that went through the model at once."""
+    skipped: bool = False
+    """Whether no step was taken, because the loss or a gradient was not finite (both are NaN here then)."""
+    note: str = ""
+    """What the user should know of this step: memory ran out, and what is smaller from here on."""
+
+    def metrics(self) -> dict[str, object]:
+        """The line for ``metrics.jsonl``: a note only where there is one, and no loss of a step that was skipped."""
+        left_out = {"loss", "grad_norm"} if self.skipped else {"skipped"}
+        left_out |= {"number"} if self.note else {"number", "note"}
+        return {"step": self.number} | {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"step {self.number}  skipped: {self.note}"
+        return (
+            f"step {self.number}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
+            f"{self.tokens_per_second:.0f} tokens/s"
+        )
 
 
 class MetricsLog:

@@ -3,7 +3,7 @@
     the step's rows, one by one ► forward ► the first module whose output is not finite
                                 ► backward ► the first module with a gradient that is not finite
 
-Runs after the fact and moves nothing. Knows modules and their outputs; must not know the optimizer or what happens next.
+Runs after the fact and changes nothing. Knows modules and their outputs; must not know the optimizer or what happens next.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Blame:
 
 
 def find_blame(
-    network: nn.Module, rows: Sequence[Row], places: Sequence[int], loss_of: Callable[[Row], Tensor], backward: bool
+    network: nn.Module, rows: Sequence[Row], places: Sequence[int], loss_of: Callable[[Row], Tensor]
 ) -> Blame:
     """Look at each of ``rows`` alone; ``places`` are their numbers in the data.
 
-    ``loss_of`` gives a row's summed loss with the step's random draws; ``backward`` says whether gradients may be made:
-    they are left in ``.grad`` of the parameters, for the caller to drop.
+    ``loss_of`` gives a row's summed loss with the step's random draws. Gradients are left in ``.grad`` of the parameters,
+    for the caller to drop.
     """
     bad: list[int] = []
     where = ""
@@ -49,7 +49,7 @@ def find_blame(
         with _watched(network) as watch:
             loss = loss_of(row)
             finite = math.isfinite(loss.item())
-            if finite and backward and loss.requires_grad:
+            if finite and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
                 finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in network.parameters())
         if not finite:

@@ -4,9 +4,9 @@
                                                             what is left: the peak of memory, and the time
 
 Otherwise memory runs out where the longest rows happen to stand, hours later. Where it runs out here, the smaller ways are
-tried (``smaller.py``) and the one that fits is kept.
+tried (``way.py``) and the one that fits is kept.
 
-Knows a trainer's parts; must not know a recipe's files or the plan.
+Knows a training's state and its passage; must not know a recipe's files or the plan.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -26,11 +26,12 @@ from qlora.data import IGNORE_INDEX, Row
 from qlora.errors import first_line
 from qlora.machine.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
 from qlora.residence.layers import RecomputedLayer
+from qlora.training.objectives import Objective
 from qlora.training.optim import make_state, steps_taken_back
-
-if TYPE_CHECKING:
-    from qlora.training.loop import Trainer
-    from qlora.training.smaller import Way
+from qlora.training.passage import Passage
+from qlora.training.state import TrainState
+from qlora.training.step import gradients
+from qlora.training.way import Way
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,21 @@ class Rehearsal:
         )
 
 
-def rehearse(trainer: Trainer) -> Rehearsal:
+def rehearse(state: TrainState, objective: Objective, passage: Passage) -> Rehearsal:
     """Take the worst step and take it back. Raises DoesNotFitError when even the smallest way does not fit."""
-    device, notes = trainer.model.device, []
+    model, notes = state.model, list[str]()
+    device, virtual = model.device, model.virtual_tokens
     while True:
-        rows = worst_rows(trainer.rows, trainer.training.batch_size, trainer.way, trainer.model.virtual_tokens)
-        lengths = [length_of(row, trainer.model.virtual_tokens) for row in rows]
+        rows = worst_rows(passage.rows, state.training.batch_size, state.way, virtual)
+        lengths = [length_of(row, virtual) for row in rows]
         try:
-            with _taken_back(trainer) as kept:
-                make_state(trainer.optimizer, trainer.parameters.values())  # every step but the first begins with it
+            with _taken_back(state) as kept:
+                make_state(state.optimizer, state.parameters.values())  # every step but the first begins with it
                 release_memory(device)
                 alone = reset_peak_memory(device)
                 begin = time.perf_counter()
-                trainer._gradients(rows)
-                trainer._move()
+                gradients(state, objective, rows)
+                state.optimizer.step()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - begin
@@ -86,8 +88,9 @@ def rehearse(trainer: Trainer) -> Rehearsal:
         # only here are the tensors of the failed try without a holder
         release_memory(device)
         what = f"The most expensive step of this data, {len(rows)} rows of up to {max(lengths):,} tokens,"
-        notes.append(trainer._shrink(len(rows), what, reason))
-    together = trainer._micro_batches(range(len(rows)))
+        state.way, note = passage.smaller(state.way, len(rows), what, reason)
+        notes.append(note)
+    together = state.way.micro_batches(range(len(rows)))
     measured = "allocated on the GPU" if device.type == "cuda" else "resident in this process"
     return Rehearsal(
         rows=len(rows),
@@ -96,7 +99,7 @@ def rehearse(trainer: Trainer) -> Rehearsal:
         seconds=seconds,
         peak_memory_bytes=peak,
         measured=measured if alone else f"{measured} since it began, which the system cannot tell apart",
-        micro_batch_size=trainer.micro_batch_size,
+        micro_batch_size=state.way.micro_batch_size,
         notes=tuple(notes),
     )
 
@@ -140,21 +143,17 @@ def _with_targets(row: Row, count: int) -> Row:
 
 
 @contextmanager
-def _taken_back(trainer: Trainer) -> Iterator[int]:
+def _taken_back(state: TrainState) -> Iterator[int]:
     """Inside, a step may be taken; afterwards there is no trace of it. Yields the bytes of the copies in host memory."""
-    network, scale = trainer.model.model, trainer.loss_scale
+    network, scale = state.model.model, state.loss_scale
     modes = [(module, module.training) for module in network.modules()]
     learnt = _Learnt(network)
-    with steps_taken_back(trainer.optimizer, trainer.parameters.values()) as kept:
+    with steps_taken_back(state.optimizer, state.parameters.values()) as kept:
         try:
-            if trainer.in_backward is not None:
-                trainer.in_backward.rehearsing = True
             yield kept
         finally:
-            trainer.optimizer.zero_grad(set_to_none=True)
-            trainer.loss_scale, trainer.torn = scale, False
-            if trainer.in_backward is not None:
-                trainer.in_backward.rehearsing = False
+            state.optimizer.zero_grad(set_to_none=True)
+            state.loss_scale, state.torn = scale, False
             for module, mode in modes:
                 module.training = mode
             learnt.put_back()

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from qlora.data import IGNORE_INDEX
 from qlora.data.chat import ChatTemplate
-from qlora.data.examples import IGNORE_INDEX, Example
+from qlora.data.examples import Example
 from qlora.data.formats import parse
+from qlora.data.rendering import Renderer
 from qlora.data.sources import Record
 from qlora.errors import DataError
 from tests.data import conftest as families
@@ -187,6 +189,35 @@ def test_tool_calls_reach_every_template() -> None:
         tokenizer = make_tokenizer(template)
         (example,) = encode(tokenizer, talk)
         assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
+
+
+def test_texts_are_made_and_tokenised_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many conversations there are, no more rendered texts wait for the tokenizer than a group has."""
+    monkeypatch.setattr("qlora.data.chat._GROUP", 4)
+    waiting, most, tokenizer = 0, 0, make_tokenizer()
+    render = Renderer.render
+
+    def rendered(*arguments: Any, **options: Any) -> Any:
+        nonlocal waiting, most
+        texts = render(*arguments, **options)
+        waiting += len(texts)
+        most = max(most, waiting)
+        return texts
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            nonlocal waiting
+            waiting -= len(texts)
+            return tokenizer(texts, **options)
+
+    chat = ChatTemplate(Counting())
+    monkeypatch.setattr(Renderer, "render", rendered)
+    talks = conversations(*[TALK] * 23)
+    assert [len(one) for one in chat.encode(talks, "assistant")] == [1] * 23
+    assert (waiting, most) == (0, 4)
 
 
 def test_a_date_in_the_template_does_not_change_with_the_day() -> None:

@@ -71,73 +71,49 @@ def test_unanswered_turns_are_left_off_and_kept_for_the_count() -> None:
     assert len(result) == 3
 
 
-@pytest.mark.parametrize(
-    ("rows", "sentence"),
-    [
-        (
-            [{"question": "a", "answer": "b"}],
-            r"Line 1 of 'a.jsonl' has the fields question, answer, which are no known form",
-        ),
-        ([MESSAGES, ALPACA], r"Line 2 of 'a.jsonl' has the form alpaca, but line 1 of 'a.jsonl' was read as messages"),
-        ([MESSAGES, {"messages": "Hi"}], r"Line 2 .* has text in 'messages'; expected a list"),
-        ([PAIR, {"prompt": "Hi"}], "Line 2 .* lacks completion of the form prompt_completion; its fields are prompt"),
-        ([{"text": "a"}, {"text": " "}], "Line 2 .* has an empty 'text'"),
-        ([{"text": 3}], r"has a number \(3\) in 'text'; expected text"),
-        ([{"messages": []}], "has no turns"),
-        ([{"messages": [YO]}], "begins with the assistant; expected a user's turn first"),
-        ([{"messages": [{"role": "system", "content": "S"}, YO]}], "begins with the assistant"),
-        ([{"messages": [HI, {"role": "assistant", "content": " "}]}], r"has an empty turn \(turn 2, assistant\)"),
-        ([{"messages": [{"role": "user", "content": None}, YO]}], r"has an empty turn \(turn 1, user\)"),
-        ([{**ALPACA, "output": ""}], r"has an empty turn \(turn 2, assistant\)"),
-        ([{"messages": [{"role": "usr", "content": "Hi"}]}], r"unknown role 'usr' in turn 1; did you mean 'user'\?"),
-        (
-            [{"messages": [HI, {"role": "assistant", "content": 3}]}],
-            r"a number \(3\) in the content of turn 2; expected text",
-        ),
-        ([{"messages": [HI, "Yo"]}], r"a turn without role and content \(turn 2: Yo\)"),
-        ([{"messages": [HI, 3]}], r"a turn without role and content \(turn 2: 3\)"),
-        (
-            [{"messages": [{"role": ["user"], "content": "Hi"}]}],
-            "has a list as the role of turn 1; expected system, user",
-        ),
-        ([{"messages": [{"role": None, "content": "Hi"}]}], "has null as the role of turn 1"),
-        ([{"messages": [{"role": "user", "content": {"text": "Hi"}}]}], "has an object in the content of turn 1"),
-        ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "has a list in the content of turn 1"),
-        ([{"messages": [{**HI, "name": 3}, YO]}], r"has a number \(3\) in 'name' of turn 1; expected text"),
-        ([{"messages": "Hi"}], r"has text in 'messages'; expected a list of \{role, content\}"),
-        ([{"messages": None}], "has null in 'messages'; expected a list"),
-        (
-            [{"conversations": [HI, YO]}],
-            r"has a list of {role, content} in 'conversations'; expected a list of {from, v",
-        ),
-        (
-            [{"conversations": [*SHAREGPT["conversations"], {"value": "Hi"}]}],
-            r"without from and value \(turn 3: {'value'",
-        ),
-        ([{"conversations": [{"from": "human"}]}], r"has an empty turn \(turn 1, user\)"),
-        (
-            [{"conversations": [{"from": {}, "value": "Hi"}]}],
-            "has an object as the role of turn 1; expected system, human",
-        ),
-        ([{**SHAREGPT, "system": ["Be kind"]}], "has a list in 'system'; expected text"),
-        ([{**SHAREGPT, "tools": "{broken"}], r"has broken JSON in 'tools' \(Expecting"),
-        ([{**SHAREGPT, "tools": "[" * 100_000}], r"has broken JSON in 'tools' \(it is nested too deeply\)"),
-        (
-            [{**SHAREGPT, "tools": "9" * 5000}],
-            r"has broken JSON in 'tools' \(it has an integer of more than 4,300 digits",
-        ),
-        ([{**SHAREGPT, "tools": {"name": "f"}}], "has an object in 'tools'; expected a list of objects"),
-        ([{**SHAREGPT, "tools": ["f"]}], "has a list with text in 'tools'; expected a list of objects"),
-        ([{**SHAREGPT, "tools": [{"function": None}]}], "has a tool with null as its 'function'; expected an object"),
-        (
-            [{**SHAREGPT, "tools": [{"name": datetime.date(2024, 7, 26)}]}],
-            "has a date in 'tools'; expected JSON values",
-        ),
-        ([{**SHAREGPT, "tools": [NESTED]}], "is nested more than 64 levels deep in 'tools'"),
-        ([{**PAIR, "completion": None}], "has null in 'completion'; expected text"),
-        ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* 1 more record has a mistake"),
-    ],
-)
+MISTAKES = [
+    ([{"question": "a", "answer": "b"}], r"Line 1 of 'a.jsonl' has the fields question, answer, which are no known form"),
+    ([MESSAGES, ALPACA], r"Line 2 of 'a.jsonl' has the form alpaca, but line 1 of 'a.jsonl' was read as messages"),
+    ([MESSAGES, {"messages": "Hi"}], r"Line 2 .* has text in 'messages'; expected a list"),
+    ([PAIR, {"prompt": "Hi"}], "Line 2 .* lacks completion of the form prompt_completion; its fields are prompt"),
+    ([{"text": "a"}, {"text": " "}], "Line 2 .* has an empty 'text'"),
+    ([{"text": 3}], r"has a number \(3\) in 'text'; expected text"),
+    ([{"messages": []}], "has no turns"),
+    ([{"messages": [YO]}], "begins with the assistant; expected a user's turn first"),
+    ([{"messages": [{"role": "system", "content": "S"}, YO]}], "begins with the assistant"),
+    ([{"messages": [HI, {"role": "assistant", "content": " "}]}], r"has an empty turn \(turn 2, assistant\)"),
+    ([{"messages": [{"role": "user", "content": None}, YO]}], r"has an empty turn \(turn 1, user\)"),
+    ([{**ALPACA, "output": ""}], r"has an empty turn \(turn 2, assistant\)"),
+    ([{"messages": [{"role": "usr", "content": "Hi"}]}], r"unknown role 'usr' in turn 1; did you mean 'user'\?"),
+    ([{"messages": [HI, {"role": "assistant", "content": 3}]}], r"a number \(3\) in the content of turn 2; expected text"),
+    ([{"messages": [HI, "Yo"]}], r"a turn without role and content \(turn 2: Yo\)"),
+    ([{"messages": [HI, 3]}], r"a turn without role and content \(turn 2: 3\)"),
+    ([{"messages": [{"role": ["user"], "content": "Hi"}]}], "has a list as the role of turn 1; expected system, user"),
+    ([{"messages": [{"role": None, "content": "Hi"}]}], "has null as the role of turn 1"),
+    ([{"messages": [{"role": "user", "content": {"text": "Hi"}}]}], "has an object in the content of turn 1"),
+    ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "has a list in the content of turn 1"),
+    ([{"messages": [{**HI, "name": 3}, YO]}], r"has a number \(3\) in 'name' of turn 1; expected text"),
+    ([{"messages": "Hi"}], r"has text in 'messages'; expected a list of \{role, content\}"),
+    ([{"messages": None}], "has null in 'messages'; expected a list"),
+    ([{"conversations": [HI, YO]}], r"has a list of {role, content} in 'conversations'; expected a list of {from, v"),
+    ([{"conversations": [*SHAREGPT["conversations"], {"value": "Hi"}]}], r"without from and value \(turn 3: {'value'"),
+    ([{"conversations": [{"from": "human"}]}], r"has an empty turn \(turn 1, user\)"),
+    ([{"conversations": [{"from": {}, "value": "Hi"}]}], "has an object as the role of turn 1; expected system, human"),
+    ([{**SHAREGPT, "system": ["Be kind"]}], "has a list in 'system'; expected text"),
+    ([{**SHAREGPT, "tools": "{broken"}], r"has broken JSON in 'tools' \(Expecting"),
+    ([{**SHAREGPT, "tools": "[" * 100_000}], r"has broken JSON in 'tools' \(it is nested too deeply\)"),
+    ([{**SHAREGPT, "tools": "9" * 5000}], r"has broken JSON in 'tools' \(it has an integer of more than 4,300 digits"),
+    ([{**SHAREGPT, "tools": {"name": "f"}}], "has an object in 'tools'; expected a list of objects"),
+    ([{**SHAREGPT, "tools": ["f"]}], "has a list with text in 'tools'; expected a list of objects"),
+    ([{**SHAREGPT, "tools": [{"function": None}]}], "has a tool with null as its 'function'; expected an object"),
+    ([{**SHAREGPT, "tools": [{"name": datetime.date(2024, 7, 26)}]}], "has a date in 'tools'; expected JSON values"),
+    ([{**SHAREGPT, "tools": [NESTED]}], "is nested more than 64 levels deep in 'tools'"),
+    ([{**PAIR, "completion": None}], "has null in 'completion'; expected text"),
+    ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* 1 more record has a mistake"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "sentence"), MISTAKES)
 def test_a_wrong_record_is_refused_by_its_place(rows: list[dict[str, Any]], sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
         parsed(*rows)
@@ -146,23 +122,23 @@ def test_a_wrong_record_is_refused_by_its_place(rows: list[dict[str, Any]], sent
 LONE = r"has a lone surrogate \(U\+D83D, half of an emoji cut in two, at character 4\) in "
 
 
-@pytest.mark.parametrize(
-    ("row", "where"),
-    [
-        ({"text": CUT}, "'text'"),
-        ({**PAIR, "prompt": CUT}, "'prompt'"),
-        ({**ALPACA, "input": CUT}, "'input'"),
-        ({**SHAREGPT, "system": CUT}, "'system'"),
-        ({"conversations": [{"from": "human", "value": CUT}]}, "the content of turn 1"),
-        ({"messages": [HI, {**YO, "content": CUT}]}, "the content of turn 2"),
-        ({"messages": [HI, YO, {**HI, "content": CUT}]}, "the content of turn 3"),  # left off, but counted in tokens
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": CUT}]}]}, "the content of turn 1"),
-        ({"messages": [HI, {**YO, "reasoning_content": CUT}]}, "'reasoning_content' of turn 2"),
-        ({"messages": [HI, YO], "tools": [{"name": CUT}]}, "'tools'"),
-        ({"messages": [HI, YO], "tools": [{"name": "f", "x": [{CUT: 1}]}]}, "'tools'"),
-        ({"messages": [HI, YO], "tools": json.dumps([{"name": CUT}])}, "'tools'"),
-    ],
-)
+HALVES = [
+    ({"text": CUT}, "'text'"),
+    ({**PAIR, "prompt": CUT}, "'prompt'"),
+    ({**ALPACA, "input": CUT}, "'input'"),
+    ({**SHAREGPT, "system": CUT}, "'system'"),
+    ({"conversations": [{"from": "human", "value": CUT}]}, "the content of turn 1"),
+    ({"messages": [HI, {**YO, "content": CUT}]}, "the content of turn 2"),
+    ({"messages": [HI, YO, {**HI, "content": CUT}]}, "the content of turn 3"),  # left off, but counted in tokens
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": CUT}]}]}, "the content of turn 1"),
+    ({"messages": [HI, {**YO, "reasoning_content": CUT}]}, "'reasoning_content' of turn 2"),
+    ({"messages": [HI, YO], "tools": [{"name": CUT}]}, "'tools'"),
+    ({"messages": [HI, YO], "tools": [{"name": "f", "x": [{CUT: 1}]}]}, "'tools'"),
+    ({"messages": [HI, YO], "tools": json.dumps([{"name": CUT}])}, "'tools'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "where"), HALVES)
 def test_half_an_emoji_is_refused_wherever_it_becomes_text(row: dict[str, Any], where: str) -> None:
     with pytest.raises(DataError, match=f"^Line 1 of 'a.jsonl' {LONE}{where}; expected text that UTF-8 can hold"):
         parsed(row)
@@ -176,34 +152,28 @@ def calling(tool_calls: Any, role: str = "assistant") -> dict[str, Any]:
     return {"messages": [HI, {"role": role, "content": None, "tool_calls": tool_calls}]}
 
 
-@pytest.mark.parametrize(
-    ("tool_calls", "sentence"),
-    [
-        ({"name": "f", "arguments": {}}, "has an object in 'tool_calls' of turn 2; expected a list of objects"),
-        ([None], "has a list with null in 'tool_calls' of turn 2; expected a list of objects"),
-        ("f(1)", r"has broken JSON in 'tool_calls' of turn 2 \(Expecting"),
-        ("3", r"has a number \(3\) in 'tool_calls' of turn 2"),
-        (True, "has true or false in 'tool_calls' of turn 2"),
-        (
-            [{"function": None}],
-            "has a call without its function's name in 'tool_calls' of turn 2; expected name and arg",
-        ),
-        ([{"function": {"name": 3}}], "has a call without its function's name in 'tool_calls' of turn 2"),
-        ([{"name": "", "arguments": {}}], "has a call without its function's name"),
-        (
-            [{"name": "f", "arguments": [1]}],
-            "has a list as the arguments of 'tool_calls' of turn 2; expected an object",
-        ),
-        ([{"name": "f", "arguments": "1"}], r"has a number \(1\) as the arguments of 'tool_calls' of turn 2"),
-        ([{"name": "f", "arguments": "x=1"}], r"has broken JSON in the arguments of 'tool_calls' of turn 2 \(Exp"),
-        ([{"name": "f", "arguments": "[" * 100_000}], r"the arguments of 'tool_calls' of turn 2 \(it is nested too"),
-        ([{"name": "f", "arguments": '{"a": %s}' % ("9" * 5000)}], r"\(it has an integer of more than 4,300 digits"),
-        ([{"name": "f", "arguments": {"a": CUT}}], f"{LONE}'tool_calls' of turn 2"),
-        ([{"name": "f", "arguments": json.dumps({"a": CUT})}], f"{LONE}the arguments of 'tool_calls' of turn 2"),
-        ([{"name": "f", "arguments": NESTED}], "is nested more than 64 levels deep in 'tool_calls' of turn 2"),
-        ([], r"has an empty turn \(turn 2, assistant\)"),
-    ],
-)
+WRONG_CALLS = [
+    ({"name": "f", "arguments": {}}, "has an object in 'tool_calls' of turn 2; expected a list of objects"),
+    ([None], "has a list with null in 'tool_calls' of turn 2; expected a list of objects"),
+    ("f(1)", r"has broken JSON in 'tool_calls' of turn 2 \(Expecting"),
+    ("3", r"has a number \(3\) in 'tool_calls' of turn 2"),
+    (True, "has true or false in 'tool_calls' of turn 2"),
+    ([{"function": None}], "has a call without its function's name in 'tool_calls' of turn 2; expected name and arg"),
+    ([{"function": {"name": 3}}], "has a call without its function's name in 'tool_calls' of turn 2"),
+    ([{"name": "", "arguments": {}}], "has a call without its function's name"),
+    ([{"name": "f", "arguments": [1]}], "has a list as the arguments of 'tool_calls' of turn 2; expected an object"),
+    ([{"name": "f", "arguments": "1"}], r"has a number \(1\) as the arguments of 'tool_calls' of turn 2"),
+    ([{"name": "f", "arguments": "x=1"}], r"has broken JSON in the arguments of 'tool_calls' of turn 2 \(Exp"),
+    ([{"name": "f", "arguments": "[" * 100_000}], r"the arguments of 'tool_calls' of turn 2 \(it is nested too"),
+    ([{"name": "f", "arguments": '{"a": %s}' % ("9" * 5000)}], r"\(it has an integer of more than 4,300 digits"),
+    ([{"name": "f", "arguments": {"a": CUT}}], f"{LONE}'tool_calls' of turn 2"),
+    ([{"name": "f", "arguments": json.dumps({"a": CUT})}], f"{LONE}the arguments of 'tool_calls' of turn 2"),
+    ([{"name": "f", "arguments": NESTED}], "is nested more than 64 levels deep in 'tool_calls' of turn 2"),
+    ([], r"has an empty turn \(turn 2, assistant\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tool_calls", "sentence"), WRONG_CALLS)
 def test_a_malformed_call_is_refused_by_its_place(tool_calls: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=f"^Line 1 of 'a.jsonl' .*{sentence}"):
         parsed(calling(tool_calls))

@@ -26,20 +26,14 @@ def load(path: Path, content: str | bytes, template: str = families.CHATML, **fi
 
 REFUSED = {
     "a deep value": ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply|lists"),
-    "a deep unclosed value": ('{"text": ' + '{"a":' * 100_000, "nested too deeply"),
     "a deep text": ('{"messages": ' + "[" * 900 + "]" * 900 + "}", "turn without role|has a list"),
-    "a number for text": ('{"text": 1e999}', "a number"),
     "NaN for text": ('{"text": NaN}', "a number"),
-    "an endless number": ('{"text": ' + "9" * 100_000 + "}", "more than 4,300 digits"),
-    "half a character": ('{"text": "\\ud83d"}', "lone surrogate"),
     "half a character as it is": ('{"text": "\ud83d"}', "not UTF-8"),
     "half a character in a key": ('{"\\ud83d": 1}', "no known form"),
     "many fields, none known": (json.dumps({f"field{n}": n for n in range(200_000)}), "and 199988 more"),
     "a field of a megabyte": (json.dumps({"x" * MEGABYTE: 1}), "no known form"),
     "a role of a megabyte": (json.dumps({"messages": [{"role": "x" * MEGABYTE, "content": "y"}]}), "unknown role"),
-    "a NUL for a bracket": ('\0{"text": "a"}', "broken JSON"),
     "many turns without content": (json.dumps({"messages": [{"role": "user"}] * 100_000}), "empty turn"),
-    "tools of any depth": (f'{{"messages": {TALK}, "tools": [' + TOOL % ("[" * 900 + "]" * 900) + "]}", "nested more than 64"),
     "no object": ("1e999", "is a number"),
 }  # fmt: skip
 
@@ -100,20 +94,3 @@ def test_a_conversation_of_many_turns(tmp_path: Path) -> None:
     data = load(tmp_path / "a.jsonl", json.dumps({"messages": turns}) + "\n", max_length=20_000)
     assert data.report.train.examples == 1
     assert data.report.train.target_tokens > 600
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("a.csv", "text\n" + '"' + "x" * MEGABYTE, "not valid CSV"),
-        ("a.csv", ",".join(f"c{n}" for n in range(50_000)) + "\n1\n", "has 1 fields where the header has 50000"),
-        ("a.json", "[" * 100_000, "nested too deeply"),
-        ("a.json", "[" + "{}," * 100_000 + "{}]", "no known form"),
-        ("a.parquet", "PAR1" + "x" * 1000 + "PAR1", "cannot be read"),
-        ("a.txt", b"\xff\xfe\0x", "not UTF-8"),
-    ],
-)
-def test_other_files(tmp_path: Path, name: str, content: str | bytes, expected: str) -> None:
-    with pytest.raises(DataError, match=expected) as caught:
-        load(tmp_path / name, content)
-    assert len(str(caught.value)) < 4000

@@ -118,6 +118,16 @@ def test_what_is_lost_is_counted_in_tokens_and_shown(write: Any, tokenizer: Any)
     assert (dropped.truncated, dropped.dropped) == (0, 2)
 
 
+def test_repr_says_how_much_there_is(write: Any, tokenizer: Any) -> None:
+    data = load(write("a.jsonl", PAIRS), tokenizer, held_out_fraction=0.1)
+    train, held = data.report.train, data.report.held_out
+    assert repr(data) == (
+        f"Data(prompt_completion: 36 examples in {len(data.train)} rows of at most 128 tokens, {train.target_tokens:,} target "
+        f"tokens; 4 examples in {held.rows} rows held out)"
+    )
+    assert "; nothing held out)" in repr(load(write("a.jsonl", PAIRS), tokenizer))
+
+
 def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
     path = write("a.jsonl", PAIRS)
     with pytest.raises(DataError, match=r"All 40 examples are longer than data\.max_length=8"):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import gc
 import os
 import signal
-import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora.data import rendering, sandbox
+from qlora.data import rendering
 from qlora.data.chat import ChatTemplate
 from qlora.data.formats import parse
-from qlora.data.rendering import CutOff, Job, Refused, Renderer
+from qlora.data.rendering import CutOff, Job, Refused, Renderer, one_child
 from qlora.data.sources import Record
 from qlora.errors import DataError
 from tests.data import conftest as families
@@ -27,20 +24,24 @@ from tests.data.conftest import make_tokenizer
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}"
-ENDLESS = {
-    "loops in loops": LOOP,
-    "a macro in loops": "{% macro m() %}x{% endmacro %}" + LOOP.replace("{% endfor %}", "{{ m() }}{% endfor %}", 1),
-    "a number too large to work out": "{% set n = namespace(i=10) %}{{ n.i ** (n.i ** n.i) % 7 }}",
-    "a constant that Jinja works out itself": "{% if 9 ** (9 ** 9) > 1 %}x{% endif %}",
-}
-EXPLODING = {
-    "a string as long as the memory": "{{ 'a' * 10 ** 10 }}",
-    "doubling": DOUBLING,
-    "a list": "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "a wide number": "{{ '%099999999999d' % 1 }}",
-    "padding": "{{ 'a'.ljust(10 ** 11) }}",
-    "a long text": "{{ 'a' * 20000000 }}",
-}
+TIME, SPACE = r"it computed for more than 0\.2 s", r"it needed more than 0\.125 GiB of memory"
+CUT_OFF = [
+    pytest.param(LOOP, TIME, id="loops in loops"),
+    pytest.param("{% if 9 ** (9 ** 9) > 1 %}x{% endif %}", TIME, id="a constant that Jinja works out itself"),
+    pytest.param("{{ 'a' * 10 ** 10 }}", SPACE, id="a string as long as the memory"),
+    pytest.param("{{ 'a' * 20000000 }}", "it wrote 20,000,000 characters", id="a long text"),
+    *(
+        pytest.param(template, why, id=name, marks=pytest.mark.slow)
+        for name, template, why in (
+            ("a macro in loops", "{% macro m() %}x{% endmacro %}" + LOOP.replace("{% endfor %}", "{{ m() }}{% endfor %}", 1), TIME),
+            ("a number too large to work out", "{% set n = namespace(i=10) %}{{ n.i ** (n.i ** n.i) % 7 }}", TIME),
+            ("doubling", DOUBLING, SPACE),
+            ("a list", "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", SPACE),
+            ("a wide number", "{{ '%099999999999d' % 1 }}", SPACE),
+            ("padding", "{{ 'a'.ljust(10 ** 11) }}", SPACE),
+        )
+    ),
+]  # fmt: skip
 REFUSED = {
     "attributes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
     "globals of a helper": ("{{ cycler.__init__.__globals__['os'].getpid() }}", "unsafe"),
@@ -69,18 +70,24 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processe
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that no other test uses."""
+    monkeypatch.setattr(rendering, "_CHILD", rendering._Child())
+
+
+@pytest.fixture
+def short(own: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of a second and some memory, so that a test need not wait for more."""
     monkeypatch.setattr(rendering, "SECONDS", 0.2)
     monkeypatch.setattr(rendering, "MEMORY", 2**27)
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One item for each child that is forked."""
+def begun(own: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One item for each child that is begun."""
     found: list[int] = []
-    fork = rendering._forked
-    monkeypatch.setattr(rendering, "_forked", lambda: found.append(1) or fork())
+    begin = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: found.append(1) or begin(*a, **k))
     return found
 
 
@@ -105,51 +112,58 @@ def lives(process: int) -> bool:
         return False
 
 
+def number() -> int:
+    """Of the child that renders, begun where there is none."""
+    rendering._CHILD._pipes()
+    assert rendering._CHILD.process is not None
+    return rendering._CHILD.process.pid
+
+
 def conversations(count: int) -> Any:
     return parse([Record({"messages": TALK}, "a.jsonl", "line", n) for n in range(1, count + 1)]).conversations
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_that_computes_for_ever_is_cut_off(name: str) -> None:
+@pytest.mark.parametrize(("template", "why"), CUT_OFF)
+def test_a_template_that_goes_on_for_ever_or_grows_without_end_is_cut_off(
+    template: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why != TIME:
+        monkeypatch.setattr(rendering, "SECONDS", 10.0)
     before = children()
-    with Renderer(ENDLESS[name], {}) as renderer:
-        with pytest.raises(CutOff, match=r"it computed for more than 0\.2 s"):
-            renderer.text(TALK)
-        assert renderer._child is None
+    with one_child():
+        with pytest.raises(CutOff, match=why):
+            Renderer(template, {}).text(TALK)
+        assert rendering._CHILD.process is None
     assert children() == before
-
-
-@pytest.mark.parametrize("name", EXPLODING)
-def test_a_template_that_grows_without_end_is_cut_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "MEMORY", 2**27)
-    with pytest.raises(CutOff, match=r"it needed more than 0\.125 GiB of memory|it wrote 20,000,000 characters"):
-        Renderer(EXPLODING[name], {}).text(TALK)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_template_may_not_do(name: str) -> None:
     template, reason = REFUSED[name]
-    with Renderer(template, {}) as renderer:
+    with one_child():
         with pytest.raises(Refused, match=reason) as caught:
-            renderer.text(TALK)
+            Renderer(template, {}).text(TALK)
         assert len(str(caught.value)) <= 501
-        child = renderer._child
-        with pytest.raises(Refused):  # the same child answers the next request
-            renderer.text(TALK)
-        assert renderer._child is child
+        child = number()
+        assert Renderer("{{ messages[0].content }}", {}).text(TALK) == "Hi"  # the same child goes on
+        assert number() == child
 
 
-def test_messages_are_the_callers_own() -> None:
+def test_texts_answers_and_variables() -> None:
     """What a template does to its messages, if a sandbox ever let it, happens to a copy."""
     talk = [dict(message) for message in TALK]
-    text = Renderer("{% for m in messages %}{% set m = 'x' %}{% endfor %}{{ messages[0].content }}", {}).text(talk)
-    assert text == "Hi"
+    text = Renderer("{% for m in messages %}{% set m = 'x' %}{% endfor %}{{ messages[0].content + a }}", {"a": "!"})
+    assert text.text(talk) == "Hi!"
     assert talk == TALK
+    jobs = [Job(TALK, [{"type": "function", "function": {"name": "f"}}], [(2, False), (1, True)])]
+    ((whole, asked),) = Renderer(families.GENERATION, {}).render(jobs, mark_answers=True)
+    assert [whole.text[begin:end] for begin, end in whole.answers] == ["Hello<|end|>"]
+    assert asked.answers == []
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("when", ["true", "messages | length > 1"])
+@pytest.mark.parametrize("when", [pytest.param("true", marks=pytest.mark.slow), "messages | length > 1"])
 def test_a_looping_template_costs_its_time_once(when: str, begun: list[int]) -> None:
     """Not for each of the questions that find out what it knows."""
     template = f"{{% if {when} %}}{LOOP}{{% endif %}}" + families.CHATML
@@ -162,72 +176,87 @@ def test_a_looping_template_costs_its_time_once(when: str, begun: list[int]) -> 
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("group", [1, 64])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 64])
 def test_the_record_at_which_a_template_is_cut_off_is_named(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.data.chat._GROUP", group)
     talk = [Record({"messages": TALK}, "a.jsonl", "line", n) for n in range(1, 8)]
     talk[4] = Record({"messages": [{"role": "user", "content": "loop"}, TALK[1]]}, "a.jsonl", "line", 5)
     template = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}" + families.CHATML
-    chat = ChatTemplate(make_tokenizer(template))
     before = children()
-    with pytest.raises(DataError, match=r"was stopped at line 5 of 'a\.jsonl' as it computed"):
-        chat.encode(parse(talk).conversations, "assistant")
+    with one_child():
+        chat = ChatTemplate(make_tokenizer(template))
+        with pytest.raises(DataError, match=r"was stopped at line 5 of 'a\.jsonl' as it computed"):
+            chat.encode(parse(talk).conversations, "assistant")
+        assert children() == before
+        assert len(chat.encode(parse(talk[:4]).conversations, "assistant")) == 4  # another child
     assert children() == before
-    assert len(chat.encode(parse(talk[:4]).conversations, "assistant")) == 4  # another child
 
 
 def test_one_child_for_all_conversations_and_none_afterwards(begun: list[int]) -> None:
     before, handles = children(), len(os.listdir("/proc/self/fd"))
-    chat = ChatTemplate(make_tokenizer())
+    with one_child():
+        ChatTemplate(make_tokenizer()).encode(conversations(600), "assistant")
     assert len(begun) == 1
-    chat.encode(conversations(300), "assistant")
-    assert len(begun) == 2
     assert children() == before
     assert len(os.listdir("/proc/self/fd")) == handles
 
 
+@pytest.mark.usefixtures("own")
 def test_a_child_that_died_is_said() -> None:
-    with Renderer("{{ messages[0].content }}", {}) as renderer:
+    renderer = Renderer("{{ messages[0].content }}", {})
+    with one_child():
         assert renderer.text(TALK) == "Hi"
-        os.kill(renderer._child.number, signal.SIGINT)  # type: ignore[union-attr]
+        os.kill(number(), signal.SIGINT)
         assert renderer.text(TALK) == "Hi"  # Ctrl-C is the parent's to answer
-        os.kill(renderer._child.number, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(number(), signal.SIGKILL)
         with pytest.raises(CutOff, match=r"its process ended \(signal 9\)"):
             renderer.text(TALK)
         assert renderer.text(TALK) == "Hi"
 
 
-def test_the_child_can_reach_no_file_and_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own")
+def test_no_process_no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(DataError, match="No process can be started to render the chat template in"):
+        Renderer("", {}).text(TALK)
+
+
+ESCAPED = """
+import errno, importlib.util, os, socket, sys
+spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
+sandbox = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sandbox)
+sandbox.prepare()
+sandbox.confine(2**30)
+for attempt in (
+    lambda: os.open("/etc/passwd", os.O_RDONLY),
+    lambda: os.open(sys.argv[2], os.O_WRONLY | os.O_TRUNC),
+    lambda: os.open(".", os.O_RDONLY),
+    socket.socket,
+    os.pipe,
+):
+    try:
+        print(repr(attempt()))
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+
+
+def test_the_child_can_reach_no_file_and_no_network(tmp_path: Path) -> None:
     """Beyond the sandbox: what a template could do if it escaped to Python."""
-    (tmp_path / "held").touch()
-    held = os.open(tmp_path / "held", os.O_WRONLY)
-    attempts: list[Callable[[], object]] = [
-        lambda: os.open("/etc/passwd", os.O_RDONLY),
-        lambda: os.open(tmp_path / "held", os.O_WRONLY | os.O_TRUNC),
-        lambda: os.open(tmp_path, os.O_RDONLY),
-        socket.socket,
-        os.pipe,
-        lambda: os.write(held, b"x"),
-        lambda: os.write(1, b"x") and os.read(0, 1),
-    ]
-
-    def escaped(*_: Any, **__: Any) -> tuple[str, list[Any]]:
-        found = []
-        for attempt in attempts:
-            try:
-                found.append(repr(attempt()))
-            except OSError as error:
-                found.append(errno.errorcode[error.errno or 0])
-        return " ".join(found), []
-
-    sandbox.prepare()
-    monkeypatch.setattr(sandbox, "render", escaped)
-    found = Renderer("", {}).text(TALK)
-    os.close(held)
-    assert found == "EMFILE EMFILE EMFILE EMFILE EMFILE EBADF b''"
-    assert (tmp_path / "held").read_bytes() == b""
+    held = tmp_path / "held"
+    held.write_text("x")
+    place = Path(rendering.__file__).with_name("sandbox.py")
+    command = [sys.executable, "-c", ESCAPED, str(place), str(held)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["EMFILE"] * 5
+    assert held.read_text() == "x"
 
 
+@pytest.mark.usefixtures("own")
 def test_ctrl_c_ends_the_child_and_reaches_the_parent() -> None:
     mine, theirs = os.pipe()
     parent = os.fork()
@@ -235,34 +264,37 @@ def test_ctrl_c_ends_the_child_and_reaches_the_parent() -> None:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with Renderer(LOOP, {}) as renderer:
-                os.write(theirs, str(renderer._started().number).encode())  # type: ignore[attr-defined]
-                renderer.text(TALK)
+            with one_child():
+                os.write(theirs, str(number()).encode())
+                Renderer(LOOP, {}).text(TALK)
         except KeyboardInterrupt:
             os._exit(130)
         os._exit(1)
     child = int(os.read(mine, 20))
     time.sleep(0.3)
-    os.killpg(parent, signal.SIGINT)  # as a terminal does: to both
+    os.killpg(parent, signal.SIGINT)  # as a terminal does
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 130
     assert not lives(child)
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}", LOOP], ids=["waiting", "rendering"])
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", pytest.param(LOOP, marks=pytest.mark.slow)], ids=["waiting", "rendering"]
+)
 def test_a_child_ends_with_a_parent_that_was_killed(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "SECONDS", 1.0)
     mine, theirs = os.pipe()
     parent = os.fork()
     if parent == 0:
-        with Renderer(template, {}) as renderer:
-            os.write(theirs, str(renderer._started().number).encode())  # type: ignore[attr-defined]
-            renderer.text(TALK)
+        with one_child():
+            os.write(theirs, str(number()).encode())
+            Renderer(template, {}).text(TALK)
             time.sleep(60)
     child = int(os.read(mine, 20))
     time.sleep(0.2)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    for _ in range(200):
+    for _ in range(300):
         if not lives(child):
             return
         time.sleep(0.1)
@@ -270,62 +302,18 @@ def test_a_child_ends_with_a_parent_that_was_killed(template: str, monkeypatch: 
 
 
 def test_a_process_forked_off_begins_its_own_child() -> None:
-    with Renderer("{{ messages[0].content }}", {}) as renderer:
+    with one_child():
+        renderer = Renderer("{{ messages[0].content }}", {})
         renderer.text(TALK)
-        number = os.fork()
-        if number == 0:
+        forked = os.fork()
+        if forked == 0:
             fine = renderer.text(TALK[1:]) == "Hello"
-            renderer._end()
+            rendering._CHILD.end()
             os._exit(0 if fine else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
         assert renderer.text(TALK) == "Hi"
-
-
-def test_a_child_begun_anew_renders_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of systems that do not fork."""
-    template, tools = families.GENERATION, [{"type": "function", "function": {"name": "f"}}]
-    jobs = [Job(TALK, tools, [(2, False), (1, True)])]
-    here = Renderer(template, {"bos_token": "<s>"}).render(jobs, mark_answers=True)
-    monkeypatch.setattr(rendering, "_forked", rendering._begun)
-    renderer = Renderer(template, {"bos_token": "<s>"})
-    assert renderer.render(jobs, mark_answers=True) == here
-    process = renderer._child.process  # type: ignore[union-attr]
-    assert renderer.text(TALK) == here[0][0].text
-    assert renderer._child.process is process  # type: ignore[union-attr]
-    assert process.poll() is None
-    del renderer
-    gc.collect()
-    assert process.returncode == -signal.SIGKILL
-    (text, answers), (_, none) = here[0]
-    assert [text[begin:end] for begin, end in answers] == ["Hello<|end|>"]
-    assert none == []
 
 
 def test_a_long_text_of_a_long_record_is_no_explosion() -> None:
     talk = [{"role": "user", "content": "ü" * 9_000_000}, {"role": "assistant", "content": "a" * 9_000_000}]
     assert len(Renderer("{{ messages[0].content + messages[1].content }}", {}).text(talk)) == 18_000_000
-
-
-def test_garbage_of_the_parent_is_none_of_the_childs(tmp_path: Path) -> None:
-    """A temporary folder in a reference cycle: who collects it deletes it."""
-
-    place = tmp_path / "held"
-    place.touch()
-
-    class Held:
-        def __del__(self) -> None:
-            place.unlink()
-
-    thresholds = gc.get_threshold()
-    gc.set_threshold(100_000, 1000, 1000)  # collected by whoever makes that many objects: the child
-    try:
-        held = Held()
-        held.itself = held  # type: ignore[attr-defined]
-        del held
-        tools = [{}] * 200_000
-        assert Renderer("{{ tools | length }}", {}).render([Job(TALK, tools, [(2, False)])])[0][0].text == "200000"
-        assert place.exists()
-    finally:
-        gc.set_threshold(*thresholds)
-    gc.collect()
-    assert not place.exists()

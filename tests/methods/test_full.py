@@ -18,12 +18,13 @@ from qlora.data import Row
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model import Base, load_base
+from qlora.model import Base
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import load_skeleton
 from qlora.planning.memory import estimate
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.layers import wrap_layers
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
@@ -252,7 +253,9 @@ def test_memory_is_what_was_estimated(tmp_path: Path, embeddings: bool, tied: bo
     assert trained == sum(values.nbytes for values in parameters)
     trainer = Trainer(model, rows(4, 128, 3000), training)
     next(trainer)
-    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.optimizer, trainer.parameters).values())
+    state = sum(
+        tensor.nbytes for tensor in optimizer_tensors(trainer.state.optimizer, trainer.state.parameters).values()
+    )
     assert planned.device["optimizer"] == pytest.approx(state, rel=0.001)
     measured = peak_of(lambda: next(trainer))
     step = planned.total - frozen - trained - planned.device["optimizer"] - planned.device["runtime"]

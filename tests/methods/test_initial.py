@@ -21,8 +21,8 @@ from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, initial, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
-from qlora.model.load import Base
 from qlora.model.nf4 import dense_weight
 from qlora.model.skeleton import load_skeleton
 from qlora.residence.layers import wrap_layers

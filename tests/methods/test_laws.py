@@ -21,7 +21,7 @@ from qlora.errors import MethodError
 from qlora.evaluation import answers, score
 from qlora.export import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.recipe import TrainingSection
@@ -261,7 +261,7 @@ def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Pa
     second.load(place)
     assert [next(second).loss for _ in range(4)] == losses[6:]
     ends = [
-        {key: values.detach().numpy().tobytes() for key, values in trainer.parameters.items()}
+        {key: values.detach().numpy().tobytes() for key, values in trainer.state.parameters.items()}
         for trainer in (whole, second)
     ]
     assert ends[0] == ends[1]

@@ -19,11 +19,12 @@ from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.modules import ModulesMethod, TrainedModule, dense_copy
 from qlora.methods.planted import Planted
-from qlora.model import as_base, load_base
+from qlora.model import as_base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import ModelSection
 from qlora.residence.layers import wrap_layers
+from qlora.residence.load import load_base
 from tests.methods.against_peft import BATCH, plain_model
 from tests.methods.tiny import FAMILIES, SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 

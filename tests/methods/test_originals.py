@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.methods.originals import copy_to_keep, knows_what_was_quantised, own_weight, put, put_back
+from qlora.model.base import Base
 from qlora.model.in_memory import as_base
-from qlora.model.load import Base
 from qlora.model.nf4 import dense_weight
 from tests.methods.tiny import tiny_base, tiny_checkpoint
 

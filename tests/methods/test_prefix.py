@@ -30,9 +30,9 @@ from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.prefix import SPREAD, LaterPositions, PrefixAttention
 from qlora.methods.prompt import KEY
-from qlora.model import load_base
 from qlora.model.checks import check_packing
 from qlora.recipe import TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 from tests.methods import tiny
 from tests.methods.against_peft import plain_model

@@ -17,10 +17,10 @@ from qlora.errors import DataError, MethodError
 from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.prompt import KEY, EncodedPrompt, PromptEmbedding
-from qlora.model import load_base
 from qlora.model.loss import batch_loss
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import unwrap_layers, wrap_layers
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 from tests.methods.against_peft import plain_model
 from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint

@@ -13,7 +13,7 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import Planted, apply_method
 from qlora.methods.sublayers import at, find_layers, stood, width
-from qlora.model.load import Base
+from qlora.model.base import Base
 from tests.methods.adapters_oracle import make
 from tests.methods.test_bottleneck import FORMS, META, section, small_model
 from tests.methods.tiny import difference, stir

@@ -22,15 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora.errors import DoesNotFitError, ModelError
-from qlora.model.checkpoint import (
-    HUB_FILES,
-    INDEX,
-    Checkpoint,
-    commit_of,
-    find_model,
-    fingerprint,
-    open_checkpoint,
-)
+from qlora.model.checkpoint import INDEX, Checkpoint, commit_of, fingerprint, open_checkpoint
+from qlora.model.hub import HUB_FILES, find_model
 from qlora.model.tokenizer import FILES
 from qlora.recipe import DEFAULT_MODEL
 

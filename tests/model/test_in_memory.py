@@ -8,10 +8,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from qlora.errors import ModelError
-from qlora.model import as_base, dense_weight, load_base, quantise
+from qlora.model import as_base, dense_weight, quantise
 from qlora.model.in_memory import main_dtype, on_meta
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
+from qlora.residence.load import load_base
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CPU = torch.device("cpu")

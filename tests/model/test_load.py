@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.errors import ModelError
-from qlora.model import load_base, load_config, load_tokenizer, quantised_names
+from qlora.model import load_config, load_tokenizer, quantised_names
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
+from qlora.residence.load import load_base
 from tests.tiny import any_checkpoint, word_tokenizer
 
 CPU = torch.device("cpu")

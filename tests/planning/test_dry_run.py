@@ -23,10 +23,11 @@ from transformers import (
 
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.base import Base
+from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, quantise
-from qlora.model.load import Base
 from qlora.model.loss import head_of, hidden_states, summed_loss
-from qlora.model.skeleton import Scheme, empty_linears, empty_model
+from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning.dry_run import Ledger, Shape, dry_run, shortened
 from qlora.planning.memory import estimate
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection

@@ -15,11 +15,12 @@ from qlora.errors import DoesNotFitError, RecipeError
 from qlora.machine.cards import card
 from qlora.machine.device import GIB, bytes_text
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.load import cached_bytes, load_base, skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arrangement, Arranger, Target, _reached, changed
 from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
 from qlora.planning.speed import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
+from qlora.residence.load import cached_bytes, load_base
 from tests.conftest import write_model
 from tests.data.conftest import make_tokenizer
 

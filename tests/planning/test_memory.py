@@ -16,11 +16,11 @@ from qlora.errors import MethodError
 from qlora.evaluation import score
 from qlora.machine.device import bytes_text, resolve_compute_dtype
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import load_base
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.memory import Estimate, estimate, holdings, shape_of, weight_bytes
 from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.conftest import write_model
@@ -129,17 +129,17 @@ def test_adapter_gradients_and_optimizer_are_counted_exactly(models: dict[str, P
     assert planned["adapter"] == sum(p.untyped_storage().nbytes() for p in parameters.values())
     trainer = Trainer(model, rows_of(model, 2, 32), training)
     seen: list[int] = []
-    step = trainer.optimizer.step
+    step = trainer.state.optimizer.step
 
     def watched(*arguments: Any) -> Any:
         seen.append(sum(p.grad.untyped_storage().nbytes() for p in parameters.values() if p.grad is not None))
         return step(*arguments)
 
-    optimizing: Any = trainer.optimizer
+    optimizing: Any = trainer.state.optimizer
     optimizing.step = watched
     next(trainer)
     assert seen == [run.moments()[-1].gradients] == [planned["adapter"]]
-    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.optimizer, parameters).values())
+    state = sum(tensor.nbytes for tensor in optimizer_tensors(trainer.state.optimizer, parameters).values())
     assert planned["optimizer"] == pytest.approx(state, rel=0.001)  # but for a step count of some bytes a matrix
 
 

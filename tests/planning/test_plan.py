@@ -16,7 +16,7 @@ from qlora.errors import DoesNotFitError, MethodError
 from qlora.machine.device import bytes_text
 from qlora.methods import apply_method
 from qlora.methods.files import portable_bytes, save_portable
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import account
 from qlora.planning.plan import REST, plan
 from qlora.recipe import Recipe

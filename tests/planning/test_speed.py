@@ -22,7 +22,7 @@ from qlora.data import Row
 from qlora.errors import ModelError, RecipeError
 from qlora.machine.cards import card
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import as_base, load_base, quantise
+from qlora.model import as_base, quantise
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import any_skeleton
 from qlora.planning import speed as machine
@@ -42,6 +42,7 @@ from qlora.planning.speed import (
     work_of_shapes,
 )  # fmt: skip
 from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
+from qlora.residence.load import load_base
 from qlora.training import Trainer
 from tests.conftest import write_model
 

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.recipe import LoRA, Recipe, Section, reference
+from qlora.recipe import LoRA, Recipe, Section, parts_of, reference
 from qlora.recipe import methods as method_sections
 
 MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
@@ -53,7 +53,7 @@ def test_reference_gives_defaults_as_yaml_has_them() -> None:
 
 
 def test_docs_are_generated() -> None:
-    written = (Path(__file__).parents[1] / "docs/recipe.md").read_text(encoding="utf-8")
+    written = (Path(__file__).parents[2] / "docs/recipe.md").read_text(encoding="utf-8")
     assert written == reference(), "regenerate docs/recipe.md: qlora recipe"
 
 
@@ -103,6 +103,30 @@ def test_overrides_leave_the_values_given_alone() -> None:
     values = {"data": {"train": "a"}, "training": {"epochs": 1}}
     assert Recipe.from_dict(values, "training.epochs=4", "device.threads=2").training.epochs == 4
     assert values == {"data": {"train": "a"}, "training": {"epochs": 1}}
+    both = [{"name": "bottleneck", "form": "pfeiffer"}] * 2
+    method = Recipe.from_dict({**MINIMAL, "method": both}, "method.1.form=lin").method
+    assert [part.form for part in parts_of(method)] == ["pfeiffer", "lin"]  # the override of one is none of the other
+
+
+def test_overrides_with_dashes_are_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {train: a.jsonl}\n", encoding="utf-8")
+    assert Recipe.from_yaml(path, "--training.epochs=3") == Recipe.from_yaml(path, "training.epochs=3")
+    assert Recipe.from_dict(MINIMAL, "--overwrite=true").overwrite
+
+
+def test_repr_says_what_is_wanted_in_two_lines() -> None:
+    methods = [{"name": "lora", "r": 8, "target_modules": ["q_proj"]}, {"name": "modules", "modules": ["lm_head"]}]
+    recipe = Recipe.from_dict({**MINIMAL, "method": methods}, "training.steps=10", "data.held_out_fraction=0.02")
+    assert (
+        repr(recipe)
+        == str(recipe)
+        == (
+            "Recipe(smollm2-135m-instruct in nf4, lora r=8 target_modules=('q_proj',) + modules modules=('lm_head',),\n"
+            "       a.jsonl (2.00% held out), 10 steps of 16 rows a step, folder None)"
+        )
+    )
+    assert "lora r=16,\n       a.jsonl (nothing held out), 1 epochs" in repr(Recipe.from_dict(MINIMAL))
 
 
 def test_recipe_is_frozen() -> None:

@@ -48,8 +48,8 @@ def test_it_leaves_an_adapter_and_a_plain_model_with_the_same_logits(done: tuple
     from transformers import AutoModelForCausalLM
 
     from qlora.methods.files import load_adapter
-    from qlora.model.load import load_base
     from qlora.recipe import ModelSection
+    from qlora.residence.load import load_base
 
     folder, _ = done
     ids = torch.arange(10, 40)[None]

@@ -16,6 +16,7 @@ from qlora.errors import MethodError
 from qlora.methods import METHODS
 from qlora.methods.files import WEIGHTS
 from qlora.recipe import Recipe, parts_of
+from qlora.runs.export import compare_merged
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "methods"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -63,4 +64,4 @@ def test_recipe_trains(path: Path, tiny_model: Path, chat_data: Path, tmp_path: 
         with pytest.raises(MethodError, match="cannot be merged"):
             qlora.merge(run)
     else:
-        assert qlora.runs.run.compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3
+        assert compare_merged(run, qlora.merge(run, dtype="fp32"), 3).largest < 1e-3

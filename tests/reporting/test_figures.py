@@ -62,6 +62,6 @@ def test_an_unfinished_run_compares_with_its_latest_evaluation(begun: RunFolder)
 def test_a_resumed_run_counts_no_step_twice(begun: RunFolder) -> None:
     begun.metrics([step_line(1), step_line(2), step_line(3, loss=9.0), step_line(3, loss=2.0), step_line(4)])
     records = read_records(begun.path)
-    assert [step["step"] for step in records.steps] == [1, 2, 3, 4]
-    assert records.steps[2]["loss"] == 2.0
+    assert [step.number for step in records.steps] == [1, 2, 3, 4]
+    assert records.steps[2].values["loss"] == 2.0
     assert figures.summarise(records).tokens == 400

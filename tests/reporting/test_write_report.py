@@ -92,7 +92,7 @@ def test_the_page_is_self_contained(finished: RunFolder) -> None:
     assert policy[1].split("; ")[:2] == ["default-src 'none'", "style-src 'unsafe-inline'"]
     assert "script-src" not in policy[1]
     assert source.index("Content-Security-Policy") < source.index("<style")
-    assert "prefers-color-scheme: dark" in source
+    assert "color-scheme: light dark" in source
     assert "@media print" in source
 
 
@@ -229,5 +229,7 @@ def test_final_ranks_are_drawn_by_the_name_of_the_linear(finished: RunFolder) ->
     finished.json("method.json", {"ranks": ranks})
     page = write_report(finished.path).read_text(encoding="utf-8")
     begin = page.index("Final ranks")
+    assert 'width="100.0" height="10" class="bar"' in page[begin:]
+    assert 'width="0.4" height="10" class="bar"' in page[begin:]  # rank 0 is seen too
     assert "3.5 (2 to 5)" in page
     assert page.index("up_proj", begin) < page.index("q_proj", begin)

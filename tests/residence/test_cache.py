@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from qlora.errors import DoesNotFitError, ModelError, QloraError
-from qlora.model import load_base
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, fingerprint
-from qlora.model.load import Base
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence import cache
 from qlora.residence.cache import FILE, INDEX, cache_folder_of, cache_key
+from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from tests.tiny import logits_of, tiny_checkpoint
 
@@ -331,8 +331,8 @@ import torch
 torch.set_num_threads(1)
 from qlora.recipe import MemorySection, ModelSection
 from qlora.errors import QloraError
-from qlora.model import load, load_base
-from qlora.residence import cache
+from qlora.residence import cache, load
+from qlora.residence.load import load_base
 
 def kill(after):
     write, calls = os.pwrite, 0

@@ -21,8 +21,9 @@ from qlora.errors import MethodError, ModelError
 from qlora.evaluation import answers
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import as_base
+from qlora.model.anatomy import is_tied
 from qlora.model.checks import check_loss_path, check_packing
-from qlora.model.load import load_base, quantised_names
+from qlora.model.load import quantised_names
 from qlora.model.loss import (
     IGNORE_INDEX,
     Head,
@@ -35,14 +36,8 @@ from qlora.model.loss import (
 from qlora.model.nf4 import dense_weight
 from qlora.planning.accounting import count_parameters
 from qlora.recipe import MemorySection, ModelSection
-from qlora.residence.ends import (
-    HostLinear,
-    embedding_on_host,
-    gathers_on_host,
-    head_on_host,
-    is_tied,
-    refuse_half,
-)
+from qlora.residence.ends import HostLinear, embedding_on_host, gathers_on_host, head_on_host, refuse_half
+from qlora.residence.load import load_base
 from tests import tiny
 from tests.model.test_loss import (
     HEADS,

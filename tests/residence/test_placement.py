@@ -22,20 +22,14 @@ from transformers import LlamaForCausalLM
 from qlora.errors import ModelError
 from qlora.evaluation import answer
 from qlora.methods import apply_method
-from qlora.model import load_base
-from qlora.model.load import Base
+from qlora.model.base import Base
 from qlora.model.nf4 import FrozenLinear, dense_cached, dense_weight, is_away
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, TrainingSection
+from qlora.residence.homes import HostHome
+from qlora.residence.image import Image, frozen_linears
 from qlora.residence.layers import decoder_layers
-from qlora.residence.placement import (
-    POISON,
-    HostHome,
-    Image,
-    Placement,
-    Slot,
-    frozen_linears,
-    resident_layers,
-)
+from qlora.residence.load import load_base
+from qlora.residence.placement import POISON, Placement, Slot, resident_layers
 from qlora.training import Trainer
 from tests.model.test_load import theirs
 from tests.tiny import any_checkpoint, logits_of, random_rows, stir, tiny_checkpoint, word_tokenizer
@@ -382,7 +376,7 @@ def test_a_fault_of_the_reader_is_the_callers_and_the_next_step_is_right(folder:
         with pytest.raises(ModelError, match=r"^The file cache 'x' cannot be read\.$"):
             next(trainer)
         assert trainer.step_number == 1
-        assert all(values.grad is None for values in trainer.parameters.values())
+        assert all(values.grad is None for values in trainer.state.parameters.values())
     placement.home.read = read  # type: ignore[method-assign]
     losses.append(next(trainer).loss)
     assert losses == expected
@@ -466,7 +460,7 @@ def test_a_base_that_is_let_go_closes_its_file_and_ends_its_thread(folder: Path,
 DYING = """
 import atexit, sys, time, torch
 from qlora.recipe import MemorySection, ModelSection
-from qlora.model import load_base
+from qlora.residence.load import load_base
 base = load_base(ModelSection(name=sys.argv[1]), torch.device("cpu"), memory=MemorySection(layers="streamed", slots=4))
 read = base.placement.home.read
 def slow(*args):
@@ -578,15 +572,15 @@ def test_the_transposed_linears_of_gpt2_stream(tmp_path: Path) -> None:
 
 
 def test_layers_that_share_a_linear_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.model import load
+    from qlora.model import skeleton
 
-    made = load.empty_linears
+    made = skeleton.empty_linears
 
     def share(model: Any, *args: Any) -> None:
         made(model, *args)
         model.model.layers[3].mlp.up_proj = model.model.layers[0].mlp.up_proj
 
-    monkeypatch.setattr(load, "empty_linears", share)
+    monkeypatch.setattr(skeleton, "empty_linears", share)
     with pytest.raises(ModelError, match=r"share model\.layers\.0\.mlp\.up_proj, .*memory\.layers=resident"):
         base_of(folder)
 

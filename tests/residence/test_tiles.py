@@ -19,15 +19,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, save_adapter
-from qlora.model.checks import check_boundary
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from qlora.residence.boundary import unread_linears
+from qlora.residence.checks import check_boundary
 from qlora.residence.layers import RecomputedLayer, decoder_layers, recomputing, unwrap_layers, wrap_layers
 from qlora.residence.tiles import TiledMLP, find_mlp, tile_mlps, tiles_of
-from tests.planning.test_memory import peak_of
 from tests.residence.test_layers import FAMILIES, ROWS, step_gradients
-from tests.steps import LOSS, close
+from tests.steps import LOSS, close, peak_of
 from tests.tiny import TOKENS, difference, gradients, random_model, small_model, tiny_model
 
 CPU = torch.device("cpu")

@@ -20,13 +20,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
-from qlora.runs import run
 from qlora.chat import talk
 from qlora.cli import main
-from qlora.recipe import Recipe
-from qlora.files.durable import write_json
 from qlora.errors import RunError
+from qlora.files.durable import write_json
+from qlora.recipe import Recipe
+from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
+from qlora.runs.export import merge
 from qlora.runs.folder import RUN_FILES
+from qlora.runs.train import resume, train
 from qlora.training import MetricsLog, checkpoint
 from tests.rounding import difference, rounding
 from tests.tiny import conversations, tiny_values, write_lines
@@ -40,7 +42,7 @@ EXACT_HELD_OUT = ("step", "held_out_loss", "held_out_perplexity", "held_out_targ
 # on as if nothing were. Prints the wait status of each.
 DRIVER = """
 import json, os, sys
-import qlora.runs.run
+import qlora.runs.train
 from qlora.cli import main
 from qlora.files.durable import write_json
 from qlora.runs.folder import RUN_FILES
@@ -207,12 +209,12 @@ def test_recipe_of_a_replacing_run_does_not_replace_it_again(
 
 
 def test_python_returns_the_numbers_that_the_files_hold(finished: Path) -> None:
-    result = run.evaluate(finished, quiet=True)
+    result = evaluate(finished, quiet=True)
     measured = evaluation_of(finished)
     assert result.after is not None
     assert result.after.loss == measured["held_out"]["after"]["loss"]
     assert [item.after for item in result.generations] == [item["after"] for item in measured["generations"]]
-    assert result.trainable_parameters == run.load_run(finished, quiet=True).count_trainable()
+    assert result.trainable_parameters == load_run(finished, quiet=True).count_trainable()
 
 
 def test_evaluate_leaves_the_run_as_it_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +230,7 @@ def test_export_loads_in_plain_transformers(finished: Path, tmp_path: Path, caps
     assert "logits differ by at most" in capsys.readouterr().out
     plain = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    adapted = run.load_run(finished, quiet=True)
+    adapted = load_run(finished, quiet=True)
     ids = torch.tensor([tokenizer("What does copytree do?")["input_ids"]])
     with torch.no_grad():
         expected = adapted.model(input_ids=ids).logits
@@ -249,7 +251,7 @@ def test_export_loads_in_plain_transformers(finished: Path, tmp_path: Path, caps
 
 def test_peft_loads_the_adapter_strictly(finished: Path) -> None:
     peft = pytest.importorskip("peft")
-    adapted = run.load_run(finished, quiet=True)
+    adapted = load_run(finished, quiet=True)
     base = AutoModelForCausalLM.from_pretrained(adapted.base.folder)
     model = peft.PeftModel.from_pretrained(base, finished / "adapter")
     theirs = {key: value for key, value in model.state_dict().items() if "lora_" in key}
@@ -262,9 +264,9 @@ def test_peft_loads_the_adapter_strictly(finished: Path) -> None:
 
 def test_a_run_without_its_checkpoints_answers_from_its_adapter(finished: Path, tmp_path: Path) -> None:
     run_folder = shutil.copytree(finished, tmp_path / "run")
-    expected = run.evaluate(run_folder, quiet=True)
+    expected = evaluate(run_folder, quiet=True)
     shutil.rmtree(run_folder / "checkpoints")
-    again = run.evaluate(run_folder, quiet=True)
+    again = evaluate(run_folder, quiet=True)
     assert (again.after, again.generations) == (expected.after, expected.generations)
 
 
@@ -304,7 +306,7 @@ def test_raw_text_run_has_no_chat_template(tiny_model: Path, tmp_path: Path) -> 
     values["training"] = {"steps": 1, "batch_size": 2, "micro_batch_size": 2}
     assert main(["train", str(recipe_in(tmp_path, values))]) == 0
     assert not list((tmp_path / "run").rglob("chat_template*"))
-    assert run.chat_tokenizer(tmp_path / "run").chat_template is None
+    assert chat_tokenizer(tmp_path / "run").chat_template is None
 
 
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
@@ -403,19 +405,19 @@ def test_resume_refuses_another_recipe_or_other_data(finished: Path, tmp_path: P
     original = path.read_text(encoding="utf-8")
     path.write_text(original.replace("steps: 10", "steps: 20"), encoding="utf-8")
     with pytest.raises(RunError, match="changed after the run began"):
-        run.resume(copy, quiet=True)
+        resume(copy, quiet=True)
     path.write_text(original, encoding="utf-8")
     data = Path(yaml.safe_load(original)["data"]["train"])
     kept = data.read_bytes()
     try:
         write_lines(data, conversations(39))
         with pytest.raises(RunError, match=r"data of .* has changed"):
-            run.resume(copy, quiet=True)
+            resume(copy, quiet=True)
     finally:
         data.write_bytes(kept)
     (copy / "environment.json").write_text("{", encoding="utf-8")
     with pytest.raises(RunError, match=r"environment\.json' is damaged"):
-        run.resume(copy, quiet=True)
+        resume(copy, quiet=True)
 
 
 def test_another_base_under_a_run_is_noticed(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -427,10 +429,10 @@ def test_another_base_under_a_run_is_noticed(finished: Path, tiny_model: Path, t
     environment = json.loads((copy / "environment.json").read_text(encoding="utf-8"))
     environment["recipe_sha256"] = hashlib.sha256(recipe.encode()).hexdigest()
     (copy / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
-    run.load_run(copy, quiet=True)
+    load_run(copy, quiet=True)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 1e6}), encoding="utf-8")
-    for work in (run.load_run, run.resume, run.merge, run.evaluate):
+    for work in (load_run, resume, merge, evaluate):
         with pytest.raises(RunError, match="is not the one that"):
             work(copy)
     assert not (copy / "merged").exists()
@@ -442,7 +444,7 @@ def test_evaluation_refuses_data_that_changed(finished: Path, tmp_path: Path) ->
     try:
         write_lines(data, conversations(41))
         with pytest.raises(RunError, match="may have been trained on"):
-            run.evaluate(finished, quiet=True)
+            evaluate(finished, quiet=True)
     finally:
         data.write_bytes(kept)
 
@@ -458,9 +460,9 @@ def test_damaged_evaluation_is_said_and_measured_again(finished: Path, tmp_path:
     ):
         (copy / "evaluation.json").write_text(text, encoding="utf-8")
         with pytest.raises(RunError, match=r"evaluation\.json' is damaged"):
-            run.resume(copy, quiet=True)
+            resume(copy, quiet=True)
     (copy / "evaluation.json").unlink()
-    run.resume(copy, quiet=True)
+    resume(copy, quiet=True)
     assert evaluation_of(copy) == evaluation_of(finished)
     assert [line["step"] for line in lines_of(copy) if "held_out_loss" in line].count(0) == 1
 
@@ -505,7 +507,7 @@ def test_a_home_in_the_folders_name_is_the_home(
     values = tiny_values(tiny_model, chat_data, tmp_path)
     values["training"] = {"steps": 1, "batch_size": 2}
     values["evaluation"] = {"prompts": 0, "held_out_rows": 1}
-    done = run.train(Recipe.from_dict({**values, "folder": "~/runs/mine"}), quiet=True)
+    done = train(Recipe.from_dict({**values, "folder": "~/runs/mine"}), quiet=True)
     assert done.folder == tmp_path / "home/runs/mine"
     assert not (tmp_path / "~").exists()
 

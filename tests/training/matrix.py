@@ -21,9 +21,9 @@ from qlora import recipe
 from qlora.errors import InputError
 from qlora.evaluation import score
 from qlora.methods import apply_method
-from qlora.model import load_base
 from qlora.recipe import MemorySection, ModelSection, TrainingSection
-from qlora.training import Trainer, checkpoint
+from qlora.residence.load import load_base
+from qlora.training import Trainer
 from tests.methods.test_laws import spoken
 from tests.tiny import CPU, random_rows
 
@@ -141,7 +141,7 @@ def try_cell(base: Path, place: Path, cell: Cell) -> Found:
         files = files_of(trainer.save())
     differs = [name for name in sorted({*wanted, *files}) if wanted.get(name) != files.get(name)]
     differs += [f"step {step[0]}" for step, other in zip(expected, found, strict=True) if step != other]
-    states = straight.optimizer.state.values()
+    states = straight.state.optimizer.state.values()
     eight_bit = sum(v.dtype == torch.uint8 for state in states for v in state.values() if torch.is_tensor(v))
     return Found(differs=tuple(differs), eight_bit=eight_bit)
 
@@ -160,7 +160,7 @@ def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, **trai
     rows = spoken(model, random_rows(20, cell.packing, seed=4)[:5])
     trainer = Trainer(model, rows, TrainingSection(**settings), place, where)
     if again:
-        assert checkpoint.load_newest(trainer, place / "checkpoints") == []
+        assert trainer.load_newest() == []
     else:
         model.prepare(trainer.batches())
     return trainer

@@ -161,10 +161,10 @@ def test_peft_loads_a_checkpoint(saved: tuple[Trainer, Path], base: Path) -> Non
 def test_the_loss_scale_goes_round(base: Path, tmp_path: Path) -> None:
     trainer = fresh(base, tmp_path)
     take(trainer, 1)
-    trainer.loss_scale = 512.0
+    trainer.state.loss_scale = 512.0
     again = fresh(base, tmp_path)
     again.load(trainer.save())
-    assert again.loss_scale == 512.0
+    assert again.state.loss_scale == 512.0
 
 
 def test_the_newest_are_kept_and_others_are_left_alone(base: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_the_newest_that_is_whole_is_taken_and_the_loss_is_said(base: Path, tmp_
     assert len(lost) == 1
     assert f"000003' is damaged ({file} has another checksum" in lost[0]
     other = fresh(base, tmp_path, keep_checkpoints=3)
-    assert checkpoint.load_newest(other, folder) == lost
+    assert other.load_newest() == lost
     assert other.step_number == 2
     assert take(other, 1)
     assert adapter_bytes(other.model) == adapter_bytes(trainer.model)

@@ -20,18 +20,12 @@ from qlora.methods import AdaptedModel
 from qlora.recipe import TrainingSection
 from qlora.residence import layers
 from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
-from qlora.training import Trainer, learning_rate, loop
+from qlora.training import Trainer, learning_rate, recover
+from qlora.training.state import LARGEST_SCALE
+from qlora.training.step import total_norm
 from tests.rounding import rounding
 from tests.steps import LATER, LOSS, close, step_of
-from tests.tiny import (
-    VOCABULARY,
-    adapter_bytes,
-    gradients,
-    random_rows,
-    small_model,
-    stir,
-    tiny_model,
-)
+from tests.tiny import VOCABULARY, adapter_bytes, gradients, random_rows, small_model, stir, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
 NORM = rounding(terms=4096, sums=2)  # a sum of that many squares at most, and one over the parameters
@@ -132,9 +126,9 @@ def test_the_norm_of_bf16_gradients_is_in_fp32() -> None:
     exact = math.sqrt(sum(float(values.double().square().sum()) for values in whole))
     assert abs(float(torch.nn.utils.get_total_norm(whole)) / exact - 1) > 1e-5  # torch's own
     for parts in (whole, [whole[0], whole[1].float()]):
-        assert loop.total_norm(parts) == pytest.approx(exact, rel=NORM)
-    assert loop.total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
-    assert loop.total_norm([]) == 0
+        assert total_norm(parts) == pytest.approx(exact, rel=NORM)
+    assert total_norm([torch.full((9,), 6e4, dtype=torch.float16)]) == pytest.approx(1.8e5, rel=1e-3)
+    assert total_norm([]) == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -184,7 +178,7 @@ def state_of(trainer: Trainer) -> tuple[Any, ...]:
 
     moments = {
         name: value.numpy().tobytes()
-        for name, value in optimizer_tensors(trainer.optimizer, trainer.parameters).items()
+        for name, value in optimizer_tensors(trainer.state.optimizer, trainer.state.parameters).items()
     }
     return adapter_bytes(trainer.model), moments, trainer.step_number
 
@@ -213,7 +207,7 @@ def test_a_row_that_gives_nan_is_refused_by_name(model: AdaptedModel, way: str) 
             ):
                 next(trainer)
             assert state_of(trainer) == before
-            assert all(value.grad is None for value in trainer.parameters.values())
+            assert all(value.grad is None for value in trainer.state.parameters.values())
             assert not model.model.training
     finally:
         embedding.data[bad] = kept
@@ -223,7 +217,7 @@ def test_a_row_that_gives_nan_is_refused_by_name(model: AdaptedModel, way: str) 
 def test_a_gradient_that_is_not_finite_is_refused_by_name(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS, section())
     name = "model.layers.1.mlp.down_proj.lora_B"
-    handle = trainer.parameters[name].register_hook(lambda grad: grad * math.inf)
+    handle = trainer.state.parameters[name].register_hook(lambda grad: grad * math.inf)
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match=f"gradient norm (inf|nan) .*{name}"):
         next(trainer)
@@ -246,7 +240,7 @@ def test_an_interrupted_step_leaves_no_gradients(model: AdaptedModel) -> None:
         next(trainer)
     handle.remove()
     assert state_of(trainer) == before
-    assert all(value.grad is None for value in trainer.parameters.values())
+    assert all(value.grad is None for value in trainer.state.parameters.values())
     assert not model.model.training
 
 
@@ -256,9 +250,9 @@ def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping
     expected = adapter_bytes(dropping)
     stir(dropping, 0.05)
     trainer = Trainer(dropping, ROWS, section())
-    trainer.loss_scale = 2.0**14
+    trainer.state.loss_scale = 2.0**14
     overflows = iter([True, True])
-    parameter = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"]
+    parameter = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"]
 
     def overflow(value: torch.Tensor) -> None:
         assert value.grad is not None
@@ -269,48 +263,52 @@ def test_an_fp16_overflow_halves_the_scale_and_runs_the_same_rows_again(dropping
     step = next(trainer)
     handle.remove()
     # layer-major with micro-batches of 2: both overflows fall into the first try
-    assert trainer.loss_scale == 2.0**13
+    assert trainer.state.loss_scale == 2.0**13
     assert (step.loss, step.grad_norm) == (plain.loss, plain.grad_norm)
     assert adapter_bytes(dropping) == expected
 
 
 def test_an_overflow_that_no_scale_cures_is_refused(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS[:2], section(batch_size=2))
-    trainer.loss_scale = 8.0
-    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    trainer.state.loss_scale = 8.0
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(
+        lambda grad: grad * math.nan
+    )
     before = state_of(trainer)
     with pytest.raises(NonFiniteError, match="Step 1"):
         next(trainer)
     handle.remove()
-    assert trainer.loss_scale == 1.0
+    assert trainer.state.loss_scale == 1.0
     assert state_of(trainer) == before
 
 
 def test_a_skipped_step_leaves_the_scale_as_it_was(model: AdaptedModel) -> None:
     """One bad row must not leave the next five hundred steps without a scale."""
     trainer = Trainer(model, ROWS[:2], section(batch_size=2, steps=2, not_finite="skip"))
-    trainer.loss_scale = 8.0
-    handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(lambda grad: grad * math.nan)
+    trainer.state.loss_scale = 8.0
+    handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_hook(
+        lambda grad: grad * math.nan
+    )
     assert next(trainer).skipped
     handle.remove()
-    assert trainer.loss_scale == 8.0
+    assert trainer.state.loss_scale == 8.0
     assert not next(trainer).skipped
 
 
 def test_fp16_bases_start_with_a_loss_scale(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Trainer(model, ROWS, section()).loss_scale == 1.0
+    assert Trainer(model, ROWS, section()).state.loss_scale == 1.0
     monkeypatch.setattr(model.base, "compute_dtype", torch.float16)
-    assert Trainer(model, ROWS, section()).loss_scale == 2.0**14
+    assert Trainer(model, ROWS, section()).state.loss_scale == 2.0**14
 
 
 def test_a_scale_that_fell_rises_again(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "SCALE_GROWTH", 3)
+    monkeypatch.setattr(recover, "SCALE_GROWTH", 3)
     plain = Trainer(model, ROWS, section(steps=9))
-    assert [next(plain).number and plain.loss_scale for _ in range(4)] == [1.0] * 4
+    assert [next(plain).number and plain.state.loss_scale for _ in range(4)] == [1.0] * 4
     trainer = Trainer(model, ROWS, section(steps=9))
-    trainer.scaled, trainer.loss_scale = True, loop.LARGEST_SCALE / 2
-    scales = [next(trainer).number and trainer.loss_scale for _ in range(6)]
-    assert [scale / loop.LARGEST_SCALE for scale in scales] == [0.5, 0.5, 1, 1, 1, 1]
+    trainer.state.loss_scale = LARGEST_SCALE / 2
+    scales = [next(trainer).number and trainer.state.loss_scale for _ in range(6)]
+    assert [scale / LARGEST_SCALE for scale in scales] == [0.5, 0.5, 1, 1, 1, 1]
 
 
 def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:

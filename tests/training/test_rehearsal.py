@@ -17,10 +17,11 @@ from qlora.machine import device
 from qlora.methods import AdaptedModel, apply_method
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import decoder_layers, unwrap_layers
-from qlora.training import Trainer, loop, rehearsal
+from qlora.training import Trainer, rehearsal
+from qlora.training.objectives import tokens
 from qlora.training.optim import optimizer_tensors, steps_taken_back
 from qlora.training.rehearsal import worst_rows
-from qlora.training.smaller import Way
+from qlora.training.way import Way
 from tests.steps import take
 from tests.tiny import adapter_bytes, random_rows, stir, tiny_base, tiny_checkpoint, tiny_model
 from tests.training.test_smaller import losses_in_chunks_of, no_collection, short_of_memory
@@ -56,16 +57,16 @@ def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
 
 def state_of(trainer: Trainer) -> tuple[Any, ...]:
     """Everything that a step may change, as bytes."""
-    moments = optimizer_tensors(trainer.optimizer, trainer.parameters)
+    moments = optimizer_tensors(trainer.state.optimizer, trainer.state.parameters)
     return (
         adapter_bytes(trainer.model),
         {name: values.numpy().tobytes() for name, values in moments.items()},
-        {name: values.grad for name, values in trainer.parameters.items()},
-        {name: values._version for name, values in trainer.parameters.items()},
+        {name: values.grad for name, values in trainer.state.parameters.items()},
+        {name: values._version for name, values in trainer.state.parameters.items()},
         {name: values.numpy().tobytes() for name, values in trainer.model.model.named_buffers()},
         [(module.training, vars(module).get("max_seq_len_cached")) for module in trainer.model.model.modules()],
         torch.get_rng_state().numpy().tobytes(),
-        (trainer.step_number, trainer.loss_scale, trainer.torn, trainer.way),
+        (trainer.step_number, trainer.state.loss_scale, trainer.state.torn, trainer.state.way),
     )
 
 
@@ -84,7 +85,7 @@ def test_a_run_is_the_same_with_and_without_it(model: AdaptedModel, tmp_path: Pa
     before = state_of(trainer)
     trainer.rehearse()
     assert state_of(trainer) == before
-    assert not trainer.optimizer.state
+    assert not trainer.state.optimizer.state
     model.model.eval()
     found = take(trainer, 2)
     before = state_of(trainer)
@@ -101,7 +102,7 @@ def test_a_run_is_the_same_with_and_without_it(model: AdaptedModel, tmp_path: Pa
     assert adapter_bytes(model) == wanted
 
 
-@pytest.mark.parametrize("name", ["adalora", "full", "prompt_tuning", "in_backward", "fp16"])
+@pytest.mark.parametrize("name", ["adalora", "full", "prompt_tuning", "fp16"])
 def test_whatever_the_method_and_the_way(folder: Path, name: str) -> None:
     methods: dict[str, Any] = {
         "adalora": config.AdaLoRA(r=2, initial_r=4, alpha=8, warmup=0.0, final=0.2, interval=1),
@@ -112,16 +113,15 @@ def test_whatever_the_method_and_the_way(folder: Path, name: str) -> None:
     for rehearsed in (False, True):
         base = tiny_base(folder, "none" if name == "full" else "nf4")
         model = apply_method(base, methods.get(name, config.LoRA(r=4, dropout=0.1)))
-        how = {"optimizer_in_backward": True, "max_grad_norm": None} if name == "in_backward" else {}
-        trainer = Trainer(model, ROWS, section(**how))
+        trainer = Trainer(model, ROWS, section())
         if name == "fp16":
-            trainer.scaled, trainer.loss_scale = True, 2.0**12
+            trainer.state.loss_scale = 2.0**12
         before = state_of(trainer)
         if rehearsed:
             trainer.rehearse()
             assert state_of(trainer) == before
             assert all(method.why_not_disabled() is None for method in model.methods)  # full: not moved
-        curves.append((take(trainer, 3), adapter_bytes(model), model.report(), trainer.loss_scale))
+        curves.append((take(trainer, 3), adapter_bytes(model), model.report(), trainer.state.loss_scale))
     assert curves[0] == curves[1]
 
 
@@ -221,7 +221,7 @@ def test_its_peak_is_its_own(model: AdaptedModel, monkeypatch: pytest.MonkeyPatc
     assert device.peak_memory_bytes(CPU) - plain > 140 * 2**20
     assert "since it began" not in str(more)
     large = torch.nn.Parameter(torch.ones(64 * 2**20 // 4))
-    trainer.parameters["large"] = large
+    trainer.state.parameters["large"] = large
     copied = trainer.rehearse().peak_memory_bytes  # its copy is the rehearsal's own, and no step's
     assert abs(copied - plain - 64 * 2**20) < 8 * 2**20
     monkeypatch.setattr(rehearsal, "reset_peak_memory", lambda device: False)
@@ -233,10 +233,10 @@ def test_the_moments_are_there_from_the_beginning(model: AdaptedModel) -> None:
     trainer = Trainer(model, ROWS, section())
     seen: list[int] = []
     norm: Any = model.model.get_submodule("model.norm")
-    handle = norm.register_forward_hook(lambda *_: seen.append(len(trainer.optimizer.state)))
+    handle = norm.register_forward_hook(lambda *_: seen.append(len(trainer.state.optimizer.state)))
     trainer.rehearse()
     handle.remove()
-    assert seen == [len(trainer.parameters)]
+    assert seen == [len(trainer.state.parameters)]
 
 
 def test_a_smaller_way_is_found_and_kept(model: AdaptedModel) -> None:
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ) -> None:
     trainer = Trainer(model, ROWS, section(), tmp_path / "run")
     before = state_of(trainer)
-    monkeypatch.setattr(loop, "batch_loss", losses_in_chunks_of(0))
+    monkeypatch.setattr(tokens, "batch_loss", losses_in_chunks_of(0))
     with pytest.raises(DoesNotFitError, match=r"most expensive step .* no smaller way is left"):
         trainer.rehearse()
     assert state_of(trainer)[:-1] == before[:-1]
@@ -270,10 +270,10 @@ def test_memory_for_the_moments_counts(model: AdaptedModel, monkeypatch: pytest.
     def refuse() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.optimizer, "step", refuse)
+    monkeypatch.setattr(trainer.state.optimizer, "step", refuse)
     with pytest.raises(DoesNotFitError, match="CUDA out of memory"):
         trainer.rehearse()
-    assert not trainer.torn
+    assert not trainer.state.torn
 
 
 def test_paged_states_are_emptied_in_place() -> None:

@@ -27,7 +27,7 @@ from qlora.data import step_rows
 from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
-from qlora.runs import run
+from qlora.runs import train as run
 from qlora.training import MetricsLog, Trainer, checkpoint
 from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
 from tests.tiny import tiny_checkpoint, tiny_values
@@ -118,7 +118,7 @@ def paging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moments(trainer: Trainer) -> list[Tensor]:
-    return [state[key] for state in trainer.optimizer.state.values() for key in ("state1", "state2")]
+    return [state[key] for state in trainer.state.optimizer.state.values() for key in ("state1", "state2")]
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw", "paged_adamw_8bit", "adamw_8bit"])
@@ -182,12 +182,12 @@ def test_a_run_with_skipped_steps_goes_on_bit_for_bit(
         next(trainer)
     before = matrix.files_of(trainer.save())
     trainer = fresh("broken", again=True)
-    assert trainer.skipped == 1
+    assert trainer.state.skipped == 1
     found = [next(trainer)]
     trainer.save()
     trainer = fresh("broken", again=True)
     found += list(trainer)
-    assert trainer.skipped == whole.skipped == 2
+    assert trainer.state.skipped == whole.state.skipped == 2
     assert [(s.loss, s.grad_norm) for s in found[:-1]] == [(s.loss, s.grad_norm) for s in steps[2:-1]]
     assert found[-1].note == steps[-1].note
     files = matrix.files_of(trainer.save())

@@ -20,9 +20,10 @@ from qlora.methods import AdaptedModel
 from qlora.model.loss import batch_loss
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
-from qlora.training import Progress, Step, Trainer, loop
-from qlora.training.smaller import Way
-from tests.steps import GRADIENT, LATER, LOSS, take
+from qlora.training import Progress, Step, Trainer, recover
+from qlora.training.objectives import tokens
+from qlora.training.way import Way
+from tests.steps import GRADIENT, LATER, LOSS, go, take
 from tests.tiny import adapter_bytes, random_rows, small_model, stir, tiny_checkpoint, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]  # by 8: steps of 8, 8 and 3 rows an epoch
@@ -108,7 +109,6 @@ def test_the_ways_become_smaller_until_there_is_none() -> None:
     assert found == sorted(found, reverse=True)  # so that the lesser of two is the smaller way
     assert Way(4, True, 16).smaller(1) is None  # a step of one row: neither fewer rows nor another order
     assert Way(4, True, 32).smaller(1) == Way(4, True, 16)
-    assert Way(1, True, 32).smaller(8, layer_major_only=True) == Way(1, True, 16)
     assert Way(1, False, 8).smaller(8) is None
     for one in (Way(2, True, 3), Way(1, False, 256)):
         assert Way.from_values(json.loads(json.dumps(one.values()))) == one
@@ -175,24 +175,24 @@ def test_a_loss_scale_that_fell_is_found_again(dropping: AdaptedModel) -> None:
     def run(most: int) -> tuple[list[tuple[float, float]], float, dict[str, bytes]]:
         stir(dropping, 0.05)
         trainer = Trainer(dropping, ROWS, section())
-        trainer.scaled, trainer.loss_scale, trainer.step_number = True, 2.0**10, loop.SCALE_GROWTH - 1
+        trainer.state.loss_scale, trainer.state.step = 2.0**10, recover.SCALE_GROWTH - 1
         trainer.total_steps = trainer.step_number + 2
         scales: list[float] = []
 
         def overflow(values: torch.Tensor) -> None:
             assert values.grad is not None
-            scales.append(trainer.loss_scale)
-            if trainer.loss_scale > 2.0**9:
+            scales.append(trainer.state.loss_scale)
+            if trainer.state.loss_scale > 2.0**9:
                 values.grad.fill_(torch.inf)
 
-        handle = trainer.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_post_accumulate_grad_hook(overflow)  # fmt: skip
+        handle = trainer.state.parameters["model.layers.0.self_attn.q_proj.lora_A"].register_post_accumulate_grad_hook(overflow)  # fmt: skip
         if most < 4:
-            trainer._arrange(Way(2, True, 256))
+            go(trainer, Way(2, True, 256))
         with short_of_memory(dropping, 2 if most == 4 else 8, "backward", layer=0):
             found = take(trainer, 2)
         handle.remove()
         assert max(scales) == 2.0**11  # doubled once, whatever was taken again
-        return found, trainer.loss_scale, adapter_bytes(dropping)
+        return found, trainer.state.loss_scale, adapter_bytes(dropping)
 
     assert run(4) == run(2)
 
@@ -228,9 +228,9 @@ def test_in_backward_it_leaves_no_gradients(model: AdaptedModel, monkeypatch: py
     seen: list[int] = []
 
     def release(device: torch.device) -> None:
-        seen.append(sum(values.grad is not None for values in trainer.parameters.values()))
+        seen.append(sum(values.grad is not None for values in trainer.state.parameters.values()))
 
-    monkeypatch.setattr(loop, "release_memory", release)
+    monkeypatch.setattr(recover, "release_memory", release)
     with short_of_memory(model, 2, "backward", layer=0):
         next(trainer)
     assert seen == [0]
@@ -279,10 +279,10 @@ def test_all_the_way_down(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) 
     """Logits that do not fit: fewer rows do not help, and neither does their order."""
     expected = take(Trainer(model, ROWS, section()), 2)
     stir(model, 0.05)
-    monkeypatch.setattr(loop, "batch_loss", losses_in_chunks_of(50))
+    monkeypatch.setattr(tokens, "batch_loss", losses_in_chunks_of(50))
     trainer = Trainer(model, ROWS, section(loss_chunk=90))
     step = next(trainer)
-    assert trainer.way == Way(1, False, 45)
+    assert trainer.state.way == Way(1, False, 45)
     assert "micro_batch_major accumulation instead of layer_major" in step.note
     assert step.note.endswith("a loss chunk of 45 instead of 90, same rows and result.")
     assert step.note.count("Step 1 did not fit") == 4
@@ -300,7 +300,7 @@ def test_when_nothing_smaller_exists_it_stops_with_a_checkpoint(
     found = take(trainer, at)
     before = adapter_bytes(model)
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "batch_loss", losses_in_chunks_of(0))
+        patched.setattr(tokens, "batch_loss", losses_in_chunks_of(0))
         with pytest.raises(DoesNotFitError, match=rf"Step {at + 1} .*no smaller way is left.*max_length.*budget=auto") as error:  # fmt: skip
             next(trainer)
     assert adapter_bytes(model) == before
@@ -310,7 +310,7 @@ def test_when_nothing_smaller_exists_it_stops_with_a_checkpoint(
         stir(model, 0.3)
         again = Trainer(model, ROWS, section(micro_batch_size=1, loss_chunk=16), tmp_path)
         again.load(place)
-        assert again.way == Way(1, True, 16)
+        assert again.state.way == Way(1, True, 16)
         assert found + take(again, 2) == expected
 
 
@@ -329,7 +329,7 @@ def test_a_resumed_run_goes_the_smaller_way_too(dropping: AdaptedModel, tmp_path
     stir(dropping, 0.3)
     again = Trainer(dropping, ROWS, section(optimizer=optimizer), tmp_path)
     again.load(place)
-    assert again.way == Way(2, True, 256)
+    assert again.state.way == Way(2, True, 256)
     assert [boundary.rows for boundary in decoder_layers(dropping.model)] == [2, 2]
     assert take(again, 2) == expected
     assert adapter_bytes(dropping) == wanted
@@ -347,7 +347,7 @@ def test_layers_that_cannot_be_cut_take_their_rows_one_after_the_other(tmp_path:
     trainer = Trainer(model, rows, section(micro_batch_size=8))
     with short_of_memory(model, 2):
         found = take(trainer, 2)
-    assert trainer.way == Way(1, False, 256)
+    assert trainer.state.way == Way(1, False, 256)
     assert found[0] == pytest.approx(expected[0], rel=GRADIENT)
     assert found[1] == pytest.approx(expected[1], rel=LATER)
 
@@ -361,8 +361,8 @@ def test_memory_for_the_moments_may_be_missing_too(
     place = trainer.save()
     expected = take(trainer, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.optimizer, "step", refuse)
-        with pytest.raises(DoesNotFitError, match=r"while step 4 moved the parameters \(CUDA out of memory.*checkpoint is whole"):  # fmt: skip
+        patched.setattr(trainer.state.optimizer, "step", refuse)
+        with pytest.raises(DoesNotFitError, match=r"while step 4 changed the parameters \(CUDA out of memory.*checkpoint is whole"):  # fmt: skip
             next(trainer)
     for act in (trainer.save, trainer.rehearse, lambda: next(trainer)):
         with pytest.raises(RunError, match="Step 4 was broken off"):
@@ -410,7 +410,7 @@ def test_scoring_takes_fewer_rows_and_smaller_chunks(model: AdaptedModel, monkey
     ("memory", "words"),
     [
         ({"layer_inputs": "host"}, "memory.layer_inputs=host"),
-        ({"mlp_tile": 8, "layer_inputs": "disk"}, "memory.layer_inputs=disk, memory.mlp_tile"),
+        ({"mlp_tile": 8, "layer_inputs": "host"}, "memory.layer_inputs=host, memory.mlp_tile"),
     ],
 )
 def test_what_needs_the_boundary_is_refused_without_it(model: AdaptedModel, memory: Any, words: str) -> None:
@@ -426,13 +426,13 @@ def test_streamed_layers_need_the_boundary(model: AdaptedModel, monkeypatch: pyt
 
 
 def test_the_memory_section_reaches_the_layers_and_stays_in_a_smaller_way(dropping: AdaptedModel) -> None:
-    """Tiled, with layer inputs on disk, and short of memory on top of it: bitwise what it is on the device."""
+    """Tiled, with layer inputs on the host, and short of memory on top of it: bitwise what it is on the device."""
     curves = []
-    for place in ("device", "disk"):
+    for place in ("device", "host"):
         stir(dropping, 0.05)
         trainer = Trainer(dropping, ROWS, section(), memory=MemorySection(layer_inputs=place, mlp_tile=5))  # type: ignore[arg-type]
         with short_of_memory(dropping, 2, "backward", layer=0):
             curves.append((take(trainer, 3), adapter_bytes(dropping)))
         boundary: Any = decoder_layers(dropping.model)[0]
-        assert (boundary.rows, boundary.inputs is trainer.inputs) == (2, True)
+        assert (boundary.rows, boundary.inputs is trainer.passage.inputs) == (2, True)
     assert curves[0] == curves[1]

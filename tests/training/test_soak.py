@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora.recipe import Recipe
-from qlora.runs import run
+from qlora.runs.train import train
 from qlora.training import MetricsLog
 from tests.tiny import tiny_values
 
@@ -34,6 +34,6 @@ def test_files_and_threads_do_not_pile_up(
             samples[line["step"]] = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
     monkeypatch.setattr(MetricsLog, "write", look)
-    run.train(Recipe.from_dict(values), quiet=True)
+    train(Recipe.from_dict(values), quiet=True)
     assert samples[30] == samples[15]
     assert (tmp_path / "run" / "checkpoints" / "000030").is_dir()

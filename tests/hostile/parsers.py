@@ -37,14 +37,15 @@ from qlora.methods.files import (
 )
 from qlora.model import default
 from qlora.model.checkpoint import INDEX, fingerprint, open_checkpoint
-from qlora.model.load import load_skeleton
-from qlora.model.skeleton import read_config
+from qlora.model.config import load_config
+from qlora.model.skeleton import load_skeleton
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection, Recipe
 from qlora.training import checkpoint
-from qlora.training.smaller import Way
+from qlora.training.way import Way
 
 MIB = 1024**2
+LONGEST = 4000  # characters of a message
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ ADAPTERS = (
 )  # fmt: skip
 RECIPES = (
     b"model: {name: smollm2-135m-instruct}\nmethod: {name: lora, r: 8, alpha: 16}\ndata:\n  train: a.jsonl\n",
-    b"data: &d\n  train: [a.jsonl, b.csv]\n  columns: {prompt: question}\ntraining:\n  learning_rate: 2e-4\n  betas: [0.9, 0.99]\n",
-    b"method:\n- &x {name: bottleneck, size: 4}\n- {<<: *x, form: lin}\n- {name: modules, modules: [lm_head]}\ndata: {train: !!str 5}\n",
+    b"data:\n  train: [a.jsonl, b.csv]\n  columns: {prompt: question}\ntraining:\n  learning_rate: 2e-4\n  betas: [0.9, 0.99]\n",
+    b"method:\n- {name: bottleneck, size: 4}\n- {name: bottleneck, form: lin}\n- {name: modules, modules: [lm_head]}\ndata: {train: !!str 5}\n",
     b"method: {name: new_tokens, tokens: ['<|a|>', \"\\u00e9\"], ids: [1, 2]}\ndata: {train: a.txt, limit: 0x10}\nmodel: {revision: 2024-01-01}\n",
 )
 OVERRIDES = (
@@ -188,9 +189,7 @@ def _index(folder: Path, content: bytes) -> None:
 def _config(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     section = ModelSection(name=str(folder))
-    if (
-        getattr(read_config(folder, section), "num_hidden_layers", 0) <= 50
-    ):  # more take longer to build, a thousand seconds
+    if getattr(load_config(section), "num_hidden_layers", 0) <= 50:  # more take longer to build, a thousand seconds
         load_skeleton(section, torch.float32)
 
 

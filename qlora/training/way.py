@@ -1,27 +1,28 @@
-"""Smaller ways to the same step: what is tried, one after the other, when memory runs out.
+"""The way a step takes through the model, and the smaller ways that are tried, one after the other, when memory runs out.
 
     rows at once  8 ► 4 ► 2 ► 1   ►   micro-batch-major   ►   loss chunk  256 ► 128 ► 64 ► 32 ► 16   ►   nothing is left
 
-No way changes which rows a step takes, how many tokens its loss is divided by, or what its random draws are seeded with;
-only the order of sums does differ. A way that was left is not taken again: what did not fit once may not fit the next time.
+No way changes which rows a step takes, what its loss is divided by, or what its random draws are seeded with; only the
+order of sums differs. A way that was left is not taken again: what did not fit once may not fit the next time.
 
 Knows three numbers of the recipe; must not know tensors, rows or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from qlora.recipe import TrainingSection
 
 SMALLEST_CHUNK = 16  # positions; below it the head is read too often for what is saved
+Some = TypeVar("Some")
 
 
 @dataclass(frozen=True, order=True)
 class Way:
-    """How a step goes through the model. Of two ways from the same beginning the lesser is the one that takes less memory."""
+    """How a step goes through the model. Of two ways from the same beginning the lesser takes less memory."""
 
     micro_batch_size: int
     """Rows at once."""
@@ -36,7 +37,14 @@ class Way:
         layer_major = section.gradient_checkpointing and section.accumulation == "layer_major"
         return cls(section.micro_batch_size, layer_major, section.loss_chunk)
 
-    def smaller(self, rows: int, layer_major_only: bool = False) -> Way | None:
+    def micro_batches(self, rows: Sequence[Some]) -> list[Sequence[Some]]:
+        """How rows enter the model: all together where the layers cut them (layer-major), else so many at once."""
+        if self.layer_major:
+            return [rows]
+        size = self.micro_batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def smaller(self, rows: int) -> Way | None:
         """The next smaller way for a step of ``rows`` rows; None when there is none."""
         at_once = min(self.micro_batch_size, rows)
         if at_once > 1:
@@ -44,7 +52,7 @@ class Way:
             while half >= at_once:  # a short step: what it did not fit with is what it has
                 half //= 2
             return Way(half, self.layer_major, self.loss_chunk)
-        if self.layer_major and rows > 1 and not layer_major_only:
+        if self.layer_major and rows > 1:
             return Way(self.micro_batch_size, False, self.loss_chunk)
         if self.loss_chunk > SMALLEST_CHUNK:
             return Way(self.micro_batch_size, self.layer_major, max(SMALLEST_CHUNK, self.loss_chunk // 2))
@@ -62,15 +70,15 @@ class Way:
             changed.append(f"a loss chunk of {self.loss_chunk} instead of {before.loss_chunk}")
         return " and ".join(changed)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """As the recipe's section ``training`` has it, for JSON."""
         major = "layer_major" if self.layer_major else "micro_batch_major"
         return {"micro_batch_size": self.micro_batch_size, "accumulation": major, "loss_chunk": self.loss_chunk}
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Way:
+    def from_values(cls, values: Mapping[str, object]) -> Way:
         """What ``values`` gave. Raises KeyError, TypeError or ValueError for anything else."""
-        found = cls(int(values["micro_batch_size"]), values["accumulation"] == "layer_major", int(values["loss_chunk"]))
-        if found.micro_batch_size < 1 or found.loss_chunk < 1:
+        rows, chunk = (int(str(values[key])) for key in ("micro_batch_size", "loss_chunk"))
+        if rows < 1 or chunk < 1:
             raise ValueError(f"no way of going through a step: {dict(values)}")
-        return found
+        return cls(rows, values["accumulation"] == "layer_major", chunk)

@@ -1,0 +1,230 @@
+"""Where a family keeps its parts: the one file that knows the names that transformers gives them.
+
+    model ─┬─ decoder ─┬─ embedding, positions
+           │           └─ layers ─┬─ attention
+           │                      └─ MLP, or experts
+           └─ head ── what the family does to its logits
+
+A family with other names is a change of this file alone. Every function takes the model with whatever was planted in it or
+wrapped around its layers. Knows names and sizes; must not know what is quantised, what trains, or where weights wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from qlora.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The first path that a layer has is taken, so the more particular ones stand first.
+ATTENTION = ("attention.output.dense", "self_attn", "self_attention", "attn", "attention")
+"""What gives attention's output. In BERT a module adds and normalises it too, so its last linear is meant."""
+MLP = ("mlp", "feed_forward", "ffn")
+"""A layer's whole MLP, where that is one module."""
+MLP_OUTPUT = ("output.dense", *MLP, "fc2")
+"""What gives the MLP's output. OPT has the MLP's two linears in the layer itself."""
+LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
+"""The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
+POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""Norms of the MLP's output: with one, the output is read again before it is added (Gemma 2 and 3, GLM-4)."""
+POSITION_TABLES = ("wpe", "embed_positions")
+"""Learned positions, by the last part of their path."""
+
+
+class Sizes(NamedTuple):
+    """The sizes of a decoder, in numbers."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of a model's (or a configuration's) text decoder: the nested one where there are several."""
+    config = getattr(model, "config", model)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def sizes(model: nn.Module | PretrainedConfig) -> Sizes:
+    """The sizes that a configuration names, with transformers' defaults for those that it leaves out."""
+    config = text_config(model)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        vocabulary=config.vocab_size,
+    )
+
+
+def layer_kinds(model: nn.Module | PretrainedConfig) -> list[str | None]:
+    """For each layer what a hybrid calls it, as ``sliding_attention`` or ``full_attention``; None where all are alike."""
+    config = text_config(model)
+    return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+
+
+def position_limit(model: nn.Module | PretrainedConfig) -> int | None:
+    """How many positions a text may have; None where the configuration sets no bound.
+
+    Where rotary tables are stretched, ``max_position_embeddings`` may still name the length before: Qwen2.5 with YaRN
+    has 32,768 there and reaches 4 times as far.
+    """
+    config = text_config(model)
+    named = getattr(config, "max_position_embeddings", None)
+    if not isinstance(named, int) or named < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Gemma 3 has a table for each kind of layer
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
+    return max(named, *(int(positions) for positions in reach))
+
+
+def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | None]:
+    """(what logits are multiplied by, the cap of their tanh or None)."""
+    config = text_config(model)
+    multiplier = 1.0
+    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
+        multiplier *= scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite divides
+        multiplier /= scale
+    return multiplier, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into hidden states; the model itself where it names none, as transformers has it."""
+    return _asked(model, "get_decoder") or model
+
+
+def embedding(model: nn.Module) -> nn.Module | None:
+    """The input embedding; None where the model has none."""
+    return _asked(model, "get_input_embeddings")
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens have an input embedding."""
+    rows: Any = embedding(model)
+    return int(rows.num_embeddings)
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits; None where the model has none."""
+    return _asked(model, "get_output_embeddings")
+
+
+def _asked(model: Any, name: str) -> nn.Module | None:
+    ask = getattr(model, name, None)
+    try:
+        return None if ask is None else ask()
+    except NotImplementedError:  # a model of images, asked for the embedding of its tokens
+        return None
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
+    depth = text_config(model).num_hidden_layers
+    # the outermost of that length: the network of a P-tuning may have one too
+    found = [
+        (path.count("."), module)
+        for path, module in decoder(model).named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if found:
+        return min(found, key=lambda place: place[0])[1]
+    raise ModelError(
+        f"No list of {depth} decoder layers was found in this {kind(model)} model; "
+        "set training.gradient_checkpointing=false."
+    )
+
+
+def kind(model: Any) -> str:
+    """What a message calls the model's family: its ``model_type``."""
+    return str(model.config.model_type)
+
+
+def attention(layer: nn.Module) -> str | None:
+    """The path of what gives attention's output inside ``layer``; None where no known name fits."""
+    return first(layer, ATTENTION)
+
+
+def mlp(layer: nn.Module) -> str | None:
+    """The path of the whole MLP inside ``layer``; None where no known name fits."""
+    return first(layer, MLP)
+
+
+def mlp_output(layer: nn.Module) -> str | None:
+    """The path of what gives the MLP's output inside ``layer``; None where no known name fits."""
+    return first(layer, MLP_OUTPUT)
+
+
+def first(module: nn.Module, paths: tuple[str, ...]) -> str | None:
+    """The first of ``paths`` that leads to a module inside ``module``."""
+    return next((path for path in paths if at(module, path) is not None), None)
+
+
+def at(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path`` inside ``module``, or None; where something is planted on the way, what stood there."""
+    found = innermost(module)
+    for name in path.split("."):
+        inside = getattr(found, name, None)
+        if not isinstance(inside, nn.Module):
+            return None
+        found = innermost(inside)
+    return found
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """What stood here before anything was planted on it: whatever is planted holds that as its ``base``."""
+    while isinstance(base := getattr(module, "base", None), nn.Module):
+        module = base
+    return module
+
+
+def normalises_after_mlp(layer: nn.Module) -> bool:
+    """Whether the family normalises the MLP's output before it is added."""
+    return any(hasattr(layer, name) for name in POST_MLP_NORMS)
+
+
+def gives_positions(path: str, module: nn.Module) -> bool:
+    """Whether the module at ``path`` turns positions into rotations or embeddings."""
+    return "RotaryEmbedding" in type(innermost(module)).__name__ or path.rpartition(".")[2] in POSITION_TABLES
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for name, values in module.named_parameters(recurse=False)
+        if values.dim() == 3 and min(values.shape) > 1
+    ]
+
+
+def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    """The path at which ``module`` stands in ``model``; None where it does not."""
+    return next((path for path, part in model.named_modules() if part is module), None)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """The weights that are another one by the model's own word: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output head and the input embedding are one matrix; on meta, where it is not yet, the model's word counts."""
+    one, other = (getattr(module, "weight", None) for module in (embedding(model), head(model)))
+    if one is None or one is other:
+        return one is not None
+    return bool(one.is_meta) and f"{path_of(model, head(model))}.weight" in tied_names(model)

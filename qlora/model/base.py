@@ -1,0 +1,90 @@
+"""A frozen base model: what loading gives and every method plants into.
+
+Knows what a base is made of; must not know how it was loaded or what will be planted in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from qlora.machine.device import bytes_text, dtype_name
+from qlora.model.nf4 import FrozenLinear, away_of
+
+if TYPE_CHECKING:
+    from qlora.model.checkpoint import Checkpoint
+    from qlora.recipe import ModelSection
+
+
+class StreamedLayers(Protocol):
+    """The layers of a base that do not stay on the device (``residence/placement.py``)."""
+
+    tier: str
+    order: Sequence[int]
+    """Their numbers."""
+
+    def bytes_on_device(self) -> int:
+        """What they take there while they come and go."""
+
+    def close(self) -> None:
+        """Give back what they hold; the base is of no use any more."""
+
+
+@dataclass(repr=False)
+class Base:
+    """A frozen base model in eval mode with its tokenizer, and how it was loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    """transformers' own; None for a module that reads no text."""
+    folder: Path
+    name: str
+    revision: str | None
+    quantization: str
+    double_quant: bool
+    device: torch.device
+    compute_dtype: torch.dtype
+    end_tokens: tuple[int, ...] = ()
+    """What ends an answer by the checkpoint's generation_config.json."""
+    names: dict[str, str] | None = None
+    """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
+    placement: StreamedLayers | None = None
+    """The layers that do not stay on the device; None where all do."""
+    checkpoint: Checkpoint | None = None
+    """The opened folder; None for a model that came from none."""
+    section: ModelSection | None = None
+    """The recipe's section that it was loaded by; None where there was none."""
+
+    def __repr__(self) -> str:
+        """Name, architecture, parameters, quantisation and bytes, device, and where layers wait; three or four lines."""
+        count, held = counted(self.model)
+        how = "unquantised" if self.quantization == "none" else f"in {self.quantization}"
+        how += " (scales quantised too)" if self.double_quant and self.quantization != "none" else ""
+        lines = [
+            f"Base '{self.name}'{f' at {self.revision}' if self.revision else ''}: {type(self.model).__name__}",
+            f"  {count:,} parameters {how}, {bytes_text(held) if held else 'no weights'}",
+            f"  on {self.device}, computing in {dtype_name(self.compute_dtype)}",
+        ]
+        if self.placement is not None:
+            where = "in host memory" if self.placement.tier == "host" else "on disk"
+            slots = bytes_text(self.placement.bytes_on_device())
+            lines.append(f"  {len(self.placement.order)} layers wait {where}, {slots} on the device for them")
+        return "\n".join(lines)
+
+
+def counted(model: nn.Module) -> tuple[int, int]:
+    """(parameters, a packed weight's numbers counted one by one; bytes of what lies somewhere to stay)."""
+    packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    count = sum(values.numel() for values in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+    staying = [module for module in model.modules() if away_of(module) is None]
+    tensors = {
+        id(values): values
+        for module in staying
+        for values in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return count, sum(values.nbytes for values in tensors.values() if not values.is_meta)

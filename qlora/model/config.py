@@ -1,0 +1,120 @@
+"""A checkpoint's configuration: what transformers makes of it, which models are refused, and how its linears are stored.
+
+Knows transformers' configurations; must not know model classes, files or tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from qlora.errors import ModelError, first_line
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.foreign_code import say_foreign_code
+from qlora.recipe import ModelSection
+
+FOUR_BIT = ("nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the linears of a base are stored: the recipe's wish, or what a prequantised checkpoint brings along."""
+
+    quantization: str
+    double_quant: bool
+    prequantised: bool
+
+
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """The transformers configuration of ``section.name``, without its weights."""
+    return open_checkpoint(section, weights=False).model_config()
+
+
+def parse_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of a decoder-only language model.
+
+    Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
+    needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
+    """
+    config, raw = any_config(checkpoint), checkpoint.config
+    _refuse_other_kinds(config, raw, checkpoint.name, native=raw.get("model_type") in CONFIG_MAPPING)
+    return config
+
+
+def any_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The configuration of whatever kind of model."""
+    folder, raw, trusted = checkpoint.folder, checkpoint.config, checkpoint.trust_remote_code
+    kind = raw.get("model_type")
+    native = kind in CONFIG_MAPPING
+    if not native and raw.get("auto_map") and not trusted:
+        raise ModelError(
+            f"'{checkpoint.name}' (model type '{kind}') comes with its own Python code, which is not run by default. Read "
+            "that code, and if you trust it set model.trust_remote_code=true."
+        )
+    if not native and not raw.get("auto_map"):
+        raise ModelError(
+            f"'{checkpoint.name}' has the model type '{kind}', which transformers {transformers.__version__} does not know; "
+            "a newer transformers may."
+        )
+    if trusted:
+        say_foreign_code(folder)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    except Exception as error:  # a configuration class may raise anything over values it does not like
+        raise ModelError(f"The configuration in '{folder}' is not valid: {first_line(error)}.") from error
+    return config
+
+
+def _refuse_other_kinds(config: PretrainedConfig, raw: dict[str, Any], name: str, native: bool) -> None:
+    made = [str(item) for item in raw.get("architectures") or []]
+    what = f"'{name}' is a {made[0] if made else config.model_type}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what}, an encoder-decoder model; expected a decoder-only language model.")
+    # A composite configuration (Gemma 3 from 4B up, Llama 4, the VL models) nests the text model's own inside.
+    if config.get_text_config(decoder=True) is not config:
+        raise ModelError(
+            f"{what}, which holds more than a text model (images or sound); only text models are supported. Name a "
+            "checkpoint of its language model alone."
+        )
+    if not native:
+        return
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
+    # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
+    chosen = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
+    if made and not {item.lower() for item in made} & {item.lower() for item in names}:
+        raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
+
+
+def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
+    """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
+
+    How they are multiplied with is the recipe's and ours to say: a compute dtype or an outlier threshold that the
+    checkpoint names is not taken over.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return Scheme(section.quantization, section.double_quant, prequantised=False)
+    values = found if isinstance(found, dict) else found.to_dict()
+    four, eight = bool(values.get("load_in_4bit")), bool(values.get("load_in_8bit"))
+    # the oldest 8-bit checkpoints do not name their method
+    named = values.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
+    method = str(named).rpartition(".")[2].lower()
+    if method != "bitsandbytes" or not (four or eight):
+        raise ModelError(
+            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints and "
+            "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
+        )
+    kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
+    if section.quantization != kind:
+        raise ModelError(
+            f"'{section.name}' is already quantised to {kind}, but the recipe asks for {section.quantization}; set "
+            f"model.quantization={kind}, or name the 16-bit checkpoint that it was made from."
+        )
+    return Scheme(kind, four and bool(values.get("bnb_4bit_use_double_quant")), prequantised=True)

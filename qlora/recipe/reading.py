@@ -1,0 +1,147 @@
+"""Reading: a YAML file and overrides become values, and what pydantic finds in them becomes sentences.
+
+    recipe.yaml ► values, and the line of every key ┐
+    section.key=value, --section.key=value ─────────┴► merged ► validated, or every mistake with its key and its line
+
+Knows YAML, and how pydantic names a place; must not know which sections a recipe has: it is given the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import pydantic
+from pydantic_core import ErrorDetails
+
+from qlora.errors import RecipeError, nearest
+from qlora.files.strangers import MAX_RECIPE, Fault, JsonObject, Lines, read_bytes, shown, yaml_values
+from qlora.recipe.schema import Section, sections_of
+
+DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
+MOST_MISTAKES = 10  # that one message names
+
+Read = TypeVar("Read", bound=Section)
+Place: TypeAlias = JsonObject | list[Any]
+
+
+def read_file(path: Path) -> tuple[JsonObject, Lines]:
+    """What a recipe file holds, and the line of every key. Raises RecipeError."""
+    try:
+        text = read_bytes(path, MAX_RECIPE).decode("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
+    try:
+        values, lines = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"'{path}' cannot be used: {fault}; expected sections of 'key: value' lines.") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise RecipeError(f"'{path}' holds {found}; expected sections such as 'model:' and 'data:'.")
+    return values, lines
+
+
+def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], source: str, lines: Lines) -> Read:
+    """``values`` with ``overrides`` as a recipe. Raises RecipeError naming every mistake, with its line in ``source``."""
+    places = dict(lines)
+    for override in overrides:
+        path, values = _overridden(values, override)
+        places.pop(path, None)  # its value no longer stands in the file
+    try:
+        return recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        count = error.error_count()
+        mistakes = [_sentence(recipe, item, places) for item in error.errors(include_url=False)[:MOST_MISTAKES]]
+        if count > MOST_MISTAKES:
+            mistakes.append(f"and {count - MOST_MISTAKES:,} more.")
+        many = f"{count:,} mistakes in {source}:" if count > 1 else f"{source}:"
+        raise RecipeError("\n  ".join([many, *mistakes]) if count > 1 else f"{many} {mistakes[0]}") from None
+
+
+def _overridden(values: JsonObject, override: str) -> tuple[tuple[str, ...], JsonObject]:
+    """The key's path in one ``section.key=value``, and ``values`` with it."""
+    key, equals, text = override.removeprefix("--").partition("=")
+    path = key.strip().split(".")
+    said = shown(override)
+    if not equals or not all(path) or len(path) > DEEPEST:
+        raise RecipeError(f"{said} is not an override; expected section.key=value, as in training.epochs=2.")
+    try:
+        value, _ = yaml_values(text)
+    except Fault as fault:
+        raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
+    changed = _with(values, path, value, said)
+    assert isinstance(changed, dict)
+    return tuple(path), changed
+
+
+def _with(place: Place, path: Sequence[str], value: object, said: str) -> Place:
+    """A copy of ``place`` with ``value`` at ``path``, whose parts are keys, and numbers from 0 in lists such as several methods."""
+    part, *rest = path
+    if isinstance(place, list) and (not part.isdecimal() or len(part) > 9 or int(part) >= len(place)):
+        raise RecipeError(f"{said} names {shown(part)} in a list of {len(place)}; expected a number from 0.")
+    if rest:
+        inside = place[int(part)] if isinstance(place, list) else place.get(part)
+        if inside is None and isinstance(place, dict):
+            inside = {}  # a section without a key reads as null
+        if not isinstance(inside, dict | list):
+            raise RecipeError(f"{said} goes into {shown(part)}, which is a single value and not a section.")
+        value = _with(inside, rest, value, said)
+    if isinstance(place, list):
+        return [*place[: int(part)], value, *place[int(part) + 1 :]]
+    return {**place, part: value}
+
+
+def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[str, ...], int]) -> str:
+    """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
+    path, owner = _place(recipe, item["loc"])
+    key = shown(".".join(path) or "the recipe")
+    line = lines.get(tuple(path))
+    place = f" (line {line})" if line else ""
+    match item["type"]:
+        case "extra_forbidden":
+            hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
+            return f"{key}{place} is not a known key.{hint}"
+        case "union_tag_invalid":
+            known = [name for name in sections_of(owner.model_fields[path[0]].annotation) if name != "combined"]
+            tag = str(item["ctx"]["tag"])
+            return f"'{'.'.join(path)}.name' is {shown(tag)}; expected one of {', '.join(known)}.{nearest(tag, known)}"
+        case "union_tag_not_found":
+            return f"{key}{place} is {shown(item['input'])}; expected a section with a name, or a list of such."
+        case "missing":
+            return f"{key} is missing; it has no default."
+        case "value_error":
+            return f"{key}{place} {item['ctx']['error']}."
+        case _:
+            return f"{key}{place} is {shown(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _place(recipe: type[Section], loc: tuple[str | int, ...]) -> tuple[list[str], type[Section]]:
+    """pydantic's place of a mistake → (the key's path in the recipe, the section that it stands in).
+
+    pydantic puts the tried branch of a union behind the key: ('data', 'train', 'str') is data.train, and ('method',
+    'combined', 'parts', 0, 'lora', 'r') is method.0.r.
+    """
+    path: list[str] = []
+    owner, inside = recipe, {"": recipe}
+    for part in loc:
+        if path == ["method"] and part == "one":
+            continue
+        if len(inside) > 1 and str(part) in inside:  # a union's tag
+            inside = {"": inside[str(part)]}
+            continue
+        section = inside.get("")
+        if section is None:
+            if isinstance(part, int):
+                path.append(str(part))
+            continue
+        if path == ["method"] and part == "parts":
+            inside = sections_of(section.model_fields["parts"].annotation)
+            continue
+        owner = section
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        inside = sections_of(field.annotation) if field else {}
+    return path, owner

@@ -1,0 +1,87 @@
+"""Evaluate, preview, and the trained model itself, for whoever wants to use it.
+
+run folder ─► base + adapter ─► held-out loss and answers, measured now
+recipe ─► the first examples as the model sees them
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora.data import Preview
+from qlora.errors import RunError
+from qlora.evaluation import answers, score
+from qlora.machine.device import peak_memory_bytes
+from qlora.methods import AdaptedModel
+from qlora.methods.files import load_adapter
+from qlora.model.tokenizer import load_tokenizer, with_new_tokens
+from qlora.recipe import Recipe
+from qlora.residence.load import load_base
+from qlora.runs.folder import (
+    adapter_folder,
+    check_base,
+    check_data,
+    device_here,
+    open_run,
+    read_adapter,
+    template_of,
+)
+from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, use_threads
+
+
+def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
+    """The first ``count`` training examples as the model sees them."""
+    data = load_recipe_data(recipe)
+    return [data.preview(index) for index in range(min(count, data.report.train.examples))]
+
+
+def evaluate(folder: str | Path, quiet: bool = False) -> Run:
+    """Held-out loss and answers of a run's adapter, measured now; the run folder stays as it is."""
+    begun, folder = time.perf_counter(), Path(folder)
+    recipe, environment = open_run(folder)
+    data = load_recipe_data(recipe)
+    check_data(data, environment, folder)
+    if not data.held_out:
+        raise RunError(
+            f"The recipe of '{folder}' holds nothing out; evaluate needs data.held_out or held_out_fraction."
+        )
+    prompts = data.held_out_prompts(recipe.evaluation.prompts)
+    model = load_run(folder, quiet)
+    rows = data.held_out[: recipe.evaluation.held_out_rows]
+    after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+    texts = answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens)
+    return Run(
+        folder=folder,
+        steps=0,
+        trainable_parameters=model.count_trainable(),
+        before=None,
+        after=after,
+        generations=[Generation(p.text, p.answer, None, text) for p, text in zip(prompts, texts, strict=True)],
+        seconds=time.perf_counter() - begun,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
+    """The base of a run with its trained adapter, or that of its newest checkpoint."""
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    adapter = adapter_folder(folder)
+    use_threads(recipe)
+    check_base(recipe, environment, folder)
+    device = limited(device_here(recipe), recipe)
+    if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
+        return load_adapter(load_base(recipe.model, device, progress=not quiet, memory=recipe.memory), adapter)
+    model = load_model(recipe, device, quiet, values_follow=True)
+    return read_adapter(folder, lambda place: load_adapter(model, place), adapter)
+
+
+def chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The run's tokenizer with the chat template that the run was trained with; without one for a run on raw text."""
+    recipe, _ = open_run(Path(folder))
+    tokenizer: PreTrainedTokenizerBase = with_new_tokens(load_tokenizer(recipe.model), recipe.method)
+    tokenizer.chat_template = template_of(recipe, Path(folder))
+    return tokenizer

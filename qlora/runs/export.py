@@ -1,0 +1,146 @@
+"""Export: a run's adapter merged into its base, or alone, and how far what was exported is from what was trained.
+
+run folder ─► adapter + base ─► merged (plain safetensors)  ─► compared with the trained model on held-out text
+                            └─► the adapter as plain LoRA
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora.errors import RunError
+from qlora.export import Merged
+from qlora.export import export_adapter as write_adapter
+from qlora.export import merge as merge_files
+from qlora.files.durable import expanded
+from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
+from qlora.runs.evaluate import load_run
+from qlora.runs.folder import check_base, check_data, device_here, full_disk_said, open_run, read_adapter, template_of
+from qlora.runs.session import load_recipe_data
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the merged model's logits are from the adapter model's, on held-out text."""
+
+    prompts: int
+    largest: float
+    """Largest absolute difference of a logit."""
+    largest_logit: float
+    divergence: float
+    """Mean Kullback-Leibler divergence, in nats per token."""
+    same_choice: float
+    """Share of positions at which both choose the same token."""
+
+
+def merge(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    base: Literal["dequantized", "original"] = "dequantized",
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    overwrite: bool = False,
+) -> Merged:
+    """Merge a run's adapter into its base: plain safetensors in ``out`` (``RUN/merged`` when left out).
+
+    One tensor in memory at a time. ``base="dequantized"`` merges into the weights that the adapter was trained beside,
+    ``"original"`` into the checkpoint's own.
+    """
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    section = recipe.model
+    source, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    place = expanded(out) if out is not None else folder / "merged"
+    with full_disk_said(place, "export it again"):
+        return read_adapter(
+            folder,
+            lambda adapter: merge_files(
+                source,
+                adapter,
+                place,
+                quantization=section.quantization,
+                double_quant=section.double_quant,
+                compute_dtype=section.compute_dtype,
+                base=base,
+                dtype=dtype,
+                overwrite=overwrite,
+                trust_remote_code=section.trust_remote_code,
+                chat_template=template,
+            ),
+        )
+
+
+def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str | None:
+    """Write a run's adapter, or its newest checkpoint's, into ``out`` as plain LoRA, which every server loads.
+
+    Returns None, or why the method is no plain LoRA; its own form is written then.
+    """
+    folder, out = Path(folder), expanded(out)
+    recipe, environment = open_run(folder)
+    base, template = check_base(recipe, environment, folder), template_of(recipe, folder)
+    with full_disk_said(out, "export it again"):
+        return read_adapter(
+            folder, lambda adapter: write_adapter(recipe.model, base, adapter, out, overwrite, chat_template=template)
+        )
+
+
+def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
+    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
+
+    Raises RunError, with the reason, where that cannot be measured here.
+    """
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    data = load_recipe_data(recipe)
+    check_data(data, environment, folder)
+    prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
+    if not prompts:
+        raise RunError("the run has no held-out text.")
+    device = device_here(recipe)
+    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    free, _ = total_memory_bytes(device)
+    if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
+        raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
+    expected = _logits(load_run(folder, quiet=True).model, prompts, device)
+    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), prompts, device)
+    return _difference(found, expected)
+
+
+def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The merged model as anyone would load it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise RunError(f"transformers does not load '{folder}': {error}") from error
+    return model
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, prompts: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Of each prompt [T], its logits [T, V] in fp32 on the CPU."""
+    batches = [torch.tensor([ids], device=device) for ids in prompts]
+    return [network(ids, use_cache=False).logits[0].float().cpu() for ids in batches]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> Difference:
+    largest = scale = divergence = 0.0
+    same = positions = 0
+    for logits, reference in zip(found, expected, strict=True):
+        largest = max(largest, (logits - reference).abs().max().item())
+        scale = max(scale, reference.abs().max().item())
+        ours, theirs = reference.log_softmax(-1), logits.log_softmax(-1)
+        divergence += (ours.exp() * (ours - theirs)).sum().item()
+        same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+        positions += len(reference)
+    return Difference(len(found), largest, scale, divergence / positions, same / positions)

@@ -1,0 +1,281 @@
+"""Train and resume: recipe or run folder in, finished run folder out.
+
+    train     recipe ─► data ─► plan ─► base + method ─► rehearsal ─► folder ─┐
+    resume    folder ─► recipe ─► data ─► base + method ─► newest checkpoint ─┴► measure ─► steps ─► adapter ─► measure ─► report
+
+Everything that can be wrong with the input is found before a folder is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from signal import Signals as Signal
+
+from qlora.errors import Stopped, listed, redacted
+from qlora.evaluation import HeldOut, score
+from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
+from qlora.files.lock import run_lock
+from qlora.machine.device import bytes_text, resolve_device
+from qlora.methods.files import save_portable
+from qlora.planning.plan import Plan, plan
+from qlora.recipe import Recipe
+from qlora.reporting import write_report
+from qlora.runs.folder import (
+    TEMPLATE,
+    check_base,
+    check_data,
+    clear,
+    device_here,
+    full_disk_said,
+    open_run,
+    require_free,
+    shown,
+    taken,
+    with_changes,
+)
+from qlora.runs.session import (
+    Generation,
+    Run,
+    Session,
+    damaged_evaluation,
+    held_out_prompts,
+    kernels_kept,
+    limited,
+    load_model,
+    load_recipe_data,
+    read_evaluation,
+    speaker,
+    use_threads,
+    write_evaluation,
+)
+from qlora.training import MetricsLog, Progress, Trainer
+from qlora.training import checkpoint as checkpoints
+from qlora.training.record import differences
+from qlora.training.rehearsal import Rehearsal
+from qlora.training.stopping import Signals, stoppable
+
+
+def train(recipe: Recipe, quiet: bool = False) -> Run:
+    """Train a recipe from the start and leave a run folder behind.
+
+    Raises InputError, DoesNotFitError, or Stopped after a signal, with a checkpoint saved.
+    """
+    folder = expanded(recipe.folder or "runs/run")
+    with full_disk_said(folder, "train it again"), kernels_kept():
+        if folder.is_dir():  # said now, not after minutes of loading
+            with taken(folder, recipe.overwrite):
+                pass
+        else:
+            require_free(folder, recipe.overwrite)
+        session, planned = _new_session(recipe, folder, quiet)
+        rehearsal = _rehearse(session, planned)
+        with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
+            clear(folder)
+            write_json(folder / "plan.json", redacted(_plan_values(planned, session, rehearsal)))
+            session.trainer.begin()
+            with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
+                return _finish(session, signals)
+
+
+def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
+    """Continue a run from its newest checkpoint that is whole, as if it had never stopped.
+
+    ``overrides`` are ``section.key=value`` of settings that change memory, speed or safety alone; they hold for this call.
+    Raises RunError when the folder is no run or another process trains in it, and when its recipe or data are not those
+    that it began with; RecipeError for an override that would make it another run.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        open_run(folder)  # which says what is wrong
+    with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), run_lock(folder), kernels_kept():
+        session = _old_session(folder, overrides, quiet)
+        session.trainer.begin()
+        with stoppable(f"qlora resume {shown(folder)}") as signals:
+            return _finish(session, signals)
+
+
+def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan]:
+    """Everything loaded and planned for the first step; nothing is written yet."""
+    begun, say = time.perf_counter(), speaker(quiet)
+    use_threads(recipe)
+    data = load_recipe_data(recipe)
+    say(str(data.report))
+    planned = plan(recipe)
+    for sentence in planned.why:
+        say(sentence)
+    # a run's own recipe must not replace the run when it is trained again
+    resolved = planned.recipe.model_copy(update={"overwrite": False})
+    device = limited(resolve_device(resolved.device.name), resolved)
+    prompts = held_out_prompts(data, resolved)
+    model = load_model(resolved, device, quiet)
+    trainer = Trainer(model, data, folder=folder, recipe=resolved)
+    model.prepare(trainer.batches())
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned
+
+
+def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session:
+    """Everything loaded as the run's newest whole checkpoint has it."""
+    begun, say = time.perf_counter(), speaker(quiet)
+    first, environment = open_run(folder)
+    recipe = with_changes(first, overrides, folder)
+    for place in (folder, folder / "checkpoints"):
+        clear_leftovers(place)
+    use_threads(recipe)
+    data = load_recipe_data(recipe)
+    check_data(data, environment, folder)
+    check_base(recipe, environment, folder)
+    device = limited(device_here(recipe), recipe)
+    if changed := differences(recipe, environment, device):
+        say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
+    if recipe != first:
+        say("What was given for this call may change the order of sums: the run goes on, perhaps not bit for bit.")
+    found = checkpoints.find(folder / "checkpoints")
+    prompts = held_out_prompts(data, recipe)
+    model = load_model(recipe, device, quiet, values_follow=bool(found))
+    trainer = Trainer(model, data, recipe.training, folder, recipe.memory, recipe=first)
+    if found:
+        for sentence in trainer.load_newest():
+            say(sentence)
+    else:
+        model.prepare(trainer.batches())
+    say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
+    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun)
+
+
+def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
+    if not session.recipe.memory.rehearse:
+        return None
+    rehearsal = session.trainer.rehearse()
+    for sentence in (*rehearsal.notes, f"{rehearsal} {bytes_text(planned.memory.total)} were predicted."):
+        session.say(sentence)
+    return rehearsal
+
+
+def _finish(session: Session, signals: Signals) -> Run:
+    """From a trainer at any step to a finished run folder."""
+    folder, log = session.folder, session.trainer.log
+    assert log is not None  # the run has begun
+    before, generations = _measure_before(session, log)
+    signals.wait = True
+    _take_steps(session, log, signals)
+    signals.wait = False
+    if signals.arrived:  # after the last look at it
+        raise KeyboardInterrupt
+    _hand_over(session)
+    after = None
+    if session.data.held_out:
+        session.say("Measuring the held-out loss after training …")
+        log.rewind_held_out(session.trainer.step_number)
+        after = _held_out(session, log, session.trainer.step_number)
+    asked = generations or [Generation(prompt.text, prompt.answer, None) for prompt in session.prompts]
+    generations = [
+        Generation(old.prompt, old.expected, old.before, text)
+        for old, text in zip(asked, session.answers(), strict=True)
+    ]
+    if after is not None or generations:
+        write_evaluation(folder, before, after, generations)
+    return session.result(before, after, generations, write_report(folder))
+
+
+def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, list[Generation]]:
+    """Held-out loss and answers of the base alone: as they were measured already, or now."""
+    measured = read_evaluation(session.folder)
+    if measured is not None:
+        if len(measured[1]) != len(session.prompts):
+            raise damaged_evaluation(session.folder)
+        return measured
+    before, generations = None, list[Generation]()
+    # after a step, full fine-tuning has no base left to measure
+    alone = all(method.why_not_disabled() is None for method in session.model.methods)
+    if (session.data.held_out or session.prompts) and alone:
+        log.rewind_held_out(0)  # of a run that was killed in the middle of this
+        with session.model.disabled():
+            if session.data.held_out:
+                session.say("Measuring the held-out loss before training …")
+                before = _held_out(session, log, 0)
+                session.say(f"Held-out loss before: {before.loss:.4f}")
+            generations = [
+                Generation(prompt.text, prompt.answer, answer)
+                for prompt, answer in zip(session.prompts, session.answers(), strict=True)
+            ]
+        write_evaluation(session.folder, before, None, generations)
+    return before, generations
+
+
+def _held_out(session: Session, log: MetricsLog, step: int) -> HeldOut:
+    """Measure the held-out loss and write it down."""
+    rows = session.data.held_out[: session.recipe.evaluation.held_out_rows]
+    way = session.trainer.state.way
+    result = score(session.model, rows, way.micro_batch_size, way.loss_chunk)
+    log.write({"step": step} | {f"held_out_{name}": value for name, value in asdict(result).items()})
+    return result
+
+
+def _take_steps(session: Session, log: MetricsLog, signals: Signals) -> None:
+    """Every step that is left, with its line, its checkpoint and its evaluation where they are due. Raises Stopped."""
+    trainer, recipe = session.trainer, session.recipe
+    total, watched = trainer.total_steps, list(session.data.files)
+
+    def save() -> Path:
+        sync(log.path)  # the lines of the steps that the checkpoint counts as done
+        for file in [file for file in watched if file.change()]:
+            watched.remove(file)  # say it once
+            progress.say(
+                f"'{file.name}' {file.change()} since this run read it: the run goes on with what it read, but can only be "
+                "resumed once that is put back."
+            )
+        return trainer.save()
+
+    with Progress(total, trainer.step_number, session.quiet) as progress:
+        for step in trainer:
+            progress.show(step)
+            last = step.number == total
+            if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
+                loss = _held_out(session, log, step.number).loss
+                progress.say(f"Held-out loss after step {step.number}: {loss:.4f}")
+            if last or due(step.number, recipe.training.save_every):
+                save()
+            if signals.arrived:
+                place = save()
+                raise Stopped(
+                    f"{Signal(signals.arrived).name} arrived before step {step.number} of {total} ended; the state is in "
+                    f"'{place}'. Go on with: qlora resume {shown(session.folder)}",
+                    signals.arrived,
+                )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that is done ``every`` so many steps (0: never) is done after ``step``."""
+    return every > 0 and step % every == 0
+
+
+def _hand_over(session: Session) -> None:
+    """The adapter in the form for others, the chat template beside it, and what the method found out."""
+    with folder_written_aside(session.folder / "adapter", overwrite=True) as aside:
+        if why := save_portable(session.model, aside):
+            session.say(f"The adapter is saved in its own form. {why}.")
+        if session.data.template is not None:
+            (aside / TEMPLATE).write_text(session.data.template.text, encoding="utf-8")
+        seal(aside)
+    if found := session.model.report():
+        write_json(session.folder / "method.json", redacted(found))
+
+
+def _plan_values(planned: Plan, session: Session, rehearsal: Rehearsal | None) -> dict[str, object]:
+    """What ``plan.json`` holds."""
+    recipe, trainer = planned.recipe, session.trainer
+    return {
+        "model": {"parameters": planned.parameters, **recipe.model.model_dump(mode="json")},
+        "method": {"trainable_parameters": planned.trainable_parameters, **recipe.method.model_dump(mode="json")},
+        "data": session.data.report.as_dict(),
+        "steps": trainer.total_steps,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "device": recipe.device.name,
+        "memory": planned.memory.as_dict(),
+        "rehearsal": None if rehearsal is None else asdict(rehearsal),
+        "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
+        "why": planned.why,
+    }

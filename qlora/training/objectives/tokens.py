@@ -1,0 +1,38 @@
+"""The next token: cross-entropy in nats, summed over target tokens and divided by how many there are in the whole step.
+
+The denominator is the whole step's, so how rows are split into micro-batches, and a short last one, change nothing
+(transformers#34191 is what happens otherwise). Knows rows and a model's loss; must not know steps or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from qlora.data import Row, collate
+from qlora.methods import AdaptedModel
+from qlora.model.loss import batch_loss
+
+
+class Tokens:
+    """Cross-entropy of a model over the target tokens of rows."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+
+    def denominator(self, rows: Sequence[Row]) -> int:
+        """Target tokens."""
+        return sum(row.target_tokens for row in rows)
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows as tensors [R, T] on the model's device, padded on the right, the method's virtual tokens before them."""
+        pad = getattr(self.model.tokenizer, "pad_token_id", None)
+        batch = collate(list(rows), 0 if pad is None else int(pad), self.model.virtual_tokens)
+        sent: dict[str, Tensor] = send_to_device(batch, self.model.device)
+        return sent
+
+    def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
+        """The cross-entropy of rows that enter the model together, summed over their target tokens."""
+        return batch_loss(self.model.model, self.batch(rows), chunk)[0]

@@ -1,0 +1,124 @@
+"""The passage: how rows pass through the model, set up for a way, and checked before anything is spent.
+
+    way ─► boundary around every layer (rows at once, where layer inputs wait, MLP tiles) ─► a few short forwards: all equal?
+
+Knows a model, rows and the boundary around its layers; must not know losses, optimizers or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlora.data import Row, step_rows
+from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
+from qlora.machine.device import ran_out_of_memory
+from qlora.methods import AdaptedModel
+from qlora.model.checks import check_loss_path, check_packing, check_rows
+from qlora.recipe import MemorySection, TrainingSection
+from qlora.residence.checks import check_boundary
+from qlora.residence.layer_inputs import LayerInputs
+from qlora.residence.layers import unwrap_layers, wrap_layers
+from qlora.training.way import Way
+
+
+class Passage:
+    """Sets the model up for a way of going through it. ``rows`` are all that will be trained on."""
+
+    def __init__(
+        self, model: AdaptedModel, rows: Sequence[Row], training: TrainingSection, memory: MemorySection
+    ) -> None:
+        self.model, self.rows, self.training, self.memory = model, rows, training, memory
+        self.inputs = None if memory.layer_inputs == "device" else LayerInputs(memory.layer_inputs, model.device)
+        refuse_without_boundary(model, training, memory)
+
+    def take(self, way: Way) -> None:
+        """Have rows go this way from now on."""
+        if self.training.gradient_checkpointing:
+            wrap_layers(self.model.model, way.micro_batch_size, self.inputs, self.memory.mlp_tile)
+        else:
+            unwrap_layers(self.model.model)  # an earlier trainer may have left its boundary
+
+    def smaller(self, before: Way, rows: int, what: str, reason: str) -> tuple[Way, str]:
+        """Take the next smaller way for ``what``, a step of ``rows`` rows; return it and a sentence that says so.
+
+        Raises DoesNotFitError when there is none, and leaves the way as it was.
+        """
+        way = before
+        while smaller := way.smaller(rows):
+            way = smaller
+            self.take(way)
+            try:
+                self.check(way, again=True)
+            except Exception as error:
+                if not (isinstance(error, ModelError) or ran_out_of_memory(error)):
+                    raise
+                continue  # layers that cannot be cut so, or not even a few tokens fit
+            changed = way.beside(before)
+            return way, f"{what} did not fit into memory ({reason}): from here on {changed}, same rows and result."
+        self.take(before)
+        raise DoesNotFitError(
+            f"{what} did not fit into memory ({reason}) with {before.micro_batch_size} at once and a loss chunk of "
+            f"{before.loss_chunk}, and no smaller way is left. Lower data.max_length, let memory.budget=auto choose where "
+            "weights and layer inputs wait, or ask 'qlora plan' for what fits."
+        )
+
+    def check(self, way: Way, again: bool = False) -> None:
+        """A few short forwards before anything is spent: is the loss the model's own, are packed examples apart, and does
+        the boundary change nothing? ``again``: only what depends on how many rows there are at once.
+
+        Raises ModelError, or NonFiniteError where the model's own logits are not finite.
+        """
+        network, longest = self.model.model, longest_row(self.rows)
+        ids = [int(token) for token in longest.ids[:16]]
+        packed = any(len(row.examples) > 1 for row in self.rows)
+        was_training = network.training
+        network.eval()  # dropout would tell two equal forwards apart
+        try:
+            if not again:
+                check_loss_path(network, ids)
+            if packed:
+                check_packing(network, ids, way.micro_batch_size)
+            if self.training.gradient_checkpointing:
+                for together in self._rows_together(way):
+                    check_boundary(network, ids, together, way.micro_batch_size, packed)
+        finally:
+            network.train(was_training)
+
+    def _rows_together(self, way: Way) -> list[int]:
+        """How many rows enter the model together: in a whole step, and in the one that ends an epoch and may be short."""
+        count, batch_size, seed = len(self.rows), self.training.batch_size, self.training.seed
+        last = -(-count // batch_size) - 1
+        if self.training.steps is not None:
+            last = min(last, self.training.steps - 1)
+        steps = [step_rows(count, batch_size, step, seed) for step in {0, last}]
+        return sorted({len(way.micro_batches(places)[0]) for places in steps}, reverse=True)
+
+
+def longest_row(rows: Sequence[Row]) -> Row:
+    """The row that tells most: a short one would tell too little."""
+    return max(rows, key=lambda row: len(row.ids))
+
+
+def check_every_row(model: AdaptedModel, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
+    """Has each token an embedding, and each position a place in the model? Raises DataError. Held-out rows are looked at
+    before training, so that measuring them afterwards cannot fail."""
+    check_rows(model.model, rows, model.first_position, model.virtual_tokens)
+    check_rows(model.model, held_out, model.first_position, model.virtual_tokens, "Held-out row")
+
+
+def refuse_without_boundary(model: AdaptedModel, training: TrainingSection, memory: MemorySection) -> None:
+    """Raise RecipeError where the recipe asks for what works at the boundary of the layers, and has none."""
+    if training.gradient_checkpointing:
+        return
+    asked = []
+    if model.base.placement is not None:
+        asked.append("layers that are streamed (memory.layers)")
+    if memory.layer_inputs != "device":
+        asked.append(f"memory.layer_inputs={memory.layer_inputs}")
+    if memory.mlp_tile is not None:
+        asked.append("memory.mlp_tile")
+    if asked:
+        raise RecipeError(
+            f"The recipe asks for {listed(asked)}, which works at the recompute boundary of the layers, but has "
+            "training.gradient_checkpointing=false; set it to true."
+        )

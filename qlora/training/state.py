@@ -1,0 +1,73 @@
+"""The state of a training: everything that changes from step to step, and so what a checkpoint holds.
+
+The loop changes it, a checkpoint writes and reads it, the rehearsal takes its changes back. Knows parameters and an
+optimizer; must not know rows, files or what happens in a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qlora.errors import RunError
+from qlora.methods import AdaptedModel
+from qlora.recipe import TrainingSection
+from qlora.training.optim import make_optimizer, quiet_paging
+from qlora.training.way import Way
+
+LARGEST_SCALE = 2.0**14  # what the loss is multiplied with under fp16, at first
+
+
+@dataclass
+class TrainState:
+    """Where a training is."""
+
+    model: AdaptedModel
+    training: TrainingSection
+    total_steps: int
+    parameters: dict[str, nn.Parameter]
+    """What is trained, by name."""
+    optimizer: torch.optim.Optimizer
+    way: Way
+    """How steps go through the model now; smaller than the recipe's after memory ran out."""
+    step: int = 0
+    """Steps done."""
+    loss_scale: float = 1.0
+    """What the loss is multiplied with under fp16, so that small gradients do not vanish; 1 otherwise."""
+    skipped: int = 0
+    """Steps that changed nothing because a number was not finite."""
+    torn: bool = field(default=False, repr=False)
+    """Whether a step was broken off while the optimizer changed the parameters; only loading a checkpoint mends that."""
+    saved: Path | None = None
+    """The checkpoint that holds this state."""
+
+    @classmethod
+    def new(cls, model: AdaptedModel, training: TrainingSection, total_steps: int) -> TrainState:
+        """The state before the first step."""
+        quiet_paging()
+        parameters = model.trainable_parameters()
+        optimizer = make_optimizer(parameters, training, model.learning_rate_ratios())
+        scale = LARGEST_SCALE if model.base.compute_dtype == torch.float16 else 1.0
+        return cls(model, training, total_steps, parameters, optimizer, Way.of(training), loss_scale=scale)
+
+    def require_whole(self) -> None:
+        """Raise RunError after a step that was broken off halfway."""
+        if self.torn:
+            raise RunError(
+                f"Step {self.step + 1} was broken off while it changed the parameters; load the newest checkpoint, which "
+                "is whole."
+            )
+
+    def not_finite(self) -> list[str]:
+        """The trained parameters that hold NaN or infinity. A checkpoint with one could not be read again."""
+        # the norm is NaN or infinite where a value is, and takes no memory, as isfinite() does
+        largest = {
+            name: torch.linalg.vector_norm(values.detach(), math.inf)
+            for name, values in self.parameters.items()
+            if values.numel()
+        }
+        return [name for name, value in largest.items() if not math.isfinite(float(value))]
