@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from qlora.data.rendering import one_child
-
 from tests.tiny import WORDS, chat_checkpoint, conversations, tiny_values, write_lines
 
 write_model = chat_checkpoint  # its name elsewhere

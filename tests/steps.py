@@ -5,11 +5,12 @@ Knows the trainer's public side; must not know how it goes about a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from qlora.training import Step, Trainer
 from qlora.training.way import Way
@@ -73,3 +74,16 @@ def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: 
         assert worst <= bound, (
             f"{name}: {difference(found[name], values):.1e} of its largest value, {allowed:.1e} allowed"
         )
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held at one time during ``work``, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0
+    return peak

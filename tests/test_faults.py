@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from qlora.files.durable import clear_leftovers, damage, file_written_aside
 from qlora.files.lock import LOCK
-from qlora.files.strangers import read_object
+from qlora.files.strangers import Fault, read_object
 from qlora.runs.folder import RUN_FILES
 from tests.processes import NO_MOUNTS, Ended, run, start
 from tests.tiny import conversations, write_lines
@@ -100,7 +100,9 @@ def broken(folder: Path) -> str | None:
         if place.is_dir() and (why := damage(place)):
             return f"{place.name}: {why}"
     for name in ("environment.json", "plan.json", "evaluation.json", "method.json"):
-        if (folder / name).is_file() and not read_object(folder / name):
+        try:
+            read_object(folder / name)
+        except Fault:
             return f"{name} is torn"
     report = folder / "report.html"
     if report.is_file() and not report.read_text(encoding="utf-8").rstrip().endswith("</html>"):
@@ -179,8 +181,7 @@ KILLS = [
     pytest.param("line", 1, False, marks=slow),  # before the first step
     pytest.param("rename", 2, False, marks=slow),
     pytest.param("rmdir .000002.gone", 1, False, marks=slow),  # while an old checkpoint is deleted
-    pytest.param("tensors adapter_model", 4, True, marks=slow),  # the finished adapter
-    pytest.param("open evaluation.json", 1, False, marks=slow),
+    pytest.param("rename .evaluation.json", 1, False, marks=slow),
     pytest.param("flush", 9, False, marks=slow),
 ]
 
@@ -206,7 +207,7 @@ def test_a_kill_while_the_file_cache_is_written(cached: Course, folder: Path, tm
 # --- full disks and damage ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=slow) for share in (0, 0.05, 0.25, 0.9))])
+@pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=slow) for share in (0.05, 0.25, 0.9))])
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     plain: Course, folder: Path, share: float
 ) -> None:

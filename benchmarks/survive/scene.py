@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
-from qlora.files.durable import damage, read_json
+from qlora.files.durable import damage
 from qlora.files.lock import LOCK
+from qlora.files.strangers import Fault, read_object
 from qlora.runs.folder import RUN_FILES
 
 WORDS = [
@@ -140,7 +141,9 @@ def broken(folder: Path) -> str | None:
     if adapter.is_dir() and (why := damage(adapter)):
         return f"adapter: {why}"
     for name in ("environment.json", "plan.json", "evaluation.json", "method.json"):
-        if (folder / name).is_file() and not read_json(folder / name):
+        try:
+            read_object(folder / name)
+        except Fault:
             return f"{name} is torn"
     report = folder / "report.html"
     if report.is_file() and not report.read_text(encoding="utf-8").rstrip().endswith("</html>"):

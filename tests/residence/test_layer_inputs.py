@@ -16,9 +16,8 @@ from qlora.methods import AdaptedModel
 from qlora.model.loss import batch_loss
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
 from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
-from tests.planning.test_memory import peak_of
 from tests.residence.test_layers import ROWS, step_gradients
-from tests.steps import same_bits
+from tests.steps import peak_of, same_bits
 from tests.tiny import TOKENS, gradients, random_model, tiny_checkpoint, tiny_model
 
 CPU = torch.device("cpu")

@@ -25,9 +25,8 @@ from qlora.residence.boundary import unread_linears
 from qlora.residence.checks import check_boundary
 from qlora.residence.layers import RecomputedLayer, decoder_layers, recomputing, unwrap_layers, wrap_layers
 from qlora.residence.tiles import TiledMLP, find_mlp, tile_mlps, tiles_of
-from tests.planning.test_memory import peak_of
 from tests.residence.test_layers import FAMILIES, ROWS, step_gradients
-from tests.steps import LOSS, close
+from tests.steps import LOSS, close, peak_of
 from tests.tiny import TOKENS, difference, gradients, random_model, small_model, tiny_model
 
 CPU = torch.device("cpu")

@@ -141,7 +141,7 @@ def try_cell(base: Path, place: Path, cell: Cell) -> Found:
         files = files_of(trainer.save())
     differs = [name for name in sorted({*wanted, *files}) if wanted.get(name) != files.get(name)]
     differs += [f"step {step[0]}" for step, other in zip(expected, found, strict=True) if step != other]
-    states = straight.optimizer.state.values()
+    states = straight.state.optimizer.state.values()
     eight_bit = sum(v.dtype == torch.uint8 for state in states for v in state.values() if torch.is_tensor(v))
     return Found(differs=tuple(differs), eight_bit=eight_bit)
 

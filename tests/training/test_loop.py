@@ -25,15 +25,7 @@ from qlora.training.state import LARGEST_SCALE
 from qlora.training.step import total_norm
 from tests.rounding import rounding
 from tests.steps import LATER, LOSS, close, step_of
-from tests.tiny import (
-    VOCABULARY,
-    adapter_bytes,
-    gradients,
-    random_rows,
-    small_model,
-    stir,
-    tiny_model,
-)
+from tests.tiny import VOCABULARY, adapter_bytes, gradients, random_rows, small_model, stir, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
 NORM = rounding(terms=4096, sums=2)  # a sum of that many squares at most, and one over the parameters
