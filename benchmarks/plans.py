@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from qlora.machine.device import DTYPES, bytes_text
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arranger, changed
 from qlora.planning.plan import card_elsewhere, ladder_lines
@@ -68,7 +69,7 @@ def main() -> None:
                         "device": {"memory": name, "host_memory": options.host_memory},
                     }
                 )
-                target, resolved, _ = card_elsewhere(recipe)
+                target, resolved, _ = card_elsewhere(recipe, open_checkpoint(recipe.model, weights=False))
                 dtype = DTYPES[resolved.model.compute_dtype]
                 if dtype not in planted:
                     base = skeleton_base(resolved.model, torch.device("meta"), dtype)

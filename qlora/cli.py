@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
 from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest, redacted, visible
+from qlora.machine import DISTRIBUTION
 
 if TYPE_CHECKING:
     from qlora.recipe import Recipe
@@ -208,7 +209,7 @@ def _status(words: list[str], stopped: list[int]) -> int:
 def _do(words: list[str]) -> int:
     verb, *rest = words or ["--help"]
     if verb == "--version":
-        print(f"qlora {metadata.version('qlora')}")
+        print(f"qlora {metadata.version(DISTRIBUTION)}")
         return 0
     if verb in ("help", "--help", "-h"):
         lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]

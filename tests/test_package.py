@@ -21,6 +21,7 @@ OWNERS = {
     "bitsandbytes": {"qlora/model/nf4.py", "qlora/training/optim.py"},
     "transformers": {
         "qlora/model/",
+        "qlora/quickstart/",
         "qlora/data/sandbox.py",
         "qlora/planning/",
         "qlora/runs/",
@@ -84,7 +85,7 @@ def test_a_wheel_carries_every_file() -> None:
         path
         for package, names in named.items()
         for name in names
-        for path in (ROOT / package.replace(".", "/")).glob(name)
+        for path in (ROOT / ("qlora" if package == "*" else package.replace(".", "/"))).glob(f"**/{name}")
     }
     others = {path for path in (ROOT / "qlora").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert others == carried

@@ -187,8 +187,10 @@ def stir(model: AdaptedModel, size: float = 0.1) -> None:
 
 
 def logits_of(model: Any) -> Tensor:
+    """Of ``TOKENS``, in fp32; in float64 where the model computes so."""
     with torch.no_grad():
-        return model(input_ids=TOKENS, use_cache=False).logits.float()  # type: ignore[no-any-return]
+        logits: Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def adapter_bytes(model: AdaptedModel) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from qlora.errors import DoesNotFitError, RecipeError
 from qlora.machine.cards import card
 from qlora.machine.device import DTYPES, GIB, bytes_text
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed, largest
 from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
@@ -214,7 +215,7 @@ def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None
     bare.mkdir(exist_ok=True)
     (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
     recipe = recipe_of(bare, device={"memory": name, "host_memory": "64GiB"})
-    target, resolved, _ = card_elsewhere(recipe)
+    target, resolved, _ = card_elsewhere(recipe, open_checkpoint(recipe.model, weights=False))
     assert (target.free, target.host_free, target.device.type) == (card(name).memory, 64 * GIB, "cuda")
     assert resolved.model.compute_dtype == ("fp16" if name == "T4" else "bf16")
     assert target.workspace == card(name).workspace
@@ -241,7 +242,7 @@ def test_the_card_is_asked_and_not_this_machine(folder: Path, name: str, monkeyp
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, is_=capability: is_)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, is_=capability, **__: is_[0] >= 8)
-        target, resolved, _ = card_elsewhere(recipe)
+        target, resolved, _ = card_elsewhere(recipe, open_checkpoint(recipe.model, weights=False))
         base = skeleton_base(resolved.model, torch.device("meta"), DTYPES[resolved.model.compute_dtype])
         needed = Arranger(apply_method(base, resolved.method), resolved, target).look().needed
         found.append((resolved.model.compute_dtype, resolved.method.adapter_dtype, needed.as_dict()))

@@ -132,7 +132,7 @@ def test_paged_states_come_back_paged(base: Path, tmp_path: Path, optimizer: str
     again = matrix.trainer_for(base, tmp_path, cell, again=True)
     paged = optimizer.startswith("paged")
     for one in (trainer, again):
-        assert len(moments(one)) == 2 * len(one.parameters)
+        assert len(moments(one)) == 2 * len(one.state.parameters)
         assert all(getattr(values, "is_paged", False) is paged for values in moments(one))
     loaded = moments(again)
     assert matrix.take(again, 4) == matrix.take(trainer, 4)
