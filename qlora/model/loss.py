@@ -50,6 +50,9 @@ def _sliced(module: nn.Module) -> SlicedLinear | None:
     return found if hasattr(type(module), "slices") else None
 
 
+PIECES = 64  # of a gradient that is multiplied in fp32: few enough that nobody waits for them
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns hidden states into logits: ``softcap · tanh(multiplier · module(h) / softcap)``."""
@@ -161,7 +164,7 @@ def _times_(values: Tensor, factor: Tensor, rows: int) -> Tensor:
     """``values`` times a scalar, in place. A second backward through the same loss would find them changed; torch refuses it."""
     if values.dtype == torch.float32:
         return values.mul_(factor)
-    for part in values.split(rows):
+    for part in values.split(max(rows, -(-len(values) // PIECES))):
         part.copy_(part.float() * factor)  # the factor, one over many tokens, is not to be rounded to 8 bits
     return values
 

@@ -12,6 +12,8 @@ Knows recipes, estimates and rates; must not know how a rung is carried out, or 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -212,9 +214,7 @@ class Arranger:
             def with_layers(stay: int, tier: str = tier) -> Changes:
                 return {**now, "memory.tier": tier, "memory.layers": stay}
 
-            stay = largest(
-                lambda number: self.look(with_layers(number)).needed.total <= self.target.free, 0, self.layers - 1
-            )
+            stay = largest(lambda number: _share(self._device(with_layers(number))), 0, self.layers - 1)
             if stay:
                 yield self.look(with_layers(stay))
             yield self.look({**with_layers(0), "memory.layers": "streamed"})
@@ -226,7 +226,7 @@ class Arranger:
         def with_rows(rows: int) -> Changes:  # beyond the step's own rows these grow too
             return {**one.changes, "training.micro_batch_size": rows, "training.batch_size": max(rows, batch)}
 
-        return largest(lambda rows: self._fits(with_rows(rows)), 1, LONGEST, batch, NEAR)
+        return largest(lambda rows: self._taken(with_rows(rows)), 1, LONGEST, batch, NEAR)
 
     def longest_context(self, one: Arrangement) -> int | None:
         """The longest row, in tokens, that fits in this arrangement one at a time, near enough; None where none of 256 does."""
@@ -235,33 +235,58 @@ class Arranger:
             return {**one.changes, "training.micro_batch_size": 1, "data.max_length": UNIT * units}
 
         start = max(1, one.recipe.data.max_length // UNIT)
-        found = largest(lambda units: self._fits(with_length(units)), 1, LONGEST, start, NEAR)
+        found = largest(lambda units: self._taken(with_length(units)), 1, LONGEST, start, NEAR)
         return None if found is None else found * UNIT
 
-    def _fits(self, changes: Changes) -> bool:
-        return not self.target.lacking(self.look(changes).needed)
+    def _taken(self, changes: Changes) -> float:
+        """The share of what there is that the recipe with ``changes`` takes, in the place where that is most."""
+        return max(map(_share, self.target.places(self.look(changes).needed)))
+
+    def _device(self, changes: Changes) -> tuple[str, int, int]:
+        """What it takes of the device's memory alone."""
+        return self.target.places(self.look(changes).needed)[0]
+
+
+def _share(place: tuple[str, int, int]) -> float:
+    """How much of what is free is taken; nothing where nobody knows what is free."""
+    _, count, free = place
+    return count / free if free > 0 else 0.0
 
 
 def largest(
-    fits: Callable[[int], bool], lowest: int, most: int, start: int | None = None, near: float = 0.0
+    share: Callable[[int], float], lowest: int, most: int, start: int | None = None, near: float = 0.0
 ) -> int | None:
-    """The largest number from ``lowest`` to ``most`` that fits, or one that is ``near`` below it; None where none does.
+    """The largest number from ``lowest`` to ``most`` of which ``share`` is at most 1, or one that is ``near`` below it; None
+    where there is none.
 
-    By doubling from ``start`` for as long as it fits, then by halving what is between.
+    A share costs a second of dry runs, and grows nearly in a straight line: the line through what was seen says where to
+    look next. After a number that fits the next one is at least ``near`` above it, so that the search ends from both sides;
+    every third look halves what is left (on a scale of
+    powers where that is much), should the line be of no use.
     """
-    if not fits(lowest):
+    low, at_low = lowest, share(lowest)
+    if at_low > 1:
         return None
-    low, high = lowest, most + 1
-    step = start or high
-    while low < step < high:
-        if fits(step):
-            low, step = step, 2 * step
+    high, at_high = most + 1, math.inf
+    guess = start or most
+    for looks in itertools.count(1):
+        if high - low <= max(1, near * low):
+            return low
+        guess = min(max(guess, low + 1), high - 1)
+        taken, before, below = share(guess), low, at_low
+        if taken <= 1:
+            low, at_low = guess, taken
         else:
-            high = step
-    while high - low > max(1, near * low):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+            high, at_high = guess, taken
+        if not looks % 3 and high <= most:
+            guess = math.isqrt(low * high) if high > 4 * low > 0 else (low + high) // 2
+        elif math.isfinite(at_high):
+            guess = low + int((high - low) * (1 - at_low) / (at_high - at_low))
+        else:
+            guess = low + int((low - before) * (1 - at_low) / (at_low - below)) if at_low > below else 2 * low
+        if taken <= 1:
+            guess = max(guess, low + math.ceil(near * low))
+    return None
 
 
 def has_mlp(layer: nn.Module) -> bool:

@@ -159,20 +159,23 @@ def test_a_system_that_does_not_tell_what_is_free_refuses_nothing(
     assert planned.why[-1].startswith("The free memory of this device is not known")
 
 
+@pytest.mark.parametrize("power", [1, 2, 0.5])
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 12345])
-def test_the_largest_number_that_fits(limit: int) -> None:
+def test_the_largest_number_that_fits(limit: int, power: float) -> None:
+    """Of a share that grows in a straight line, with the square, or ever more slowly, from a base that is always taken."""
     looks: list[int] = []
 
-    def fits(number: int) -> bool:
+    def share(number: int) -> float:
         looks.append(number)
-        return number <= limit
+        return 0.5 + 0.5 * (number / (limit + 0.5)) ** power
 
-    assert largest(fits, 1, 2**16) == (limit or None)
-    assert largest(fits, 1, 10) == (min(limit, 10) or None)
+    assert largest(share, 1, 2**16) == (limit or None)
+    assert largest(share, 1, 10) == (min(limit, 10) or None)
     looks.clear()
-    found = largest(fits, 1, 2**16, start=8, near=1 / 64)
-    assert found == (limit or None) or 63 / 64 * limit <= (found or 0) < limit
-    assert len(looks) < 20
+    found = largest(share, 1, 2**16, start=8, near=1 / 64)
+    assert found == (limit or None) or 63 / 64 * limit <= (found or 0) <= limit
+    assert len(looks) <= 14
+    assert largest(lambda _: 0.0, 1, 99) == 99  # where nobody knows what is free
 
 
 def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> None:
