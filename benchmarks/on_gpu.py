@@ -33,6 +33,7 @@ from qlora.machine.device import (
     versions,
 )
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.load import finish
@@ -44,7 +45,6 @@ from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from qlora.residence.ends import embedding_on_host, head_on_host
 from qlora.residence.homes import HostHome
 from qlora.residence.image import Image
-from qlora.residence.layers import decoder_layers
 from qlora.residence.placement import Placement, resident_layers
 from qlora.training import Trainer
 

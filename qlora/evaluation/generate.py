@@ -14,7 +14,7 @@ import torch
 from qlora.errors import DataError
 from qlora.machine.device import total_memory_bytes
 from qlora.methods import AdaptedModel, Adapters
-from qlora.model.checks import position_limit
+from qlora.model import anatomy
 from qlora.model.nf4 import FrozenLinear, dense_cached
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Ids = Sequence[int]
 
 def room(model: AdaptedModel | Adapters, count: int) -> int | None:
     """How many tokens may follow a prompt of ``count`` tokens before positions run out; None where nothing bounds them."""
-    limit = position_limit(model.model)
+    limit = anatomy.position_limit(model.model)
     return None if limit is None else limit - model.first_position - count
 
 

@@ -47,7 +47,8 @@ from qlora.errors import MethodError
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, unplanted
-from qlora.methods.sublayers import at, find_layers, sublayer, width
+from qlora.methods.sublayers import find_layers, sublayer, width
+from qlora.model.anatomy import at
 from qlora.recipe.methods import Bottleneck as Section
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

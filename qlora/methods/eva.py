@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qlora.errors import MethodError
 from qlora.methods.decomposition import leading
 from qlora.methods.planted import Planted
-from qlora.methods.sublayers import arguments, decoder
+from qlora.methods.sublayers import arguments
+from qlora.model.anatomy import decoder
 from qlora.model.loss import IGNORE_INDEX, hidden_states
 
 ALIKE = 0.99  # cosine of a direction before and after a batch from which on it counts as found; PEFT's tau

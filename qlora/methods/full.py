@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
 from qlora.machine.device import DTYPES, dtype_name
-from qlora.methods import sublayers
 from qlora.methods.layout import Layout
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
+from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe.methods import Full
@@ -172,5 +172,5 @@ class FullMethod(Method):
 def _embeddings_and_head(model: nn.Module) -> set[int]:
     """The ids of the parameters of every embedding and of the output head."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = sublayers.head(model)
+    head = anatomy.head(model)
     return {id(values) for module in (*modules, *([head] if head else [])) for values in module.parameters()}

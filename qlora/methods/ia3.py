@@ -22,8 +22,8 @@ from qlora.methods.layout import Fields, Layout
 from qlora.methods.lora import any_transposed
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.methods.sublayers import fused_experts
 from qlora.methods.targets import choose_targets, find_linears, leaf, matches, target_names
+from qlora.model.anatomy import fused_experts
 from qlora.model.nf4 import features, is_transposed
 from qlora.recipe.methods import IA3
 

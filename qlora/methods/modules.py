@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed, nearest
-from qlora.methods import sublayers
 from qlora.methods.layout import Fields, Layout
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import leaf, matches
+from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
@@ -182,7 +182,7 @@ class ModulesMethod(Method):
         return chosen
 
     def _refuse(self, model: nn.Module, chosen: dict[str, tuple[str, nn.Module]]) -> None:
-        whole = sublayers.decoder(model)
+        whole = anatomy.decoder(model)
         for path, (_, module) in chosen.items():
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise MethodError(
@@ -269,7 +269,7 @@ def dense_linear(linear: FrozenLinear | HostLinear) -> nn.Linear:
 
 def _tied(model: nn.Module) -> tuple[str, ...]:
     """The module paths of an input embedding and an output head that share one weight; nothing where they do not."""
-    pair = (sublayers.embedding(model), sublayers.head(model))
+    pair = (anatomy.embedding(model), anatomy.head(model))
     weights = [getattr(module, "weight", None) for module in pair]
     if weights[0] is None or weights[0] is not weights[1]:
         return ()

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError, listed
-from qlora.methods import sublayers
 from qlora.methods.layout import PREFIX, Fields, Layout
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, unplanted
 from qlora.methods.targets import leaf
+from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.tokenizer import add_tokens, load_tokenizer
 from qlora.recipe.methods import NewTokens
@@ -276,7 +276,7 @@ class NewTokensMethod(Method):
         Raises MethodError for tokens that the base has already, a model without a tokenizer, or an embedding of another
         kind.
         """
-        embedding, head = sublayers.embedding(model), sublayers.head(model)
+        embedding, head = anatomy.embedding(model), anatomy.head(model)
         if not isinstance(embedding, nn.Embedding) or not (
             type(embedding).forward is nn.Embedding.forward or hasattr(embedding, "embed_scale")
         ):

@@ -33,6 +33,7 @@ from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, modules_unplanted
 from qlora.methods.prompt import KEY, SHAPE, load_network, make_real, network_state, tokens_of_text
+from qlora.model import anatomy
 from qlora.recipe.methods import PrefixTuning
 
 CACHES = ("past_key_values", "layer_past")  # what attentions call the cache that they are given
@@ -290,7 +291,7 @@ class PrefixMethod(Method):
         """The keys and values that the base has for the text, by layer [P, 2, H, E]."""
         assert self.section.init_text is not None
         ids = tokens_of_text(self.base, self.section.init_text, self.section.tokens)
-        cache = sublayers.decoder(model)(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
+        cache = anatomy.decoder(model)(input_ids=ids[None].to(self.device), use_cache=True).past_key_values
         found = [torch.stack((layer.keys[0], layer.values[0])).permute(2, 0, 1, 3) for layer in cache.layers]
         remembered = min(len(values) for values in found)
         if remembered < len(ids):
@@ -342,17 +343,17 @@ def refuse_other_attention(model: nn.Module) -> None:
         )
     if getattr(config, "alibi", False):  # Falcon; Bloom and MPT have no other positions at all
         raise _no_place(model, "its positions are biases of the attention (ALiBi)")
-    if getattr(sublayers.text_config(model), "num_kv_shared_layers", None):  # Gemma 3n, Gemma 4
+    if getattr(anatomy.text_config(model), "num_kv_shared_layers", None):  # Gemma 3n, Gemma 4
         raise _no_place(model, "some of its layers read the keys of others")
 
 
 def find_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer's attention by module path: what takes a cache and a mask. Raises MethodError unless each has one."""
     try:
-        layers = sublayers.layers(model)
+        layers = anatomy.layers(model)
     except (AttributeError, ModelError):
         raise _no_place(model, "it has no list of decoder layers") from None
-    start = sublayers.path_of(model, layers)
+    start = anatomy.path_of(model, layers)
     found: dict[str, nn.Module] = {}
     for number, layer in enumerate(layers):
         fits = {path: module for path, module in layer.named_modules() if path and _takes_cache(path, module)}
@@ -370,12 +371,12 @@ def _takes_cache(path: str, module: nn.Module) -> bool:
 
 def find_positions(model: nn.Module) -> dict[str, nn.Module]:
     """What turns positions into embeddings or rotations, by module path. Raises MethodError when nothing does."""
-    inside = {id(module) for module in sublayers.layers(model).modules()}
-    below = {id(module) for module in sublayers.decoder(model).modules()} - inside
+    inside = {id(module) for module in anatomy.layers(model).modules()}
+    below = {id(module) for module in anatomy.decoder(model).modules()} - inside
     found = {
         path: module
         for path, module in modules_unplanted(model)
-        if id(module) in below and sublayers.gives_positions(path, module)
+        if id(module) in below and anatomy.gives_positions(path, module)
     }
     if not found:
         raise _no_place(model, "it has neither rotary nor learned positions that all layers share")
@@ -384,9 +385,8 @@ def find_positions(model: nn.Module) -> dict[str, nn.Module]:
 
 def heads_of(model: nn.Module) -> tuple[int, int]:
     """(key-value heads, size of a head) by the model's configuration, as PEFT reads it."""
-    config = sublayers.text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = anatomy.sizes(model)
+    return sizes.kv_heads, sizes.head_dim
 
 
 def _no_place(model: nn.Module, why: str) -> MethodError:

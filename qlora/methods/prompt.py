@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
-from qlora.methods import sublayers
 from qlora.methods.layout import Fields, Layout
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
+from qlora.model import anatomy
 from qlora.model.base import Base
 
 KEY = "prompt_embeddings"  # the one tensor of PEFT's prompt methods, which has no path
@@ -259,13 +259,13 @@ class PTuningMethod(PromptTuningMethod):
 
 def find_embedding(model: nn.Module) -> tuple[str, Any]:
     """(module path, module) of a language model's input embedding. Raises MethodError where a prompt cannot stand on it."""
-    found = sublayers.embedding(model)
-    path = None if found is None else sublayers.path_of(model, found)
+    found = anatomy.embedding(model)
+    path = None if found is None else anatomy.path_of(model, found)
     if path is None:
         raise MethodError(
             f"{type(model).__name__} has no input embedding, before which virtual tokens stand; use another method."
         )
-    config = sublayers.text_config(model)
+    config = anatomy.text_config(model)
     if getattr(config, "hidden_size_per_layer_input", None):  # Gemma 3n, Gemma 4
         raise MethodError(
             f"Every layer of this {config.model_type} model looks its token ids up again, and virtual tokens have no "

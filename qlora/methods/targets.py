@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.methods.sublayers import fused_experts
+from qlora.model.anatomy import fused_experts
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
 

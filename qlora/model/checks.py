@@ -19,7 +19,6 @@ from torch import nn
 
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.model import anatomy
-from qlora.model.anatomy import position_limit  # noqa: F401 (its old home)
 from qlora.model.loss import head_of, hidden_states
 
 

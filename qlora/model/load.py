@@ -24,9 +24,9 @@ from qlora.errors import ModelError, listed
 from qlora.machine.device import bytes_text, trim_heap
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
-from qlora.model.names import match_names, packed_parts  # noqa: F401 (match_names: its old home)
+from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, away_of, dense_weight
-from qlora.model.skeleton import Assembled, load_skeleton, skeleton_base  # noqa: F401 (their old home)
+from qlora.model.skeleton import Assembled
 
 INITIALISED = "_is_hf_initialized"  # transformers' mark on tensors and modules that its initialisation must leave alone
 

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from qlora.errors import ModelError, first_line
 from qlora.methods import AdaptedModel
+from qlora.model import anatomy
 from qlora.model.loss import IGNORE_INDEX, head_of, hidden_states, summed_loss
 from qlora.planning.few_layers import layers_of, shortened
 from qlora.residence.ends import HostLinear, embedding_on_host, head_on_host
@@ -183,7 +184,7 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
             ) from error
         penalty = _penalty(short, ledger)
         whole, part = (sum(p.numel() for p in one.trainable_parameters().values()) for one in (adapted, short))
-    width = model.config.hidden_size * adapted.base.compute_dtype.itemsize
+    width = anatomy.sizes(model).hidden * adapted.base.compute_dtype.itemsize
     return DryRun(passes, penalty * whole // max(1, part), place, graph, shape.rows * shape.length * width, shape)
 
 

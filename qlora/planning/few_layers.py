@@ -21,8 +21,9 @@ from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_fun
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
 from qlora.methods.method import Method
+from qlora.model import anatomy
 from qlora.model.base import Base
-from qlora.residence.layers import decoder_layers, unwrap_layers
+from qlora.residence.layers import unwrap_layers
 
 UNPACKED = "qlora_unpacked"
 """SDPA for rows of one example each. transformers takes fake tensors for tracing, and then writes out masks that a real
@@ -54,7 +55,7 @@ def shortened(adapted: AdaptedModel, packed: bool, more: int = 0) -> tuple[Adapt
     short = copy.copy(adapted)
     short.base = base
     short.methods = [_of_copy(method, base, memo) for method in adapted.methods]
-    if len(kept) < len(layers) and decoder_layers(base.model) is not memo[id(layers)]:
+    if len(kept) < len(layers) and anatomy.layers(base.model) is not memo[id(layers)]:
         return shortened(adapted, packed, more + 1)  # another list in it has as many entries: P-tuning's network
     unwrap_layers(base.model)
     return short, [kept.index(kinds.index(kind)) for kind in kinds]
@@ -73,7 +74,7 @@ def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:
 
 def _kinds(config: PretrainedConfig, layers: nn.ModuleList) -> list[Hashable]:
     """For each layer what it is, equal where one takes the memory that another takes."""
-    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    types = anatomy.layer_kinds(config) if len(layers) else []
     below = False
     found: list[Hashable] = []
     for index, layer in enumerate(layers):
@@ -149,6 +150,6 @@ def _fake_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder layers; none where they stand in no list."""
     try:
-        return decoder_layers(model)
+        return anatomy.layers(model)
     except ModelError:
         return nn.ModuleList()

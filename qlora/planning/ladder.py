@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +23,12 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
-from qlora.model.anatomy import is_tied
+from qlora.model import anatomy
 from qlora.planning.memory import Estimate, estimate
 from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
 from qlora.planning.speed import Seconds, step_seconds, work_of
 from qlora.recipe import Recipe, parts_of
-from qlora.residence.layers import decoder_layers
 from qlora.residence.tiles import find_mlp
 
 Changes = dict[str, object]
@@ -107,13 +105,14 @@ class Arranger:
 
     def __init__(self, adapted: AdaptedModel, recipe: Recipe, target: Target) -> None:
         self.adapted, self.recipe, self.target = adapted, recipe, target
-        model: Any = adapted.model
-        self.tied = is_tied(model)
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        self.ends = isinstance(ends[0], nn.Embedding) and type(ends[1]) is nn.Linear and not any(map(trains, ends))
+        model = adapted.model
+        self.tied = anatomy.is_tied(model)
+        embedding, head = anatomy.embedding(model), anatomy.head(model)
+        plain = isinstance(embedding, nn.Embedding) and type(head) is nn.Linear
+        self.ends = plain and not any(trains(module) for module in (embedding, head) if module is not None)
         """Whether the embedding and the head may go to host memory: nothing is planted on them, and they do not train."""
         try:
-            layers = list(decoder_layers(model))
+            layers = list(anatomy.layers(model))
         except ModelError:
             layers = []
         self.layers = 0 if any(part.name == "full" for part in parts_of(recipe.method)) else len(layers)

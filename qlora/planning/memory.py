@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.device import GIB, bytes_text
 from qlora.methods import AdaptedModel
+from qlora.model import anatomy
 from qlora.model.nf4 import FrozenLinear
 from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
 from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
-from qlora.residence.layers import decoder_layers
 from qlora.residence.placement import resident_layers
 from qlora.training.optim import state_bytes, step_bytes
 
@@ -227,7 +226,7 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
     """For the layers that do not stay: (bytes of quantised weights, of plain ones, of the slots, in host memory, on the disk)."""
     if memory.layers == "resident":
         return 0, 0, 0, {}, {}
-    layers = decoder_layers(model)
+    layers = anatomy.layers(model)
     away = sorted(set(range(len(layers))) - resident_layers(memory.layers, len(layers)))
     if not away:
         return 0, 0, 0, {}, {}
@@ -242,10 +241,10 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
     return packed, plain, slots, {"pinned_staging": STAGING * max(images)} if device == "cuda" else {}, file
 
 
-def _ends(model: Any, memory: MemorySection, trained: set[int]) -> tuple[int, int]:
+def _ends(model: nn.Module, memory: MemorySection, trained: set[int]) -> tuple[int, int]:
     """Bytes of (head, embedding) in host memory; where they are one matrix it is the head's."""
-    modules = [model.get_output_embeddings() if memory.head == "host" else None]
-    modules.append(model.get_input_embeddings() if memory.embedding == "host" else None)
+    modules = [anatomy.head(model) if memory.head == "host" else None]
+    modules.append(anatomy.embedding(model) if memory.embedding == "host" else None)
     found = []
     seen = set(trained)
     for module in modules:

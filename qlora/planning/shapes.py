@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
+from qlora.model import anatomy
 from qlora.model.nf4 import FrozenLinear, features, is_linear
 from qlora.residence.image import ALIGNMENT, Image, Piece
-from qlora.residence.layers import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -45,38 +44,38 @@ class Shapes:
 
 def shapes_of(adapted: AdaptedModel) -> Shapes:
     """Count ``adapted``, whose weights may be on meta and whose layers must not be wrapped yet."""
-    model: Any = adapted.model
-    config = model.config
-    depth, heads = config.num_hidden_layers, config.num_attention_heads
+    model, sizes = adapted.model, anatomy.sizes(adapted.model)
+    depth = sizes.layers
     try:
-        layers: list[nn.Module] = list(decoder_layers(model))
+        layers: list[nn.Module] = list(anatomy.layers(model))
     except ModelError:  # they stand in no list: the decoder counts as one of so many equal parts
-        layers = [model.get_decoder()]
+        layers = [anatomy.decoder(model)]
     linears = [module for layer in layers for module in layer.modules() if is_frozen_linear(module)]
-    sizes = [math.prod(features(linear)) for linear in linears]
-    head = model.get_output_embeddings()
+    counts = [math.prod(features(linear)) for linear in linears]
+    head = anatomy.head(model)
     return Shapes(
-        blocks=sum(sizes),
-        packed=sum(size for size, linear in zip(sizes, linears, strict=True) if isinstance(linear, FrozenLinear)),
+        blocks=sum(counts),
+        packed=sum(count for count, linear in zip(counts, linears, strict=True) if isinstance(linear, FrozenLinear)),
         trained=sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad and p.dim() > 1),
-        head=math.prod(features(head)) if is_linear(head) else config.vocab_size * config.hidden_size,
-        head_trains=trains(head),
+        head=math.prod(features(head)) if head is not None and is_linear(head) else sizes.vocabulary * sizes.hidden,
+        head_trains=head is not None and trains(head),
         layers=depth,
         with_graph=depth - _without_graph(model, layers) * depth // len(layers),
-        width=config.hidden_size,
-        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        width=sizes.hidden,
+        attention=sizes.heads * sizes.head_dim,
         layer_bytes=tuple(image_bytes(layer) * len(layers) // depth for layer in layers) * (depth // len(layers)),
     )
 
 
-def _without_graph(model: Any, layers: list[nn.Module]) -> int:
+def _without_graph(model: nn.Module, layers: list[nn.Module]) -> int:
     """How many layers from the first on have nothing that trains in them or before them: no gradient goes so far down.
 
     Outside of the layers and the head, a vector is the last norm's, behind them.
     """
-    inside = {id(values) for module in (*layers, model.get_output_embeddings()) for values in module.parameters()}
+    head, embedding = anatomy.head(model), anatomy.embedding(model)
+    inside = {id(values) for module in (*layers, head) if module is not None for values in module.parameters()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-    if trains(model.get_input_embeddings()) or any(values.dim() > 1 for values in rest):
+    if (embedding is not None and trains(embedding)) or any(values.dim() > 1 for values in rest):
         return 0
     return next((number for number, layer in enumerate(layers) if trains(layer)), len(layers))
 

@@ -28,7 +28,6 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import ModelError
 from qlora.machine.device import host_bytes
 from qlora.model import anatomy
-from qlora.model.anatomy import is_tied
 from qlora.model.loss import fp32_product
 
 SLICE = 64 * 1024**2
@@ -155,7 +154,7 @@ def refuse_half(model: nn.Module, embedding: bool, head: bool) -> None:
 
     ``model`` may be on meta and its weights not yet tied.
     """
-    if embedding != head and is_tied(model):
+    if embedding != head and anatomy.is_tied(model):
         one, other = ("embedding", "head") if embedding else ("head", "embedding")
         raise ModelError(
             f"memory.{one} is host, but this {anatomy.kind(model)} model has one matrix for its embedding and its head, so "
@@ -169,7 +168,7 @@ def embedding_on_host(model: nn.Module, device: torch.device | None = None) -> N
     ``device`` is where the rows go, the weight's own when left out: give it where the weight was loaded into host memory.
     """
     embedding: Any = anatomy.embedding(model)
-    if is_tied(model):
+    if anatomy.is_tied(model):
         head_on_host(model, device)
     elif not gathers_on_host(embedding):
         weight: nn.Parameter = embedding.weight
@@ -196,7 +195,7 @@ def head_on_host(model: nn.Module, device: torch.device | None = None) -> None:
             f"{'missing' if head is None else 'a ' + type(head).__name__}, not a plain linear that could be cut into slices; set "
             "memory.head=device."
         )
-    tied, device = is_tied(model), head.weight.device if device is None else device
+    tied, device = anatomy.is_tied(model), head.weight.device if device is None else device
     weight, bias = _locked(head.weight, device), head.bias
     if bias is not None and bias.device != device:
         bias = nn.Parameter(bias.detach().to(device), requires_grad=False)

@@ -44,7 +44,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
-from qlora.model.anatomy import layers as decoder_layers
+from qlora.model import anatomy
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
@@ -176,7 +176,7 @@ def wrap_layers(model: nn.Module, rows: int, inputs: LayerInputs | None = None, 
     ``model.layers.0.layer.mlp``, with tiles ``model.layers.0.layer.mlp.whole``. Wrapping again changes rows, inputs and
     tiles alone. Raises ModelError before anything is changed, where the model has no such layers or MLPs.
     """
-    layers = decoder_layers(model)
+    layers = anatomy.layers(model)
     tile_mlps([layer.layer if isinstance(layer, RecomputedLayer) else layer for layer in layers], mlp_tile)
     for index, layer in enumerate(layers):
         if isinstance(layer, RecomputedLayer):

@@ -17,8 +17,9 @@ from qlora.errors import DataError
 from qlora.evaluation import score
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.recipe import PrefixTuning
-from qlora.residence.layers import decoder_layers, wrap_layers
+from qlora.residence.layers import wrap_layers
 from tests.methods.tiny import VOCABULARY, stir
 from tests.model.test_loss import LargestLogits
 from tests.tiny import random_model

@@ -19,10 +19,11 @@ from qlora.data import collate
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, Planted, apply_method, load_adapter, save_adapter
 from qlora.methods.bottleneck import Adapter, Bottleneck, BottleneckMethod
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
-from qlora.residence.layers import decoder_layers, unwrap_layers, wrap_layers
+from qlora.residence.layers import unwrap_layers, wrap_layers
 from tests.methods.adapters_oracle import make
 from tests.methods.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding

@@ -13,7 +13,8 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import Planted, apply_method
 from qlora.methods.planted import unplanted
-from qlora.methods.sublayers import at, find_layers, width
+from qlora.methods.sublayers import find_layers, width
+from qlora.model.anatomy import at
 from qlora.model.base import Base
 from tests.methods.adapters_oracle import make
 from tests.methods.test_bottleneck import FORMS, META, section, small_model

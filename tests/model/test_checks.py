@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora.errors import ModelError
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.anatomy import position_limit
 from qlora.model.checks import check_loss_path, check_packing, packs_one_row
 from qlora.residence import layers
 from qlora.residence.checks import check_boundary
-from qlora.residence.layers import decoder_layers, wrap_layers
+from qlora.residence.layers import wrap_layers
 from tests.model.test_loss import FAMILIES, IDS
 from tests.tiny import VOCABULARY, random_model
 

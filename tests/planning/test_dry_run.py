@@ -23,6 +23,7 @@ from transformers import (
 
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, quantise
@@ -32,7 +33,7 @@ from qlora.planning.dry_run import Ledger, Shape, dry_run
 from qlora.planning.few_layers import shortened
 from qlora.planning.memory import estimate
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
-from qlora.residence.layers import decoder_layers, wrap_layers
+from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
 from tests.planning.test_memory import NEAR, compare, rows_of
 

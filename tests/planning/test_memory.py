@@ -16,7 +16,7 @@ from qlora.errors import MethodError
 from qlora.evaluation import score
 from qlora.machine.device import bytes_text, resolve_compute_dtype
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model.load import skeleton_base
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.memory import Estimate, estimate, holdings, shape_of, weight_bytes
 from qlora.planning.shapes import shapes_of

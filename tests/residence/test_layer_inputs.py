@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs
-from qlora.residence.layers import decoder_layers, kept_by, unwrap_layers, wrap_layers
+from qlora.residence.layers import kept_by, unwrap_layers, wrap_layers
 from tests.residence.test_layers import ROWS, step_gradients
 from tests.steps import peak_of, same_bits
 from tests.tiny import TOKENS, gradients, random_model, tiny_checkpoint, tiny_model

@@ -18,11 +18,12 @@ from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import LoRA
 from qlora.residence.boundary import draws
-from qlora.residence.layers import RecomputedLayer, _cut, decoder_layers, recomputing, unwrap_layers, wrap_layers
+from qlora.residence.layers import RecomputedLayer, _cut, recomputing, unwrap_layers, wrap_layers
 from tests.rounding import difference
 from tests.steps import LOSS, close, same_bits
 from tests.tiny import SMALL, TOKENS, gradients, random_model, random_rows, small_model, stir, tiny_model

@@ -22,12 +22,12 @@ from transformers import LlamaForCausalLM
 from qlora.errors import ModelError
 from qlora.evaluation import answer
 from qlora.methods import apply_method
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.nf4 import FrozenLinear, dense_cached, dense_weight, is_away
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, TrainingSection
 from qlora.residence.homes import HostHome
 from qlora.residence.image import Image, frozen_linears
-from qlora.residence.layers import decoder_layers
 from qlora.residence.load import load_base
 from qlora.residence.placement import POISON, Placement, Slot, next_layers, resident_layers
 from qlora.training import Trainer

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from qlora.data import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, save_adapter
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from qlora.residence.boundary import unread_linears
 from qlora.residence.checks import check_boundary
-from qlora.residence.layers import RecomputedLayer, decoder_layers, recomputing, unwrap_layers, wrap_layers
+from qlora.residence.layers import RecomputedLayer, recomputing, unwrap_layers, wrap_layers
 from qlora.residence.tiles import TiledMLP, find_mlp, tile_mlps, tiles_of
 from tests.residence.test_layers import FAMILIES, ROWS, step_gradients
 from tests.steps import LOSS, close, peak_of

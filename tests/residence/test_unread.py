@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.nf4 import Linear4bit
 from qlora.residence.boundary import unread_linears
-from qlora.residence.layers import decoder_layers, wrap_layers
+from qlora.residence.layers import wrap_layers
 from tests.steps import close
 
 SIZES = {

@@ -17,9 +17,10 @@ from qlora.data import IGNORE_INDEX, Data, Row, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.recipe import TrainingSection
 from qlora.residence import layers
-from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
+from qlora.residence.layers import RecomputedLayer, unwrap_layers
 from qlora.training import Trainer, learning_rate, recover
 from qlora.training.state import LARGEST_SCALE
 from qlora.training.step import total_norm

@@ -15,8 +15,9 @@ from qlora.data import Row, collate, step_rows
 from qlora.errors import DoesNotFitError
 from qlora.machine import device
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.recipe import TrainingSection
-from qlora.residence.layers import decoder_layers, unwrap_layers
+from qlora.residence.layers import unwrap_layers
 from qlora.training import Trainer, rehearsal
 from qlora.training.objectives import tokens
 from qlora.training.optim import optimizer_tensors, steps_taken_back

@@ -17,9 +17,10 @@ import torch
 from qlora.errors import DoesNotFitError, RecipeError, RunError
 from qlora.evaluation import score
 from qlora.methods import AdaptedModel
+from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.recipe import MemorySection, TrainingSection
-from qlora.residence.layers import RecomputedLayer, decoder_layers, unwrap_layers
+from qlora.residence.layers import RecomputedLayer, unwrap_layers
 from qlora.training import Progress, Step, Trainer, recover
 from qlora.training.objectives import tokens
 from qlora.training.way import Way
