@@ -238,7 +238,7 @@ def _plain(verb: str, word: str) -> str:
     """``--training.steps=10`` → ``training.steps=10``. Raises InputError for any other flag."""
     if word.startswith("--") and "=" in word:
         return word[2:]
-    if word.startswith("-"):
+    if word.startswith("-") and not os.path.exists(word):
         raise InputError(
             f"'{word}' is not a flag of qlora {verb}; expected --help, or a value with its key, such as --training.steps=10."
         )

@@ -42,6 +42,7 @@ from qlora.recipe.methods import (
     named,
     parts_of,
 )
+from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reference import reference
 from qlora.recipe.schema import Section
 
@@ -50,6 +51,7 @@ __all__ = [
     "IA3",
     "AdaLoRA",
     "AnyMethod",
+    "AnyObjective",
     "BitFit",
     "Bottleneck",
     "Combined",
@@ -73,6 +75,7 @@ __all__ = [
     "Recipe",
     "Section",
     "TargetedSection",
+    "TokensObjective",
     "TrainingSection",
     "VirtualTokens",
     "named",

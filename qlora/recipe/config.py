@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora.files.strangers import JsonObject, Lines, shown
 from qlora.recipe.methods import AnyMethod, LoRA, named, parts_of
+from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reading import read_file, validated
 from qlora.recipe.schema import Section
 
@@ -207,6 +208,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     method: AnyMethod = LoRA()
     data: DataSection
+    objective: AnyObjective = TokensObjective()
     training: TrainingSection = TrainingSection()
     memory: MemorySection = MemorySection()
     evaluation: EvaluationSection = EvaluationSection()

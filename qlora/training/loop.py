@@ -18,10 +18,10 @@ from qlora.data import Data, Row, step_rows, steps_per_epoch
 from qlora.errors import DataError, DoesNotFitError, NonFiniteError, first_line, listed
 from qlora.machine.device import peak_memory_bytes, ran_out_of_memory
 from qlora.methods import AdaptedModel
-from qlora.recipe import MemorySection, Recipe, TrainingSection
+from qlora.recipe import MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.training import checkpoint
 from qlora.training.log import MetricsLog, Step
-from qlora.training.objectives import Tokens
+from qlora.training.objectives import make_objective
 from qlora.training.optim import learning_rate
 from qlora.training.passage import Passage, check_every_row, longest_row
 from qlora.training.record import begin, recipe_of
@@ -62,7 +62,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
         self.state = TrainState.new(model, self.training, self.total_steps)
-        self.objective = Tokens(model)
+        self.objective = make_objective(recipe.objective if recipe else TokensObjective(), model)
         self.passage = Passage(model, self.rows, self.training, self.memory)
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)

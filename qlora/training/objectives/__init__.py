@@ -13,9 +13,20 @@ from typing import Protocol
 from torch import Tensor
 
 from qlora.data import Row
+from qlora.methods import AdaptedModel
+from qlora.recipe import AnyObjective
 from qlora.training.objectives.tokens import Tokens
 
-__all__ = ["Objective", "Tokens"]
+__all__ = ["OBJECTIVES", "Objective", "Tokens", "make_objective"]
+
+
+OBJECTIVES: dict[str, type[Tokens]] = {"tokens": Tokens}
+"""By the section's name, what computes it."""
+
+
+def make_objective(section: AnyObjective, model: AdaptedModel) -> Objective:
+    """The objective of a recipe's section, for ``model``."""
+    return OBJECTIVES[section.name](model)
 
 
 class Objective(Protocol):
@@ -23,6 +34,10 @@ class Objective(Protocol):
 
     def denominator(self, rows: Sequence[Row]) -> int:
         """What the summed loss of these rows is divided by."""
+        ...
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows as the tensors that enter the model together."""
         ...
 
     def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
