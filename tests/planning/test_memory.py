@@ -163,6 +163,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_step_takes_what_was_estimated(name: str, models: dict[str, Path]) -> None:
+    if name == "bf16" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("torch's attention in bf16 refuses ATEN_CPU_CAPABILITY=default on a processor with AVX-512")
     size, length, settings, options = CASES[name]
     packed, memory = options.get("packed", False), options.get("memory")
     section: dict[str, Any] = {key: value for key, value in options.items() if key not in ("packed", "memory")}
