@@ -1,6 +1,6 @@
 """The run folder: what lies in it, by which names, and how it is opened, cleared and written.
 
-What each file holds is in the README. Knows files; must not know models or training.
+What each file holds is in docs/run-folder.md. Knows files; must not know models or how steps are taken.
 """
 
 from __future__ import annotations
