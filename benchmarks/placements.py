@@ -28,6 +28,7 @@ from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.training import Trainer
+from qlora.training.step import gradients
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "resident": {},
@@ -59,10 +60,10 @@ def measure(options: argparse.Namespace, name: str, scratch: Path) -> None:
         rows.append(Row(ids, ids.copy(), numpy.arange(options.length, dtype=numpy.int32), (number,)))
     training = TrainingSection(steps=options.steps, batch_size=options.rows, micro_batch_size=1, schedule="constant")
     trainer = Trainer(model, rows, training, memory=memory)
-    trainer._gradients(rows)
-    gradients = {name: p.grad.cpu().clone() for name, p in trainer.state.parameters.items() if p.grad is not None}
-    save_file(gradients, scratch / f"{list(ARRANGEMENTS).index(name)}.safetensors")
-    del gradients
+    gradients(trainer.state, trainer.objective, rows)
+    found_gradients = {name: p.grad.cpu().clone() for name, p in trainer.state.parameters.items() if p.grad is not None}
+    save_file(found_gradients, scratch / f"{list(ARRANGEMENTS).index(name)}.safetensors")
+    del found_gradients
     trainer.state.optimizer.zero_grad(set_to_none=True)
     alone = reset_peak_memory(device)
     steps = list(trainer)

@@ -28,6 +28,7 @@ from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
+from qlora.training.step import gradients
 from tests.conftest import write_model
 from tests.methods.tiny import difference, stir
 
@@ -93,7 +94,7 @@ def vocabulary(model: AdaptedModel) -> int:
 def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss, gradients) of one step that moves nothing."""
     trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(**values))
-    loss, _ = trainer._gradients(trainer.rows)
+    loss = gradients(trainer.state, trainer.objective, trainer.rows)
     found = {
         name: values.grad.float().clone()
         for name, values in trainer.state.parameters.items()
@@ -197,15 +198,15 @@ def test_packed_examples_are_apart(folder: Path) -> None:
     """Whatever attention the device chooses; Trainer itself refuses a model in which they are not."""
     model = adapted(folder)
     packed = Trainer(model, rows(4, 32, vocabulary(model), packed=True), settings())
-    loss, _ = packed._gradients(packed.rows)
-    packed.optimizer.zero_grad(set_to_none=True)
+    loss = gradients(packed.state, packed.objective, packed.rows)
+    packed.state.optimizer.zero_grad(set_to_none=True)
     halves = [
         Row(row.ids[part], row.labels[part], numpy.arange(16, dtype=numpy.int32), (0,))
         for row in packed.rows
         for part in (slice(0, 16), slice(16, 32))
     ]
     alone = Trainer(model, halves, settings(batch_size=8))
-    expected, _ = alone._gradients(halves)
+    expected = gradients(alone.state, alone.objective, halves)
     assert loss == pytest.approx(expected, rel=BF16)
 
 
@@ -299,7 +300,7 @@ def test_a_head_on_the_host_is_pinned_and_right_every_time(deep: Path, tmp_path:
     losses = set()
     for _ in range(20):
         torch.cuda._sleep(2_000_000)
-        losses.add(trainer._gradients(trainer.rows)[0])
+        losses.add(gradients(trainer.state, trainer.objective, trainer.rows))
         trainer.state.optimizer.zero_grad(set_to_none=True)
     assert len(losses) == 1
 
