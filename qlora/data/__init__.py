@@ -24,7 +24,7 @@ from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example, fit, text_examples
 from qlora.data.files import DataFile
-from qlora.data.formats import Conversation, Parsed, parse
+from qlora.data.formats import Conversation, Parsed, parse, trains
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
@@ -232,9 +232,7 @@ def _resolve_train_on(train_on: str, form: str) -> str:
                 f"data.train_on is '{train_on}', but the data is raw text without turns; use 'auto' or 'all'."
             )
         return "all"
-    if train_on == "auto":
-        return "completion" if form in ("alpaca", "prompt_completion") else "assistant"
-    return train_on
+    return trains(form) if train_on == "auto" else train_on
 
 
 def _rows(

@@ -249,6 +249,8 @@ class _Form:
     read: Callable[[Fields], Conversation | str]
     turn: str | None = None
     """For forms made of turns: the field that every turn has, which tells messages from ShareGPT."""
+    trains: str = "assistant"
+    """What carries loss where the recipe leaves it open."""
 
     def matches(self, fields: Fields) -> bool:
         if any(name not in fields for name in self.needs):
@@ -262,10 +264,15 @@ class _Form:
 _FORMS = {
     "messages": _Form(("messages",), ("tools",), "a list of {role, content}", _messages, turn="role"),
     "sharegpt": _Form(("conversations",), ("system", "tools"), "a list of {from, value}", _sharegpt, turn="from"),
-    "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca),
-    "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion),
-    "text": _Form(("text",), (), "text", _text),
+    "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca, trains="completion"),
+    "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion, trains="completion"),
+    "text": _Form(("text",), (), "text", _text, trains="all"),
 }
+
+
+def trains(form: str) -> str:
+    """What carries loss in records of ``form`` where the recipe leaves it open: assistant, completion or all."""
+    return _FORMS[form].trains
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Report:
     """What ``load_data`` found. ``print(report)`` tells it in a few lines; ``as_dict()`` gives the same numbers."""
 
     form: str
-    """The form of the records: messages, sharegpt, alpaca, prompt_completion or text."""
+    """The form of the records, as ``data.form`` names it."""
     train_on: str
     """Which tokens carry loss: assistant, completion or all."""
     template: str | None

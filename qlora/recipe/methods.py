@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from qlora.errors import listed
 from qlora.files.strangers import shown
-from qlora.recipe.schema import Section
+from qlora.recipe.schema import Section, name_of
 
 Targets = Literal["all-linear"] | tuple[str, ...]
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -276,10 +276,6 @@ class NewTokens(MethodSection):
         return tokens
 
 
-def _name(value: object) -> str | None:
-    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-
-
 OneMethod = Annotated[
     Annotated[LoRA, Tag("lora")]
     | Annotated[DoRA, Tag("dora")]
@@ -293,7 +289,7 @@ OneMethod = Annotated[
     | Annotated[Full, Tag("full")]
     | Annotated[Modules, Tag("modules")]
     | Annotated[NewTokens, Tag("new_tokens")],
-    Discriminator(_name),
+    Discriminator(name_of),
 ]
 
 
@@ -332,7 +328,7 @@ class Combined(Section):
 
 AnyMethod = Annotated[
     Annotated[OneMethod, Tag("one")] | Annotated[Combined, Tag("combined")],
-    Discriminator(lambda value: "combined" if _name(value) == "combined" else "one"),
+    Discriminator(lambda value: "combined" if name_of(value) == "combined" else "one"),
 ]
 
 

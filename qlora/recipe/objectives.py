@@ -18,4 +18,4 @@ class TokensObjective(Section):
 
 
 AnyObjective = TokensObjective
-"""With a second one: ``Annotated[TokensObjective | …, Field(discriminator="name")]``."""
+"""With a second one a union told apart by name, as ``OneMethod`` is: ``Annotated[… | …, Discriminator(name_of)]``."""

@@ -53,6 +53,11 @@ def sections_of(annotation: object) -> dict[str, type[Section]]:
     return found
 
 
+def name_of(value: object) -> str | None:
+    """What tells the sections of a union apart: the ``name`` of a section, or of its values."""
+    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+
+
 def type_text(annotation: object) -> str:
     """``Literal['a', 'b'] | None`` → ``a, b or null``."""
     origin = typing.get_origin(annotation)

@@ -160,7 +160,7 @@ class Trainer:
             loss=outcome.loss,
             learning_rate=rate,
             grad_norm=outcome.norm,
-            target_tokens=self.objective.denominator(rows),
+            target_tokens=sum(row.target_tokens for row in rows),
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self.model.device),

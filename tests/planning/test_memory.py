@@ -150,7 +150,6 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "micro-batch-major": ("mid", 192, {"batch_size": 3, "micro_batch_size": 1, "accumulation": "micro_batch_major"}, {}),
     "no checkpointing": ("mid", 128, {"batch_size": 4, "micro_batch_size": 2, "gradient_checkpointing": False}, {}),
     "packed": ("mid", 256, {"batch_size": 2, "micro_batch_size": 1}, {"packed": True}),
-    "bf16": ("mid", 256, {"batch_size": 2, "micro_batch_size": 2}, {"compute_dtype": "bf16"}),
     "eager": ("mid", 128, {"batch_size": 2, "micro_batch_size": 2}, {"attention": "eager"}),
     "chunks": ("wide", 128, {"batch_size": 6, "micro_batch_size": 6, "loss_chunk": 128}, {}),
     "tiles": ("deep", 256, {"batch_size": 2, "micro_batch_size": 1}, {"memory": MemorySection(mlp_tile=100)}),
@@ -163,8 +162,6 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_step_takes_what_was_estimated(name: str, models: dict[str, Path]) -> None:
-    if name == "bf16" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("torch's attention in bf16 refuses ATEN_CPU_CAPABILITY=default on a processor with AVX-512")
     size, length, settings, options = CASES[name]
     packed, memory = options.get("packed", False), options.get("memory")
     section: dict[str, Any] = {key: value for key, value in options.items() if key not in ("packed", "memory")}

@@ -7,7 +7,7 @@ The step divides once, by the whole step's denominator, so that micro-batches of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -20,13 +20,13 @@ from qlora.training.objectives.tokens import Tokens
 __all__ = ["OBJECTIVES", "Objective", "Tokens", "make_objective"]
 
 
-OBJECTIVES: dict[str, type[Tokens]] = {"tokens": Tokens}
-"""By the section's name, what computes it."""
+OBJECTIVES: dict[str, Callable[[AnyObjective, AdaptedModel], Objective]] = {"tokens": lambda _, model: Tokens(model)}
+"""By the section's name, what makes it."""
 
 
 def make_objective(section: AnyObjective, model: AdaptedModel) -> Objective:
     """The objective of a recipe's section, for ``model``."""
-    return OBJECTIVES[section.name](model)
+    return OBJECTIVES[section.name](section, model)
 
 
 class Objective(Protocol):
