@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.data import load_data
 from qlora.machine.device import DTYPES, resolve_device
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.hub import find_model
-from qlora.model.tokenizer import load_tokenizer
 from qlora.runs.evaluate import load_run
 from qlora.runs.export import merge
 from qlora.runs.folder import adapter_folder, open_run
@@ -33,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
 
     recipe, _ = open_run(options.run)
-    data = load_data(recipe.data, load_tokenizer(recipe.model), recipe.training.seed)
+    data = load_data(recipe.data, open_checkpoint(recipe.model, weights=False).tokenizer, recipe.training.seed)
     device = resolve_device(recipe.device.name)
     prompts = [torch.tensor([prompt.ids], device=device) for prompt in data.held_out_prompts(options.prompts)]
     ours = logits(load_run(options.run, quiet=True).model, prompts)

@@ -9,10 +9,7 @@ import pytest
 import yaml
 
 from qlora.data.rendering import one_child
-from tests.tiny import WORDS, chat_checkpoint, conversations, tiny_values, write_lines
-
-write_model = chat_checkpoint  # its name elsewhere
-__all__ = ["WORDS", "conversations", "tiny_values", "write_lines", "write_model"]
+from tests.tiny import chat_checkpoint, conversations, tiny_values, write_lines
 
 
 @pytest.fixture(scope="session", autouse=True)

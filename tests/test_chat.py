@@ -14,7 +14,7 @@ from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer
 from qlora.runs.export import merge
 from qlora.runs.train import train
-from tests.conftest import conversations, tiny_values, write_lines
+from tests.tiny import conversations, tiny_values, write_lines
 
 SHORT = ("training.steps=1", "data.held_out_fraction=0", "evaluation.prompts=0")
 

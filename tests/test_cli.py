@@ -22,7 +22,7 @@ from qlora import cli
 from qlora.cli import main
 from qlora.planning import plan as planner
 from qlora.runs import train as run
-from tests.conftest import conversations, tiny_values, write_lines
+from tests.tiny import conversations, tiny_values, write_lines
 
 Spoil = Callable[[dict[str, Any], Path], None]
 

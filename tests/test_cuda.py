@@ -29,8 +29,7 @@ from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from qlora.training.step import gradients
-from tests.conftest import write_model
-from tests.methods.tiny import difference, stir
+from tests.tiny import chat_checkpoint, difference, stir
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -41,13 +40,13 @@ BF16 = 2e-2  # two roundings of the largest logit
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("cuda") / "model", hidden_size=128, intermediate_size=256)
+    return chat_checkpoint(tmp_path_factory.mktemp("cuda") / "model", hidden_size=128, intermediate_size=256)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of rank 64 at its MLPs have 131,072 numbers: bitsandbytes pages the state of 100,000 and more."""
-    return write_model(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, intermediate_size=2048)
+    return chat_checkpoint(tmp_path_factory.mktemp("wide") / "model", hidden_size=128, intermediate_size=2048)
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +248,7 @@ def placed(
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(
+    return chat_checkpoint(
         tmp_path_factory.mktemp("deep") / "m", hidden_size=128, intermediate_size=256, num_hidden_layers=8
     )
 
@@ -307,7 +306,7 @@ def test_a_head_on_the_host_is_pinned_and_right_every_time(deep: Path, tmp_path:
 
 def test_memory_that_runs_out_for_real_halves_the_rows(tmp_path: Path) -> None:
     """Under a cap that two rows at once do not fit into, the losses are those of one row at a time."""
-    folder = write_model(tmp_path / "m", **WIDE)
+    folder = chat_checkpoint(tmp_path / "m", **WIDE)
     expected, one_row = [], 0
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     for capped in (False, True):
@@ -331,7 +330,7 @@ def test_memory_that_runs_out_for_real_halves_the_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
 def test_a_rehearsal_leaves_no_trace_and_tells_the_peak(tmp_path: Path, optimizer: str, deterministic: None) -> None:
-    folder = write_model(tmp_path / "m", **WIDE)
+    folder = chat_checkpoint(tmp_path / "m", **WIDE)
     losses = []
     for rehearsed in (False, True):
         model = adapted(folder, dropout=0.1)
@@ -356,7 +355,7 @@ def test_planned_memory_is_the_measured_peak(
     tmp_path: Path, accumulation: str, packed: bool, memory: dict[str, Any]
 ) -> None:
     """Within a tenth, at a shape at which the rounding of the allocator is small: 12 layers of 1,024."""
-    folder = write_model(tmp_path / "m", **WIDE)
+    folder = chat_checkpoint(tmp_path / "m", **WIDE)
     before = torch.cuda.memory_allocated(DEVICE)
     model, section = placed(folder, tmp_path, **memory)
     training = settings(accumulation=accumulation, steps=3, micro_batch_size=1)

@@ -114,10 +114,3 @@ def test_libraries_have_owners(library: str) -> None:
         file for file in files if not any(file == own or (own.endswith("/") and file.startswith(own)) for own in owners)
     }
     assert not strangers, f"{library} is imported by {sorted(strangers)}"
-
-
-def test_the_architecture_page_draws_every_file() -> None:
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    for path in (ROOT / "qlora").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert f"─ {path.name} " in page, f"{path.name} is not in the tree of docs/architecture.md"

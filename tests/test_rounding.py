@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.methods.against_peft import plain_model
-from tests.methods.tiny import TOKENS, logits_of, tiny_checkpoint
 from tests.rounding import difference, doubled, no_worse, none_worse, rounding
+from tests.tiny import TOKENS, logits_of, tiny_checkpoint
 
 
 def test_another_order_passes_and_a_mistake_does_not() -> None:

@@ -17,7 +17,7 @@ from qlora.model.foreign_code import foreign_code, say_foreign_code
 from qlora.model.tokenizer import load_tokenizer
 from qlora.runs import train as run
 from qlora.training.log import MetricsLog, Progress
-from tests.conftest import tiny_values
+from tests.tiny import tiny_values
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
 SECRETS = {

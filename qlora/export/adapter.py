@@ -15,7 +15,7 @@ from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, load_adapter, save_portable
 from qlora.model.checkpoint import Checkpoint
-from qlora.model.skeleton import skeleton_base
+from qlora.model.skeleton import bare
 from qlora.recipe import ModelSection
 
 
@@ -41,7 +41,7 @@ def export_adapter(
         )
     cpu = torch.device("cpu")  # the model stays on meta, the adapter is here
     dtype = resolve_compute_dtype(cpu, section.compute_dtype)
-    model = load_adapter(skeleton_base(section, cpu, dtype, base.folder, base), adapter_folder)
+    model = load_adapter(bare(base, section, dtype).base(cpu, base.tokenizer), adapter_folder)
     with folder_written_aside(out, overwrite) as aside:
         why = save_portable(model, aside)
         if chat_template is not None:

@@ -42,7 +42,6 @@ class SafetensorsWriter:
             start = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8, as the format asks
-        self.data_bytes = start
         self._waiting = list(promised.items())
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)

@@ -55,11 +55,6 @@ class Card:
         """Bytes that cuBLAS takes for the whole run."""
         return workspace_bytes(self.capability)
 
-    @property
-    def reserved(self) -> int:
-        """Bytes of what it is sold as that no process gets."""
-        return self.gigabytes * GIB - self.memory
-
 
 def _card(
     name: str, gigabytes: int, seen: float, capability: float, tera: float, giga: float, to_device: float

@@ -29,7 +29,6 @@ MLP_OUTPUT = ("output.dense", *MLP, "fc2")
 """What gives the MLP's output. OPT has the MLP's two linears in the layer itself."""
 LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
 """The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
-POST_MLP_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 """Norms of the MLP's output: with one, the output is read again before it is added (Gemma 2 and 3, GLM-4)."""
 POSITION_TABLES = ("wpe", "embed_positions")
 """Learned positions, by the last part of their path."""
@@ -189,11 +188,6 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(base := getattr(module, "base", None), nn.Module):
         module = base
     return module
-
-
-def normalises_after_mlp(layer: nn.Module) -> bool:
-    """Whether the family normalises the MLP's output before it is added."""
-    return any(hasattr(layer, name) for name in POST_MLP_NORMS)
 
 
 def gives_positions(path: str, module: nn.Module) -> bool:

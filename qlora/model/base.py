@@ -84,7 +84,7 @@ class Base:
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
-    """(parameters, a packed weight's numbers counted one by one; bytes of what lies somewhere to stay)."""
+    """(parameters, a packed weight's numbers counted one by one; bytes of what stays where it is)."""
     packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     count = sum(values.numel() for values in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
     staying = [module for module in model.modules() if away_of(module) is None]

@@ -103,14 +103,14 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, always with a padding token."""
-        from qlora.model.tokenizer import read_tokenizer
+        from qlora.model.tokenizer import load_tokenizer
 
-        return read_tokenizer(self.folder, self.trust_remote_code)
+        return load_tokenizer(self.folder, self.trust_remote_code)
 
-    def with_weights(self, progress: bool = False) -> Checkpoint:
+    def with_weights(self) -> Checkpoint:
         """The same one with its weights here, the hub's downloaded now, and their headers checked. Raises as ``find_model``."""
         if commit := commit_of(self.folder):
-            find_model(self.name, commit, progress, trust_remote_code=self.trust_remote_code)
+            find_model(self.name, commit, trust_remote_code=self.trust_remote_code)
         self.entries  # noqa: B018 (read now, so that what is wrong is said now)
         return self
 
@@ -125,7 +125,7 @@ class Checkpoint:
             raise ModelError(f"{shown(name)} in '{entry.file}': {fault}; fetch the checkpoint again.") from None
 
 
-def open_checkpoint(source: ModelSection | Path | str, progress: bool = False, weights: bool = True) -> Checkpoint:
+def open_checkpoint(source: ModelSection | Path | str, weights: bool = True) -> Checkpoint:
     """Find the model of a recipe's section, or take a folder, and check its configuration and headers; read no weight yet.
 
     ``weights`` off, none are downloaded or looked at: for whoever wants the configuration or the tokenizer. Raises ModelError
@@ -134,7 +134,7 @@ def open_checkpoint(source: ModelSection | Path | str, progress: bool = False, w
     """
     if isinstance(source, ModelSection):
         name, revision, code = source.name, source.revision, source.trust_remote_code
-        folder = find_model(name, revision, progress, weights, code)
+        folder = find_model(name, revision, weights, code)
         found = Checkpoint(folder, name, commit_of(folder) or revision, code)
     else:
         found = Checkpoint(Path(source), str(source))
@@ -142,11 +142,6 @@ def open_checkpoint(source: ModelSection | Path | str, progress: bool = False, w
     if weights:
         found.entries  # noqa: B018
     return found
-
-
-def fingerprint(folder: Path) -> str:
-    """The fingerprint of the checkpoint in ``folder``."""
-    return Checkpoint(Path(folder), str(folder)).fingerprint
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
@@ -186,7 +181,7 @@ def commit_of(folder: Path) -> str | None:
 def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands there, with the fields that decide what is built of the kinds that they must have.
 
-    Raises ModelError where it is missing or unreadable, where ``model_type`` or ``architectures`` are no names, and where it
+    Raises ModelError where it is missing or unreadable, where ``model_type`` or ``architectures`` are not names, and where it
     counts what no model has so many of: transformers would repeat it until the memory is full.
     """
     values = read_json(folder, "config.json", "a checkpoint folder with config.json and safetensors weights")

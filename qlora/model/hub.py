@@ -23,7 +23,6 @@ HUB_IGNORED = ["consolidated*.safetensors", "*/*.safetensors"]
 def find_model(
     name: str,
     revision: str | None = None,
-    progress: bool = False,
     weights: bool = True,
     trust_remote_code: bool = False,
 ) -> Path:

@@ -82,7 +82,7 @@ def as_base(model: nn.Module, name: str | None = None) -> Base:
     """Any module of yours as a base, on the device and in the dtype that it has; it stays what it is.
 
     What ``quantise`` did to it is seen. Its mode is yours to choose: under ``train()`` a batch norm goes on averaging, frozen
-    or not. Raises ModelError for a module that lies on several devices.
+    or not. Raises ModelError for a module that is on several devices.
     """
     device, dtype = _device(model), main_dtype(model)
     packed = next((module for module in model.modules() if isinstance(module, FrozenLinear)), None)

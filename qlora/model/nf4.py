@@ -440,7 +440,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_transposed(linear: nn.Module) -> bool:
-    """Whether the weight lies as [in, out], as GPT-2's Conv1D has it; every other linear's is [out, in]."""
+    """Whether the weight is stored as [in, out], as GPT-2's Conv1D has it; every other linear's is [out, in]."""
     return isinstance(linear, Conv1D)
 
 

@@ -94,12 +94,8 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     return Assembled(model, checkpoint, section, scheme, names, shapes, dtype)
 
 
-def load_skeleton(section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model on the meta device, its linears quantised as the recipe says: every shape and no weight."""
-    return _bare(open_checkpoint(section, weights=False), section, dtype).model
-
-
-def _bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
+def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
+    """The whole model on the meta device, frozen, its linears quantised as the recipe says: every shape and no weight."""
     empty = assemble(checkpoint, section, dtype, weights=False)
     empty.model.tie_weights()
     empty.model.requires_grad_(False)
@@ -107,23 +103,14 @@ def _bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> 
 
 
 def skeleton_base(
-    section: ModelSection,
-    device: torch.device,
-    dtype: torch.dtype,
-    folder: Path | None = None,
-    checkpoint: Checkpoint | None = None,
+    section: ModelSection, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None = None
 ) -> Base:
-    """A base without weights: the model of ``section`` on meta. What is planted in it lies on ``device``.
+    """For a plan, a base without weights: the model of ``section`` on meta. What is planted in it is on ``device``.
 
-    With ``folder``, the checkpoint's own, it has that checkpoint's tokenizer and fingerprint too. ``checkpoint`` is the
-    section's, where it was opened before.
+    ``checkpoint`` is the section's, where it was opened before; nothing but its configuration is read.
     """
-    if checkpoint is None and folder is not None:
-        checkpoint = Checkpoint(folder, section.name, section.revision, section.trust_remote_code)
-    checkpoint = checkpoint or open_checkpoint(section, weights=False)
-    base = _bare(checkpoint, section, dtype).base(device, None if folder is None else checkpoint.tokenizer)
-    if folder is None:  # for a plan: no file is asked for anything but the configuration
-        base.folder, base.names, base.checkpoint = Path(), None, None
+    base = bare(checkpoint or open_checkpoint(section, weights=False), section, dtype).base(device, None)
+    base.folder, base.names, base.checkpoint = Path(), None, None
     return base
 
 

@@ -13,10 +13,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import MethodError, ModelError, first_line, listed
-from qlora.model.checkpoint import MAX_TOKENIZER, Checkpoint, read_json
+from qlora.model.checkpoint import MAX_TOKENIZER, read_json
 from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
-from qlora.model.hub import find_model
-from qlora.recipe import AnyMethod, ModelSection, parts_of
+from qlora.recipe import AnyMethod, parts_of
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
@@ -26,19 +25,7 @@ RESERVED = (
 )  # fmt: skip
 
 
-def load_tokenizer(
-    source: ModelSection | Checkpoint | Path | str, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's model section, of an opened checkpoint or of a folder; weights are not needed."""
-    if isinstance(source, Checkpoint):
-        return source.tokenizer
-    if isinstance(source, ModelSection):
-        folder = find_model(source.name, source.revision, weights=False, trust_remote_code=source.trust_remote_code)
-        return read_tokenizer(folder, source.trust_remote_code)
-    return read_tokenizer(Path(source), trust_remote_code)
-
-
-def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, always with a padding token.
 
     Where the checkpoint names no padding token, one that it reserves becomes it, else the end-of-sequence token. That is

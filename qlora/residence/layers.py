@@ -33,7 +33,7 @@ Knows modules and tensors; must not know what is quantised, what is adapted, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,9 +65,6 @@ class RecomputedLayer(Boundary):
         """Where the input waits for backward; None for the device."""
         self.unread: list[nn.Module] | None = None
         """Linears whose products the recompute may leave out; None until the first recompute has found them."""
-        self.after_backward: Callable[[nn.Module], None] | None = None
-        """Called with the layer when a backward has gone through it with all its micro-batches: its parameters have the
-        gradients of these rows, in ``.grad``."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
@@ -163,8 +160,6 @@ class _Recompute(torch.autograd.Function):
         if kept is not None:
             kept.forget()
         del hidden, kept
-        if boundary.after_backward is not None:
-            boundary.after_backward(boundary.layer)
         return grad_hidden, None, None, None, None
 
 

@@ -116,7 +116,7 @@ def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
 
 def open_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Checkpoint:
     """The base's checkpoint. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
-    base = open_checkpoint(recipe.model, progress=True)
+    base = open_checkpoint(recipe.model)
     if base.fingerprint != environment.get("base_fingerprint"):
         raise RunError(
             f"The model in '{base.folder}' is not the one that '{folder}' was trained on (other configuration, tokenizer or "

@@ -112,7 +112,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     device = limited(resolve_device(resolved.device.name), resolved)
     prompts = held_out_prompts(data, resolved)
-    model = load_model(resolved, checkpoint.with_weights(not quiet), device, quiet)
+    model = load_model(resolved, checkpoint.with_weights(), device, quiet)
     trainer = Trainer(model, data, folder=folder, recipe=resolved)
     model.prepare(trainer.batches())
     return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned

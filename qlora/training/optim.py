@@ -75,21 +75,6 @@ def learning_rate(section: TrainingSection, step: int, total: int) -> float:
     return section.learning_rate
 
 
-def step_alone(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Take the optimizer's step for these of its parameters; the others stay, with a gradient or without.
-
-    AdamW counts each parameter's steps by itself, so steps in parts are the step in one.
-    """
-    wanted = {id(values) for values in parameters}
-    groups = optimizer.param_groups
-    parts = [{**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in groups]
-    optimizer.param_groups = [part for part in parts if part["params"]]
-    try:
-        optimizer.step()
-    finally:
-        optimizer.param_groups = groups
-
-
 @contextmanager
 def steps_taken_back(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[int]:
     """Inside, steps may be taken; afterwards the values and the optimizer's state are, bit for bit, what they were.
@@ -142,12 +127,12 @@ def _empty(optimizer: Any, parameter: nn.Parameter) -> None:
 def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Give every parameter the optimizer state that it has from the first step on, by a step without a gradient.
 
-    One after the other, so that no more than one gradient is there at a time. Weight decay moves the parameters.
+    One after the other, so that no more than one gradient is there at a time. Weight decay changes the parameters.
     """
     for values in parameters:
         if not optimizer.state.get(values):
             values.grad = torch.zeros_like(values)
-            step_alone(optimizer, [values])
+            optimizer.step()  # skips what has no gradient
             values.grad = None
 
 

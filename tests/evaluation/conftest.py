@@ -8,7 +8,7 @@ import pytest
 
 from qlora.methods import AdaptedModel
 from qlora.residence.layers import unwrap_layers
-from tests.training.tiny import tiny_model
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])

@@ -14,7 +14,7 @@ from qlora.evaluation import answer, answers, room
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.nf4 import FrozenLinear
 from qlora.residence.layers import wrap_layers
-from tests.methods import tiny
+from tests import tiny
 
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4, 3, 10, 11], [40, 41, 42], [77, 3]]
 LENGTH = 12

@@ -20,10 +20,8 @@ from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.recipe import PrefixTuning
 from qlora.residence.layers import wrap_layers
-from tests.methods.tiny import VOCABULARY, stir
 from tests.model.test_loss import LargestLogits
-from tests.tiny import random_model
-from tests.training.tiny import random_rows
+from tests.tiny import VOCABULARY, random_model, random_rows, stir
 
 MODULE = sys.modules["qlora.evaluation.score"]  # by attribute that name is the function
 UNPACKED = random_rows(23, packing=False, seed=8)

@@ -33,9 +33,9 @@ from qlora.methods.files import (
     read_method_state,
     recorded_base,
 )
-from qlora.model.checkpoint import INDEX, fingerprint, open_checkpoint
+from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from qlora.model.config import load_config
-from qlora.model.skeleton import load_skeleton
+from qlora.model.skeleton import skeleton_base
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection, Recipe
 from qlora.training import checkpoint
@@ -166,7 +166,7 @@ def _header(folder: Path, content: bytes) -> None:
         if entry.bytes <= 4096:
             found.read(name)
     if not found.entries:
-        fingerprint(folder)
+        Checkpoint(folder, "").fingerprint  # noqa: B018
 
 
 def _sharded(folder: Path) -> None:
@@ -186,7 +186,7 @@ def _config(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     section = ModelSection(name=str(folder))
     if getattr(load_config(section), "num_hidden_layers", 0) <= 50:  # more take longer to build, a thousand seconds
-        load_skeleton(section, torch.float32)
+        skeleton_base(section, torch.device("meta"), torch.float32)
 
 
 def _tokenizer(folder: Path, content: bytes) -> None:

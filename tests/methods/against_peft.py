@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.methods import AdaptedModel
-from tests.methods.tiny import TOKENS, logits_of
 from tests.rounding import difference, doubled, no_worse, none_worse
+from tests.tiny import TOKENS, logits_of
 
 
 def plain_model(folder: Path, quantization: str = "none") -> Any:

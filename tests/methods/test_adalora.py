@@ -20,10 +20,10 @@ from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.adalora import AdaLoraLinear, AdaLoraMethod
 from qlora.methods.files import save_portable
-from tests.methods import tiny
+from tests import tiny
 from tests.methods.against_peft import assert_answers_as
-from tests.methods.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.AdaLoRA(r=2, initial_r=4, alpha=8, warmup=0.2, final=0.3, interval=2)
 TOTAL = 10

@@ -17,8 +17,8 @@ from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.targets import find_linears
 from qlora.model import as_base, quantise
 from qlora.model.nf4 import FrozenLinear
-from tests.methods.tiny import stir
 from tests.rounding import difference, rounding
+from tests.tiny import stir
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qlora import recipe as config
 from qlora.methods import AdaptedModel, apply_method
 from qlora.methods.lora import as_autocast, without_autocast
-from tests.methods.tiny import TOKENS, difference, stir, tiny_base, tiny_checkpoint
+from tests.tiny import TOKENS, difference, stir, tiny_base, tiny_checkpoint
 
 SECTIONS: dict[str, Any] = {
     "lora": config.LoRA(r=4),

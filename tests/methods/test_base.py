@@ -10,7 +10,7 @@ import torch
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, LoraLinear, apply_method
-from tests.methods.tiny import logits_of, stir, tiny_base, tiny_checkpoint
+from tests.tiny import logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, target_modules=("q_proj", "down_proj"))
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -37,7 +37,7 @@ from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model import as_base, dense_weight, quantise
 from qlora.model.nf4 import FrozenLinear
-from tests.methods.tiny import difference
+from tests.tiny import difference
 
 CLASSES = 5
 SIZES = {

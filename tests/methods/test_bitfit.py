@@ -29,9 +29,9 @@ from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.bitfit import BiasLayer, BitFitMethod
 from qlora.model.loss import batch_loss
 from qlora.residence.layers import wrap_layers
-from tests.methods import tiny
-from tests.methods.tiny import TOKENS, difference, logits_of, tiny_base, tiny_checkpoint
+from tests import tiny
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import TOKENS, difference, logits_of, tiny_base, tiny_checkpoint
 
 SECTION = config.BitFit()
 NEW = config.BitFit(new_biases=True)

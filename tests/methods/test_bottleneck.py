@@ -25,9 +25,8 @@ from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
 from qlora.residence.layers import unwrap_layers, wrap_layers
 from tests.methods.adapters_oracle import make
-from tests.methods.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
-from tests.training.tiny import gradients, random_rows
+from tests.tiny import TOKENS, difference, gradients, logits_of, random_rows, stir, tiny_base, tiny_checkpoint
 
 FORMS = ("houlsby", "lin", "pfeiffer", "parallel")
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -18,8 +18,8 @@ from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, combine, load_adapter, save_adapter, save_combined
 from qlora.methods.combining import WAYS, drawn
 from tests.methods.against_peft import assert_answers_as
-from tests.methods.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import doubled, no_worse, rounding
+from tests.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 WEIGHTS = {"one": 0.7, "two": -0.4, "three": 1.3}
 SAME_RANK = {

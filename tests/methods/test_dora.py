@@ -21,8 +21,8 @@ from qlora.methods.files import save_portable
 from qlora.methods.lora import LoraLinear
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_weight
 from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values
-from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import LAYER, rounding
+from tests.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.DoRA(r=4, alpha=8)
 CPU = torch.device("cpu")

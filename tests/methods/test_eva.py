@@ -22,9 +22,8 @@ from qlora.methods.eva import Directions
 from qlora.model.loss import IGNORE_INDEX
 from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
-from tests.methods.tiny import VOCABULARY, difference, logits_of, tiny_base, tiny_checkpoint
 from tests.rounding import rounding
-from tests.training.tiny import random_rows
+from tests.tiny import VOCABULARY, difference, logits_of, random_rows, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, init="eva")
 Q, V, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))

@@ -28,8 +28,8 @@ from qlora.methods.lora import LoraLayout
 from qlora.recipe import TrainingSection
 from qlora.training import Trainer
 from tests.methods.against_peft import assert_answers_as
-from tests.methods.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import rounding
+from tests.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}

@@ -20,16 +20,16 @@ from qlora.export import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model import Base
 from qlora.model.loss import batch_loss
-from qlora.model.skeleton import load_skeleton
+from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
 from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
-from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
-from tests.planning.test_memory import peak_of
 from tests.rounding import GRADIENT, rounding
+from tests.steps import peak_of
+from tests.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 CPU = torch.device("cpu")
 BATCH = {
@@ -241,7 +241,7 @@ def test_memory_is_what_was_estimated(tmp_path: Path, embeddings: bool, tied: bo
     training = TrainingSection(steps=3, batch_size=4, micro_batch_size=2)
     section = ModelSection(name=str(folder), quantization="none", compute_dtype="fp32")
     skeleton = Base(
-        load_skeleton(section, torch.float32), None, folder, "m", None, "none", False, torch.device("meta"), torch.float32
+        skeleton_base(section, torch.device("meta"), torch.float32).model, None, folder, "m", None, "none", False, torch.device("meta"), torch.float32
     )  # fmt: skip
     planned = estimate(apply_method(skeleton, config.Full(embeddings=embeddings)), training, 128, CPU)
     model = full(folder, embeddings=embeddings)

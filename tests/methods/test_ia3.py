@@ -27,10 +27,10 @@ from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.ia3 import Ia3Linear, Ia3Method
-from tests.methods import tiny
+from tests import tiny
 from tests.methods.against_peft import assert_answers_as
-from tests.methods.tiny import TOKENS, difference, logits_of, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import TOKENS, difference, logits_of, tiny_base, tiny_checkpoint
 
 TARGETS = {
     "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),

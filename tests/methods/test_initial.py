@@ -24,12 +24,11 @@ from qlora.methods.files import save_portable
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import dense_weight
-from qlora.model.skeleton import load_skeleton
+from qlora.model.skeleton import skeleton_base
 from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
-from tests.methods.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import LAYER, rounding
-from tests.training.tiny import random_rows
+from tests.tiny import difference, logits_of, random_rows, stir, tiny_base, tiny_checkpoint
 
 TARGETS = ("down_proj", "q_proj")
 PISSA = config.LoRA(r=4, alpha=6, init="pissa", target_modules=TARGETS)
@@ -517,7 +516,7 @@ def test_a_plan_reads_no_weight(checkpoint: Path, section: Any, monkeypatch: pyt
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: pytest.fail(f"{name} was read"))
     named = config.ModelSection(name=str(checkpoint), quantization="nf4", compute_dtype="fp32")
     base = Base(
-        model=load_skeleton(named, torch.float32),
+        model=skeleton_base(named, torch.device("meta"), torch.float32).model,
         tokenizer=None,
         folder=Path(),
         name="plan",

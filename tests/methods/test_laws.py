@@ -26,8 +26,8 @@ from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.recipe import TrainingSection
 from qlora.training import Trainer
-from tests.methods.tiny import FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 

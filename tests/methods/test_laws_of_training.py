@@ -11,8 +11,8 @@ from qlora.data import Row
 from qlora.methods import AdaptedModel
 from tests.methods.test_laws import CASES, ROWS, adapted, spoken
 from tests.methods.test_prompt import assert_answers_need_no_cache, assert_packed_is_alone, gradients_of
-from tests.methods.tiny import difference, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import difference, tiny_checkpoint
 
 DROPS = [name for name, case in CASES.items() if getattr(case.section, "dropout", 0)]
 

@@ -32,8 +32,8 @@ from tests.methods.against_peft import (
     plain_model,
     with_our_values,
 )
-from tests.methods.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, LAYER, rounding
+from tests.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8)
 PATTERNED = config.LoRA(

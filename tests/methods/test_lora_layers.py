@@ -24,8 +24,8 @@ from qlora.methods.lora_layers import LoraConv2d, LoraEmbedding, sides
 from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
 from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values
-from tests.methods.tiny import SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, LAYER, rounding
+from tests.tiny import SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 EMBEDDING = config.LoRA(r=4, alpha=6, dropout=0.3, target_modules=("embed_tokens", "q_proj"))
 BOTH = config.LoRA(r=4, alpha=8, target_modules=("embed_tokens", "lm_head", "down_proj"))

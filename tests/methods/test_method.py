@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import MethodError
 from qlora.methods import load_adapter
 from tests.methods.against_peft import plain_model
-from tests.methods.tiny import difference, logits_of, tiny_base, tiny_checkpoint
 from tests.rounding import rounding
+from tests.tiny import difference, logits_of, tiny_base, tiny_checkpoint
 
 TARGETS = ["lm_head", "v_proj"]
 HEAD = "base_model.model.lm_head.base_layer.weight"

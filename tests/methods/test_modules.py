@@ -26,8 +26,8 @@ from qlora.recipe import ModelSection
 from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
 from tests.methods.against_peft import BATCH, assert_answers_as, plain_model
-from tests.methods.tiny import FAMILIES, SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import FAMILIES, SIZES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 LORA = config.LoRA(r=4, alpha=8, target_modules=("layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"))
 

@@ -24,12 +24,12 @@ from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter
 from qlora.methods.new_tokens import NewTokenEmbedding, NewTokenHead
 from qlora.model import Base
 from qlora.model.loss import batch_loss
-from qlora.model.skeleton import load_skeleton
+from qlora.model.skeleton import skeleton_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
 from qlora.training import Trainer
 from tests.methods.against_peft import plain_model
-from tests.methods.tiny import SIZES, TOKENS, VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
+from tests.tiny import SIZES, TOKENS, VOCABULARY, difference, stir, tiny_base, tiny_checkpoint
 
 NEW = config.NewTokens(tokens=("<tool>", "</tool>"))
 WITH_LORA = config.Combined(parts=(config.LoRA(r=4, alpha=8), NEW))
@@ -372,7 +372,7 @@ def test_shapes_are_known_without_weights(tmp_path: Path, family: str) -> None:
     folder = tiny_checkpoint(tmp_path, family)
     section = config.ModelSection(name=str(folder))
     base = Base(
-        load_skeleton(section, torch.float32), None, folder, "m", None, "nf4", True, torch.device("meta"), torch.float32
+        skeleton_base(section, torch.device("meta"), torch.float32).model, None, folder, "m", None, "nf4", True, torch.device("meta"), torch.float32
     )  # fmt: skip
     planned = apply_method(base, WITH_LORA)
     real = apply_method(tiny_base(folder), WITH_LORA)

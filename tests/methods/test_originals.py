@@ -13,7 +13,7 @@ from qlora.methods.originals import copy_to_keep, knows_what_was_quantised, own_
 from qlora.model.base import Base
 from qlora.model.in_memory import as_base
 from qlora.model.nf4 import dense_weight
-from tests.methods.tiny import tiny_base, tiny_checkpoint
+from tests.tiny import tiny_base, tiny_checkpoint
 
 PATH = "model.layers.0.mlp.up_proj"
 

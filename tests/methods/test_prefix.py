@@ -34,12 +34,11 @@ from qlora.model.checks import check_packing
 from qlora.recipe import TrainingSection
 from qlora.residence.load import load_base
 from qlora.training import Trainer
-from tests.methods import tiny
+from tests import tiny
 from tests.methods.against_peft import plain_model
 from tests.methods.test_prompt import assert_answers_need_no_cache, assert_packed_is_alone, gradients_of
-from tests.methods.tiny import TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
-from tests.training.tiny import random_rows
+from tests.tiny import TOKENS, difference, logits_of, random_rows, stir, tiny_base, tiny_checkpoint
 
 P = 3
 PREFIX, PROJECTED = config.PrefixTuning(tokens=P), config.PrefixTuning(tokens=P, projection_size=8)

@@ -23,9 +23,8 @@ from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.residence.load import load_base
 from qlora.training import Trainer
 from tests.methods.against_peft import plain_model
-from tests.methods.tiny import FAMILIES, TOKENS, difference, logits_of, stir, tiny_base, tiny_checkpoint
 from tests.rounding import GRADIENT, rounding
-from tests.training.tiny import random_rows
+from tests.tiny import FAMILIES, TOKENS, difference, logits_of, random_rows, stir, tiny_base, tiny_checkpoint
 
 P = 3
 PROMPT, ENCODED = config.PromptTuning(tokens=P), config.PTuning(tokens=P, hidden_size=16)

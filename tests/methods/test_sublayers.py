@@ -18,7 +18,7 @@ from qlora.model.anatomy import at
 from qlora.model.base import Base
 from tests.methods.adapters_oracle import make
 from tests.methods.test_bottleneck import FORMS, META, section, small_model
-from tests.methods.tiny import difference, stir
+from tests.tiny import difference, stir
 
 
 def planted_at(name: str, form: str) -> set[str]:

@@ -13,8 +13,8 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.evaluation import answers
 from qlora.methods import AdaptedModel, Adapters, LoraLinear, Planted, apply_method, load_adapter, save_adapter
-from tests.methods.tiny import TOKENS, VOCABULARY, difference, tiny_base, tiny_checkpoint
 from tests.rounding import LAYER, rounding
+from tests.tiny import TOKENS, VOCABULARY, difference, tiny_base, tiny_checkpoint
 
 LORAS = {
     "sql": config.LoRA(r=4, alpha=8, target_modules=("q_proj", "down_proj")),

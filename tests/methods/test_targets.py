@@ -10,7 +10,7 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import apply_method
 from qlora.methods.targets import choose_targets, matches, target_names
-from tests.methods.tiny import tiny_base, tiny_checkpoint
+from tests.tiny import tiny_base, tiny_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qlora.model import anatomy, as_base, open_checkpoint
 from qlora.model import checkpoint as checkpoints
 from qlora.recipe import LoRA, MemorySection, ModelSection
 from qlora.residence.load import load_base
-from tests.methods.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,6 @@ def test_where_a_family_keeps_its_parts(family: str, attention: str, mlp: str | 
         if mlp is not None:
             assert anatomy.at(layer, mlp) is layers[0].get_submodule(mlp)
         layer = Planted(layer)
-    assert anatomy.normalises_after_mlp(layer) == (family == "Gemma2")
     assert anatomy.embedding_rows(model) == sizes.vocabulary
     assert anatomy.path_of(model, anatomy.head(model)) == "lm_head"
     assert anatomy.is_tied(model) == bool(anatomy.tied_names(model))

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora.errors import DoesNotFitError, ModelError
-from qlora.model.checkpoint import INDEX, Checkpoint, commit_of, fingerprint, open_checkpoint
+from qlora.model.checkpoint import INDEX, Checkpoint, commit_of, open_checkpoint
 from qlora.model.hub import HUB_FILES, find_model
 from qlora.model.tokenizer import FILES
 from qlora.recipe import DEFAULT_MODEL
@@ -442,25 +442,25 @@ def _other_files(folder: Path) -> None:
     ],
 )
 def test_fingerprint_notices_what_it_says(folder: Path, act: Callable[[Path], None], noticed: bool) -> None:
-    before = fingerprint(folder)
-    assert (len(before), fingerprint(folder)) == (64, before)
+    before = Checkpoint(folder, "").fingerprint
+    assert (len(before), Checkpoint(folder, "").fingerprint) == (64, before)
     act(folder)
-    assert (fingerprint(folder) != before) == noticed
+    assert (Checkpoint(folder, "").fingerprint != before) == noticed
 
 
 def test_fingerprint_does_not_know_where_the_folder_is(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     copy = shutil.copytree(sharded, tmp_path_factory.mktemp("copy") / "model")
-    assert fingerprint(copy) == fingerprint(sharded)
+    assert Checkpoint(copy, "").fingerprint == Checkpoint(sharded, "").fingerprint
     last = sorted(copy.glob("*.safetensors"))[-1]
     save_file({name: tensor for name, tensor in TENSORS.items() if name > "b.weight"}, last, {"format": "pt"})
-    assert fingerprint(copy) != fingerprint(sharded)
+    assert Checkpoint(copy, "").fingerprint != Checkpoint(sharded, "").fingerprint
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [(_no_config, "has no config"), (_no_weights, "has no weights")])
 def test_fingerprint_of_no_checkpoint(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
     damage(folder)
     with pytest.raises(ModelError, match=sentence):
-        fingerprint(folder)
+        Checkpoint(folder, "").fingerprint  # noqa: B018
 
 
 def test_commit_of_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from qlora.planning.accounting import account, account_of
 from qlora.planning.shapes import count_parameters
 from qlora.training.optim import make_optimizer, optimizer_tensors
 from tests.methods.test_laws import CASES
-from tests.methods.tiny import tiny_base, tiny_checkpoint
+from tests.tiny import tiny_base, tiny_checkpoint
 
 # GPT-3's shape (Brown et al. 2020, arXiv:2005.14165, table 2.1) in an architecture whose projections stand apart.
 GPT3 = OPTConfig(

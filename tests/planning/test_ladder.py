@@ -22,8 +22,8 @@ from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, surv
 from qlora.planning.rates import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from qlora.residence.load import cached_bytes, load_base
-from tests.conftest import write_model
 from tests.data.conftest import make_tokenizer
+from tests.tiny import chat_checkpoint
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
@@ -33,7 +33,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("mid") / "model", **SIZES)
+    return chat_checkpoint(tmp_path_factory.mktemp("mid") / "model", **SIZES)
 
 
 @pytest.fixture(autouse=True)

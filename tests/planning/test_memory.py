@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from qlora.data import Row
 from qlora.errors import MethodError
@@ -24,8 +22,9 @@ from qlora.recipe import Bottleneck, Full, LoRA, MemorySection, ModelSection, Tr
 from qlora.residence.load import load_base
 from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
-from tests.conftest import write_model
 from tests.methods.test_laws import CASES as CASES_OF_METHODS
+from tests.steps import peak_of
+from tests.tiny import chat_checkpoint
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NEAR = 0.05  # of what is measured
@@ -39,20 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: write_model(tmp_path_factory.mktemp(name) / "model", **sizes) for name, sizes in SIZES.items()}
-
-
-def peak_of(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator held at one time during ``work``, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert peak > 0
-    return peak
+    return {name: chat_checkpoint(tmp_path_factory.mktemp(name) / "model", **sizes) for name, sizes in SIZES.items()}
 
 
 def adapted_model(
@@ -76,7 +62,7 @@ def skeleton_of(folder: Path, method: Any = None, **section: Any) -> AdaptedMode
     """What ``plan`` estimates from: the same model without its weights."""
     values = ModelSection(name=str(folder), **{"compute_dtype": "fp32", **section})
     dtype = resolve_compute_dtype(CPU, values.compute_dtype)
-    return apply_method(skeleton_base(values, torch.device("meta"), dtype, folder), method or LoRA(r=8))
+    return apply_method(skeleton_base(values, torch.device("meta"), dtype), method or LoRA(r=8))
 
 
 def compare(

@@ -21,7 +21,7 @@ from qlora.planning.accounting import account
 from qlora.planning.plan import REST, plan
 from qlora.recipe import Recipe
 from tests.methods.test_laws import CASES, Case
-from tests.methods.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

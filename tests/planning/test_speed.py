@@ -29,7 +29,7 @@ from qlora.planning.speed import Pass, Seconds, Work, step_seconds, work_of
 from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.training import Trainer
-from tests.conftest import write_model
+from tests.tiny import chat_checkpoint
 
 CPU = torch.device("cpu")
 ENDLESS = Rate(1e30, 1e30, 1e30)
@@ -80,7 +80,7 @@ class Counter(TorchDispatchMode):
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six layers, so that what the first one saves, whose input wants no gradient, is little."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
-    return write_model(tmp_path_factory.mktemp("deep") / "model", **sizes)
+    return chat_checkpoint(tmp_path_factory.mktemp("deep") / "model", **sizes)
 
 
 def trained(model: AdaptedModel, training: TrainingSection, length: int, **options: Any) -> Trainer:

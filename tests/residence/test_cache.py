@@ -17,7 +17,7 @@ import torch
 
 from qlora.errors import DoesNotFitError, ModelError, QloraError
 from qlora.model.base import Base
-from qlora.model.checkpoint import Checkpoint, fingerprint
+from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence import cache
 from qlora.residence.cache import FILE, INDEX, cache_folder_of, cache_key
@@ -129,14 +129,14 @@ def test_weights_that_changed_a_little_make_another_one(folder: Path, tmp_path: 
     before = logits_of(streamed(model, place).model)
     weights = model / "model.safetensors"
     (key,) = (path.name for path in caches(place))
-    content, mark = bytearray(weights.read_bytes()), fingerprint(model)
+    content, mark = bytearray(weights.read_bytes()), Checkpoint(model, "").fingerprint
     header = int.from_bytes(content[:8], "little")
     entry = json.loads(content[8 : 8 + header])["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0]
     for offset in range(8 + header + entry, len(content), 4):
         changed = content.copy()
         changed[offset : offset + 4] = b"\x00\x00\x80\x40"  # 4.0
         weights.write_bytes(changed)
-        if fingerprint(model) == mark:
+        if Checkpoint(model, "").fingerprint == mark:
             break
     os.utime(weights, ns=(10**18, 10**18))
     after = logits_of(streamed(model, place).model)

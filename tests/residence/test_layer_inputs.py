@@ -165,11 +165,12 @@ def test_a_graph_that_is_dropped_leaves_nothing(dropping: AdaptedModel) -> None:
     del loss
     gc.collect()
     assert not inputs.waiting
-    decoder_layers(network)[1].after_backward = {}.__getitem__  # and one whose step fails in the middle of its backward
+    values = next(p for p in decoder_layers(network)[0].parameters() if p.requires_grad)
+    failing = values.register_hook({}.__getitem__)  # and one whose step fails in the middle of its backward
     loss, _ = batch_loss(network, collate(ROWS, 0), 16)
     with pytest.raises(KeyError):
         loss.backward()
-    decoder_layers(network)[1].after_backward = None
+    failing.remove()
     assert len(inputs.waiting) == 1
     del loss
     network.zero_grad()

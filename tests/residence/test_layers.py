@@ -265,28 +265,6 @@ def test_only_layer_inputs_are_kept(model: AdaptedModel) -> None:
     assert kept() <= 7 * one < resident / 3
 
 
-@pytest.mark.parametrize("tile", [None, 7])
-@pytest.mark.parametrize("rows", [2, 7])
-def test_after_a_layers_backward_its_gradients_are_whole(model: AdaptedModel, rows: int, tile: int | None) -> None:
-    """From the last layer to the first, whose input needs no gradient; once, with all micro-batches in ``.grad``."""
-    wrap_layers(model.model, rows, None, tile)
-    expected = step_gradients(model)
-    names = {id(values): name for name, values in model.trainable_parameters().items()}
-    found: list[dict[str, Tensor]] = []
-
-    def take(layer: nn.Module) -> None:
-        mine = {names[id(values)]: values for values in layer.parameters() if id(values) in names}
-        found.append({name: values.grad.clone() for name, values in mine.items() if values.grad is not None})
-        for values in mine.values():
-            values.grad = torch.zeros_like(values)  # used and given back
-
-    for layer in decoder_layers(model.model):
-        layer.after_backward = take
-    step_gradients(model)
-    assert [next(iter(grads)).split(".")[2] for grads in found] == ["1", "0"]
-    same_bits(found[0] | found[1], expected)
-
-
 def test_without_gradients_or_training_it_is_the_layer_itself(dropping: AdaptedModel) -> None:
     network = dropping.model
     network.eval()

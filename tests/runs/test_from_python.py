@@ -11,7 +11,7 @@ import qlora
 from qlora.cli import main
 from qlora.errors import RecipeError, RunError
 from qlora.recipe import Recipe
-from tests.conftest import tiny_values
+from tests.tiny import tiny_values
 
 
 def trainer_in(folder: Path, model: Path, data: Path, *overrides: str, seed: int = 0) -> qlora.Trainer:

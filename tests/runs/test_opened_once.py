@@ -28,11 +28,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     for name in ("find_model", "read_model_config", "_shards", "_header", "_fingerprint"):
         monkeypatch.setattr(checkpoint, name, counting(name, getattr(checkpoint, name)))
-    monkeypatch.setattr(tokenizer, "read_tokenizer", counting("read_tokenizer", tokenizer.read_tokenizer))
+    monkeypatch.setattr(tokenizer, "load_tokenizer", counting("load_tokenizer", tokenizer.load_tokenizer))
     return found
 
 
-ONCE = dict.fromkeys(("find_model", "read_model_config", "_shards", "_header", "_fingerprint", "read_tokenizer"), 1)
+ONCE = dict.fromkeys(("find_model", "read_model_config", "_shards", "_header", "_fingerprint", "load_tokenizer"), 1)
 
 
 def test_train_and_export_open_the_model_once(
