@@ -300,6 +300,9 @@ def _pass(model: Any, shape: Shape, ledger: Ledger, graph: list[bool]) -> list[S
     if shape.checkpointing:
         _wrap(model, shape)
     model.train()
+    for module in model.modules():
+        if "layerdrop" in vars(module):  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
+            module.training = False
     with ledger:
         marks = _Marks(ledger)
         graph.clear()

@@ -212,7 +212,7 @@ def test_layers_in_no_list_are_counted_together(deep: Path, monkeypatch: pytest.
 
     model = apply_method(load_base(ModelSection(name=str(deep)), CPU), LoRA(r=4))
     listed = shapes_of(model)
-    monkeypatch.setattr(counts, "decoder_layers", none)
+    monkeypatch.setattr(counts.anatomy, "layers", none)
     assert shapes_of(model) == listed
 
 
