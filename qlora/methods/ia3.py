@@ -144,7 +144,7 @@ class Ia3Layout(Layout):
 class Ia3Method(Method):
     """How the vectors are planted; nothing happens in the loss or between steps."""
 
-    auto_dtype = torch.float32  # beside one, bf16 has no number closer than 0.4 %
+    auto_dtype = torch.float32  # near 1, bf16 steps are 0.4 % apart
     by_rows = True
     layout_class = Ia3Layout
     section: IA3

@@ -103,13 +103,17 @@ def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> A
 
 
 def skeleton_base(
-    section: ModelSection, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None = None
+    section: ModelSection,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Base:
     """For a plan, a base without weights: the model of ``section`` on meta. What is planted in it is on ``device``.
 
     ``checkpoint`` is the section's, where it was opened before; nothing but its configuration is read.
     """
-    base = bare(checkpoint or open_checkpoint(section, weights=False), section, dtype).base(device, None)
+    base = bare(checkpoint or open_checkpoint(section, weights=False), section, dtype).base(device, tokenizer)
     base.folder, base.names, base.checkpoint = Path(), None, None
     return base
 

@@ -301,7 +301,9 @@ def _pass(model: Any, shape: Shape, ledger: Ledger, graph: list[bool]) -> list[S
         _wrap(model, shape)
     model.train()
     for module in model.modules():
-        if "layerdrop" in vars(module):  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
+        if "layerdrop" in vars(
+            module
+        ):  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
             module.training = False
     with ledger:
         marks = _Marks(ledger)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, RecipeError
+from qlora.errors import DoesNotFitError, ModelError, RecipeError
 from qlora.machine.cards import CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
@@ -36,7 +37,7 @@ from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import measure, measure_disk, rates_of
 from qlora.planning.shapes import count_parameters
-from qlora.recipe import Recipe, parts_of
+from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes
 
@@ -172,7 +173,7 @@ def _plan(
     """The plan for ``target``. ``choose``: another arrangement is taken where the recipe's own does not fit."""
     budget = resolved.memory.budget is not None
     dtype = DTYPES[resolved.model.compute_dtype]
-    base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint=checkpoint)
+    base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     account = account_of(adapted, parameters, resolved.training.optimizer)
@@ -194,6 +195,16 @@ def _plan(
     final = changed(chosen.recipe, {"memory.budget": None})
     checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
     return Plan(final, target, account, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
+
+
+def _tokenizer(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """Where new tokens are to be trained, what says which rows they are; without one they are taken to be added at the end."""
+    if not any(isinstance(part, NewTokens) for part in parts_of(recipe.method)):
+        return None
+    try:
+        return checkpoint.tokenizer
+    except ModelError:  # a configuration alone is enough for a plan
+        return None
 
 
 def _fits(needed: Estimate, target: Target) -> str:

@@ -82,7 +82,7 @@ class DataSection(Section):
     packing: bool = True
     """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many records."""
+    """Use only the first N records."""
 
     @model_validator(mode="after")
     def _one_held_out(self) -> Self:
@@ -173,7 +173,7 @@ class EvaluationSection(Section):
     every: int = Field(0, ge=0)
     """Steps between held-out evaluations; 0 evaluates before and after only."""
     held_out_rows: int | None = Field(None, ge=1)
-    """Only the first so many held-out rows."""
+    """Use only the first N held-out rows."""
     prompts: int = Field(3, ge=0)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(64, ge=1)
@@ -250,7 +250,11 @@ class Recipe(Section):
         data, training = self.data, self.training
         files = data.train if isinstance(data.train, str) else ", ".join(data.train)
         out = data.held_out or (f"{data.held_out_fraction:.2%}" if data.held_out_fraction else "nothing")
-        length = f"{training.epochs} epochs" if training.steps is None else f"{training.steps} steps"
+        length = (
+            f"{training.epochs} epoch{'s' * (training.epochs > 1)}"
+            if training.steps is None
+            else f"{training.steps} steps"
+        )
         methods = " + ".join(part.in_short() for part in parts_of(self.method))
         return (
             f"Recipe({self.model.name} in {self.model.quantization}, {methods},\n"

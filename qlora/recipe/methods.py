@@ -75,7 +75,7 @@ class LowRankSection(TargetedSection):
     loftq_iterations: int = Field(1, ge=1, le=16)
     """Rounds of LoftQ; with 1 the frozen weight stays as it was quantised."""
     learning_rate_ratio: float = Field(1.0, gt=0, le=1000)
-    """LoRA+: B learns so many times faster than A (Hayou et al. 2024, arXiv:2402.12354); 16 is usual, with a lower rate."""
+    """LoRA+: B's learning rate is this many times A's (Hayou et al. 2024, arXiv:2402.12354); 16 is usual, with a lower rate."""
 
 
 class LoRA(LowRankSection):
@@ -214,7 +214,7 @@ class IA3(MethodSection):
     name: Literal["ia3"] = "ia3"
     """The method's name, which selects this section."""
     adapter_dtype: Dtype = "auto"
-    """The dtype of the vectors. `auto` is fp32: beside one, bf16 has no number closer than 0.4 %."""
+    """The dtype of the vectors. `auto` is fp32: near 1, bf16 steps are 0.4 % apart."""
     target_modules: Literal["auto"] | tuple[str, ...] = "auto"
     """Linears whose output is rescaled. `auto`: those that make keys and values, fused with the queries where the model
     has them so. `[]`: none."""

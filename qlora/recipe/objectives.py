@@ -14,7 +14,7 @@ class TokensObjective(Section):
     """The next token: cross-entropy over the target tokens of each row."""
 
     name: Literal["tokens"] = "tokens"
-    """`tokens`."""
+    """`tokens`: the one there is so far."""
 
 
 AnyObjective = TokensObjective

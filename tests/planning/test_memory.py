@@ -14,6 +14,7 @@ from qlora.errors import MethodError
 from qlora.evaluation import score
 from qlora.machine.device import bytes_text, resolve_compute_dtype
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.memory import Estimate, estimate, holdings, shape_of, weight_bytes
@@ -62,7 +63,8 @@ def skeleton_of(folder: Path, method: Any = None, **section: Any) -> AdaptedMode
     """What ``plan`` estimates from: the same model without its weights."""
     values = ModelSection(name=str(folder), **{"compute_dtype": "fp32", **section})
     dtype = resolve_compute_dtype(CPU, values.compute_dtype)
-    return apply_method(skeleton_base(values, torch.device("meta"), dtype), method or LoRA(r=8))
+    tokenizer = open_checkpoint(values, weights=False).tokenizer
+    return apply_method(skeleton_base(values, torch.device("meta"), dtype, tokenizer=tokenizer), method or LoRA(r=8))
 
 
 def compare(
