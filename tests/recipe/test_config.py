@@ -126,7 +126,7 @@ def test_repr_says_what_is_wanted_in_two_lines() -> None:
             "       a.jsonl (2.00% held out), 10 steps of 16 rows a step, folder None)"
         )
     )
-    assert "lora r=16,\n       a.jsonl (nothing held out), 1 epochs" in repr(Recipe.from_dict(MINIMAL))
+    assert "lora r=16,\n       a.jsonl (nothing held out), 1 epoch" in repr(Recipe.from_dict(MINIMAL))
 
 
 def test_recipe_is_frozen() -> None:
