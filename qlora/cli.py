@@ -209,7 +209,10 @@ def _status(words: list[str], stopped: list[int]) -> int:
 def _do(words: list[str]) -> int:
     verb, *rest = words or ["--help"]
     if verb == "--version":
-        print(f"qlora {metadata.version(DISTRIBUTION)}")
+        try:
+            print(f"qlora {metadata.version(DISTRIBUTION)}")
+        except metadata.PackageNotFoundError:
+            print("qlora from a checkout that is not installed")
         return 0
     if verb in ("help", "--help", "-h"):
         lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]

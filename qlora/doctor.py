@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -111,7 +112,7 @@ def _isolated(name: str, advice: str, check: Callable[..., Iterable[Finding]], *
 def _python() -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet
 
-    wanted = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    wanted, _ = _needs()
     version = platform.python_version()
     fix = "" if SpecifierSet(wanted).contains(version, prereleases=True) else f"install {wanted}, and qlora into it"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
@@ -222,15 +223,21 @@ def _cuda_count() -> int:
         return 0
 
 
+def _needs() -> tuple[str, list[str]]:
+    """(the Python, the packages) that this package asks for: by its metadata, or, run from a checkout, by pyproject.toml."""
+    try:
+        return metadata.metadata(DISTRIBUTION)["Requires-Python"], metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+            project = tomllib.load(file)["project"]
+        return project["requires-python"], project["dependencies"]
+
+
 def _library(name: str) -> Iterator[Finding]:
     """The installed version against the minimum that our own package metadata asks for."""
     from packaging.requirements import Requirement
 
-    try:
-        needs = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
-    except metadata.PackageNotFoundError:
-        yield Finding(name, "wrong", "qlora itself is not installed", "install it with 'pip install -e .'")
-        return
+    needs = [Requirement(line) for line in _needs()[1]]
     need = next((need for need in needs if need.name == name and need.marker is None), Requirement(name))
     install = f"install it with 'pip install --upgrade \"{need}\"'"
     try:

@@ -173,11 +173,13 @@ def test_ten_steps_are_six_and_four(wide: Path, tmp_path: Path, optimizer: str, 
     second = fresh(tmp_path / "cut")
     second.load(first.save())
     assert [next(second).loss for _ in range(4)] == losses[6:]
-    for name, values in whole.parameters.items():
-        assert torch.equal(values, second.parameters[name])
+    for name, values in whole.state.parameters.items():
+        assert torch.equal(values, second.state.parameters[name])
     if optimizer.startswith("paged"):
-        states = second.optimizer.state
-        pageable = [states[values]["state1"] for values in second.parameters.values() if values.numel() >= 100_000]
+        states = second.state.optimizer.state
+        pageable = [
+            states[values]["state1"] for values in second.state.parameters.values() if values.numel() >= 100_000
+        ]
         assert pageable
         assert all(getattr(tensor, "is_paged", False) for tensor in pageable)
     saved = load_file(first.save() / "optimizer.safetensors")
@@ -209,6 +211,13 @@ def test_packed_examples_are_apart(folder: Path) -> None:
     assert loss == pytest.approx(expected, rel=BF16)
 
 
+def test_a_model_that_magnifies_rounding_is_not_refused(tmp_path: Path) -> None:
+    """In bf16, with weights so large that the fused 4-bit kernel and the dense one part by a fifth of the largest state."""
+    model = adapted(chat_checkpoint(tmp_path / "m", **{**WIDE, "initializer_range": 0.2}))
+    for packed in (False, True):
+        Trainer(model, rows(4, 64, 32000, packed), settings(micro_batch_size=1))
+
+
 def test_generation_is_the_argmax_of_the_logits(folder: Path) -> None:
     model = adapted(folder, "fp32")
     prompt = IDS[0, :9].tolist()
@@ -220,7 +229,7 @@ def test_generation_is_the_argmax_of_the_logits(folder: Path) -> None:
 
 WIDE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048, "initializer_range": 0.02,
 }  # fmt: skip
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "resident": {},
@@ -257,21 +266,19 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_do_not_depend_on_where_things_wait(
     deep: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots that were left hold NaN; three steps of several micro-batches, so that every slot and buffer is used again."""
+    """Slots that were left hold NaN; three times several micro-batches, so that every slot and buffer is used again."""
     monkeypatch.setattr(Placement, "poison", True)
     found = []
     for memory in ({}, ARRANGEMENTS[name]):
         model, section = placed(deep, tmp_path, "fp32", **memory)
         trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings(micro_batch_size=1), memory=section)
-        found.append(
-            (
-                [next(trainer).loss for _ in range(3)],
-                {n: p.detach().clone() for n, p in trainer.state.parameters.items()},
-            )
-        )
-    (losses, plain), (others, moved) = found
+        losses = [gradients(trainer.state, trainer.objective, trainer.rows) for _ in range(3)]  # they add up
+        grads = {n: p.grad.clone() for n, p in trainer.state.parameters.items() if p.grad is not None}
+        found.append((losses, grads))
+    (losses, plain), (others, summed) = found
+    assert plain.keys() == summed.keys() != set()
     assert others == pytest.approx(losses, rel=1e-4)
-    assert max(difference(moved[key], plain[key]) for key in plain) < 1e-3
+    assert max(difference(summed[key], plain[key]) for key in plain) < 1e-3
 
 
 def test_a_streamed_model_answers_and_lets_go(deep: Path, tmp_path: Path) -> None:
@@ -356,6 +363,7 @@ def test_planned_memory_is_the_measured_peak(
 ) -> None:
     """Within a tenth, at a shape at which the rounding of the allocator is small: 12 layers of 1,024."""
     folder = chat_checkpoint(tmp_path / "m", **WIDE)
+    torch._C._cuda_clearCublasWorkspaces()  # an earlier test's; the plan counts one
     before = torch.cuda.memory_allocated(DEVICE)
     model, section = placed(folder, tmp_path, **memory)
     training = settings(accumulation=accumulation, steps=3, micro_batch_size=1)

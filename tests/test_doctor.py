@@ -74,6 +74,19 @@ def test_a_library_that_breaks_on_import_makes_wrong_lines_and_no_crash(
     assert {"torch", "CUDA", "NF4 on cpu", "memory", "cache"} <= {finding.name for finding in findings}
 
 
+def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network, where pip installs nothing: what is needed stands in pyproject.toml."""
+    installed = doctor._needs()
+
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "metadata", missing)
+    python, needs = doctor._needs()
+    assert (python, needs) == (installed[0], [line for line in installed[1] if "extra ==" not in line])
+    assert only(doctor._library("transformers")).state == "ok"
+
+
 def test_a_library_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
 

@@ -180,7 +180,7 @@ def stir(model: AdaptedModel, size: float = 0.1) -> None:
     """Give both halves of every adapter values, so that it changes the logits and both get a gradient."""
     generator = torch.Generator().manual_seed(7)
     for values in model.trainable_parameters().values():
-        values.data.normal_(std=size, generator=generator)
+        values.data.copy_(torch.empty(values.shape).normal_(std=size, generator=generator))  # the same on any device
 
 
 # --- what comes out of them --------------------------------------------------------------------------------------------

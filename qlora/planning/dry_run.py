@@ -264,11 +264,17 @@ def _masked(args: tuple[Any, ...]) -> int:
     return sum(values.numel() * tensors[0].itemsize for values in tensors if values.dtype == torch.bool)
 
 
+def _widened(args: tuple[Any, ...]) -> int:
+    """Both factors in fp32, where a kernel cannot leave the sums of 16-bit ones in it."""
+    return sum(4 * values.numel() for values in args if values.dtype != torch.float32)
+
+
 INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
     "cpu": {
         torch.ops.aten.native_dropout.default: _dropout,
         torch.ops.aten.mul.Tensor: _masked,
         torch.ops.aten.mul_.Tensor: _masked,
+        torch.ops.qlora.fp32_product.default: _widened,
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
     "cuda": {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward},

@@ -124,7 +124,7 @@ class TrainingSection(Section):
     """`layer_major` sends a step's micro-batches through one layer before the next, so that each layer is dequantised once
     a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
     loss_chunk: int = Field(256, ge=1)
-    """Target positions whose logits exist at the same time."""
+    """Target positions whose logits exist at the same time; with the head on the host, as many bytes of them."""
     not_finite: Literal["stop", "skip"] = "stop"
     """What happens when a step's loss or a gradient is not finite (NaN, infinity). Either way no parameter moves, and the
     step, its rows and the first bad module are named. `skip` then goes on with the next step."""

@@ -423,18 +423,18 @@ def test_a_wrong_cut_is_refused_in_whole_and_in_short_steps(
         Trainer(model, rows, section(micro_batch_size=size, steps=1))  # never gets to the short step
 
 
-@pytest.mark.parametrize(("count", "last"), [(16, []), (19, [(1, 8), (3, 8)])])
+@pytest.mark.parametrize(("count", "last"), [(16, []), (19, [(1, 8), (4, 8), (3, 8)])])
 def test_the_checks_are_quick(model: AdaptedModel, count: int, last: list[tuple[int, int]]) -> None:
-    """A step of 8 rows in micro-batches of 2, and the 3 that end an epoch: each once through the boundary, once plain."""
+    """A step of 8 rows in micro-batches of 2, and the 3 that end an epoch: each twice plain, once through the boundary."""
     shapes: list[tuple[int, ...]] = []
     embedding = model.model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
     Trainer(model, ROWS[:count], section())
     handle.remove()
-    loss_path, packing, boundary = shapes[:2], shapes[2:4], shapes[4:]
+    loss_path, packing, boundary = shapes[:2], shapes[2:5], shapes[5:]
     assert loss_path == [(1, 8), (1, 8)]
-    assert packing == [(2, 16), (1, 8)]
-    assert boundary == [(2, 9), (8, 9), *last]
+    assert packing == [(1, 8), (2, 16), (2, 16)]
+    assert boundary == [(2, 9), (8, 9), (8, 9), *last]
 
 
 def changed(row: Row, **arrays: Any) -> Row:
