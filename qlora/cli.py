@@ -101,7 +101,7 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|adapter: a plain 16-bit model, or the adapter as plain LoRA, which every server loads.
+    """RUN merged|adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads.
 
     Both take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32.
     """
@@ -234,13 +234,15 @@ def _help(verb: str) -> tuple[str, str, str]:
     """What a verb takes, what it does, and more of it: its docstring, ``RUN: talk to the trained model.``, in parts."""
     first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
     takes, _, does = first.rpartition(": ")
-    return takes, does[0].upper() + does[1:], more
+    return takes, does[:1].upper() + does[1:], more
 
 
 def _plain(verb: str, word: str) -> str:
     """``--training.steps=10`` → ``training.steps=10``. Raises InputError for any other flag."""
     if word.startswith("--") and "=" in word:
         return word[2:]
+    if "." in word and word.startswith("--"):
+        raise InputError(f"'{word}' has no value; expected one behind its key, as in {word}=VALUE.")
     if word.startswith("-") and not os.path.exists(word):
         raise InputError(
             f"'{word}' is not a flag of qlora {verb}; expected --help, or a value with its key, such as --training.steps=10."

@@ -120,10 +120,11 @@ def test_values_may_be_written_as_flags(recipe_file: Path, capfd: pytest.Capture
     assert main(["preview", str(recipe_file), "--count=3", "--data.held_out_fraction=0.5"]) == 0
     assert "example 2 of 20" in capfd.readouterr().out
     assert "'training.epoch' " in refused(capfd, "train", str(recipe_file), "--training.epoch=2")
-    for flag in ("--epochs", "-v", "--training.steps"):
+    for flag in ("--epochs", "-v"):
         assert f"'{flag}' is not a flag of qlora train; expected --help," in refused(
             capfd, "train", "a.yaml", flag, "3"
         )
+    assert "'--training.steps' has no value; expected one" in refused(capfd, "train", "a.yaml", "--training.steps", "3")
     assert "'--verbose' is not a verb" in refused(capfd, "--verbose")
 
 

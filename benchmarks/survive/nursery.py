@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -372,6 +373,7 @@ def _suffer(
     verb = cli.VERBS.get(words[0])
     if verb is not None:
 
+        @functools.wraps(verb)
         def begins(arguments: list[str]) -> int | None:
             os.write(begun, b".")
             return verb(arguments)

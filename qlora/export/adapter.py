@@ -1,4 +1,4 @@
-"""The adapter alone, in the form that every server loads: plain LoRA, one rank, the scaling inside B.
+"""The adapter alone, in the form that PEFT and servers load: plain LoRA, one rank, the scaling inside B.
 
 A skeleton on the meta device says where the adapter belongs, so no weight of the base is read and none is in memory.
 Knows checkpoints' shapes and adapter folders; must not know runs, recipes or a loaded model.
@@ -16,6 +16,7 @@ from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, load_adapter, save_portable
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.skeleton import bare
+from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import ModelSection
 
 
@@ -45,5 +46,5 @@ def export_adapter(
     with folder_written_aside(out, overwrite) as aside:
         why = save_portable(model, aside)
         if chat_template is not None:
-            (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
     return why

@@ -31,6 +31,7 @@ from qlora.model.load import packed_tensors, quantised_names
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
+from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import ModelSection
 
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
@@ -113,7 +114,7 @@ def merge(
         for method in source.adapted.methods:
             method.merge.finish(aside)
         if chat_template is not None:
-            (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,

@@ -18,6 +18,7 @@ from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
 from qlora.recipe import AnyMethod, parts_of
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
+TEMPLATE = "chat_template.jinja"  # beside them: the chat template, as transformers keeps it
 # Tokens that model makers reserve for padding, or for nothing, by their names in Llama, Gemma, Mistral, Phi and Qwen.
 RESERVED = (
     "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<unused0>",

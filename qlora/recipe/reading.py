@@ -21,6 +21,13 @@ from qlora.recipe.schema import Section, sections_of
 
 DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
 MOST_MISTAKES = 10  # that one message names
+# pydantic's kinds of mistakes that a plainer word says; the others' own words follow "expected"
+EXPECTED = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
+    "string_type": "text", "list_type": "a list", "tuple_type": "a list", "dict_type": "'key: value' lines",
+    "model_type": "a section of 'key: value' lines", "model_attributes_type": "a section of 'key: value' lines",
+}  # fmt: skip
 
 Read = TypeVar("Read", bound=Section)
 Place: TypeAlias = JsonObject | list[Any]
@@ -103,6 +110,8 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
     match item["type"]:
         case "extra_forbidden":
             hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
+            if len(path) == 1 and (inside := _sections_with(recipe, path[0])):
+                hint = f" Did you mean {' or '.join(inside)}?"
             return f"{key}{place} is not a known key.{hint}"
         case "union_tag_invalid":
             known = [name for name in sections_of(owner.model_fields[path[0]].annotation) if name != "combined"]
@@ -114,8 +123,20 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             return f"{key} is missing; it has no default."
         case "value_error":
             return f"{key}{place} {item['ctx']['error']}."
+        case kind if kind in EXPECTED:
+            return f"{key}{place} is {shown(item['input'])}; expected {EXPECTED[kind]}."
         case _:
-            return f"{key}{place} is {shown(item['input'])}; expected: {item['msg'][0].lower()}{item['msg'][1:]}."
+            expected = item["msg"].removeprefix("Input should be ")
+            return f"{key}{place} is {shown(item['input'])}; expected {expected[0].lower()}{expected[1:]}."
+
+
+def _sections_with(recipe: type[Section], key: str) -> list[str]:
+    """``steps`` → ['training.steps']: where a key that stands outside of all sections would be one."""
+    return [
+        f"{name}.{key}"
+        for name, field in recipe.model_fields.items()
+        if any(key in section.model_fields for section in sections_of(field.annotation).values())
+    ]
 
 
 def _place(recipe: type[Section], loc: tuple[str | int, ...]) -> tuple[list[str], type[Section]]:

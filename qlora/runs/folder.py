@@ -22,12 +22,12 @@ from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import resolve_device
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import Recipe
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import digest
 
 Some = TypeVar("Some")
-TEMPLATE = "chat_template.jinja"
 # What a run may go on with otherwise than it began: it changes memory, speed or safety, and never which numbers are meant.
 CHANGEABLE = (
     "device.name", "device.threads", "device.memory", "device.deterministic", "memory.layers", "memory.tier",

@@ -21,11 +21,11 @@ from qlora.files.lock import run_lock
 from qlora.machine.device import bytes_text, resolve_device
 from qlora.methods.files import save_portable
 from qlora.model.checkpoint import open_checkpoint
+from qlora.model.tokenizer import TEMPLATE
 from qlora.planning.plan import Plan, plan
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
 from qlora.runs.folder import (
-    TEMPLATE,
     check_data,
     clear,
     device_here,
