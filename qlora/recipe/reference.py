@@ -21,12 +21,12 @@ def reference() -> str:
             fields = sorted(section.model_fields, key=lambda key: key != "name")
             tables.append((f"{name}: {tag}" if tag else name, section, fields))
     tables.append(("(top level)", Recipe, top))
-    return "\n".join(_table(*table) for table in tables)
+    return "# Every value of a recipe\n\n" + "\n".join(_table(*table) for table in tables)
 
 
 def _table(title: str, section: type[Section], names: list[str]) -> str:
     about = " ".join((section.__doc__ or "").split())
-    lines = [f"### `{title}`", "", about, "", "| key | default | meaning |", "|---|---|---|"]
+    lines = [f"## `{title}`", "", about, "", "| key | default | meaning |", "|---|---|---|"]
     for name in names:
         field = section.model_fields[name]
         default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"

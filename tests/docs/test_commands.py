@@ -208,7 +208,7 @@ def test_every_value_that_is_named_is_one_of_a_recipe(page: Path, tmp_path: Path
     """In sentences, as `memory.budget` or `training.steps=3`, and behind commands."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("data: {train: my.jsonl}", encoding="utf-8")
-    tables = reference().split("### `")
+    tables = reference().split("## `")
     for span in spans(page):
         if found := VALUE.fullmatch(span):
             there = [table for table in tables if re.match(rf"{found['section']}\b", table)]

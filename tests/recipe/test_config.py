@@ -30,7 +30,7 @@ def fields_of(kind: Any) -> dict[str, Any]:
 
 
 def test_every_field_is_documented_and_in_the_reference() -> None:
-    tables = {part.split("`")[0]: part for part in reference().split("### `")[1:]}
+    tables = {part.split("`")[0]: part for part in reference().split("## `")[1:]}
     assert tables.keys() == sections().keys() | {"(top level)"}
     assert len(tables) == 7 + 13 + 1
     for heading, section in {**sections(), "(top level)": Recipe}.items():

@@ -6,7 +6,6 @@ That its gradients are the resident model's, in every arrangement, is tests/test
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from tests.steps import LOSS, close, same_bits
 from tests.tiny import SMALL, TOKENS, gradients, random_model, random_rows, small_model, stir, tiny_model
 
 ROWS = random_rows(24, seed=3)[:7]  # packed, of odd and different lengths
-FAMILIES = ["llama", "qwen2", "gemma2"]
 
 
 def step_gradients(model: AdaptedModel, rows: int = 7, seed: int = 5) -> dict[str, Tensor]:
@@ -51,19 +49,6 @@ def loss_and_gradients(model: AdaptedModel, count: int) -> tuple[float, dict[str
     loss.backward()
     model.model.eval()
     return loss.item(), gradients(model)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
-    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.0)
-
-
-@pytest.fixture
-def model(adapted: AdaptedModel) -> Iterator[AdaptedModel]:
-    for layer in adapted.planted.values():
-        layer.dropout = 0.0
-    yield adapted
-    unwrap_layers(adapted.model)
 
 
 @pytest.fixture

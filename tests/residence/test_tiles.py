@@ -26,24 +26,11 @@ from qlora.residence.boundary import unread_linears
 from qlora.residence.checks import check_boundary
 from qlora.residence.layers import RecomputedLayer, recomputing, unwrap_layers, wrap_layers
 from qlora.residence.tiles import TiledMLP, find_mlp, tile_mlps, tiles_of
-from tests.residence.test_layers import FAMILIES, ROWS, step_gradients
+from tests.residence.test_layers import ROWS, step_gradients
 from tests.steps import LOSS, close, peak_of
 from tests.tiny import TOKENS, difference, gradients, random_model, small_model, tiny_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def one_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
-    return tiny_model(tmp_path_factory.mktemp(request.param), request.param, dropout=0.0)
-
-
-@pytest.fixture
-def model(one_model: AdaptedModel) -> Iterator[AdaptedModel]:
-    for layer in one_model.planted.values():
-        layer.dropout = 0.0
-    yield one_model
-    unwrap_layers(one_model.model)
 
 
 @pytest.fixture(scope="module")
