@@ -131,6 +131,10 @@ def export(words: list[str]) -> None:
     merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
     size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"
     print(f"Merged model: {merged.folder} ({size})")
+    if merged.new_ends:
+        print(
+            f"Its generation_config.json ends answers with {', '.join(merged.new_ends)} too, as the chat template does."
+        )
     try:
         difference = compare_merged(folder, merged)
     except QloraError as error:  # the export is done and whole; only the comparison is not

@@ -26,8 +26,8 @@ from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, tr
 from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
-from qlora.model.checkpoint import INDEX, Checkpoint
-from qlora.model.load import packed_tensors, quantised_names
+from qlora.model.checkpoint import INDEX, Checkpoint, read_json
+from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
@@ -51,6 +51,8 @@ class Merged:
     dequantised: int
     bytes: int
     dtype: torch.dtype
+    new_ends: tuple[str, ...] = ()
+    """The tokens that end an answer and did not by the base's configuration."""
 
 
 def merge(
@@ -67,13 +69,14 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    end_of_turn: int | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Merged:
     """Write base + adapter into the new folder ``out`` as plain safetensors in ``dtype``, with config and tokenizer.
 
     ``quantization``, ``double_quant`` and ``compute_dtype`` say what the adapter was trained on; ``base="original"`` adds
-    it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, and
-    ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at ``out``
+    it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, its
+    ``end_of_turn`` is written into generation_config.json where it is not one of the base's end tokens, and ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at ``out``
     before everything is written.
 
     Raises ModelError or MethodError for a base or an adapter that cannot be read or do not belong together, RunError
@@ -111,6 +114,9 @@ def merge(
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(aside / "config.json", source.plain_config(dtype))
         _copy_beside(base_folder, aside)
+        ends = set() if end_of_turn is None else {end_of_turn} - set(end_tokens(checkpoint))
+        if ends:
+            _write_json(aside / GENERATION, _generation(aside, checkpoint, ends))
         for method in source.adapted.methods:
             method.merge.finish(aside)
         if chat_template is not None:
@@ -123,6 +129,7 @@ def merge(
         dequantised=len(changed - source.carrying),
         bytes=total,
         dtype=DTYPES[dtype],
+        new_ends=tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(ends))),
     )
 
 
@@ -260,6 +267,13 @@ class _Source:
         for method in self.adapted.methods:
             values = method.merge.config(values)
         return values
+
+
+def _generation(folder: Path, checkpoint: Checkpoint, ends: set[int]) -> dict[str, Any]:
+    """The base's generation_config.json with more end tokens; what config.json says of such tokens where there is none."""
+    said = {key: value for key, value in checkpoint.config.items() if key in ("bos_token_id", "pad_token_id")}
+    values = read_json(folder, GENERATION, "a generation configuration") if (folder / GENERATION).is_file() else said
+    return {**values, "eos_token_id": [*end_tokens(checkpoint), *sorted(ends)]}
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -56,7 +56,7 @@ class Base:
     device: torch.device
     compute_dtype: torch.dtype
     end_tokens: tuple[int, ...] = ()
-    """What ends an answer by the checkpoint's generation_config.json."""
+    """What ends an answer: the checkpoint's end tokens, and the end of a turn of the chat template that it is trained with."""
     names: dict[str, str] | None = None
     """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
     placement: StreamedLayers | None = None

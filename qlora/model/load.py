@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, away_of, dense_weight
 from qlora.model.skeleton import Assembled
 
+GENERATION = "generation_config.json"
 INITIALISED = "_is_hf_initialized"  # transformers' mark on tensors and modules that its initialisation must leave alone
 
 
@@ -175,16 +175,19 @@ def quantised_names(model: nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
 
 
-def end_tokens(folder: Path) -> tuple[int, ...]:
-    """The end tokens of generation_config.json; Gemma's end of a turn, for example, stands there alone."""
-    name = "generation_config.json"
-    if not (folder / name).exists():
-        return ()
-    found = read_json(folder, name, "a generation configuration").get("eos_token_id")
-    ends = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(end) is not int for end in ends):
-        raise ModelError(
-            f"'{folder / name}' has the eos_token_id {found!r}; expected a token's number or a list of them. Correct it, "
-            "or fetch it again."
-        )
-    return tuple(ends)
+def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Every token that ends an answer: by the tokenizer, by config.json and by generation_config.json, where Gemma's end of a
+    turn, for example, stands alone."""
+    folder, ends = checkpoint.folder, {checkpoint.tokenizer.eos_token_id}
+    for name in ("config.json", GENERATION):
+        if not (folder / name).exists():
+            continue
+        found = read_json(folder, name, "a configuration").get("eos_token_id")
+        named = found if isinstance(found, list) else [found]
+        if any(end is not None and type(end) is not int for end in named):
+            raise ModelError(
+                f"'{folder / name}' has the eos_token_id {found!r}; expected a token's number or a list of them. Correct "
+                "it, or fetch it again."
+            )
+        ends |= set(named)
+    return tuple(sorted(end for end in ends if end is not None))

@@ -49,7 +49,7 @@ def load_base(
     device = resolve_device() if device is None else torch.device(device)
     memory = memory or MemorySection()
     checkpoint = checkpoint or open_checkpoint(section)
-    tokenizer, ends = checkpoint.tokenizer, end_tokens(checkpoint.folder)
+    tokenizer, ends = checkpoint.tokenizer, end_tokens(checkpoint)
     empty = assemble(checkpoint, section, resolve_compute_dtype(device, section.compute_dtype))
     model, missing = empty.model, empty.shapes.keys() - set(empty.names.values())
     refuse_half(model, memory.embedding == "host", memory.head == "host")

@@ -25,12 +25,13 @@ from qlora.runs.folder import (
     adapter_folder,
     check_data,
     device_here,
+    end_of_turn,
     open_base,
     open_run,
     read_adapter,
     template_of,
 )
-from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, use_threads
+from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, stop_at, use_threads
 
 
 def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
@@ -75,13 +76,16 @@ def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
 
 
 def _trained(recipe: Recipe, checkpoint: Checkpoint, folder: Path, quiet: bool) -> AdaptedModel:
-    adapter = adapter_folder(folder)
+    adapter, end = adapter_folder(folder), end_of_turn(recipe, folder, checkpoint)
     use_threads(recipe)
     device = limited(device_here(recipe), recipe)
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
-        return load_adapter(load_base(recipe.model, device, not quiet, recipe.memory, checkpoint), adapter)
-    model = load_model(recipe, checkpoint, device, quiet, values_follow=True)
-    return read_adapter(folder, lambda place: load_adapter(model, place), adapter)
+        model = load_adapter(load_base(recipe.model, device, not quiet, recipe.memory, checkpoint), adapter)
+    else:
+        empty = load_model(recipe, checkpoint, device, quiet, values_follow=True)
+        model = read_adapter(folder, lambda place: load_adapter(empty, place), adapter)
+    stop_at(model, end)
+    return model
 
 
 def chat_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -21,7 +21,16 @@ from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import open_checkpoint
 from qlora.runs.evaluate import load_run
-from qlora.runs.folder import check_data, device_here, full_disk_said, open_base, open_run, read_adapter, template_of
+from qlora.runs.folder import (
+    check_data,
+    device_here,
+    end_of_turn,
+    full_disk_said,
+    open_base,
+    open_run,
+    read_adapter,
+    template_of,
+)
 from qlora.runs.session import load_recipe_data
 
 
@@ -56,7 +65,7 @@ def merge(
     recipe, environment = open_run(folder)
     section = recipe.model
     source = open_base(recipe, environment, folder)
-    template = template_of(recipe, folder, source)
+    template, end = template_of(recipe, folder, source), end_of_turn(recipe, folder, source)
     place = expanded(out) if out is not None else folder / "merged"
     with full_disk_said(place, "export it again"):
         return read_adapter(
@@ -73,6 +82,7 @@ def merge(
                 overwrite=overwrite,
                 trust_remote_code=section.trust_remote_code,
                 chat_template=template,
+                end_of_turn=end,
                 checkpoint=source,
             ),
         )

@@ -5,6 +5,7 @@ What each file holds is in docs/run-folder.md. Knows files; must not know models
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,16 @@ def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"'{kept}' is damaged ({error}); write it again: qlora resume {shown(folder)}") from None
     return ChatTemplate(base.tokenizer, recipe.data.chat_template).text
+
+
+def end_of_turn(recipe: Recipe, folder: Path, base: Checkpoint) -> int | None:
+    """The token that ends an answer in the run's chat template; None for raw text, and where the template has none."""
+    text = template_of(recipe, folder, base)
+    if text is None:
+        return None
+    tokenizer = copy.copy(base.tokenizer)  # a run's template is not the checkpoint's
+    tokenizer.chat_template = text
+    return ChatTemplate(tokenizer).end_of_turn
 
 
 def adapter_folder(folder: Path) -> Path:

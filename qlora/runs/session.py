@@ -120,6 +120,15 @@ def load_model(
     return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 
+def stop_at(model: AdaptedModel, end_of_turn: int | None) -> str | None:
+    """Have answers end at this token too. Returns what there is to say where the checkpoint does not name it as an end."""
+    if end_of_turn is None or end_of_turn in model.base.end_tokens:
+        return None
+    model.base.end_tokens += (end_of_turn,)
+    token = model.tokenizer.convert_ids_to_tokens(end_of_turn)
+    return f"An answer ends with {token}, which the model's own files do not name as an end: chat, evaluation and a merged model stop there too."
+
+
 def use_threads(recipe: Recipe) -> None:
     """As many CPU threads as the recipe says, before anything is measured or loaded."""
     if recipe.device.threads:

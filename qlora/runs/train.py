@@ -49,6 +49,7 @@ from qlora.runs.session import (
     load_recipe_data,
     read_evaluation,
     speaker,
+    stop_at,
     use_threads,
     write_evaluation,
 )
@@ -113,6 +114,8 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     device = limited(resolve_device(resolved.device.name), resolved)
     prompts = held_out_prompts(data, resolved)
     model = load_model(resolved, checkpoint.with_weights(), device, quiet)
+    if data.template is not None and (ends := stop_at(model, data.template.end_of_turn)):
+        say(ends)
     trainer = Trainer(model, data, folder=folder, recipe=resolved)
     model.prepare(trainer.batches())
     return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned
@@ -137,6 +140,8 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     found = checkpoints.find(folder / "checkpoints")
     prompts = held_out_prompts(data, recipe)
     model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
+    if data.template is not None:
+        stop_at(model, data.template.end_of_turn)
     trainer = Trainer(model, data, recipe.training, folder, recipe.memory, recipe=first)
     if found:
         for sentence in trainer.load_newest():

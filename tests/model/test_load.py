@@ -289,15 +289,15 @@ def test_code_of_the_hub_is_downloaded_with_leave_alone(
     assert asked == [trusted] * 3
 
 
-@pytest.mark.parametrize(("value", "ends"), [(None, ()), (7, (7,)), ([7, 9], (7, 9))])
-def test_end_tokens_of_generation_config(copy: Path, value: Any, ends: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("value", "ends"), [(None, (2,)), (7, (2, 7)), ([7, 9], (2, 7, 9))])
+def test_end_tokens_are_those_of_tokenizer_and_configurations(copy: Path, value: Any, ends: tuple[int, ...]) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     assert load_base(ModelSection(name=str(copy)), CPU).end_tokens == ends
 
 
 def test_generation_config_may_be_missing(copy: Path) -> None:
     (copy / "generation_config.json").unlink()
-    assert load_base(ModelSection(name=str(copy)), CPU).end_tokens == ()
+    assert load_base(ModelSection(name=str(copy)), CPU).end_tokens == (2,)
 
 
 @pytest.mark.parametrize(
