@@ -93,7 +93,10 @@ def evaluate(words: list[str]) -> None:
 
 
 def chat(words: list[str]) -> None:
-    """RUN: talk to the trained model."""
+    """RUN: talk to the trained model.
+
+    A question a line, and answers of up to 256 tokens; /new begins a new conversation, /quit leaves.
+    """
     folder = _run("chat", words)
     from qlora.chat import talk
 
@@ -272,9 +275,8 @@ def _run(verb: str, words: list[str]) -> Path:
         raise InputError(f"qlora {verb} takes a run folder and nothing more, but found '{' '.join(words[1:])}'.")
     path = Path(words[0])
     if not path.is_dir():
-        raise InputError(
-            f"There is no run folder '{path}'; expected one that qlora train made, such as runs/quickstart."
-        )
+        found = f"'{path}' is a file" if path.is_file() else f"There is no run folder '{path}'"
+        raise InputError(f"{found}; expected a folder that qlora train made, such as runs/quickstart.")
     return path
 
 

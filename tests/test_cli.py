@@ -292,7 +292,7 @@ def test_existing_folder_is_refused_unless_told(
 
 def test_resume_of_no_run(tmp_path: Path, recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "is no run folder" in refused(capfd, "resume", str(tmp_path))
-    assert "There is no run folder" in refused(capfd, "resume", str(recipe_file))
+    assert "is a file; expected a folder" in refused(capfd, "resume", str(recipe_file))
     assert "There is no run folder" in refused(capfd, "resume", str(tmp_path / "none"))
 
 

@@ -39,7 +39,9 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
     if folder.is_file():
         raise RunError(f"'{folder}' is a file; expected the name of a new folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunError(f"'{folder}' is there already and not empty; choose another folder or delete it first.")
+        raise RunError(
+            f"'{folder}' is there already and not empty; choose another folder, delete it, or overwrite it (overwrite=true)."
+        )
     aside, old = _beside(folder, "writing"), _beside(folder, "old")
     clear_leftovers(aside.parent, folder.absolute().name)
     shutil.rmtree(aside, ignore_errors=True)

@@ -312,7 +312,7 @@ def resolve(
     why = []
     name = dtype_name(dtype)
     if recipe.model.compute_dtype == "auto":
-        reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the fastest on CPUs"}
+        reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the default on CPUs"}
         why.append(f"model.compute_dtype is {name}: {reasons[name]}.")
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")

@@ -53,10 +53,10 @@ def read_file(path: Path) -> tuple[JsonObject, Lines]:
 
 def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], source: str, lines: Lines) -> Read:
     """``values`` with ``overrides`` as a recipe. Raises RecipeError naming every mistake, with its line in ``source``."""
-    places = dict(lines)
+    places: dict[tuple[str, ...], int | None] = dict(lines)
     for override in overrides:
         path, values = _overridden(values, override)
-        places.pop(path, None)  # its value no longer stands in the file
+        places[path] = None  # its value no longer stands in the file
     try:
         return recipe.model_validate(values)
     except pydantic.ValidationError as error:
@@ -101,12 +101,15 @@ def _with(place: Place, path: Sequence[str], value: object, said: str) -> Place:
     return {**place, part: value}
 
 
-def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[str, ...], int]) -> str:
-    """One pydantic error as a sentence: the key, its line, what was found, what was expected."""
+def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[str, ...], int | None]) -> str:
+    """One pydantic error as a sentence: the key, its line, what was found, what was expected.
+
+    ``lines`` has None for a key that was given as an override.
+    """
     path, owner = _place(recipe, item["loc"])
     key = shown(".".join(path) or "the recipe")
-    line = lines.get(tuple(path))
-    place = f" (line {line})" if line else ""
+    line = lines.get(tuple(path), 0)
+    place = " (an override)" if line is None else f" (line {line})" if line else ""
     match item["type"]:
         case "extra_forbidden":
             hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."

@@ -95,7 +95,7 @@ def test_overrides_are_yaml_and_come_last(tmp_path: Path) -> None:
     assert recipe.training.learning_rate == 2e-4  # YAML 1.1 reads 2e-4 as text
     assert recipe.method.target_modules == ("q_proj",)
     assert recipe.folder == "runs/mine"
-    with pytest.raises(RecipeError, match=r"'training.epochs' is 'x'"):
+    with pytest.raises(RecipeError, match=r"'training.epochs' .an override. is 'x'"):
         Recipe.from_yaml(path, "data.train=a", "training.epochs=x")
 
 
@@ -147,6 +147,6 @@ def test_yaml_of_a_recipe_reads_back_as_the_same(tmp_path: Path) -> None:
 
 
 def test_true_is_no_number() -> None:
-    with pytest.raises(RecipeError, match=r"'training.epochs' is true; expected whole number"):
+    with pytest.raises(RecipeError, match=r"'training.epochs' .an override. is true; expected whole number"):
         Recipe.from_dict(MINIMAL, "training.epochs=true")
     assert Recipe.from_dict(MINIMAL, "model.double_quant=false").model.double_quant is False
