@@ -1,6 +1,6 @@
 """Sources: files and hub data sets become records.
 
-    a name ► its files, in sorted order ► bytes (files) ► text (encoding) ► records
+    a name ► its files, in sorted order ► bytes (files) ► text (encoding) ► records ► without Arrow's nulls (filled)
 
 Text files (.jsonl, .json, .csv, .tsv, .txt, packed or not) are read here, so that a mistake can be named with its line and no
 value is converted; .parquet and hub data sets go through the `datasets` library, which is imported in this file alone. Local
@@ -19,12 +19,14 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qlora.data.encoding import decoded
 from qlora.data.files import content, ending, refuse_pointer, unpacker
+from qlora.data.filled import filled_in_file, filled_in_table, without
 from qlora.data.values import capital, json_fault, kind
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
@@ -59,13 +61,17 @@ def read_records(
             if len(records) == limit:
                 break
             begin = len(records)
-            found = _records(name, subset, split)
+            found, features = _records(name, subset, split)
             for record in found:
                 records.append(record)
                 if len(records) == limit:
                     break
-            if len(records) == begin:
+            mine = records[begin:]
+            if not mine:
                 raise DataError(f"'{name}' is empty; expected at least one record.")
+            filled = filled_in_file(one.fields for one in mine) if features is None else filled_in_table(features)
+            if filled:
+                records[begin:] = [replace(one, fields=without(filled, one.fields)) for one in mine]
     return records
 
 
@@ -114,8 +120,8 @@ def _is_known(path: Path) -> bool:
     return ending(path) in (_READERS if unpacker(path) else _ENDINGS)  # Parquet is packed in itself
 
 
-def _records(source: str, subset: str | None, split: str) -> Iterator[Record]:
-    """The records of one file or hub data set."""
+def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Record], Any]:
+    """The records of one file or hub data set, and the features of the table they come from, if they do."""
     path = expanded(source)
     known = _is_known(path)
     if path.exists():
@@ -125,7 +131,7 @@ def _records(source: str, subset: str | None, split: str) -> Iterator[Record]:
             )
         if ending(path) == ".parquet":
             return _parquet(path, source)
-        return _READERS[ending(path)](decoded(content(path, source), source), source)
+        return _READERS[ending(path)](decoded(content(path, source), source), source), None
     if known or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise DataError(f"There is no data file '{source}'.{_near(path)}")
     return _hub(source, subset, split, missing=_near(path))
@@ -259,17 +265,17 @@ def _rows(text: str, separator: str) -> Iterator[list[str]]:
     return (row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row)
 
 
-def _parquet(path: Path, source: str) -> Iterator[Record]:
+def _parquet(path: Path, source: str) -> tuple[Iterator[Record], Any]:
     from datasets import Dataset
 
     refuse_pointer(path, source)
     with _quiet(source), tempfile.TemporaryDirectory() as cache:
         table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
         rows = table.to_list()
-    return (Record(row, source, "row", number) for number, row in enumerate(rows, start=1))
+    return (Record(row, source, "row", number) for number, row in enumerate(rows, start=1)), table.features
 
 
-def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Record]:
+def _hub(name: str, subset: str | None, split: str, missing: str) -> tuple[Iterator[Record], Any]:
     """A hub data set, kept in the `datasets` library's own cache. That library runs no code of a data set."""
     import datasets
 
@@ -287,7 +293,7 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
         raise DataError(
             f"The hub data set '{name}' cannot be read: {first_line(error)}; set data.subset and data.split to what it has."
         ) from None
-    return (Record(dict(row), name, "row", number) for number, row in enumerate(table, start=1))
+    return (Record(dict(row), name, "row", number) for number, row in enumerate(table, start=1)), table.features
 
 
 @contextmanager

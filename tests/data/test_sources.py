@@ -357,3 +357,69 @@ def test_a_folder_is_not_trained_on_with_its_test_set(write: Any, tmp_path: Path
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"is a folder in which no file ends in .jsonl"):
         read_records(str(tmp_path / "empty"))
+
+
+def call(name: str, arguments: Any, **fields: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    return {"messages": turns, **fields}
+
+
+def arguments(path: Path) -> list[Any]:
+    turns = [one["messages"][1] for one in fields(str(path))]
+    return [turn["tool_calls"][0]["function"]["arguments"] for turn in turns]
+
+
+FILLED = [{"city": "Oslo"}, {"a": 1, "b": {"c": 2}}, {"b": {"d": [{"e": 1}, {"f": 2}]}}, {}]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
+def test_nulls_that_arrow_filled_in_are_dropped(tmp_path: Path, name: str) -> None:
+    from datasets import Dataset
+
+    table = Dataset.from_list([call(f"f{n}", each) for n, each in enumerate(FILLED)])
+    write_table(table, tmp_path / name)
+    assert arguments(tmp_path / name) == FILLED
+    assert fields(str(tmp_path / name))[0]["messages"][0] == {"role": "user", "content": "Hi"}  # and no tool_calls
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_a_null_that_every_row_gives_stays(tmp_path: Path, name: str) -> None:
+    from datasets import Dataset
+
+    given = [{"city": "Oslo", "units": None}, {"city": "Rome", "units": None}]
+    write_table(Dataset.from_list([call("weather", each) for each in given]), tmp_path / name)
+    assert arguments(tmp_path / name) == given
+
+
+@pytest.mark.parametrize("as_text", [True, False], ids=["tools as text", "tools as objects"])
+def test_a_null_that_the_functions_schema_allows_stays(tmp_path: Path, as_text: bool) -> None:
+    from datasets import Dataset
+
+    def tool(name: str, **properties: Any) -> Any:
+        return {"function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+    nullable = {"type": "string", "nullable": True}
+    tools = [tool("weather", city={"type": "string"}, units=nullable), tool("stop", why=nullable)]
+    shown = json.dumps(tools) if as_text else tools
+    given = [
+        ("weather", {"city": "Oslo", "units": None}),
+        ("weather", {"city": "Rome", "units": "C"}),
+        ("stop", {"why": None}),
+    ]
+    Dataset.from_list([call(*each, tools=shown) for each in given]).to_parquet(tmp_path / "a.parquet")
+    assert arguments(tmp_path / "a.parquet") == [each for _, each in given]
+    assert as_text or fields(str(tmp_path / "a.parquet"))[0]["tools"] == tools
+
+
+def test_a_null_that_people_wrote_stays(write: Any) -> None:
+    """The turns of these lines have different keys, which no table has."""
+    given = [{"city": "Oslo", "units": None}, {"city": "Rome", "units": "C"}]
+    assert arguments(write("a.jsonl", [call("weather", each) for each in given])) == given
+
+
+def write_table(table: Any, path: Path) -> None:
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, lines=path.suffix == ".jsonl")
