@@ -383,6 +383,15 @@ def test_nulls_that_arrow_filled_in_are_dropped(tmp_path: Path, name: str) -> No
     assert fields(str(tmp_path / name))[0]["messages"][0] == {"role": "user", "content": "Hi"}  # and no tool_calls
 
 
+def test_a_part_of_a_table_knows_the_others_keys(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    table = Dataset.from_list([call(f"f{n}", each) for n, each in enumerate(FILLED)])
+    for number in range(len(FILLED)):
+        table.select([number]).to_parquet(tmp_path / f"part-{number}.parquet")
+    assert arguments(tmp_path) == FILLED
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_a_null_that_every_row_gives_stays(tmp_path: Path, name: str) -> None:
     from datasets import Dataset
