@@ -18,20 +18,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example, fit, text_examples
-from qlora.data.files import DataFile
+from qlora.data.files import DataFile, DataFolder
 from qlora.data.formats import Conversation, Parsed, parse, trains
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
-from qlora.data.sources import read_records
+from qlora.data.sources import data_files, read_records
 from qlora.data.split import needs_pieces, split_pieces, split_records
 from qlora.errors import DataError, listed
+from qlora.files.durable import expanded
 from qlora.model.loss import IGNORE_INDEX
 from qlora.recipe import DataSection
 
@@ -83,8 +85,8 @@ class Data:
     """Those with an answer; none for raw text."""
     virtual_tokens: int = 0
     """How many the rows leave room for, before every example."""
-    files: tuple[DataFile, ...] = ()
-    """The files it was read from, in the recipe's order; a hub data set has none here."""
+    files: tuple[DataFile | DataFolder, ...] = ()
+    """The files it was read from, in the recipe's order, a folder before its files; a hub data set has none here."""
     section: DataSection | None = None
     """The recipe's section that it was read by."""
     seed: int = 0
@@ -218,11 +220,25 @@ def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]
     return (parsed, Parsed(parsed.form)), False
 
 
-def _look(section: DataSection) -> tuple[DataFile, ...]:
+def _look(section: DataSection) -> tuple[DataFile | DataFolder, ...]:
     """The data files of a recipe, before they are read."""
-    names = [section.train] if isinstance(section.train, str) else list(section.train)
-    names += [name for name in (section.held_out, section.chat_template) if name is not None]
-    return tuple(file for name in names if (file := DataFile.look(name)) is not None)
+    train = (section.train,) if isinstance(section.train, str) else section.train
+    held_out = () if section.held_out is None else (section.held_out,)
+    files = {source: data_files(source) for source in (*train, *held_out)}
+    if any(names not in ([], [source]) for source, names in files.items()):  # who names one file twice means it
+        places = [{expanded(name).resolve() for source in part for name in files[source]} for part in (train, held_out)]
+        if both := sorted(str(place) for place in places[0] & places[1]):
+            raise DataError(
+                f"Both data.train and data.held_out hold {listed(both)}; name the files of each, or move some."
+            )
+    found: dict[str, DataFile | DataFolder] = {}
+    for source, names in files.items():
+        if names not in ([], [source]):
+            found[source] = DataFolder.look(source, partial(data_files, str(expanded(source).absolute())))
+        found |= {name: file for name in names if (file := DataFile.look(name))}
+    if section.chat_template is not None and (file := DataFile.look(section.chat_template)):
+        found[section.chat_template] = file
+    return tuple(found.values())
 
 
 def _resolve_train_on(train_on: str, form: str) -> str:

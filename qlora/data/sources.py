@@ -1,23 +1,32 @@
 """Sources: files and hub data sets become records.
 
-Text files (.jsonl, .json, .csv, .txt) are read here, so that a mistake can be named with its line and no value is
-converted; .parquet and hub data sets go through the `datasets` library, which is imported in this file alone. Local
+    a name ► its files, in sorted order ► bytes (files) ► text (encoding) ► records ► without Arrow's nulls (filled)
+
+Text files (.jsonl, .json, .csv, .tsv, .txt, packed or not) are read here, so that a mistake can be named with its line and no
+value is converted; .parquet and hub data sets go through the `datasets` library, which is imported in this file alone. Local
 files never touch the network. A record is a plain dict and knows where it came from; what its fields mean is not known here.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import logging
 import re
+import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from qlora.data.encoding import decoded
+from qlora.data.files import content, ending, refuse_pointer, unpacker
+from qlora.data.filled import filled_in_file, filled_in_table, without
 from qlora.data.values import capital, json_fault, kind
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
@@ -41,39 +50,89 @@ class Record:
 def read_records(
     sources: str | tuple[str, ...], subset: str | None = None, split: str = "train", limit: int | None = None
 ) -> list[Record]:
-    """Every record of a file or hub data set, or of several, in order; the first ``limit`` of them all.
+    """Every record of a file, folder, pattern or hub data set, or of several, in order; the first ``limit`` of them all.
 
-    ``subset`` and ``split`` choose within a hub data set. Raises DataError when a source is missing, empty, not UTF-8
-    or broken, naming the line.
+    ``subset`` and ``split`` choose within a hub data set. Raises DataError when a source is missing, empty, of another
+    encoding or broken, naming the file and line.
     """
     records: list[Record] = []
     for source in (sources,) if isinstance(sources, str) else sources:
-        left = None if limit is None else limit - len(records)
-        if left == 0:
-            break
-        found = 0
-        for record in _records(source, subset, split):
-            records.append(record)
-            found += 1
-            if found == left:
+        for name in [] if len(records) == limit else (data_files(source) or [source]):
+            if len(records) == limit:
                 break
-        if not found:
-            raise DataError(f"'{source}' is empty; expected at least one record.")
+            begin = len(records)
+            found, features = _records(name, subset, split)
+            for record in found:
+                records.append(record)
+                if len(records) == limit:
+                    break
+            mine = records[begin:]
+            if not mine:
+                raise DataError(f"'{name}' is empty; expected at least one record.")
+            filled = filled_in_file(one.fields for one in mine) if features is None else filled_in_table(features)
+            if filled:
+                records[begin:] = [replace(one, fields=without(filled, one.fields)) for one in mine]
     return records
 
 
-def _records(source: str, subset: str | None, split: str) -> Iterator[Record]:
+def data_files(source: str) -> list[str]:
+    """The files that a source stands for, in sorted order: itself, or those of a folder or a pattern (``data/*.jsonl``).
+
+    None for a hub data set, or where there is nothing. A folder's own files are meant, none of the folders inside it.
+    """
     path = expanded(source)
-    reader = _READERS.get(path.suffix.lower())
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _READERS)
-        holds = f"it holds {listed(inside)}" if inside else f"no file in it ends in {listed(_READERS, 9)}"
-        raise DataError(f"'{source}' is a folder; expected a data file or a list of them ({holds}).")
+        return [str(Path(source) / name) for name in _folder(path, source)]
+    if path.exists() or not glob.has_magic(source):
+        return [source] if path.exists() else []
+    found = sorted(name for name in glob.glob(str(path), recursive=True) if _is_data(Path(name)))
+    if not found:
+        raise DataError(f"No data file matches '{source}'; expected files that end in {listed(_ENDINGS, 9)}.")
+    return found
+
+
+def _folder(path: Path, source: str) -> list[str]:
+    """The names of a folder's data files. One that is named as a test set is not trained on because it lies there."""
+    names = sorted(inside.name for inside in path.iterdir() if _is_data(inside))
+    if not names:
+        raise DataError(
+            f"'{source}' is a folder in which no file ends in {listed(_ENDINGS, 9)}; name a folder or file inside it, or a "
+            f"pattern, as in '{Path(source) / '**' / '*.jsonl'}'."
+        )
+    if {"dataset_info.json", "state.json"} <= set(names):
+        command = f"import datasets; datasets.load_from_disk({str(path)!r}).to_parquet({path.name + '.parquet'!r})"
+        raise DataError(f"'{source}' is what save_to_disk wrote; write it as Parquet: python -c {shlex.quote(command)}")
+    apart = [name for name in names if _HELD_OUT.search(name)]
+    others = [name for name in names if name not in apart]
+    if apart and others:
+        raise DataError(
+            f"'{source}' is a folder that holds {listed(apart)} beside other files ({listed(others)}); name the files you "
+            f"mean, or a pattern, as in '{Path(source) / 'train*'}'."
+        )
+    return names
+
+
+def _is_data(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".") and _is_known(path)
+
+
+def _is_known(path: Path) -> bool:
+    return ending(path) in (_READERS if unpacker(path) else _ENDINGS)  # Parquet is packed in itself
+
+
+def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Record], Any]:
+    """The records of one file or hub data set, and the features of the table they come from, if they do."""
+    path = expanded(source)
+    known = _is_known(path)
     if path.exists():
-        if reader is None:
-            raise DataError(f"'{source}' ends in '{path.suffix}'; expected one of {listed(_READERS, 9)}.")
-        return reader(path, source)
-    if reader is not None or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        if not known:
+            raise DataError(
+                f"'{source}' ends in '{path.suffix}'; expected one of {listed(_ENDINGS, 9)}, text also packed as in .jsonl.gz."
+            )
+        if ending(path) == ".parquet":
+            return _parquet(path, source)
+        return _READERS[ending(path)](decoded(content(path, source), source), source), None
+    if known or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise DataError(f"There is no data file '{source}'.{_near(path)}")
     return _hub(source, subset, split, missing=_near(path))
 
@@ -82,40 +141,41 @@ def _near(path: Path) -> str:
     """Which file of that folder may have been meant."""
     if not path.parent.is_dir():
         return f" Its folder '{path.parent}' does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in _READERS)
+    names = sorted(p.name for p in path.parent.iterdir() if _is_known(p))
     hint = nearest(path.name, names)
     return hint or (f" Its folder holds {listed(names)}." if names else "")
 
 
-def _text(path: Path, source: str) -> str:
-    """The file's text, without a byte order mark."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"'{source}' cannot be read: {error.strerror}.") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"'{source}' is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} (line {line}); "
-            f"convert it, for example with: iconv -f LATIN1 -t UTF-8."
-        ) from None
+def _json_lines(text: str, source: str) -> Iterator[Record]:
+    """A record a line. A list of records under this name is read as one."""
+    return _json(text, source) if text.lstrip().startswith("[") else _lines(text, source)
 
 
-def _json_lines(path: Path, source: str) -> Iterator[Record]:
+def _lines(text: str, source: str) -> Iterator[Record]:
     # split at \n alone: str.splitlines would also break at U+2028, which JSON allows inside a string
-    for number, line in enumerate(_text(path, source).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        if line.strip() == "{":
+            raise DataError(
+                f"'{source}' has an object over several lines from line {number} on; expected each on a line of its own, "
+                "as jq -c . writes it."
+            )
         yield Record(_object(_parsed(line, source, number), f"line {number} of '{source}'"), source, "line", number)
 
 
-def _json(path: Path, source: str) -> Iterator[Record]:
-    text = _text(path, source)
+def _json(text: str, source: str) -> Iterator[Record]:
+    """A list of records, by itself or as ``{"data": [...]}``. JSON lines under this name are read as such."""
     if not text.strip():
         return
-    values = _parsed(text, source)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        first = text[: error.pos] if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" else ""
+        if "\n" in first and ("\n" not in first.strip() or first.lstrip().startswith("{")):
+            yield from _lines(text, source)
+            return
+        raise _broken(error, text, source) from None
     if isinstance(values, dict):
         inner = values.get("data")
         if not isinstance(inner, list):
@@ -130,23 +190,25 @@ def _json(path: Path, source: str) -> Iterator[Record]:
         yield Record(_object(value, f"record {number} of '{source}'"), source, "record", number)
 
 
-def _parsed(text: str, source: str, number: int | None = None) -> object:
-    """What the JSON ``text`` holds: line ``number`` of the file, or all of it."""
+def _parsed(line: str, source: str, number: int) -> object:
+    """What the JSON on line ``number`` of the file holds."""
     try:
-        found: object = json.loads(text)
+        found: object = json.loads(line)
         return found
     except (ValueError, RecursionError) as error:
-        fault = json_fault(error)
-        if number is None and isinstance(error, json.JSONDecodeError):
-            before = text[: error.pos]
-            if error.msg == "Extra data" and before.count("\n") == before.rstrip().count("\n") + 1:
-                raise DataError(f"'{source}' holds one JSON object a line; rename it to end in .jsonl.") from None
-            number, text = error.lineno, text.split("\n")[error.lineno - 1]
-        if number is None:
-            raise DataError(f"'{source}' cannot be read as JSON: {fault}; expected a list of plain records.") from None
-        start = text.strip()
-        shown = start if len(start) <= 60 else start[:60] + "…"
-        raise DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}") from None
+        raise _broken(error, line, source, number) from None
+
+
+def _broken(error: ValueError | RecursionError, text: str, source: str, number: int | None = None) -> DataError:
+    """The sentence for broken JSON: line ``number`` of the file, or all of it."""
+    fault = json_fault(error)
+    if number is None and isinstance(error, json.JSONDecodeError):
+        number, text = error.lineno, text.split("\n")[error.lineno - 1]
+    if number is None:
+        return DataError(f"'{source}' cannot be read as JSON: {fault}; expected a list of plain records.")
+    start = text.strip()
+    shown = start if len(start) <= 60 else start[:60] + "…"
+    return DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}")
 
 
 def _object(value: object, place: str) -> JsonObject:
@@ -155,20 +217,25 @@ def _object(value: object, place: str) -> JsonObject:
     return value
 
 
-def _plain_text(path: Path, source: str) -> Iterator[Record]:
+def _plain_text(text: str, source: str) -> Iterator[Record]:
     """A .txt file is one document: cutting it at blank lines would put an end-of-text after each paragraph."""
-    text = _text(path, source)
     if text.strip():
         yield Record({"text": text}, source, "document", 1)
 
 
-def _csv(path: Path, source: str) -> Iterator[Record]:
-    """Every field stays the text that stands in the file; a row that does not match the header is refused by number."""
-    text = _text(path, source)
+def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
+    """Every field stays the text that stands in the file; a row that does not match the header is refused by number.
+
+    What separates fields is what cuts the header into the most: Excel writes semicolons where the comma is a decimal's.
+    """
     if not text.strip():
         return
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses fields above 128 KiB
-    rows = (row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row)
+    told = re.match(r"sep=([,;\t|])\r?\n", text)  # Excel's own first line
+    text = text[told.end() :] if told else text
+    columns = {sign: _columns(text, sign) for sign in (told[1] if told else separators)}
+    separator = max(columns, key=lambda sign: columns[sign])  # of equals the first
+    rows = _rows(text, separator)
     number = 0
     try:
         header = next(rows)
@@ -178,23 +245,37 @@ def _csv(path: Path, source: str) -> Iterator[Record]:
             if len(row) != len(header):
                 raise DataError(
                     f"Row {number} of '{source}' has {len(row)} fields where the header has {len(header)} "
-                    f"({listed(header)}); quote fields that hold commas."
+                    f"({listed(header)}); quote fields that hold {_SEPARATORS[separator]}."
                 )
             yield Record(dict(zip(header, row, strict=True)), source, "row", number)
     except csv.Error as error:
         raise DataError(f"'{source}' is not valid CSV after row {number}: {error}.") from None
 
 
-def _parquet(path: Path, source: str) -> Iterator[Record]:
+def _columns(text: str, separator: str) -> int:
+    """How many the header has, if this separates them."""
+    try:
+        header = next(_rows(text[:_HEADER], separator), [])
+    except csv.Error:  # a quote ends before another separator, or is cut off here
+        return 0
+    return 0 if '"' in "".join(header) else len(header)  # it cut through quotes: a,"b;c"
+
+
+def _rows(text: str, separator: str) -> Iterator[list[str]]:
+    return (row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if row)
+
+
+def _parquet(path: Path, source: str) -> tuple[Iterator[Record], Any]:
     from datasets import Dataset
 
+    refuse_pointer(path, source)
     with _quiet(source), tempfile.TemporaryDirectory() as cache:
-        rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
-    for number, row in enumerate(rows, start=1):
-        yield Record(row, source, "row", number)
+        table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+        rows = table.to_list()
+    return (Record(row, source, "row", number) for number, row in enumerate(rows, start=1)), table.features
 
 
-def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Record]:
+def _hub(name: str, subset: str | None, split: str, missing: str) -> tuple[Iterator[Record], Any]:
     """A hub data set, kept in the `datasets` library's own cache. That library runs no code of a data set."""
     import datasets
 
@@ -212,8 +293,7 @@ def _hub(name: str, subset: str | None, split: str, missing: str) -> Iterator[Re
         raise DataError(
             f"The hub data set '{name}' cannot be read: {first_line(error)}; set data.subset and data.split to what it has."
         ) from None
-    for number, row in enumerate(table, start=1):
-        yield Record(dict(row), name, "row", number)
+    return (Record(dict(row), name, "row", number) for number, row in enumerate(table, start=1)), table.features
 
 
 @contextmanager
@@ -256,4 +336,15 @@ def _quiet(source: str, known: tuple[type[Exception], ...] = ()) -> Iterator[Non
             datasets.enable_progress_bars()
 
 
-_READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _plain_text}
+_READERS: dict[str, Callable[[str, str], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": partial(_csv, separators="\t,;|"),
+    ".txt": _plain_text,
+}
+_ENDINGS = (*_READERS, ".parquet")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_HEADER = 64 * 1024  # characters that are looked at for what separates columns
+_HELD_OUT = re.compile(r"(?:^|[^a-z])(?:tests?|dev|val|valid|validation|eval|held.?out)(?:[^a-z]|$)", re.IGNORECASE)

@@ -54,9 +54,9 @@ class DataSection(Section):
     """The training data and how it becomes rows of tokens."""
 
     train: str | tuple[str, ...] = Field(min_length=1)
-    """A file (.jsonl, .json, .csv, .parquet, .txt), several files, or a hub id."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder or pattern of files, several of these, or a hub id."""
     held_out: str | None = None
-    """A file or hub id that is never trained on; loss and answers are measured on it."""
+    """A file, folder, pattern or hub id that is never trained on; loss and answers are measured on it."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     """Part of `train` to hold out when there is no `held_out` file, drawn by `training.seed`: whole records, or, of raw
     text in too few documents for that (fewer than 1 / held_out_fraction, as a single .txt is), pieces of at most

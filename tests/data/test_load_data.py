@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -216,3 +219,31 @@ def test_a_row_without_room_beside_the_virtual_tokens_is_refused(write: Any, tok
     text = DataSection(train=write("a.txt", " ".join(LINES * 5)), max_length=32)
     data = load_data(text, tokenizer, 0, 30)
     assert max(len(row.ids) for row in data.train if len(row.examples) == 1) == 2
+
+
+def test_a_folder_is_fingerprinted_with_its_files(write: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Every file, packed ones by the bytes on the disk; and the folder, by which files it holds."""
+    write("a.jsonl", PAIRS)
+    write("b.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "completion": "Yo"}'))
+    data = load(str(tmp_path), tokenizer)
+    folder, first, packed = data.files
+    assert [one.name for one in data.files] == [str(tmp_path), f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl.gz"]
+    assert packed.sha256 == hashlib.sha256((tmp_path / "b.jsonl.gz").read_bytes()).hexdigest()
+    assert not any(one.change() for one in data.files)
+    write("b.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "completion": "No"}'))
+    assert [one.change() for one in data.files] == [None, None, "has other content"]
+    write("c.jsonl", PAIRS)
+    assert folder.change() == "has other files"
+    assert first.change() is None
+    assert load(str(tmp_path), tokenizer).files[0].sha256 != folder.sha256
+
+
+def test_a_folder_does_not_hold_what_is_held_out(write: Any, tmp_path: Path, tokenizer: Any) -> None:
+    write("a.jsonl", PAIRS)
+    b = write("b.jsonl", PAIRS)
+    for train, held_out in ((str(tmp_path), b), (b, f"{tmp_path}/*.jsonl")):
+        with pytest.raises(
+            DataError, match=r"Both data.train and data.held_out hold .*b.jsonl; name the files of each"
+        ):
+            load(train, tokenizer, held_out=held_out)
+    assert load(f"{tmp_path}/a*", tokenizer, held_out=b).held_out

@@ -8,6 +8,7 @@ Knows qlora's readers and their files; must not know who makes the bytes, or wha
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import struct
@@ -271,6 +272,8 @@ PARSERS = (
     Parser("data .jsonl", ("\n".join(map(json.dumps, RECORDS)).encode(), *_json(*RECORDS)), _data(".jsonl")),
     Parser("data .json", _json(RECORDS[:1], {"data": RECORDS[3:4]}), _data(".json")),
     Parser("data .csv", (b"prompt,completion\na,b\n", b'text\n"a ""b"", c"\n'), _data(".csv")),
+    Parser("data .tsv", (b"prompt\tcompletion\na\tb\n",), _data(".tsv")),
+    Parser("data .jsonl.gz", (gzip.compress(json.dumps(RECORDS[0]).encode(), mtime=0),), _data(".jsonl.gz")),
     Parser("data .txt", (b"words", "\ufeffwör\u2028ds".encode()), _data(".txt")),
 )  # fmt: skip
 
