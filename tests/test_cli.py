@@ -157,9 +157,10 @@ def test_recipe_verb_prints_the_reference(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_preview_marks_what_is_trained(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", str(recipe_file), "count=3"]) == 0
-    printed = capfd.readouterr().out
+    printed, told = capfd.readouterr()
     assert printed.count("<|start|>assistant") == 3
     assert "example 2 of 32" in printed
+    assert "train: 32 records, 32 examples" in told  # what training says of the data
 
 
 # --- the model, the data, the method ---------------------------------------------------------------------------------

@@ -173,10 +173,17 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
         template = None
         examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
     else:
+        marked = next((one for part in parts for one in part.conversations if one.untrained), None)
+        if marked and train_on == "all":
+            raise DataError(
+                f"data.train_on is 'all', but {marked.place} has answers that are marked not to be trained; "
+                "use 'assistant', or take the marks out of the data."
+            )
         with one_child():
             template = ChatTemplate(tokenizer, section.chat_template)
             examples = tuple(template.encode(part.conversations, train_on) for part in parts)
-    notes = list(template.dialect.notes) if template else []
+    notes = [*parts[0].notes, *(f"held-out data: {note}" for note in parts[1].notes)]
+    notes += template.dialect.notes if template else ()
     if in_pieces:
         examples = split_pieces(examples[0], section.held_out_fraction, seed)
         few = "one document is" if len(parts[0]) == 1 else f"{len(parts[0]):,} documents are"
@@ -208,11 +215,14 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
 def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]:
     """((records to train on, records held out), whether pieces of the first are still to be held out)."""
     parsed = parse(
-        read_records(section.train, section.subset, section.split, section.limit), section.form, section.columns
+        read_records(section.train, section.subset, section.split, section.limit),
+        section.form,
+        section.columns,
+        section.on_bad_record,
     )
     if section.held_out is not None:
         given = read_records(section.held_out, section.subset, section.held_out_split)
-        return (parsed, parse(given, parsed.form, section.columns)), False
+        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record)), False
     if needs_pieces(parsed, section.held_out_fraction):
         return (parsed, Parsed(parsed.form)), True
     if section.held_out_fraction:

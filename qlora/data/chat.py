@@ -11,7 +11,7 @@ template is the whole truth, so there is never a second bos. Masks come from pos
 
 - A template that rewrites earlier turns (Qwen3 removes their thoughts) makes a conversation of n answers n examples,
   each as the model would have seen it, with its last answer trained.
-- A template with ``{% generation %}`` blocks states its own mask.
+- A template with ``{% generation %}`` blocks states its own mask, except where a conversation has answers not to be trained.
 - Without a template, ``DEFAULT_TEMPLATE``: plain text, existing tokens only, eos at the end of the assistant's turn.
 
 A template comes from a stranger: it runs in a process of its own (rendering.py), which cuts it off.
@@ -104,13 +104,13 @@ class ChatTemplate:
         return encoded
 
     def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int], str]:
-        """The first question of a conversation as the template's messages, its ids with the generation prompt, and the
+        """The first question of a conversation whose answer is trained, as the template's messages, its ids with the generation prompt, and the
         answer that was given."""
         messages, tools = self.dialect.speak(conversation)
-        first = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
+        first = conversation.answers(messages)[0]
         (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        given = next(message for message in conversation.messages if message["role"] == "assistant")
+        given = conversation.messages[conversation.answers(conversation.messages)[0]]
         return messages[:first], ids, given["content"]
 
     # --- text and spans ----------------------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ class ChatTemplate:
         jobs, answers = [], []
         for conversation in conversations:
             messages, tools = self.dialect.speak(conversation)
-            found = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+            found = conversation.answers(messages)
             if train_on == "completion":
                 found = found[-1:]
-            if train_on == "all" or self._states_mask:
+            if train_on == "all" or (self._states_mask and not conversation.untrained):
                 found = []
             jobs.append(Job(messages, tools, _Renderings.cuts(len(messages), found)))
             answers.append(found)

@@ -1,59 +1,42 @@
 """Forms: what a record's fields mean. Every form becomes a Conversation or a plain text.
 
-    messages            messages: [{role, content}], optional tools
-    sharegpt            conversations: [{from, value}], optional system and tools (a list, or a JSON string of one)
-    alpaca              instruction, optional input and system, output
-    prompt_completion   prompt, completion
+    messages            messages: a list of turns, whatever their keys are called (turns.py)
+    sharegpt            conversations: the same
+    alpaca              instruction, optional input, output
+    prompt_completion   prompt, completion: text, or lists of turns
     text                text
+    preference          chosen and rejected, after a prompt, an instruction or turns, or with them inside
+    kto                 one of the first four, with a label: was the answer desirable?
 
-An Alpaca record and a prompt/completion pair are conversations of one user turn (Alpaca's input two lines below its
-instruction) and one answer. Other fields of a record are metadata and not read. Knows records; must not know a
+All but ``text`` may have beside them: system, history (earlier questions and answers), tools or functions. An Alpaca record
+and a prompt/completion pair are conversations of one user turn (Alpaca's input two lines below its instruction) and one
+answer. Nothing learns from a rejected answer yet: the last two forms train on the good ones alone, and only when they are
+asked for by name. What else has a value in a record is counted by its name and not read. Knows records; must not know a
 tokenizer or a template. *New data format* → one function here and one line in ``_FORMS``.
 """
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Required, TypedDict, cast
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qlora.data.sources import Record
-from qlora.data.values import Mistake, capital, function_calls, kind, objects, text
+from qlora.data.turns import Message as Message
+from qlora.data.turns import Turn, filled, is_turn, read_turn
+from qlora.data.values import Mistake, capital, json_inside, kind, objects, text
 from qlora.errors import DataError, listed, nearest
 from qlora.files.strangers import JsonObject
 
 Fields = Mapping[str, object]
 """What a record holds."""
-ROLES = ("system", "user", "assistant", "tool")
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "function_call",
-    "observation": "tool",
-    "tool": "tool",
-}
-_TEXTS = ("reasoning_content", "name", "tool_call_id")
-"""What else a turn may hold, as text, for the template to use."""
-
-
-class Message(TypedDict, total=False):
-    """A turn, in the shape that chat templates take."""
-
-    role: Required[str]
-    """One of ``ROLES``."""
-    content: Required[str]
-    tool_calls: list[JsonObject]
-    """The assistant's, each with a function of name and arguments."""
-    is_call: bool
-    """The content is a call, as ShareGPT's function_call has it; dialect.py puts it as the template likes."""
-    reasoning_content: str
-    name: str
-    tool_call_id: str
+_BESIDE = ("system", "history", "tools", "functions")
+_SEEN = ("image", "images", "video", "videos", "audio", "audios")
+"""What a text model can't see; an answer about it would be made up."""
+_MOST_SKIPPED = 0.1
+"""The share of records that ``skip`` may skip: above it the data, or the form, is another than was thought."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,14 @@ class Conversation:
     place: str = ""
     """Where its record is, for messages: ``line 7 of 'train.jsonl'``."""
     unanswered: tuple[str, ...] = ()
-    """The contents of the turns after the last answer, which were left off: nobody learns from them."""
+    """The contents of the turns after the last answer to train, which were left off: nobody learns from them."""
+    untrained: frozenset[int] = frozenset()
+    """Which answers, counted from 0, are marked not to be trained."""
+
+    def answers(self, messages: Sequence[Message]) -> list[int]:
+        """Where the answers to train are in ``messages``, which are its own in the words of a template."""
+        every = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        return [at for number, at in enumerate(every) if number not in self.untrained]
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,8 @@ class Parsed:
 
     form: str
     records: list[Conversation | str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    """Sentences about fields and records that were not read."""
 
     @property
     def texts(self) -> list[str]:
@@ -81,7 +73,7 @@ class Parsed:
 
     @property
     def conversations(self) -> list[Conversation]:
-        """Those with an answer."""
+        """Those with an answer to train."""
         return [record for record in self.records if isinstance(record, Conversation) and record.messages]
 
     @property
@@ -93,45 +85,142 @@ class Parsed:
         return len(self.records)
 
 
-def parse(records: Sequence[Record], form: str = "auto", columns: Mapping[str, str] | None = None) -> Parsed:
+def parse(
+    records: Sequence[Record], form: str = "auto", columns: Mapping[str, str] | None = None, on_bad_record: str = "stop"
+) -> Parsed:
     """Give every record its meaning. ``columns`` maps a form's field to the name it has in the records.
 
     ``auto`` takes the form of the first record, and every other record must have it too. All records are checked before
-    DataError is raised; it names the first that is wrong, what it holds, and how many more there are.
+    DataError is raised; it says of the first five that are wrong what they hold, and how many more there are. With
+    ``on_bad_record='skip'`` they are left out and counted by kind, if they are few.
     """
-    renamed = _renamed(records, columns or {})
+    columns = columns or {}
+    renamed = _renamed(records, columns)
     first = renamed[0]
     if form == "auto":
-        form = detect_form(first.fields) or ""
-    if not form:
-        forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
-        raise DataError(
-            f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}, which are no known form. The forms "
-            f"are {forms}; name other fields with data.columns, as in {{prompt: question, completion: answer}}."
-        )
-    parsed = Parsed(form)
-    mistakes: list[str] = []
-    for record in renamed:
+        form = _found_form(renamed)
+    wanted = _FORMS[form]
+    known = {columns.get(name, name) for name in (*wanted.needs, *wanted.takes)}
+    parsed: list[Conversation | str] = []
+    unread: Counter[str] = Counter()
+    mistakes: list[tuple[str, str]] = []
+    undesired = others_marked = 0
+    for before, record in zip(records, renamed, strict=True):
         try:
             _require_form(record, form, first.place)
-            read = _FORMS[form].read(record.fields)
-            parsed.records.append(read if isinstance(read, str) else _answered(replace(read, place=record.place)))
+            read = wanted.read(record.fields)
+            one = read.conversation(record.place) if isinstance(read, _Talk) else read
         except Mistake as mistake:
-            mistakes.append(f"{capital(record.place)} {mistake}.")
-    if mistakes:
-        others = len(mistakes) - 1
-        more = f" {others} more {'records have mistakes' if others > 1 else 'record has a mistake'}." if others else ""
-        raise DataError(mistakes[0] + more)
-    return parsed
+            mistakes.append((record.place, str(mistake)))
+            continue
+        unread.update(f"'{name}'" for name, value in before.fields.items() if name not in known and filled(value))
+        if isinstance(read, _Talk):
+            others_marked += read.marks_others
+            unread.update({f"'{name}' of turns" for turn in read.turns for name in turn.unread})
+        if one is None:
+            undesired += 1
+        else:
+            parsed.append(one)
+    notes = [_bad_records(mistakes, len(records), on_bad_record)] if mistakes else []
+    if form == "preference":
+        notes.append("data.form=preference trains the chosen answers alone; the rejected ones are not used")
+    if form == "kto":
+        notes.append(
+            f"data.form=kto trains the desirable answers alone; left out as undesirable: {_counted(undesired)}"
+        )
+    if others_marked:
+        notes.append(
+            f"only answers are trained: turns of others are marked as trained in {_counted(others_marked)}, which has no effect"
+        )
+    if unread:
+        names = [f"{name} ({_counted(count)})" for name, count in unread.most_common()]
+        notes.append(f"fields that are not read: {listed(names, 12)}".encode(errors="replace").decode())
+    return Parsed(form, parsed, tuple(notes))
+
+
+def _counted(count: int) -> str:
+    return f"{count:,} record{'s' * (count != 1)}"
 
 
 def detect_form(fields: Fields) -> str | None:
-    """The first form whose fields are all there, in the order of the table above; None when none is.
+    """The first form whose fields are all there, in the order of ``_FORMS``; None when none is.
 
-    One whose turns are of another kind is named only when no form matches, so that it can be said what is wrong.
+    One whose turns are no list is named only when no form matches, so that it can be said what is wrong.
     """
-    there = [name for name, form in _FORMS.items() if fields.keys() >= set(form.needs)]
+    there = [name for name, form in _FORMS.items() if name != "kto" and fields.keys() >= set(form.needs)]
     return next((name for name in there if _FORMS[name].matches(fields)), there[0] if there else None)
+
+
+def _found_form(records: Sequence[Record]) -> str:
+    """The form of the first record. A preference set is refused, as nothing learns from it as a whole."""
+    first = records[0]
+    plain = detect_form({name: value for name, value in first.fields.items() if name not in ("chosen", "rejected")})
+    if pairs := next((one for one in records if filled(one.fields.get("chosen")) and "rejected" in one.fields), None):
+        other = f", or data.form={plain} to read the records as {plain} and leave both aside" if plain else ""
+        name, theirs = _suggested(pairs.fields) or ("", {})
+        asked = "instruction" in pairs.fields or name != "preference"
+        columns = "" if asked or not _columns(theirs) else f" and {_columns(theirs)}"
+        raise DataError(
+            f"{capital(pairs.place)} has the form preference, an answer that was chosen and one that was rejected, and no "
+            f"objective learns from the two yet. Set data.form=preference{columns} to train the chosen answers alone{other}."
+        )
+    if plain in _JUDGED:
+        labels = [label for record in records if (label := record.fields.get("label")) is not None]
+        if labels and all(_judgement(label) is not None for label in labels):
+            raise DataError(
+                f"{capital(first.place)} has the form kto, {plain} with a label that says whether the answer is desirable, and no "
+                "objective learns from undesirable ones yet. Set data.form=kto to train the desirable answers alone, or "
+                f"data.form={plain} if the label says something else, and is not to be read."
+            )
+    if plain:
+        return plain
+    found = f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}, which are no known form."
+    if nearest_form := _suggested(first.fields):
+        name, theirs = nearest_form
+        raise DataError(f"{found} As {name} they are read with {_columns(theirs)}.")
+    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
+    raise DataError(
+        f"{found} The forms are {forms}; name other fields with data.columns, as in {{prompt: question, completion: answer}}."
+    )
+
+
+def _columns(theirs: Mapping[str, str]) -> str:
+    """What to write where a form's fields have other names; nothing where none has."""
+    renamed = ", ".join(f"{ours}: {name}" for ours, name in theirs.items() if ours != name)
+    return f"data.columns='{{{renamed}}}'" if renamed else ""
+
+
+_OTHERS = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "history"),
+    "chosen": ("chosen_response", "preferred_output", "preferred", "accepted"),
+    "rejected": ("rejected_response", "non_preferred_output", "dispreferred", "non_preferred"),
+    "prompt": ("instruction", "question", "query", "problem", "task", "user", "human", "input", "source", "q"),
+    "instruction": ("prompt", "question", "query", "problem", "task", "user", "human", "q"),
+    "completion": ("output", "answer", "response", "reply", "solution", "assistant", "gpt", "target", "a"),
+    "output": ("completion", "answer", "response", "reply", "solution", "assistant", "gpt", "target", "a"),
+    "input": ("context", "passage", "background"),
+    "system": ("system_prompt", "system_message"),
+    "text": ("content", "document", "body"),
+}
+"""What people call a form's fields, likeliest first."""
+
+
+def _suggested(fields: Fields) -> tuple[str, dict[str, str]] | None:
+    """The form that takes most of these fields by their other names, and which of them stands for which of its own."""
+    lower = {name.lower(): name for name in reversed(list(fields))}
+    best: tuple[str, dict[str, str]] | None = None
+    for name in ("messages", "preference", "prompt_completion", "alpaca", "text"):
+        form = _FORMS[name]
+        needs = ("prompt", *form.needs) if name == "preference" else form.needs
+        found: dict[str, str] = {}
+        for ours in (*needs, *(optional for optional in form.takes if optional in _OTHERS)):
+            names = (lower[other] for other in (ours, *_OTHERS[ours]) if other in lower)
+            if (theirs := next((column for column in names if column not in found.values()), None)) is not None:
+                found[ours] = theirs
+        renamed = {ours: fields[theirs] for ours, theirs in found.items()}
+        if set(found) >= set(needs) and form.matches(renamed) and (best is None or len(found) > len(best[1])):
+            best = name, dict(sorted(found.items(), key=lambda pair: list(fields).index(pair[1])))
+    return best
 
 
 def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
@@ -140,7 +229,7 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
         if name not in known:
             raise DataError(
                 f"data.columns maps '{name}', which is no form's field.{nearest(name, known)} Write the form's field "
-                f"first, as in {{prompt: question}}; the fields are {listed(known, 20)}."
+                f"first, as in {{prompt: question}}; the fields are {listed(known, 30)}."
             )
     needed = {name for form in _FORMS.values() for name in form.needs}
     for name, theirs in columns.items():
@@ -163,173 +252,251 @@ def _require_form(record: Record, form: str, first: str) -> None:
     fields, wanted = record.fields, _FORMS[form]
     if wanted.matches(fields):
         return
-    missing = [name for name in wanted.needs if name not in fields]
+    missing = [name for name in wanted.needs if fields.get(name) is None]
     other = detect_form(fields)
     if other not in (None, form):
         raise Mistake(f"has the form {other}, but {first} was read as {form}; put one form in a data set")
-    if not missing:  # turns, but none of this form: no list, or one of objects with other fields
-        turns = fields[wanted.needs[0]]
-        found = f"a list of {{{listed(turns[0])}}}" if isinstance(turns, list) else kind(turns)
-        raise Mistake(f"has {found} in '{wanted.needs[0]}'; expected {wanted.shape}")
+    if not missing or (wanted.turns and wanted.needs[0] in fields):
+        raise Mistake(f"has {kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected a list of turns")
     raise Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
+
+
+def _bad_records(mistakes: Sequence[tuple[str, str]], count: int, on_bad_record: str) -> str:
+    """What is said of records that were skipped. Raises DataError where they may not be, or are too many."""
+    kinds = Counter(re.sub(r" \(.*|[;:,] .*| of turn \d+| in turn \d+", "", mistake) for _, mistake in mistakes)
+    by_kind = listed([f"{kind} ({number:,})" for kind, number in kinds.most_common()], 12)
+    if on_bad_record == "skip" and len(mistakes) <= _MOST_SKIPPED * count:
+        return f"data.on_bad_record=skip left out {len(mistakes):,} of {count:,} records: {by_kind}"
+    shown = " ".join(f"{capital(place)} {mistake}." for place, mistake in mistakes[:5])
+    if len(mistakes) > 1:
+        shown += f" In all {len(mistakes):,} of {count:,} records have mistakes: {by_kind}."
+    if on_bad_record == "skip":
+        shown += f" data.on_bad_record=skip leaves out at most {_MOST_SKIPPED:.0%} of the records."
+    elif len(mistakes) <= _MOST_SKIPPED * count:
+        shown += f" Mend {'them' if len(mistakes) > 1 else 'it'}, or set data.on_bad_record=skip."
+    raise DataError(shown)
 
 
 # --- one function a form ---------------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields) -> Conversation:
-    messages: list[Message] = []
-    for number, turn in _turns(fields, "messages", "role", "content"):
-        role = "system" if turn["role"] == "developer" else _known_role(turn["role"], ROLES, number)
-        message: dict[str, object] = {"role": role, "content": _content(turn.get("content"), number)}
-        if calls := function_calls(turn.get("tool_calls"), f"'tool_calls' of turn {number}"):
-            if role != "assistant":
-                raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
-            message["tool_calls"] = calls
-        for name in _TEXTS:
-            if turn.get(name) is not None and (value := text(turn[name], f"'{name}' of turn {number}")):
-                message[name] = value
-        messages.append(cast(Message, message))
-    return Conversation(tuple(messages), _tools(fields.get("tools")))
+@dataclass(frozen=True)
+class _Talk:
+    """A conversation as its record has it."""
+
+    turns: list[Turn]
+    tools: tuple[JsonObject, ...] = ()
+
+    @property
+    def marks_others(self) -> bool:
+        """Whether a turn that is no answer is marked to be trained."""
+        return any(turn.trained and turn.message["role"] != "assistant" for turn in self.turns)
+
+    def conversation(self, place: str) -> Conversation:
+        """Check the order of the turns and leave off what follows the last answer to train."""
+        messages = tuple(turn.message for turn in self.turns)
+        if not messages:
+            raise Mistake("has no turns")
+        first = next((message["role"] for message in messages if message["role"] != "system"), "system")
+        if first in ("assistant", "tool"):
+            raise Mistake(f"begins with the {first}; expected a user's turn first")
+        trained = [turn.trained is not False for turn in self.turns if turn.message["role"] == "assistant"]
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        last = max((at for at, asked in zip(answers, trained, strict=True) if asked), default=-1)
+        rest = tuple(message["content"] for message in messages[last + 1 :])
+        untrained = frozenset(number for number, asked in enumerate(trained) if not asked and answers[number] < last)
+        return Conversation(messages[: last + 1], self.tools, place, rest, untrained)
 
 
-def _sharegpt(fields: Fields) -> Conversation:
-    messages = _system(_string(fields, "system") if fields.get("system") else "")
-    for number, turn in _turns(fields, "conversations", "from", "value"):
-        role = _SHAREGPT_ROLES[_known_role(turn["from"], _SHAREGPT_ROLES, number)]
-        content = _content(turn.get("value"), number)
-        if role == "function_call":
-            messages.append({"role": "assistant", "content": content, "is_call": True})
-        else:
-            messages.append({"role": role, "content": content})
-    return Conversation(tuple(messages), _tools(fields.get("tools")))
+def _messages(fields: Fields) -> _Talk:
+    return _talk(fields, _turns(fields["messages"], "messages"))
 
 
-def _alpaca(fields: Fields) -> Conversation:
-    asked = [_string(fields, "instruction"), _string(fields, "input", needed=False)]
-    system = _string(fields, "system", needed=False)
-    question = "\n\n".join(part for part in asked if part.strip())
-    return _pair(question, _string(fields, "output"), system if system.strip() else "")
+def _sharegpt(fields: Fields) -> _Talk:
+    return _talk(fields, _turns(fields["conversations"], "conversations"))
 
 
-def _prompt_completion(fields: Fields) -> Conversation:
-    return _pair(_string(fields, "prompt"), _string(fields, "completion"))
+def _alpaca(fields: Fields) -> _Talk:
+    return _talk(fields, [_instruction(fields), *_said(text(fields["output"], "'output'"), "assistant", "output")])
+
+
+def _prompt_completion(fields: Fields) -> _Talk:
+    asked = _said(fields["prompt"], "user", "prompt")
+    return _talk(fields, [*asked, *_said(fields["completion"], "assistant", "completion")])
 
 
 def _text(fields: Fields) -> str:
-    if not (found := _string(fields, "text")).strip():
+    if not (found := text(fields["text"], "'text'")).strip():
         raise Mistake("has an empty 'text'")
     return found
 
 
-def _pair(question: str, answer: str, system: str = "") -> Conversation:
-    asked: Message = {"role": "user", "content": question}
-    return Conversation((*_system(system), asked, {"role": "assistant", "content": answer}))
-
-
-def _system(content: str) -> list[Message]:
-    return [{"role": "system", "content": content}] if content else []
-
-
-def _turns(fields: Fields, field: str, who: str, what: str) -> Iterator[tuple[int, JsonObject]]:
-    """The turns of a conversation, numbered from 1."""
-    turns = fields[field]
-    assert isinstance(turns, list)  # the form was required
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or who not in turn:
-            raise Mistake(f"has a turn without {who} and {what} (turn {number}: {_shown(turn)})")
-        yield number, turn
-
-
-@dataclass(frozen=True)
-class _Form:
-    needs: tuple[str, ...]
-    takes: tuple[str, ...]
-    shape: str
-    read: Callable[[Fields], Conversation | str]
-    turn: str | None = None
-    """For forms made of turns: the field that every turn has, which tells messages from ShareGPT."""
-    trains: str = "assistant"
-    """What carries loss where the recipe leaves it open."""
-
-    def matches(self, fields: Fields) -> bool:
-        if any(name not in fields for name in self.needs):
-            return False
-        if self.turn is None:
-            return True
-        turns = fields[self.needs[0]]
-        return isinstance(turns, list) and (not turns or not isinstance(turns[0], dict) or self.turn in turns[0])
-
-
-_FORMS = {
-    "messages": _Form(("messages",), ("tools",), "a list of {role, content}", _messages, turn="role"),
-    "sharegpt": _Form(("conversations",), ("system", "tools"), "a list of {from, value}", _sharegpt, turn="from"),
-    "alpaca": _Form(("instruction", "output"), ("input", "system"), "text", _alpaca, trains="completion"),
-    "prompt_completion": _Form(("prompt", "completion"), (), "text", _prompt_completion, trains="completion"),
-    "text": _Form(("text",), (), "text", _text, trains="all"),
-}
-
-
-def trains(form: str) -> str:
-    """What carries loss in records of ``form`` where the recipe leaves it open: assistant, completion or all."""
-    return _FORMS[form].trains
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _answered(read: Conversation) -> Conversation:
-    """Check the order of a conversation and leave off what follows its last answer."""
-    messages = read.messages
-    if not messages:
-        raise Mistake("has no turns")
-    for number, message in enumerate(messages, start=1):
-        if not message["content"].strip() and not message.get("tool_calls"):
-            raise Mistake(f"has an empty turn (turn {number}, {message['role']})")
-    first = next((message["role"] for message in messages if message["role"] != "system"), "system")
-    if first in ("assistant", "tool"):
-        raise Mistake(f"begins with the {first}; expected a user's turn first")
-    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
-    rest = tuple(message["content"] for message in messages[last + 1 :])
-    return replace(read, messages=messages[: last + 1], unanswered=rest)
-
-
-def _known_role(role: object, known: Sequence[str] | Mapping[str, str], number: int) -> str:
-    if not isinstance(role, str):
-        raise Mistake(f"has {kind(role)} as the role of turn {number}; expected {listed(known, 9)}")
-    if role not in known:
+def _preference(fields: Fields) -> _Talk:
+    """The chosen answer, behind what it answers."""
+    chosen, prompt = fields["chosen"], fields.get("prompt")
+    if isinstance(chosen, str) and (told := _transcript(f"{prompt}{chosen}" if isinstance(prompt, str) else chosen)):
+        return _talk(fields, told)
+    said = _said(chosen, "assistant", "chosen")
+    if said[0].message["role"] in ("system", "user"):
+        return _talk(fields, said)  # the whole conversation, the prompt in it
+    if prompt is not None:
+        asked = _said(prompt, "user", "prompt")
+    elif "instruction" in fields:
+        asked = [_instruction(fields)]
+    elif name := next((name for name in ("messages", "conversations") if fields.get(name)), None):
+        asked = _turns(fields[name], name)
+    else:
         raise Mistake(
-            f"has an unknown role {_shown(role)!r} in turn {number};{nearest(_shown(role), known).lower()} "
-            f"expected {listed(known, 9)}"
+            "has no 'prompt' before the chosen answer; name its field with data.columns, as in {prompt: question}"
         )
-    return role
+    return _talk(fields, [*asked, *said])
 
 
-def _content(content: object, number: int) -> str:
-    """A turn's text. Content may also be a list of text parts, as in ``[{"type": "text", "text": "Hi"}]``."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    return text(content, f"the content of turn {number}")
+def _kto(fields: Fields) -> _Talk | None:
+    """None when the answer is not desirable."""
+    if (desirable := _judgement(fields["label"])) is None:
+        raise Mistake(f"has {kind(fields['label'])} in 'label'; expected true or false")
+    form = next((name for name in _JUDGED if _FORMS[name].matches(fields)), None)
+    if form is None:
+        raise Mistake(f"has a label and none of the forms {listed(_JUDGED)}; its fields are {listed(fields, 12)}")
+    talk = _FORMS[form].read(fields)
+    return talk if desirable and isinstance(talk, _Talk) else None
 
 
-def _string(fields: Fields, name: str, needed: bool = True) -> str:
-    value = fields.get(name)
-    return "" if value is None and not needed else text(value, f"'{name}'")
+def _judgement(label: object) -> bool | None:
+    """Whether a label says desirable; None when it says something else. A CSV file has it as text."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    return known.get(str(label).strip().lower()) if isinstance(label, bool | int | str) else None
 
 
-def _tools(value: object) -> tuple[JsonObject, ...]:
+def _instruction(fields: Fields) -> Turn:
+    asked = [text(fields["instruction"], "'instruction'"), _optional(fields, "input")]
+    (turn,) = _said("\n\n".join(part for part in asked if part.strip()), "user", "instruction")
+    return turn
+
+
+def _said(value: object, role: str, name: str) -> list[Turn]:
+    """What a field says: text, in the words of ``role``, or turns."""
+    if isinstance(value, dict):  # OpenAI's input has its messages inside; LLaMA-Factory's chosen is one turn
+        value = value.get("messages", [value])
+    if not isinstance(value, list):
+        value = text(value, f"'{name}'").strip() and value
+    if not value:
+        raise Mistake(f"has an empty '{name}'")
+    return _turns(value, name) if isinstance(value, list) else [Turn({"role": role, "content": str(value)})]
+
+
+def _turns(value: object, name: str) -> list[Turn]:
+    """A list of turns, or that list as JSON text, as a CSV file has it."""
+    turns = json_inside(value, f"'{name}'") if isinstance(value, str) else value
+    if not isinstance(turns, list):
+        raise Mistake(f"has {kind(turns)} in '{name}'; expected a list of turns")
+    return [read_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+
+
+def _transcript(told: str) -> list[Turn]:
+    """The turns of a text that begins with ``Human:``, as Anthropic's preference data have them; none of another text."""
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", told.strip())
+    if before or not parts:
+        return []
+    return [
+        read_turn({"role": who, "content": said.strip()}, number)
+        for number, (who, said) in enumerate(zip(parts[::2], parts[1::2], strict=True), 1)
+    ]
+
+
+def _talk(fields: Fields, turns: Iterable[Turn]) -> _Talk:
+    """The turns, with what stands beside them in the record."""
+    for name in _SEEN:
+        if filled(fields.get(name)):
+            raise Mistake(
+                f"has '{name}', which a text model can't see, and would learn to make up answers about; leave the record out, "
+                "or take the field out if the answers don't need it"
+            )
+    if isinstance(weight := fields.get("weight"), int | float) and weight <= 0:
+        raise Mistake(f"has the weight {weight} for all of it, and would be learnt all the same; leave the record out")
+    turns = [turn for turn in turns if turn.message["role"] != "system" or turn.message["content"].strip()]
+    at = 1 if turns and turns[0].message["role"] == "system" else 0
+    turns[at:at] = _history(fields.get("history"))
+    if (system := _optional(fields, "system")).strip():
+        if at and turns[0].message["content"].strip() != system.strip():
+            raise Mistake("has a 'system' text and another one in its turns; keep one of them")
+        turns[:at] = [Turn({"role": "system", "content": system})]
+    return _Talk(turns, _tools(fields, "tools") or _tools(fields, "functions"))
+
+
+def _history(value: object) -> list[Turn]:
+    """Earlier turns: pairs of a question and its answer, or turns as they are."""
+    if isinstance(value, str):
+        value = json_inside(value, "'history'") if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise Mistake(f"has {kind(value)} in 'history'; expected a list of [question, answer]")
+    turns: list[Turn] = []
+    for earlier in value:
+        if isinstance(earlier, list) and len(earlier) == 2:
+            for role, said in zip(("user", "assistant"), earlier, strict=True):
+                turns += _said(text(said, "'history'"), role, "history")
+        elif is_turn(earlier):
+            turns.append(read_turn(earlier, len(turns) + 1))
+        else:
+            raise Mistake(f"has {kind(earlier)} in the list of 'history'; expected [question, answer]")
+    return turns
+
+
+def _tools(fields: Fields, name: str) -> tuple[JsonObject, ...]:
     """The functions a conversation may call: a list of JSON schemas, or that list as a JSON string."""
-    tools = objects(value, "'tools'")
+    tools = objects(fields.get(name), f"'{name}'")
     for tool in tools:
         if not isinstance(tool.get("function", {}), dict):
             raise Mistake(f"has a tool with {kind(tool['function'])} as its 'function'; expected an object")
     return tuple(tools)
 
 
-def _shown(value: object) -> str:
-    """The beginning of a value of any size and depth."""
-    return (value if isinstance(value, str) else reprlib.repr(value))[:40]
+def _optional(fields: Fields, name: str) -> str:
+    return "" if fields.get(name) is None else text(fields[name], f"'{name}'")
+
+
+@dataclass(frozen=True)
+class _Form:
+    needs: tuple[str, ...]
+    read: Callable[[Fields], _Talk | str | None]
+    takes: tuple[str, ...] = (*_BESIDE, *_SEEN)
+    trains: str = "assistant"
+    """What carries loss where the recipe leaves it open."""
+    turns: bool = False
+    """The field it needs is a list of turns."""
+
+    def matches(self, fields: Fields) -> bool:
+        if any(name not in fields for name in self.needs):
+            return False
+        value = fields[self.needs[0]]
+        return not self.turns or isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+_JUDGED = ("messages", "sharegpt", "alpaca", "prompt_completion")
+_FORMS = {
+    "messages": _Form(("messages",), _messages, turns=True),
+    "sharegpt": _Form(("conversations",), _sharegpt, turns=True),
+    "alpaca": _Form(("instruction", "output"), _alpaca, ("input", *_BESIDE, *_SEEN), trains="completion"),
+    "prompt_completion": _Form(("prompt", "completion"), _prompt_completion, trains="completion"),
+    "text": _Form(("text",), _text, (), trains="all"),
+    "preference": _Form(
+        ("chosen", "rejected"),
+        _preference,
+        ("prompt", "instruction", "input", "messages", "conversations", *_BESIDE, *_SEEN),
+        trains="completion",
+    ),
+}
+_FORMS["kto"] = _Form(
+    ("label",),
+    _kto,
+    tuple(dict.fromkeys(name for form in _JUDGED for name in (*_FORMS[form].needs, *_FORMS[form].takes))),
+    trains="completion",
+)
+
+
+def trains(form: str) -> str:
+    """What carries loss in records of ``form`` where the recipe leaves it open: assistant, completion or all."""
+    return _FORMS[form].trains

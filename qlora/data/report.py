@@ -30,9 +30,9 @@ class Counts:
     """Examples left out: above `max_length`, or with nothing left to train on."""
     dropped_tokens: int = 0
     skipped: int = 0
-    """Records without an answer."""
+    """Records without an answer to train."""
     unanswered_turns: int = 0
-    """Turns after the last answer, of skipped records too; left off before the template."""
+    """Turns after the last answer to train, of skipped records too; left off before the template."""
     unanswered_tokens: int = 0
     split_conversations: int = 0
     """Conversations that became one example an answer, as the chat template rewrites earlier turns."""
@@ -47,10 +47,10 @@ class Counts:
         phrases = [
             (self.truncated, f"{self.truncated:,} examples truncated ({self.truncated_tokens:,} tokens)"),
             (self.dropped, f"{self.dropped:,} examples dropped ({self.dropped_tokens:,} tokens)"),
-            (self.skipped, f"{self.skipped:,} records skipped, as they hold no answer"),
+            (self.skipped, f"{self.skipped:,} records skipped, as they hold no answer to train"),
             (
                 self.unanswered_turns,
-                f"{self.unanswered_turns:,} unanswered turns left off ({self.unanswered_tokens:,} tokens)",
+                f"{self.unanswered_turns:,} turns after the last answer to train left off ({self.unanswered_tokens:,} tokens)",
             ),
             (self.split_conversations, f"{self.split_conversations:,} conversations split into one example an answer"),
         ]
@@ -70,7 +70,8 @@ class Report:
     train: Counts
     held_out: Counts
     notes: tuple[str, ...] = ()
-    """Sentences about what was put in other words for the template's sake, and how text was held out."""
+    """Sentences about fields and records that were not read, what was put in other words for the template's sake, and how text
+    was held out."""
 
     def as_dict(self) -> JsonObject:
         """Plain values for JSON: form, train_on, template, train and held_out counts, notes."""

@@ -11,6 +11,7 @@ Both parts keep the order of the data. Knows records and examples by their numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy
 
@@ -29,7 +30,7 @@ def split_records(parsed: Parsed, fraction: float, seed: int) -> tuple[Parsed, P
     """(train, held out) in whole records."""
     held = _drawn(len(parsed), fraction, seed, "records")
     train = [record for index, record in enumerate(parsed.records) if index not in held]
-    return Parsed(parsed.form, train), Parsed(parsed.form, [parsed.records[index] for index in sorted(held)])
+    return replace(parsed, records=train), Parsed(parsed.form, [parsed.records[index] for index in sorted(held)])
 
 
 def split_pieces(

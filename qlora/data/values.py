@@ -88,7 +88,7 @@ def function_calls(value: object, where: str) -> list[JsonObject]:
     """Calls as chat templates take them: ``{"type": "function", "function": {"name": "f", "arguments": {}}}``.
 
     Also taken: a call without that frame, ``{"name": "f", "arguments": {}}``; arguments as JSON text, which is how OpenAI
-    writes them; and none, for a function without parameters.
+    writes them, or as JSON text of that text; and none, for a function without parameters.
     """
     calls = []
     for call in objects(value, where):
@@ -101,8 +101,9 @@ def function_calls(value: object, where: str) -> list[JsonObject]:
 
 
 def _arguments(value: object, where: str) -> JsonObject:
-    if isinstance(value, str):
-        value = json_inside(value, f"the arguments of {where}") if value.strip() else None
+    for _ in range(2):  # some tools encode them twice: "{\"a\": 1}" as a JSON string
+        if isinstance(value, str):
+            value = json_inside(value, f"the arguments of {where}") if value.strip() else None
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -67,8 +67,9 @@ class DataSection(Section):
     """A hub data set's split to train on."""
     held_out_split: str = "test"
     """A hub data set's split for `held_out`."""
-    form: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """The form of a record. `auto` detects it from the fields, and says what it found."""
+    form: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"] = "auto"
+    """The form of a record. `auto` detects it from the fields, and says what it found. `preference` trains the chosen
+    answers alone, `kto` the desirable ones; both have to be asked for."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names for a form's fields, as `{prompt: question, completion: answer}`."""
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
@@ -81,6 +82,9 @@ class DataSection(Section):
     """What happens to an example above `max_length`. Raw text is never cut off: it is split into rows."""
     packing: bool = True
     """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What happens when records cannot be read, such as one with an empty answer. `stop` shows the first five. `skip` leaves
+    them out and counts them by kind, up to a tenth of all."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N records."""
 

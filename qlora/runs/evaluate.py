@@ -31,12 +31,13 @@ from qlora.runs.folder import (
     read_adapter,
     template_of,
 )
-from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, stop_at, use_threads
+from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, speaker, stop_at, use_threads
 
 
-def preview(recipe: Recipe, count: int = 2) -> list[Preview]:
-    """The first ``count`` training examples as the model sees them."""
+def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
+    """The first ``count`` training examples as the model sees them; unless ``quiet``, what training says of the data is said."""
     data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
+    speaker(quiet)(str(data.report))
     return [data.preview(index) for index in range(min(count, data.report.train.examples))]
 
 

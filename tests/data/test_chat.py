@@ -70,6 +70,29 @@ def test_the_mask_covers_exactly_the_answers(template: str | None, end: str, bef
     assert everything.target_tokens == len(everything.ids) - 1
 
 
+@pytest.mark.parametrize("template", [families.CHATML, families.MISTRAL, families.QWEN3, families.GENERATION, None])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"masked": True}], ids=["weight", "train", "masked"])
+def test_an_answer_that_is_marked_is_seen_and_not_trained(template: str | None, mark: dict[str, Any]) -> None:
+    tokenizer = make_tokenizer(template)
+    talk = [
+        TALK[0],
+        {**TALK[1], "content": "5, I think.", **mark},
+        *TALK[2:],
+        TALK[0],
+        {**TALK[1], "content": "No: 4."},
+    ]
+    examples = encode(tokenizer, talk)
+    trained = "".join("".join(trained_runs(tokenizer, example)) for example in examples)
+    assert "5, I think." not in trained
+    assert "lazy dog" in trained
+    assert "No: 4." in trained
+    assert all("5, I think." in tokenizer.decode(example.ids) for example in examples)
+    (one,) = conversations(talk)
+    _, ids, answer = ChatTemplate(tokenizer).prompt(one)
+    assert answer == TALK[3]["content"]  # the first answer that is to be learnt
+    assert "5, I think." in tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("template", [families.CHATML, families.LLAMA3, families.GEMMA, families.MISTRAL])
 def test_the_ids_are_those_of_apply_chat_template(template: str) -> None:
     tokenizer = make_tokenizer(template, adds_bos=True)

@@ -24,8 +24,10 @@ for _ in range(100):
 FORMS = {"messages": MESSAGES, "sharegpt": SHAREGPT, "alpaca": ALPACA, "prompt_completion": PAIR}
 
 
-def parsed(*rows: dict[str, Any], form: str = "auto", columns: dict[str, str] | None = None) -> Parsed:
-    return parse([Record(row, "a.jsonl", "line", n) for n, row in enumerate(rows, 1)], form, columns)
+def parsed(
+    *rows: dict[str, Any], form: str = "auto", columns: dict[str, str] | None = None, on_bad_record: str = "stop"
+) -> Parsed:
+    return parse([Record(row, "a.jsonl", "line", n) for n, row in enumerate(rows, 1)], form, columns, on_bad_record)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,6 +75,17 @@ def test_unanswered_turns_are_left_off_and_kept_for_the_count() -> None:
 
 MISTAKES = [
     ([{"question": "a", "answer": "b"}], r"Line 1 of 'a.jsonl' has the fields question, answer, which are no known form"),
+    ([{"a": 1, "b": 2}], r"fields a, b, which are no known form. The forms are messages \(messages\)"),
+    ([{"messages": [HI, {**YO, "weight": 0.5}]}], "has 0.5 as 'weight' of turn 2; a turn is trained or is not"),
+    ([{"messages": [HI, {**YO, "weight": 1, "masked": True}]}], "has weight, masked in turn 2, which contradict"),
+    ([{"messages": [HI, {**YO, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]}],
+     "has 'train_detail' in turn 2, which trains a part of it"),
+    ([{**MESSAGES, "weight": 0}], "has the weight 0 for all of it"),
+    ([{**MESSAGES, "history": "Hi"}], "has broken JSON in 'history'"),
+    ([{**ALPACA, "history": [["q"]]}], r"has a list in the list of 'history'; expected \[question, answer\]"),
+    ([{"messages": [{"role": "system", "content": "S"}, HI, YO], "system": "T"}], "has a 'system' text and another one"),
+    ([{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, YO]}],
+     "has a part of type 'image_url' in the content of turn 1, which is no text"),
     ([MESSAGES, ALPACA], r"Line 2 of 'a.jsonl' has the form alpaca, but line 1 of 'a.jsonl' was read as messages"),
     ([MESSAGES, {"messages": "Hi"}], r"Line 2 .* has text in 'messages'; expected a list"),
     ([PAIR, {"prompt": "Hi"}], "Line 2 .* lacks completion of the form prompt_completion; its fields are prompt"),
@@ -83,7 +96,7 @@ MISTAKES = [
     ([{"messages": [{"role": "system", "content": "S"}, YO]}], "begins with the assistant"),
     ([{"messages": [HI, {"role": "assistant", "content": " "}]}], r"has an empty turn \(turn 2, assistant\)"),
     ([{"messages": [{"role": "user", "content": None}, YO]}], r"has an empty turn \(turn 1, user\)"),
-    ([{**ALPACA, "output": ""}], r"has an empty turn \(turn 2, assistant\)"),
+    ([{**ALPACA, "output": ""}], "has an empty 'output'"),
     ([{"messages": [{"role": "usr", "content": "Hi"}]}], r"unknown role 'usr' in turn 1; did you mean 'user'\?"),
     ([{"messages": [HI, {"role": "assistant", "content": 3}]}], r"a number \(3\) in the content of turn 2; expected text"),
     ([{"messages": [HI, "Yo"]}], r"a turn without role and content \(turn 2: Yo\)"),
@@ -91,14 +104,13 @@ MISTAKES = [
     ([{"messages": [{"role": ["user"], "content": "Hi"}]}], "has a list as the role of turn 1; expected system, user"),
     ([{"messages": [{"role": None, "content": "Hi"}]}], "has null as the role of turn 1"),
     ([{"messages": [{"role": "user", "content": {"text": "Hi"}}]}], "has an object in the content of turn 1"),
-    ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "has a list in the content of turn 1"),
+    ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "has a part of type 'image' in the content of turn 1"),
     ([{"messages": [{**HI, "name": 3}, YO]}], r"has a number \(3\) in 'name' of turn 1; expected text"),
-    ([{"messages": "Hi"}], r"has text in 'messages'; expected a list of \{role, content\}"),
+    ([{"messages": "Hi"}], "has text in 'messages'; expected a list of turns"),
     ([{"messages": None}], "has null in 'messages'; expected a list"),
-    ([{"conversations": [HI, YO]}], r"has a list of {role, content} in 'conversations'; expected a list of {from, v"),
-    ([{"conversations": [*SHAREGPT["conversations"], {"value": "Hi"}]}], r"without from and value \(turn 3: {'value'"),
+    ([{"conversations": [*SHAREGPT["conversations"], {"value": "Hi"}]}], r"without role and content \(turn 3: {'value'"),
     ([{"conversations": [{"from": "human"}]}], r"has an empty turn \(turn 1, user\)"),
-    ([{"conversations": [{"from": {}, "value": "Hi"}]}], "has an object as the role of turn 1; expected system, human"),
+    ([{"conversations": [{"from": {}, "value": "Hi"}]}], "has an object as the role of turn 1; expected system, user"),
     ([{**SHAREGPT, "system": ["Be kind"]}], "has a list in 'system'; expected text"),
     ([{**SHAREGPT, "tools": "{broken"}], r"has broken JSON in 'tools' \(Expecting"),
     ([{**SHAREGPT, "tools": "[" * 100_000}], r"has broken JSON in 'tools' \(it is nested too deeply\)"),
@@ -109,7 +121,7 @@ MISTAKES = [
     ([{**SHAREGPT, "tools": [{"name": datetime.date(2024, 7, 26)}]}], "has a date in 'tools'; expected JSON values"),
     ([{**SHAREGPT, "tools": [NESTED]}], "is nested more than 64 levels deep in 'tools'"),
     ([{**PAIR, "completion": None}], "has null in 'completion'; expected text"),
-    ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* 1 more record has a mistake"),
+    ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* Line 3 .* has no turns. In all 2 of 3 records have mistakes"),
 ]  # fmt: skip
 
 
@@ -207,3 +219,181 @@ def test_a_form_that_is_asked_for_is_required() -> None:
     with pytest.raises(DataError, match=r"Line 1 .* has the form alpaca, but .*read as text"):
         parsed(ALPACA, form="text")
     assert parsed({**ALPACA, "text": "T"}, form="text").texts == ["T"]
+
+
+def talk(one: Any) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in one.messages]
+
+
+QA = [("user", "Hi"), ("assistant", "Yo")]
+
+
+def test_marked_answers_are_kept_and_not_trained_and_what_follows_the_last_trained_one_is_left_off() -> None:
+    (one,) = parsed({"messages": [HI, {**YO, "weight": 0}, HI, {**YO, "weight": 1}]}).conversations
+    assert (talk(one), one.untrained) == ([*QA, *QA], {0})
+    (one,) = parsed({"conversations": [*SHAREGPT["conversations"], HI, {**YO, "train": False}]}).conversations
+    assert (talk(one), one.untrained, one.unanswered) == (QA, frozenset(), ("Hi", "Yo"))
+    assert len(parsed({"messages": [HI, {**YO, "loss": False}]}, MESSAGES).skipped) == 1
+    result = parsed({"messages": [{**HI, "weight": 1}, {**YO, "weight": None}]})
+    assert talk(result.conversations[0]) == QA
+    assert "turns of others are marked as trained in 1 record" in result.notes[0]
+
+
+PAIR_OF_ANSWERS = {"prompt": "Hi", "chosen": "Yo", "rejected": "No"}
+HUMAN = "\n\nHuman: Hi\n\nAssistant:"
+NO = {"role": "assistant", "content": "No"}
+PREFERENCES = [
+    PAIR_OF_ANSWERS,
+    {"instruction": "Hi", "chosen": "Yo", "rejected": "No"},
+    {"prompt": [HI], "chosen": [YO], "rejected": [NO]},
+    {"prompt": "Hi", "chosen": [HI, YO], "rejected": [HI, NO]},
+    {"chosen": [HI, YO], "rejected": [HI, NO]},
+    {"chosen": f"{HUMAN} Yo", "rejected": f"{HUMAN} No"},
+    {"prompt": HUMAN, "chosen": " Yo", "rejected": " No"},
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Yo"}, "rejected": NO},
+    {"prompt": {"messages": [HI]}, "chosen": [YO], "rejected": [NO]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PREFERENCES)
+def test_a_preference_pair_is_refused_by_name_and_trains_its_chosen_side_when_asked(row: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=r"Line 1 .* has the form preference, .* Set data.form=preference to train the ch"
+    ):
+        parsed(row)
+    result = parsed(row, form="preference")
+    assert talk(result.conversations[0]) == QA
+    assert result.notes == ("data.form=preference trains the chosen answers alone; the rejected ones are not used",)
+
+
+def test_a_preference_pair_with_another_answer_may_be_read_for_that() -> None:
+    row = {**ALPACA, "chosen": "Yes", "rejected": "No"}
+    with pytest.raises(DataError, match=r"or data.form=alpaca to read the records as alpaca"):
+        parsed(row)
+    result = parsed(row, form="alpaca")
+    assert talk(result.conversations[0]) == QA
+    assert result.notes == ("fields that are not read: 'chosen' (1 record), 'rejected' (1 record)",)
+    asked = {"question": "Hi", "chosen": "Yo", "rejected": "No"}
+    with pytest.raises(DataError, match=r"data.form=preference and data.columns='\{prompt: question\}'"):
+        parsed(asked)
+    assert talk(parsed(asked, form="preference", columns={"prompt": "question"}).conversations[0]) == QA
+    with pytest.raises(DataError, match="no 'prompt' before the chosen answer"):
+        parsed(asked, form="preference")
+
+
+@pytest.mark.parametrize(("bad", "good"), [(False, True), (0, 1), ("False", "True")])
+@pytest.mark.parametrize("form", FORMS)
+def test_labelled_answers_are_refused_by_name_and_the_desirable_ones_train_when_asked(
+    form: str, bad: Any, good: Any
+) -> None:
+    rows = [{**FORMS[form], "label": good}, {**FORMS[form], "label": bad}, {**FORMS[form], "label": good}]
+    with pytest.raises(
+        DataError, match=f"Line 1 .* form kto, {form} with a label .* Set data.form=kto .* data.form={form}"
+    ):
+        parsed(*rows)
+    result = parsed(*rows, form="kto")
+    assert [one.place for one in result.conversations] == ["line 1 of 'a.jsonl'", "line 3 of 'a.jsonl'"]
+    assert result.notes[0].endswith("left out as undesirable: 1 record")
+    assert len(parsed(*rows, form=form)) == 3
+    assert parsed({**PAIR, "label": 0}, {**PAIR, "label": 3}).form == "prompt_completion"  # classes, no judgement
+    assert parsed({"text": "T", "label": 0}).texts == ["T"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_stands_beside_the_turns_is_used(form: str) -> None:
+    row = {
+        **FORMS[form],
+        "system": "S",
+        "history": [["q", "a"]],
+        "functions": [{"name": "f"}],
+        "images": [],
+        "id": None,
+    }
+    result = parsed(row)
+    assert talk(result.conversations[0]) == [("system", "S"), ("user", "q"), ("assistant", "a"), *QA]
+    assert result.conversations[0].tools == ({"name": "f"},)
+    assert result.notes == ()
+    for name in ("image", "images", "videos", "audio"):
+        with pytest.raises(DataError, match=f"Line 1 .* has '{name}', which a text model can't see"):
+            parsed({**FORMS[form], name: ["a.png"]})
+
+
+def test_every_field_that_is_not_read_is_named_once_with_its_records() -> None:
+    rows = [{"messages": [HI, {**YO, "time": 3}], "id": n, "topic": "", "\ud83d": 1} for n in range(1, 4)]
+    assert parsed(*rows, MESSAGES).notes == (
+        "fields that are not read: 'id' (3 records), '?' (3 records), 'time' of turns (3 records)",
+    )
+    result = parsed(
+        {"question": "Hi", "answer": "Yo", "prompt": "x"}, columns={"prompt": "question", "completion": "answer"}
+    )
+    assert result.notes == ("fields that are not read: 'prompt' (1 record)",)
+
+
+ACCEPTED = [
+    {"conversations": [HI, YO]},
+    {"messages": SHAREGPT["conversations"]},
+    {"messages": [{"speaker": "Human", "text": "Hi"}, {"speaker": "AI", "text": "Yo"}]},
+    {"messages": json.dumps([HI, YO])},
+    {"messages": [{"role": "system", "content": " "}, HI, YO]},
+    {"messages": [HI, YO], "system": ""},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, YO]},
+    {"prompt": [HI], "completion": [YO]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ACCEPTED)
+def test_turns_are_read_as_people_have_them(row: dict[str, Any]) -> None:
+    assert talk(parsed(row).conversations[0]) == QA
+
+
+def test_calls_as_openai_had_them_and_an_empty_result() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+    (one,) = parsed({"messages": [HI, call, {"role": "function", "name": "f", "content": ""}, YO]}).conversations
+    twice = [{"name": "f", "arguments": json.dumps(json.dumps({"a": 1}))}]
+    assert one.messages[1]["tool_calls"] == parsed(calling(twice)).conversations[0].messages[1]["tool_calls"]
+    assert one.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert one.messages[2] == {"role": "tool", "name": "f", "content": ""}
+    (one,) = parsed({"messages": [HI, {**YO, "reasoning": "because"}]}).conversations
+    assert one.messages[1]["reasoning_content"] == "because"
+
+
+HINTS = [
+    ("question context answer", "alpaca", "{instruction: question, input: context, output: answer}"),
+    ("instruction context response", "alpaca", "{input: context, output: response}"),
+    ("system_prompt question response", "prompt_completion", "{system: system_prompt, prompt: question, completion: response}"),
+    ("Question Answer", "prompt_completion", "{prompt: Question, completion: Answer}"),
+    ("input output", "prompt_completion", "{prompt: input, completion: output}"),
+    ("input preferred_output non_preferred_output", "preference", "{prompt: input, chosen: preferred_output, rejected: non_p"),
+    ("document", "text", "{text: document}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "form", "columns"), HINTS)
+def test_unknown_columns_are_answered_with_all_that_the_best_form_takes(names: str, form: str, columns: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parsed(dict.fromkeys(names.split(), "x"))
+    assert f"which are no known form. As {form} they are read with data.columns='{columns}" in str(caught.value)
+
+
+EMPTY = {"messages": [HI, {**YO, "content": ""}]}
+
+
+def test_bad_records_stop_or_are_skipped_and_counted() -> None:
+    rows = [*[MESSAGES] * 90, *[EMPTY] * 7, {"messages": []}]
+    with pytest.raises(DataError) as caught:
+        parsed(*rows)
+    told = str(caught.value)
+    assert [f"Line {n} of 'a.jsonl' has an empty turn (turn 2, assistant)." in told for n in (91, 95, 96)] == [
+        True,
+        True,
+        False,
+    ]
+    assert "In all 8 of 98 records have mistakes: has an empty turn (7), has no turns (1)." in told
+    assert told.endswith("set data.on_bad_record=skip.")
+    result = parsed(*rows, on_bad_record="skip")
+    assert len(result.conversations) == 90
+    assert result.notes == (
+        "data.on_bad_record=skip left out 8 of 98 records: has an empty turn (7), has no turns (1)",
+    )
+    with pytest.raises(DataError, match=r"In all 8 of 78 records .* leaves out at most 10% of the records"):
+        parsed(*rows[20:], on_bad_record="skip")

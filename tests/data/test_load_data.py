@@ -114,7 +114,12 @@ def test_what_is_lost_is_counted_in_tokens_and_shown(write: Any, tokenizer: Any)
     assert (counts.truncated, counts.dropped, counts.skipped, counts.unanswered_turns) == (1, 1, 1, 2)
     assert counts.tokens + counts.truncated_tokens + counts.dropped_tokens == whole.tokens
     assert counts.unanswered_tokens == sum(len(tokenizer(text)["input_ids"]) for text in ("Bye", "Hi"))
-    for phrase in ("1 examples truncated", "1 examples dropped", "1 records skipped", "2 unanswered turns left off"):
+    for phrase in (
+        "1 examples truncated",
+        "1 examples dropped",
+        "1 records skipped",
+        "2 turns after the last answer to train left off",
+    ):
         assert phrase in str(report)
     assert report.as_dict()["train"]["dropped_tokens"] == counts.dropped_tokens
     dropped = load(write("a.jsonl", rows), tokenizer, max_length=64, too_long="drop").report.train
@@ -247,3 +252,25 @@ def test_a_folder_does_not_hold_what_is_held_out(write: Any, tmp_path: Path, tok
         ):
             load(train, tokenizer, held_out=held_out)
     assert load(f"{tmp_path}/a*", tokenizer, held_out=b).held_out
+
+
+def test_what_was_not_read_is_in_the_report(write: Any, tokenizer: Any) -> None:
+    """Of the training data once, also where a part of it is held out; of a held-out file of its own beside it."""
+    rows = [{**pair, "id": n} for n, pair in enumerate(PAIRS)]
+    note = "fields that are not read: 'id' (40 records)"
+    path = write("a.jsonl", rows)
+    for data in (load(path, tokenizer), load(path, tokenizer, held_out_fraction=0.1)):
+        assert data.report.notes == (note,)
+        assert f"note: {note}" in str(data.report)
+    bad = [*rows, {"prompt": "Hi", "completion": ""}]
+    data = load(path, tokenizer, held_out=write("h.jsonl", bad), on_bad_record="skip")
+    skipped = "held-out data: data.on_bad_record=skip left out 1 of 41 records: has an empty 'completion' (1)"
+    assert data.report.as_dict()["notes"] == [note, skipped, f"held-out data: {note}"]
+
+
+def test_marked_answers_and_train_on_all_contradict(write: Any, tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 0}]
+    path = write("a.jsonl", [{"messages": [*turns, turns[0], {"role": "assistant", "content": "Yes"}]}])
+    assert "⟦Yes<|end|>⟧" in str(load(path, tokenizer).preview(0))
+    with pytest.raises(DataError, match=r"data.train_on is 'all', but line 1 of .* marked not to be trained"):
+        load(path, tokenizer, train_on="all")

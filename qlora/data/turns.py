@@ -1,0 +1,167 @@
+"""Turns: one turn of a conversation, by whatever names the tool that wrote it has for who, what and whether.
+
+    who       role, from, speaker, sender, author      user is also human; assistant also gpt, model, bot; tool also observation …
+    what      content, value, text, message            text, or a list of text parts, which are joined
+    whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss (ms-swift, XTuner), loss_mask,
+              trainable; masked (torchtune), which says the opposite
+
+Knows a turn; must not know a form, a record's place, or a template.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import NamedTuple, Required, TypedDict, cast
+
+from qlora.data.values import Mistake, function_calls, kind, text
+from qlora.errors import listed, nearest
+from qlora.files.strangers import JsonObject
+
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
+}
+_EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
+_WHO = ("role", "from", "speaker", "sender", "author")
+_WHAT = ("content", "value", "text", "message")
+_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+_MASKED = ("masked",)
+_DETAILS = ("train_detail", "training_detail")
+_CALLS = ("tool_calls", "function_call")
+_TEXTS = {
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning_content"),
+    "name": "name",
+    "tool_call_id": "tool_call_id",
+}
+"""What else a turn may hold, as text, for the template to use."""
+
+
+class Message(TypedDict, total=False):
+    """A turn, in the shape that chat templates take."""
+
+    role: Required[str]
+    """system, user, assistant or tool."""
+    content: Required[str]
+    tool_calls: list[JsonObject]
+    """The assistant's, each with a function of name and arguments."""
+    is_call: bool
+    """The content is a call, as ShareGPT's function_call has it; dialect.py puts it as the template likes."""
+    reasoning_content: str
+    name: str
+    tool_call_id: str
+
+
+class Turn(NamedTuple):
+    """A turn that was read."""
+
+    message: Message
+    trained: bool | None = None
+    """What its flag says; None without one."""
+    unread: tuple[str, ...] = ()
+    """Its fields that have a value and no meaning here."""
+
+
+def is_turn(value: object) -> bool:
+    """Whether it names who speaks."""
+    return isinstance(value, dict) and any(isinstance(value.get(name), str) for name in _WHO)
+
+
+def read_turn(turn: object, number: int) -> Turn:
+    """The turn ``number`` of a conversation, from 1. Only a system text and a tool's result may be empty."""
+    fields: JsonObject = turn if isinstance(turn, dict) else {}
+    who, what = (next((name for name in names if fields.get(name) is not None), names[0]) for names in (_WHO, _WHAT))
+    if who not in fields:
+        raise Mistake(
+            f"has a turn without role and content (turn {number}: {shown(turn)}); expected {{role, content}} or {{from, value}}"
+        )
+    role, content = _role(fields[who], number), _content(fields.get(what), number)
+    message: dict[str, object] = {"role": role, "content": content}
+    if role == "function_call":
+        message |= {"role": "assistant", "is_call": True}
+    if calls := _calls(fields, number):
+        if role != "assistant":
+            raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
+        message["tool_calls"] = calls
+    if not content.strip() and not calls and role not in ("system", "tool"):
+        raise Mistake(f"has an empty turn (turn {number}, {message['role']})")
+    for theirs, name in _TEXTS.items():
+        if fields.get(theirs) is not None and (value := text(fields[theirs], f"'{theirs}' of turn {number}")):
+            message.setdefault(name, value)
+    known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS}
+    unread = tuple(name for name, value in fields.items() if name not in known and filled(value))
+    return Turn(cast(Message, message), _trained(fields, number), unread)
+
+
+def _role(role: object, number: int) -> str:
+    if not isinstance(role, str):
+        raise Mistake(f"has {kind(role)} as the role of turn {number}; {_EXPECTED}")
+    if role.lower() not in _ROLES:
+        raise Mistake(
+            f"has an unknown role {shown(role)!r} in turn {number};{nearest(shown(role), _ROLES).lower()} {_EXPECTED}"
+        )
+    return _ROLES[role.lower()]
+
+
+def _content(content: object, number: int) -> str:
+    """A turn's text. Content may also be a list of text parts, as in ``[{"type": "text", "text": "Hi"}]``."""
+    if isinstance(content, list):
+        content = "".join(_part(part, number) for part in content)
+    return "" if content is None else text(content, f"the content of turn {number}")
+
+
+def _part(part: object, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise Mistake(f"has a list with {kind(part)} in the content of turn {number}; expected parts of type text")
+    if part.get("type", "text") in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise Mistake(
+        f"has a part of type '{shown(part.get('type', listed(part)))}' in the content of turn {number}, which is no text; "
+        "expected parts of type text, so leave the record out or say it in words"
+    )
+
+
+def _calls(fields: Mapping[str, object], number: int) -> list[JsonObject]:
+    """Its ``tool_calls``, or the one ``function_call`` that OpenAI had before them."""
+    one = fields.get("function_call")
+    return function_calls(fields.get("tool_calls"), f"'tool_calls' of turn {number}") or function_calls(
+        [one] if isinstance(one, dict) else one, f"'function_call' of turn {number}"
+    )
+
+
+def _trained(fields: Mapping[str, object], number: int) -> bool | None:
+    """Whether its flags say that it is trained; None without one."""
+    said = {}
+    for name in (*_TRAINED, *_MASKED):
+        if (value := fields.get(name)) is None:
+            continue
+        if value not in (0, 1):
+            raise Mistake(
+                f"has {shown(value)} as '{name}' of turn {number}; a turn is trained or is not, so expected 0, 1, false or true"
+            )
+        said[name] = bool(value) != (name in _MASKED)
+    if len(set(said.values())) > 1:
+        raise Mistake(f"has {listed(said)} in turn {number}, which contradict each other; keep one of them")
+    for name in _DETAILS:
+        parts = fields.get(name)
+        if isinstance(parts, list) and not all(isinstance(part, dict) and part.get("train") for part in parts):
+            raise Mistake(
+                f"has '{name}' in turn {number}, which trains a part of it; here a turn is trained whole or not at all, "
+                "so take the field out, or set 'train' to false"
+            )
+    return next(iter(said.values()), None)
+
+
+def filled(value: object) -> bool:
+    """Whether a field says anything: neither null nor empty."""
+    return value is not None and value not in ("", [], {})
+
+
+def shown(value: object) -> str:
+    """The beginning of a value of any size and depth."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:40]
