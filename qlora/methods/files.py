@@ -8,11 +8,15 @@ and answers wrongly. Knows the two files; must not know formulas or training.
 from __future__ import annotations
 
 import json
+import math
+import re
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
+import regex
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,11 +25,14 @@ from qlora.errors import MethodError, RunError, listed, redacted
 from qlora.files.durable import file_written_aside, sync
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes, shown
 from qlora.methods.base import METHODS, AdaptedModel, apply_method
-from qlora.methods.layout import PREFIX, Fields, Layout, padded
+from qlora.methods.layout import PREFIX, Fields, Layout, padded, same_weight
 from qlora.methods.lora import any_transposed, plain_config
+from qlora.methods.new_tokens import DELTA, NewTokensLayout
+from qlora.methods.planted import unplanted
 from qlora.methods.targets import matches, pattern_value, target_names
+from qlora.model import anatomy
 from qlora.model.base import Base
-from qlora.model.tensor_file import read_header, read_tensors
+from qlora.model.tensor_file import Header, read_header, read_tensors
 from qlora.recipe.reading import MOST_MISTAKES
 
 CONFIG = "adapter_config.json"
@@ -42,10 +49,18 @@ EXTRAS = ("modules", "new_tokens")
 """Methods that PEFT's config of a LoRA has fields for."""
 WITH_EXTRAS = ("LORA", "ADALORA")
 
-# What may stand in a config without changing the result once the weights are loaded.
+# Fields by which PEFT chooses among what target_modules reach. What came of it, the names of the tensors say.
+CHOOSING = ("exclude_modules", "layers_to_transform", "ensure_weight_tying")
+CHOSEN = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_A|lora_A\.weight|lora_embedding_A|ia3_l)")
+MOST_SECONDS = 5.0  # for a stranger's regular expressions, which may be made to take for ever
+MOST_SIGNS = 1_000  # of one of them
+
+# What may stand in a config without changing the result once the weights are loaded. Those of a beginning or of memory in
+# training count only beside other fields, which are looked at.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "layers_pattern",
+    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "merge_weights", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "task_type", "velora_config", *CHOOSING,
 }  # fmt: skip
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None)
 
@@ -199,8 +214,10 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
     base is left bare then.
     """
     folder = Path(folder)
-    section, tensors, state = read_adapter_config(folder), read_adapter_tensors(folder), read_method_state(folder)
-    _check_base(model if isinstance(model, Base) else model.base, folder)
+    section, found, state = read_adapter_config(folder), read_adapter_tensors(folder), read_method_state(folder)
+    base = model if isinstance(model, Base) else model.base
+    _check_base(base, folder)
+    section, tensors = _with_embeddings(base, section, found, folder)
     what = f"The adapter in '{folder}'"
     if isinstance(model, AdaptedModel):
         _check_same(model.section, section, model.planted, folder)
@@ -247,13 +264,76 @@ def read_adapter_config(folder: str | Path) -> Any:
         )
     if wrong := [said for key, value in values.items() if (said := refused(key, value, layouts)) is not None]:
         raise MethodError(f"'{path}' sets {listed(wrong, 8)}, which is not supported; expected a plain {kind} adapter.")
-    targets = values.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear" and kind != "TRAINABLE_TOKENS":
-        raise MethodError(f"'{path}' has target_modules={shown(targets)}, a pattern; expected a list of module names.")
+    values = _by_tensors(values, folder)
     main, *others = layouts
     parts = [main.section_of(values, folder)]
     parts += [part for other in others if (part := other.section_of(values, folder)) is not None]
     return _section(parts if len(parts) > 1 else parts[0], path, values)
+
+
+def _by_tensors(values: Fields, folder: Path) -> Fields:
+    """``values`` with plain names for what PEFT chooses by patterns, numbers of layers or ties.
+
+    The names of the file's tensors say what was chosen. Raises MethodError where there is no such file, or none of these.
+    """
+    kind, targets = values.get("peft_type"), values.get("target_modules")
+    if kind not in (*WITH_EXTRAS, "IA3"):
+        return values
+    asking = [key for key in CHOOSING if type(values.get(key)) is int or values.get(key)]  # layer 0 is one too
+    asking += [key for key in ("target_modules", "feedforward_modules") if isinstance(values.get(key), str)]
+    saved = values.get("modules_to_save")
+    if targets is None or (isinstance(targets, list) and isinstance(saved, list) and any(t in saved for t in targets)):
+        asking.append("target_modules")  # PEFT adapts nothing that it trains whole
+    shapes = {}
+    if (folder / WEIGHTS).is_file():
+        found = {CHOSEN.fullmatch(key): entry.shape for key, entry in _header(folder).entries.items()}
+        shapes = {match[1]: shape for match, shape in found.items() if match is not None}
+    if asking and not shapes:
+        said = listed([f"{key}={shown(values.get(key))}" for key in asking])
+        raise MethodError(
+            f"'{folder / CONFIG}' sets {said}, and there is no {WEIGHTS} beside it with tensors of an adapter, whose names "
+            "would say what that is; expected an adapter folder in PEFT's layout."
+        )
+    if asking:
+        values = {**values, "target_modules": sorted(shapes)}
+        if kind == "IA3":  # what rescales the input is a row
+            values["feedforward_modules"] = sorted(path for path, shape in shapes.items() if shape[0] == 1)
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if kind == "LORA" and values.get(key) and shapes]
+    return {**values, **{key: _resolved(values[key], shapes, folder / CONFIG) for key in patterns}}
+
+
+def _resolved(pattern: Any, paths: Iterable[str], config_path: Path) -> Any:
+    """PEFT's rank or alpha pattern, whose keys are regular expressions, as names; without those that no target needs.
+
+    Example: ``{"layers\\.[01]\\..*q_proj": 8}`` → ``{"model.layers.0.self_attn.q_proj": 8, …}``
+    """
+    if not isinstance(pattern, dict):
+        return pattern  # for the schema to refuse
+    end, first, rules = time.monotonic() + MOST_SECONDS, {}, {}
+    try:
+        for key in pattern:
+            # a count is compiled to as many copies, in memory
+            copies = math.prod(max(int(number), 1) for number in re.findall(r"[{,]\s*(\d+)", key[:MOST_SIGNS]))
+            if len(key) > MOST_SIGNS or copies > MOST_SIGNS or time.monotonic() > end:
+                raise TimeoutError
+            rules[key] = regex.compile(rf"(.*\.)?({key})$")
+        for path in paths:
+            found = (key for key, rule in rules.items() if rule.match(path, timeout=max(end - time.monotonic(), 0)))
+            first[path] = next(found, None)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise MethodError(
+            f"'{config_path}' has a pattern that is no regular expression ({shown(str(error))}); correct it, or save the "
+            "adapter again."
+        ) from None
+    except TimeoutError:
+        raise MethodError(
+            f"'{config_path}' has patterns that are too long, or take more than {MOST_SECONDS:g} s to match; write plain module "
+            "names there."
+        ) from None
+    used = {key: value for key, value in pattern.items() if key in first.values()}
+    if all(next((key for key in used if matches(key, path)), None) == key for path, key in first.items()):
+        return used
+    return {path: pattern[key] for path, key in first.items() if key is not None}
 
 
 def _layouts(values: Fields) -> list[type[Layout]]:
@@ -321,9 +401,14 @@ def known_base(base: Base) -> str | None:
 
 def recorded_base(folder: str | Path) -> str | None:
     """The fingerprint of the base that the adapter in ``folder`` was trained on; None where other software wrote it."""
-    path = Path(folder) / WEIGHTS
+    return _header(Path(folder)).metadata.get(FINGERPRINT)
+
+
+def _header(folder: Path) -> Header:
+    """What the tensors' file says of itself. Raises MethodError when it is damaged."""
+    path = folder / WEIGHTS
     try:
-        return read_header(path).metadata.get(FINGERPRINT)
+        return read_header(path)
     except (OSError, Fault) as error:
         raise MethodError(
             f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
@@ -336,6 +421,7 @@ def _present(base: Base, section: Any, tensors: Mapping[str, Tensor], folder: Pa
     Raises MethodError when the adapter has tensors for one of these names.
     """
     paths = [path for path, _ in base.model.named_modules()]
+    every = set(paths)
     names = {name for part in config.parts_of(section) for name in _named_modules(part)}
     absent = {name for name in names if not any(matches(name, path) for path in paths)}
     if strange := sorted(name for name in absent if any(f".{name}." in key for key in tensors)):
@@ -347,8 +433,68 @@ def _present(base: Base, section: Any, tensors: Mapping[str, Tensor], folder: Pa
     for part in config.parts_of(section):
         wanted = getattr(part, "target_modules", None)
         kept = tuple(name for name in wanted if name not in absent) if isinstance(wanted, tuple) else ()
+        if set(kept) <= every:  # as the tensors' names give them
+            kept = tuple(target_names(kept, paths))
         parts.append(part.model_copy(update={"target_modules": kept}) if kept and kept != wanted else part)
     return section.model_copy(update={"parts": tuple(parts)}) if section.name == "combined" else parts[0]
+
+
+def _with_embeddings(
+    base: Base, section: Any, tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """``section`` and ``tensors`` where the embedding and the head stand in the file as well, as PEFT saves them resized.
+
+    A weight that is the base's own is left out, with rows that were cut off; one that changed is a module that was trained
+    whole, and rows behind the base's are new tokens. Raises MethodError for a changed weight of another size.
+    """
+    parts, model = list(config.parts_of(section)), base.model
+    named = [name for part in parts if part.name == "modules" for name in part.modules]
+    ends = [unplanted(module) for module in (anatomy.embedding(model), anatomy.head(model)) if module is not None]
+    paths = [path for path, module in model.named_modules() if any(unplanted(module) is end for end in ends)]
+    whole = {path: f"{PREFIX}{path}.weight" for path in paths if f"{PREFIX}{path}.weight" in tensors}
+    whole = {path: key for path, key in whole.items() if not any(matches(name, path) for name in named)}
+    if not whole or any(part.name in ("full", "new_tokens") for part in parts):
+        return section, tensors
+    kept, changed, rows = dict(tensors), {}, set()
+    for path, key in whole.items():
+        theirs, ours = kept.pop(key), _weight_of(base, path, paths)
+        common = min(len(theirs), len(ours))
+        same = same_weight(theirs[:common], ours[:common]) and not ours.is_meta
+        if theirs.shape == ours.shape and not same:
+            changed[path] = tensors[key]
+        elif theirs.shape[1:] != ours.shape[1:] or not same:
+            raise MethodError(
+                f"The adapter in '{folder}' brings along a trained {path} of {len(theirs):,} rows, and that of '{base.name}' "
+                f"has {len(ours):,}; resize the vocabulary of that base and save it, then use the adapter on that."
+            )
+        elif len(theirs) > len(ours):
+            rows.add((len(ours), len(theirs)))
+            kept[f"{PREFIX}{path}.token_adapter.{DELTA}"] = theirs[len(ours) :]
+    found: list[Any] = []
+    if changed:
+        tied = tuple(paths) if len({id(unplanted(model.get_submodule(path)).weight) for path in paths}) == 1 else ()
+        for path in {*changed, *tied}:  # what is tied changed with the other
+            kept[f"{PREFIX}{path}.weight"] = changed.get(path, next(iter(changed.values())))
+        found.append({"name": "modules", "modules": [*named, *sorted({*changed, *tied})]})
+    if rows:
+        ids = sorted({number for first, end in rows for number in range(first, end)})
+        found.append(NewTokensLayout.section_of({"trainable_token_indices": ids}, folder))
+    if not found:
+        return section, kept
+    return _section(
+        [*(part for part in parts if part.name != "modules" or not changed), *found], folder / CONFIG, {}
+    ), kept
+
+
+def _weight_of(base: Base, path: str, paths: list[str]) -> Tensor:
+    """The weight of the embedding or head at ``path``; where only shapes were loaded, from the checkpoint if it has it."""
+    weight = unplanted(base.model.get_submodule(path)).weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_meta or base.checkpoint is None:
+        return weight
+    names = [(base.names or {}).get(f"{other}.weight") for other in (path, *paths)]  # a tied one is there once
+    name = next((name for name in names if name is not None), None)
+    return weight if name is None else base.checkpoint.read(name)
 
 
 def _named_modules(part: Any) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Layout:
         found = {f"{PREFIX}{path}.base_layer.weight": layer for path, layer in self.method.planted.items()}
         brought = {key: getattr(layer.base, "weight", None) for key, layer in found.items() if key in tensors}
         known = {key: ours for key, ours in brought.items() if isinstance(ours, Tensor)}
-        if other := [key for key, ours in known.items() if not _same_weight(tensors[key], ours)]:
+        if other := [key for key, ours in known.items() if not same_weight(tensors[key], ours)]:
             paths = [key.removeprefix(PREFIX).removesuffix(".base_layer.weight") for key in other]
             raise MethodError(
                 f"This adapter brings along a weight of {listed(paths)} that is not this base's; load the base, with the "
@@ -118,7 +118,7 @@ def whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-def _same_weight(theirs: Tensor, ours: Tensor) -> bool:
+def same_weight(theirs: Tensor, ours: Tensor) -> bool:
     """Whether two frozen weights are the same in the coarser of their dtypes. On meta only the shape can be compared."""
     if theirs.shape != ours.shape or ours.device.type == "meta":
         return theirs.shape == ours.shape

@@ -15,21 +15,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import recipe as config
 from qlora.data import Row
 from qlora.errors import MethodError, RunError
 from qlora.export import merge
 from qlora.files.durable import clear_leftovers, folder_written_aside
-from qlora.methods import LoraLinear, apply_method, load_adapter, read_adapter_config, save_adapter
+from qlora.methods import LoraLinear, apply_method, files, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.files import save_portable
 from qlora.methods.lora import LoraLayout
 from qlora.recipe import TrainingSection
 from qlora.training import Trainer
 from tests.methods.against_peft import assert_answers_as
 from tests.rounding import rounding
-from tests.tiny import FAMILIES, difference, logits_of, stir, tiny_base, tiny_checkpoint
+from tests.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, alpha=8, dropout=0.1)
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -73,6 +73,151 @@ def test_we_load_what_peft_saves(tmp_path: Path, rslora: bool) -> None:
     save_adapter(ours, tmp_path / "again")
     again = load_adapter(tiny_base(folder, "none"), tmp_path / "again")
     assert torch.equal(logits_of(again.model), logits_of(ours.model))
+
+
+REGEX = r"model\.layers\.\d+\.(self_attn|mlp)\.(q|v|up)_proj"  # as Unsloth writes it
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"target_modules": REGEX}, ("q_proj", "up_proj", "v_proj")),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, ("model.layers.0.self_attn.q_proj",)),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+            ("model.layers.1.self_attn.q_proj",),
+        ),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ("q_proj",)),
+        ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, ("k_proj", "o_proj", "q_proj", "v_proj")),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, ("q_proj",)),
+        ({"target_modules": ["q_proj"], "ensure_weight_tying": True}, ("q_proj",)),
+        ({"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_.*": 3, "o_proj": 2}}, ("k_proj", "q_proj")),
+        (
+            {"target_modules": ["q_proj"], "alpha_pattern": {r"^model\.layers\.[1-9]\..*": 5, "q_proj": 7, "x": 1}},
+            ("q_proj",),
+        ),
+    ],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_peft_chooses_by_patterns_is_loaded(
+    tmp_path: Path, chosen: dict[str, Any], expected: tuple[str, ...], dora: bool
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "base")
+    torch.manual_seed(5)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=6, task_type="CAUSAL_LM", init_lora_weights=False, use_dora=dora, **chosen
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **chosen}))  # PEFT spells some of it out
+    ours = load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
+    assert config.parts_of(ours.section)[0].target_modules == expected
+    assert_answers_as(theirs, ours)
+    save_adapter(ours, tmp_path / "again")
+    again = load_adapter(tiny_base(folder, "none"), tmp_path / "again")
+    assert torch.equal(logits_of(again.model), logits_of(ours.model))
+
+
+def test_ia3_by_a_regex_is_loaded(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "base")
+    settings = peft.IA3Config(
+        target_modules=r".*\.(k_proj|down_proj)",
+        feedforward_modules=r".*\.down_proj",
+        init_ia3_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings).eval()
+    for name, values in theirs.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.uniform_(values, 0.5, 1.5)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert_answers_as(theirs, load_adapter(tiny_base(folder, "none"), tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_ensured_weight_tying_is_loaded(tmp_path: Path, chosen: dict[str, Any], tied: bool) -> None:
+    folder = tiny_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    torch.manual_seed(5)
+    settings = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, ensure_weight_tying=True, **chosen)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings).eval()
+    for name, values in theirs.named_parameters():
+        if "modules_to_save" in name:
+            values.data.mul_(1.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
+    assert difference(logits_of(ours.model), logits_of(theirs)) < rounding()
+
+
+@pytest.mark.parametrize(
+    ("rows", "trained", "parts"),
+    [
+        (0, False, ["lora"]),
+        (0, True, ["lora", "modules"]),
+        (-4, False, ["lora"]),
+        (2, False, ["lora", "new_tokens"]),
+        (2, True, None),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_peft_saves_are_loaded(
+    tmp_path: Path, rows: int, trained: bool, parts: list[str] | None, tied: bool
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    torch.manual_seed(5)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain.resize_token_embeddings(VOCABULARY + rows, mean_resizing=False)
+    if trained:
+        plain.get_input_embeddings().weight.data[3] += 0.1
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = peft.get_peft_model(plain, settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|a|>", "<|b|>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    if parts is None:
+        with pytest.raises(MethodError, match=r"a trained .* of 98 rows, and that of .* has 96; resize the vocabulary"):
+            load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
+        return
+    ours = load_adapter(tiny_base(folder, "none"), tmp_path / "adapter")
+    assert [part.name for part in config.parts_of(ours.section)] == parts
+    tokens = TOKENS % (VOCABULARY + min(rows, 0))
+    expected = theirs(input_ids=tokens).logits
+    assert difference(ours.model(input_ids=tokens).logits[..., : VOCABULARY + rows], expected) < rounding()
+    if rows > 0:
+        new = torch.tensor([[3, 96, 97, 5]])
+        assert difference(ours.model(input_ids=new).logits, theirs(input_ids=new).logits) < rounding()
+    merge(folder, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32", quantization="none", dtype="fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert difference(merged(input_ids=tokens).logits[..., : VOCABULARY + rows], expected) < rounding()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ({"(": 1}, "no regular expression"),
+        ({"(" * 499 + ")" * 499: 1}, "no regular expression"),
+        ({"a{1000000000}": 1}, "too long"),
+        ({r"((.|..)+)+[^a-z_.0-9]": 1}, r"more than 0\.2 s to match"),
+    ],
+)
+def test_a_hostile_pattern_ends_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: dict[str, int], said: str
+) -> None:
+    adapter = saved_elsewhere(tmp_path, recorded=True)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": pattern}))
+    monkeypatch.setattr(files, "MOST_SECONDS", 0.2)
+    with pytest.raises(MethodError, match=said):
+        read_adapter_config(adapter)
 
 
 def test_the_files_say_what_pefts_say(tmp_path: Path) -> None:
