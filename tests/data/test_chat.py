@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -87,6 +88,58 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_an_answer() ->
     assert tokenizer.decode(second.ids).count("<think>") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "ends", "end_of_turn"),
+    [
+        ("NEWLINE", ["<|end|>\n", "<|end|>\n"], "<|end|>"),
+        ("EOS_LAST", ["<|end|>", "<|end|>\n</s>"], "<|end|>"),
+        ("TWO_ENDS", ["<|end|></s>", "<|end|></s>"], "</s>"),
+        ("PARTS", ["<|end|>", "<|end|>"], "<|end|>"),
+        ("NO_END", ["[INST]", "[INST]"], "[INST]"),
+    ],
+)
+def test_the_end_of_turn_is_trained_wherever_it_stands(name: str, ends: list[str], end_of_turn: str) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(TALK), "assistant")
+    before = "\n" if name == "NO_END" else ""  # its prompt ends before the newline
+    assert trained_runs(tokenizer, example) == [
+        before + turn["content"] + end for turn, end in zip(TALK[1::2], ends, strict=True)
+    ]
+    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn) == end_of_turn
+
+
+def test_earlier_turns_may_end_otherwise() -> None:
+    """Without blocks each answer is trained with the end that the model gives it; blocks say themselves what is trained."""
+    tokenizer = make_tokenizer(families.OTHER_END)
+    first, second = encode(tokenizer, TALK)
+    assert trained_runs(tokenizer, first) == ["Fine, thank you.</s>"]
+    assert trained_runs(tokenizer, second) == ["The lazy dog. ünïcödé 🦊</s>"]
+    assert "Fine, thank you.<|end|>" in tokenizer.decode(second.ids)
+    blocks = families.GENERATION.replace(
+        "['content'] + '<|end|>' }}{% endg", "['content'] + ('</s>' if loop.last else '<|end|>') }}{% endg"
+    )
+    tokenizer = make_tokenizer(blocks)
+    (example,) = encode(tokenizer, TALK)
+    assert trained_runs(tokenizer, example) == ["Fine, thank you.<|end|>", "The lazy dog. ünïcödé 🦊</s>"]
+
+
+def test_a_question_that_is_rewritten_once_it_is_answered_gives_the_prompt_and_the_answer() -> None:
+    tokenizer = make_tokenizer(families.MOVED_SYSTEM)
+    first, second = encode(tokenizer, [SYSTEM, *TALK])
+    asked = "<s>[INST] You are helpful\n\nHello there[/INST]"
+    assert tokenizer.decode(first.ids) == asked + " Fine, thank you.</s>"
+    assert tokenizer.decode(second.ids) == (
+        "<s>[INST] Hello there[/INST] Fine, thank you.</s>[INST] You are helpful\n\nAnd you? 日本[/INST] "
+        "The lazy dog. ünïcödé 🦊</s>"
+    )
+    assert trained_runs(tokenizer, first) == [" Fine, thank you.</s>"]
+    assert trained_runs(tokenizer, second) == [" The lazy dog. ünïcödé 🦊</s>"]
+    (alone,) = encode(tokenizer, [SYSTEM, *TALK], "completion")
+    assert alone.ids.tolist() == second.ids.tolist()
+    assert len(encode(tokenizer, TALK)) == 1  # without a system text nothing is rewritten
+
+
 def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
     tokenizer = make_tokenizer(families.CHATML, pad="<|end|>")
     (example,) = encode(tokenizer, TALK)
@@ -97,8 +150,13 @@ def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
 
 def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
     template = families.GENERATION.replace("+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|end|>' }}")
-    with pytest.raises(DataError, match=r"Line 1 of 'a.jsonl'.*end-of-turn token <\|end\|> would carry no loss"):
-        encode(make_tokenizer(template), TALK)
+    # nor is one with the first of two
+    half = template.replace("}}{% endgeneration %}{{ '<|end|>' }}", "+ '<|end|>' }}{% endgeneration %}{{ '</s>' }}")
+    for wrong, token in ((template, "<|end|>"), (half, "</s>")):
+        with pytest.raises(
+            DataError, match=rf"Line 1 of 'a.jsonl'.*end-of-turn token {re.escape(token)} would carry no loss"
+        ):
+            encode(make_tokenizer(wrong), TALK)
 
 
 def test_a_refused_system_turn_moves_into_the_first_user_turn() -> None:
@@ -189,6 +247,44 @@ def test_tool_calls_reach_every_template() -> None:
         tokenizer = make_tokenizer(template)
         (example,) = encode(tokenizer, talk)
         assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
+
+
+def test_ids_of_calls_are_renamed_where_the_template_demands_it_and_each_is_its_own() -> None:
+    calls = [{"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}} for name in "abc"]
+    results = [{"role": "tool", "content": "20", "tool_call_id": "call_0"} for _ in calls]
+    del calls[2]["id"], results[2]["tool_call_id"]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    talk = [TALK[0], turn, *results, {**turn, "tool_calls": calls[:1]}, results[0], TALK[1]]
+    tools = [{"name": "a"}]
+    nine = make_tokenizer(families.NINE)
+    (example,) = encode(nine, talk, tools=tools)
+    assert re.findall(r"call\w+", nine.decode(example.ids)) == [
+        *("call00001", "call00002", "call00003", "call00001", "call00002", "call00003", "call00004", "call00004")
+    ]
+    free = make_tokenizer(families.NINE.replace("call.id | length != 9 or '_' in call.id", "false"))
+    (example,) = encode(free, talk, tools=tools)
+    assert re.findall(r"call\w+", free.decode(example.ids)) == [
+        *("call_0", "call_0", "call00003", "call_0", "call_0", "call00003", "call_0", "call_0")
+    ]
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": families.LLAMA3, "tool_use": families.TOOLS}
+    chat = ChatTemplate(tokenizer)
+    plain, using = conversations(TALK)[0], conversations(TALK, tools=[{"name": "tip"}])[0]
+    texts = [tokenizer.decode(example.ids) for (example,) in chat.encode([using, plain, using], "assistant")]
+    assert [text.split("<|end|>")[0] for text in texts[:2]] == [
+        "<|start|>toolstip",
+        "<s><|start|>user<|start|>\n\nHello there",
+    ]
+    assert texts[0] == texts[2]
+    assert tokenizer.decode(chat.prompt(using)[1]).startswith("<|start|>toolstip")
+    tokenizer.chat_template = {"rag": families.CHATML, "tool_use": families.TOOLS}
+    with pytest.raises(
+        DataError, match=r"several chat templates \(rag, tool_use\), none of them named 'default'.*data\.chat_template"
+    ):
+        ChatTemplate(tokenizer)
 
 
 def test_texts_are_made_and_tokenised_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
