@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
-from qlora.data.examples import Example, fit, text_examples
+from qlora.data.examples import Example, doubled_note, fit, text_examples, without_doubles
 from qlora.data.files import DataFile
 from qlora.data.formats import Conversation, Parsed, parse, trains
 from qlora.data.packing import Row, make_rows
@@ -170,11 +170,14 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
     if form == "text":
         template = None
         examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
+        texts = [text for part in parts for text in part.texts]
+        single = without_doubles(texts, tokenizer)
+        notes = doubled_note(sum(one != other for one, other in zip(texts, single, strict=True)))
     else:
         with one_child():
             template = ChatTemplate(tokenizer, section.chat_template)
             examples = tuple(template.encode(part.conversations, train_on) for part in parts)
-    notes = list(template.dialect.notes) if template else []
+        notes = template.notes
     if in_pieces:
         examples = split_pieces(examples[0], section.held_out_fraction, seed)
         few = "one document is" if len(parts[0]) == 1 else f"{len(parts[0]):,} documents are"

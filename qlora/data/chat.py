@@ -27,13 +27,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
 from qlora.data.dialect import Dialect
-from qlora.data.examples import Example, make_example
+from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
 from qlora.data.values import capital
@@ -93,6 +94,9 @@ class ChatTemplate:
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
         self.end_of_turn = int(tokenizer.convert_tokens_to_ids(self._ends[0])) if self._ends else None
+        bos = tokenizer.bos_token
+        self._begin = bos if bos and self._text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
+        self._doubled = 0
         self._states_mask = _GENERATION.search(self.text) is not None
         several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
         self._for_tools = (
@@ -100,6 +104,12 @@ class ChatTemplate:
         )
         if self._for_tools:
             self._for_tools.dialect.notes = self.dialect.notes
+
+    @property
+    def notes(self) -> list[str]:
+        """What became of the conversations encoded so far, as sentences for the report."""
+        doubled = self._doubled + (self._for_tools._doubled if self._for_tools else 0)
+        return [*self.dialect.notes, *doubled_note(doubled)]
 
     def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
         """The examples of each conversation: one, or one for each answer where the template rewrites earlier turns.
@@ -128,6 +138,7 @@ class ChatTemplate:
         answer that was given."""
         if self._for_tools and conversation.tools:
             return self._for_tools.prompt(conversation)
+        conversation = self._without_doubles(conversation)
         messages, tools = self.dialect.speak(conversation)
         first = next(at for at, message in enumerate(messages) if message["role"] == "assistant")
         (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
@@ -141,7 +152,9 @@ class ChatTemplate:
         """For each conversation the texts of the examples that it gives."""
         jobs, answers = [], []
         for conversation in conversations:
-            messages, tools = self.dialect.speak(conversation)
+            single = self._without_doubles(conversation)
+            self._doubled += single != conversation
+            messages, tools = self.dialect.speak(single)
             found = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
             if train_on == "completion":
                 found = found[-1:]
@@ -163,6 +176,20 @@ class ChatTemplate:
             whole += self._unclosed(whole, job.messages[found[-1]])
             spans = [(one.answers[0][0], self._end_within(whole, one.text)) for one in alone]
             yield alone if any(end < 0 for _, end in spans) else [_Text(place, whole, spans)]
+
+    def _without_doubles(self, conversation: Conversation) -> Conversation:
+        """A conversation without the tokens that the template would write a second time: bos before its first text, the end
+        of a turn behind an answer that is more than that."""
+        ends = [*self._ends, self.tokenizer.eos_token or self._ends[0]] if self._ends else []
+        messages: list[Message] = []
+        for message in conversation.messages:
+            content = message["content"]
+            if not messages:
+                content = without_begin(content, self._begin)
+            if message["role"] == "assistant":
+                content = without_end(content, ends)
+            messages.append({**message, "content": content if content.strip() else message["content"]})
+        return replace(conversation, messages=tuple(messages))
 
     def _answer(self, place: str, job: Job, at: int, asked: str, upto: str) -> _Text:
         """The answer of message ``at`` behind its prompt. ``asked``: the rendering that ends before it, ``upto``: with it."""
@@ -396,6 +423,5 @@ def _find(tokenizer: PreTrainedTokenizerBase, file: str | None, named: str) -> t
         raise DataError(
             "The tokenizer has neither a chat template nor an eos token to end a turn with; give a data.chat_template."
         )
-    begins = tokenizer("a")["input_ids"][:1]
-    bos = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else ""
+    bos = "{{- bos_token -}}" if adds_bos(tokenizer) else ""
     return "the default, as the tokenizer has none", bos + DEFAULT_TEMPLATE
