@@ -175,7 +175,7 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
         notes = doubled_note(sum(one != other for one, other in zip(texts, single, strict=True)))
     else:
         with one_child():
-            template = ChatTemplate(tokenizer, section.chat_template)
+            template = ChatTemplate(tokenizer, section.chat_template, section.dropped_content)
             examples = tuple(template.encode(part.conversations, train_on) for part in parts)
         notes = template.notes
     if in_pieces:

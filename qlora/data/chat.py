@@ -25,6 +25,7 @@ Knows templates and tokenizers; must not know files of data, lengths or packing.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from qlora.data.dialect import Dialect
+from qlora.data.dialect import Dialect, parts, shown
 from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
@@ -71,17 +72,24 @@ class ChatTemplate:
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
     (None where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
-    for conversations with tools. Raises DataError when the template file cannot be read or is not Jinja, and when the
+    for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be read or is not Jinja, and when the
     template is cut off: it loops, or asks for too much memory.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: str | None = None, named: str = "default") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        file: str | None = None,
+        dropped_content: str = "keep",
+        named: str = "default",
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot say which characters a token covers, which the loss mask needs; "
                 "use a checkpoint with a tokenizer.json."
             )
         self.tokenizer = tokenizer
+        self._refuses_losses = dropped_content == "refuse"
         self.name, self.text = _find(tokenizer, file, named)
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
@@ -89,7 +97,7 @@ class ChatTemplate:
         with one_child():
             try:
                 self._require_jinja()
-                self.dialect = Dialect(self.renderer.text)
+                self.dialect = Dialect(self.renderer.text, dropped_content == "keep")
                 self._ends, self._closing = self._turn_ends()
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
@@ -100,16 +108,19 @@ class ChatTemplate:
         self._states_mask = _GENERATION.search(self.text) is not None
         several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
         self._for_tools = (
-            ChatTemplate(tokenizer, named="tool_use") if several and "tool_use" in tokenizer.chat_template else None
+            ChatTemplate(tokenizer, None, dropped_content, "tool_use")
+            if several and "tool_use" in tokenizer.chat_template
+            else None
         )
         if self._for_tools:
-            self._for_tools.dialect.notes = self.dialect.notes
+            self._for_tools.dialect.notes, self._for_tools.dialect.records = self.dialect.notes, self.dialect.records
 
     @property
     def notes(self) -> list[str]:
         """What became of the conversations encoded so far, as sentences for the report."""
         doubled = self._doubled + (self._for_tools._doubled if self._for_tools else 0)
-        return [*self.dialect.notes, *doubled_note(doubled)]
+        counted = [f"{sentence} ({count:,} records)" for sentence, count in self.dialect.records.items()]
+        return [*self.dialect.notes, *counted, *doubled_note(doubled)]
 
     def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
         """The examples of each conversation: one, or one for each answer where the template rewrites earlier turns.
@@ -150,7 +161,9 @@ class ChatTemplate:
 
     def _texts(self, conversations: Sequence[Conversation], train_on: str) -> Iterator[list[_Text]]:
         """For each conversation the texts of the examples that it gives."""
-        jobs, answers = [], []
+        jobs: list[Job] = []
+        answers: list[list[int]] = []
+        said: list[list[tuple[Message, Message]]] = []
         for conversation in conversations:
             single = self._without_doubles(conversation)
             self._doubled += single != conversation
@@ -158,24 +171,77 @@ class ChatTemplate:
             found = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
             if train_on == "completion":
                 found = found[-1:]
+            given = [message for message in single.messages if message["role"] == "assistant"][-len(found) :]
+            said.append([(one, messages[at]) for one, at in zip(given, found, strict=True)])
             if train_on == "all" or self._states_mask:
                 found = []
             jobs.append(Job(messages, tools, _Renderings.cuts(len(messages), found)))
             answers.append(found)
         places = [conversation.place for conversation in conversations]
-        for place, job, found, rendered in zip(places, jobs, answers, self._checked(places, jobs), strict=True):
-            if not found:
-                text, blocks = rendered[0]
-                closing = "" if self._states_mask else self._unclosed(text, job.messages[-1])
-                yield [_Text(place, text + closing, blocks)]
-                continue
-            whole, asked, upto = _Renderings.of(rendered)
-            alone = [
-                self._answer(place, job, at, before, text) for at, before, text in zip(found, asked, upto, strict=True)
-            ]
-            whole += self._unclosed(whole, job.messages[found[-1]])
-            spans = [(one.answers[0][0], self._end_within(whole, one.text)) for one in alone]
-            yield alone if any(end < 0 for _, end in spans) else [_Text(place, whole, spans)]
+        rendered = self._checked(places, jobs)
+        for place, job, found, texts, spoken in zip(places, jobs, answers, rendered, said, strict=True):
+            made = self._made(place, job, found, texts)
+            lost = self._lost(spoken, made, train_on)
+            if lost and self._states_mask and train_on == "assistant":  # in earlier turns? then an answer at a time
+                apart = self._apart(place, job)
+                if len(fewer := self._lost(spoken, apart, train_on)) < len(lost):
+                    made, lost = apart, fewer
+            self._tell(place, lost)
+            yield made
+
+    def _made(self, place: str, job: Job, found: list[int], rendered: list[Rendered]) -> list[_Text]:
+        """The texts of one conversation; ``found`` are the messages that are answers to train, as far as we find them."""
+        if not found:
+            text, blocks = rendered[0]
+            closing = "" if self._states_mask else self._unclosed(text, job.messages[-1])
+            return [_Text(place, text + closing, blocks)]
+        whole, asked, upto = _Renderings.of(rendered)
+        alone = [
+            self._answer(place, job, at, before, text) for at, before, text in zip(found, asked, upto, strict=True)
+        ]
+        whole += self._unclosed(whole, job.messages[found[-1]])
+        spans = [(one.answers[0][0], self._end_within(whole, one.text)) for one in alone]
+        return alone if any(end < 0 for _, end in spans) else [_Text(place, whole, spans)]
+
+    def _apart(self, place: str, job: Job) -> list[_Text]:
+        """A text for each answer, with the blocks that come with it."""
+        ats = [at for at, message in enumerate(job.messages) if message["role"] == "assistant"]
+        cuts = [(at + more, False) for at in ats for more in (0, 1)]
+        (texts,) = self._checked([place], [Job(job.messages, job.tools, cuts)])
+        made = []
+        for before, upto in zip(texts[::2], texts[1::2], strict=True):
+            last = upto.answers[-1][0] if upto.answers else 0
+            start = max(_alike(before.text, upto.text), upto.text.rfind(before.text[-_PROMPT_END:], 0, last))
+            made.append(_Text(place, upto.text, [block for block in upto.answers if block[1] > start]))
+        return made
+
+    def _lost(self, said: Sequence[tuple[Message, Message]], texts: Sequence[_Text], train_on: str) -> list[str]:
+        """What kinds of things the answers say that are not in what is trained, in order, white space aside. ``said``: each
+        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4)."""
+        spans = [one.text[a:b] for one in texts for a, b in ([(0, None)] if train_on == "all" else one.answers)]
+        text, at = "".join("".join(spans).split()), 0
+        lost: dict[str, None] = {}
+        for given, spoken in said:
+            calls = spoken.get("tool_calls", [])
+            words = [] if given.get("is_call") and calls else parts(given)
+            names = [("a function call", call["function"]["name"], at) for call in calls]
+            for kind, one, begin in [*((kind, one, -1) for kind, one in words), *names]:
+                end = _end_of(one, text, at if begin < 0 else begin)
+                at = max(at, end)
+                if end < 0:
+                    lost[kind] = None
+        return list(lost)
+
+    def _tell(self, place: str, lost: Sequence[str]) -> None:
+        """Count the record among those of which something is lost, or refuse it."""
+        for kind in lost:
+            if self._refuses_losses:
+                raise DataError(
+                    f"{capital(place)} has {kind} in an answer, which the chat template ({self.name}) leaves out. "
+                    "data.dropped_content=keep trains on it as text where that is possible, drop trains without it; or give "
+                    "another data.chat_template."
+                )
+            self.dialect.records[f"the chat template leaves out {kind} of answers"] += 1
 
     def _without_doubles(self, conversation: Conversation) -> Conversation:
         """A conversation without the tokens that the template would write a second time: bos before its first text, the end
@@ -338,7 +404,8 @@ class ChatTemplate:
         """``Renderer.render``, whose exceptions become a DataError that names the record, of those at ``places``."""
         jobs = [job._replace(messages=self.dialect.parted(job.messages)) for job in jobs]
         try:
-            return self.renderer.render(jobs, mark_answers=self._states_mask)
+            rendered = self.renderer.render(jobs, mark_answers=self._states_mask)
+            return [[Rendered(*shown(*one)) for one in several] for several in rendered]
         except Refused as error:
             place = capital(places[error.job])
             raise DataError(f"{place} is refused by the chat template ({self.name}): {error}.") from None
@@ -396,6 +463,15 @@ def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list
             trained |= _holding(begins, ends, (start, end))
     edges = numpy.flatnonzero(numpy.diff(numpy.concatenate([[0], trained, [0]])))
     return [(int(begins[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _end_of(words: str, text: str, begin: int) -> int:
+    """Where ``words``, or what JSON makes of them, end in ``text``, which has no white space; -1 where they are not."""
+    for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]):
+        bare = "".join(form.split())
+        if (found := text.find(bare, begin)) >= 0:
+            return found + len(bare)
+    return -1
 
 
 def _alike(one: str, other: str) -> int:

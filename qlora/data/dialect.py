@@ -7,13 +7,22 @@
     ids of calls     the template wants nine letters and digits (Mistral) → renamed; missing ones are made up
     content          the template reads parts only (Idefics3) → each text as `[{"type": "text", "text": …}]`
 
-Nothing that a conversation holds is left out. Knows how to ask a template; must not know tokens or masks.
+    reasoning        the template has a field for it → there
+                     it has none → as `<think>` text at the beginning of the answer
+    <think> inside   the template cuts it out (DeepSeek-R1) → hidden from it, see ``hidden``
+    text and calls   the template leaves out the text beside calls (Llama 3.1) → the text, then the calls as it writes them
+
+The last three are for ``data.dropped_content=keep``. Knows how to ask a template; must not know tokens or masks.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import Refused
@@ -25,12 +34,43 @@ TOOLS_INTRODUCTION = "You can call these functions. To call one, answer with a J
 """Stands before the tools' JSON in the system turn of a template without tools."""
 
 _MARK = "qlora_probe"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_SECRET = secrets.token_hex(8)  # no data can hold it, and no text that leaves here does
+_HIDDEN = re.compile(rf"qlora-{_SECRET}-([0-9a-f]*)-")
+
+
+def hidden(text: str) -> str:
+    """A word that a template passes on as it is, for a text that it would change; ``shown`` puts the text in its place."""
+    return f"qlora-{_SECRET}-{text.encode().hex()}-"
+
+
+def shown(text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered text with what was hidden from the template, and where ``spans`` of it are now."""
+    moves, grown = [], 0
+    for word in _HIDDEN.finditer(text):
+        grown += len(bytes.fromhex(word[1]).decode()) - len(word[0])
+        moves.append((word.end(), grown))
+
+    def moved(at: int) -> int:
+        return at + next((by for end, by in reversed(moves) if at >= end), 0)
+
+    text = _HIDDEN.sub(lambda word: bytes.fromhex(word[1]).decode(), text)
+    return text, [(moved(begin), moved(end)) for begin, end in spans]
+
+
+def parts(message: Message) -> list[tuple[str, str]]:
+    """What an answer says, as (``reasoning`` or ``text``, its text) in order: thoughts may be a field or inside the content."""
+    found = _THOUGHTS.match(message["content"])
+    inside = [("reasoning", found[1]), ("text", found[2])] if found else [("text", message["content"])]
+    return [one for one in [("reasoning", message.get("reasoning_content", "")), *inside] if one[1].strip()]
 
 
 class Dialect:
     """Which roles and fields a template renders. ``render(messages, tools)`` gives a text or raises Refused."""
 
-    def __init__(self, render: Callable[..., str]) -> None:
+    def __init__(self, render: Callable[..., str], keep: bool = True) -> None:
+        self.render, self.keep = render, keep
         user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
         mark = {"content": _MARK}
         tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {"type": "object"}}}
@@ -56,6 +96,13 @@ class Dialect:
         self.calls = self.tools and shows(called("call00000"))
         self.renames = self.calls and not shows(called("call_qlora_probe"))
         self.tool_turn = shows([user, answer, {"role": "tool", **mark, "tool_call_id": "call00000"}, answer])
+        thinking = {"role": "assistant", "content": f"<think>\n{_MARK}\n</think>\n\nHello"}
+        self.reasoning = next((name for name in _REASONING if shows([user, {**answer, name: _MARK}])), None)
+        self.thoughts = shows([user, thinking])
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        self.beside = not self.calls or shows([user, {"role": "assistant", **mark, "tool_calls": [call]}])
+        self.records: Counter[str] = Counter()
+        """The same as ``notes``, of what is told with the number of records."""
         self.notes: dict[str, None] = {}
         """What was put in other words, as sentences for the report, in order and each once."""
 
@@ -67,12 +114,14 @@ class Dialect:
         """
         messages: list[Message] = []
         ids = _Ids(self.renames)
+        told: set[str] = set()
         for message in conversation.messages:
             if message.get("is_call") or message.get("tool_calls"):
                 message = self._call(message, ids, conversation.place)
             elif message["role"] == "tool":
                 message = self._result(message, ids)
-            messages.append(message)
+            messages.append(self._kept(message, told) if message["role"] == "assistant" else message)
+        self.records.update(told)
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in conversation.tools]
         if tools and not self.calls:
             self._note("tools stand as JSON in the system turn, since the chat template has no place for them")
@@ -104,7 +153,38 @@ class Dialect:
             return {"role": "assistant", "content": message["content"]}
         self._note("function calls stand as JSON text, since the chat template has no place for them")
         texts = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
-        return {"role": "assistant", "content": "\n".join(part for part in (message["content"], *texts) if part)}
+        text: Message = {**message, "content": "\n".join(part for part in (message["content"], *texts) if part)}
+        del text["tool_calls"]
+        return text
+
+    def _kept(self, message: Message, told: set[str]) -> Message:
+        """An answer that the template renders whole; ``told`` takes what was done for it."""
+        changed = dict(message)
+        if thoughts := changed.pop("reasoning_content", ""):
+            if self.reasoning or not self.keep:
+                changed[self.reasoning or "reasoning_content"] = thoughts
+            else:
+                changed["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
+                told.add("reasoning stands as text in the answer, since the chat template has no place for it")
+        content, calls = str(changed["content"]), message.get("tool_calls")
+        if self.keep and calls and content and not self.beside and (written := self._written(calls)):
+            changed = {"role": "assistant", "content": hidden(f"{content}\n\n{written}")}
+            told.add("text stands before the function calls, since the chat template has no place for it")
+        elif self.keep and not self.thoughts and _THOUGHTS.match(content):
+            changed["content"] = hidden(content)
+            told.add("reasoning stays in the answer, from which the chat template would take it")
+        return cast(Message, changed)
+
+    def _written(self, calls: list[JsonObject]) -> str:
+        """Function calls as the template writes them in the place of an answer's text; nothing if they stand elsewhere."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}
+        try:
+            before, _, behind = self.render(self.parted([user, answer]), None).partition(_MARK)
+            written = self.render(self.parted([user, {**answer, "content": "", "tool_calls": calls}]), None)
+        except Refused:
+            return ""
+        fits = written.startswith(before) and written.endswith(behind)
+        return written[len(before) : len(written) - len(behind)] if fits else ""
 
     def _result(self, message: Message, ids: _Ids) -> Message:
         if self.calls:

@@ -63,6 +63,17 @@ TOOLS = """{% if tools %}{{ '<|start|>tools' }}{% for tool in tools %}{{ tool.fu
 ' }}{% endif %}"""
 
 
+# a field for thoughts, which only the last answer shows, and blocks
+THINKING = GENERATION.replace(
+    "{% generation %}{{ message",
+    "{% generation %}{% if loop.last and message.reasoning_content %}{{ '<t>' + message.reasoning_content + '</t>' }}{% endif %}{{ message",
+)
+
+# an answer begins behind its thoughts, as in DeepSeek-R1
+CUT_THOUGHTS = DEEPSEEK.replace(
+    "message['content'] + '<|end|>'", "message['content'].split('</think>')[-1] + '<|end|>'"
+)
+
 # ids of calls have nine letters and digits, as in Mistral's
 NINE = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{{ '<|start|>' + message['role'] + message['content'] }}{% for call in message.tool_calls %}{% if call.id is not defined or call.id | length != 9 or '_' in call.id %}{{ raise_exception('ids have nine letters and digits') }}{% endif %}{{ call.function.name + ' ' + call.id + ' ' }}{% endfor %}{% if message.role == 'tool' %}{{ message.tool_call_id }}{% endif %}{{ '<|end|>' }}{% endfor %}"""
 

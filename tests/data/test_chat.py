@@ -287,6 +287,85 @@ def test_a_tokenizer_with_several_templates() -> None:
         ChatTemplate(tokenizer)
 
 
+THOUGHTFUL = [
+    *(TALK[0], {**TALK[1], "reasoning_content": "Well.\nSo."}, TALK[2]),
+    {"role": "assistant", "content": "<think>\nHm 🦊\n</think>\n\nThe lazy dog."},
+]
+AS_TEXT = "reasoning stands as text in the answer, since the chat template has no place for it (1 records)"
+STAYS = "reasoning stays in the answer, from which the chat template would take it (1 records)"
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "notes"),
+    [
+        (
+            "CHATML",
+            [
+                "<think>\nWell.\nSo.\n</think>\n\nFine, thank you.<|end|>",
+                "<think>\nHm 🦊\n</think>\n\nThe lazy dog.<|end|>",
+            ],
+            [AS_TEXT],
+        ),
+        (  # its prompt opens the thoughts
+            "CUT_THOUGHTS",
+            ["Well.\nSo.\n</think>\n\nFine, thank you.<|end|>", "Hm 🦊\n</think>\n\nThe lazy dog.<|end|>"],
+            [AS_TEXT, STAYS],
+        ),
+        (
+            "THINKING",
+            ["<t>Well.\nSo.</t>Fine, thank you.<|end|>", "<think>\nHm 🦊\n</think>\n\nThe lazy dog.<|end|>"],
+            [],
+        ),
+    ],
+)
+def test_reasoning_is_trained_where_the_template_has_a_place_and_elsewhere_as_text(
+    name: str, runs: list[str], notes: list[str]
+) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    (examples,) = chat.encode(conversations(THOUGHTFUL), "assistant")
+    assert [run for example in examples for run in trained_runs(tokenizer, example)] == runs
+    assert len(examples) == (2 if name == "THINKING" else 1)  # it shows the last answer's alone
+    assert sorted(chat.notes) == sorted(notes)
+
+
+def test_text_beside_calls_is_trained_before_the_calls_as_the_template_writes_them() -> None:
+    calls = [{"function": {"name": "tip", "arguments": {"bill": 50}}}]
+    talk = [
+        TALK[0],
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
+        {"role": "tool", "content": "20"},
+    ]
+    (conversation,) = conversations([*talk, TALK[1]], tools=[{"name": "tip"}])
+    tokenizer = make_tokenizer(families.TOOLS)  # which leaves it out, as Llama 3.1's does
+    kept, dropped = ChatTemplate(tokenizer), ChatTemplate(tokenizer, dropped_content="drop")
+    ((example,),) = kept.encode([conversation], "assistant")
+    assert trained_runs(tokenizer, example) == [
+        'Let me see.\n\n<call>tip{"bill": 50}<|end|>',
+        "Fine, thank you.<|end|>",
+    ]
+    assert kept.notes == [
+        "text stands before the function calls, since the chat template has no place for it (1 records)"
+    ]
+    ((example,),) = dropped.encode([conversation], "assistant")
+    assert trained_runs(tokenizer, example) == ['<call>tip{"bill": 50}<|end|>', "Fine, thank you.<|end|>"]
+    assert dropped.notes == ["the chat template leaves out text of answers (1 records)"]
+
+
+@pytest.mark.parametrize("name", ["CHATML", "CUT_THOUGHTS"])
+def test_reasoning_that_the_template_drops_is_dropped_or_refused_on_request(name: str) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer, dropped_content="drop")
+    ((example,), _) = chat.encode(conversations(THOUGHTFUL[:2], TALK), "assistant")
+    assert trained_runs(tokenizer, example) == ["Fine, thank you.<|end|>"]
+    assert chat.notes == ["the chat template leaves out reasoning of answers (1 records)"]
+    refusing = ChatTemplate(tokenizer, dropped_content="refuse")
+    with pytest.raises(
+        DataError, match=r"^Line 2 of 'a.jsonl' has reasoning in an answer, which the chat template .* leaves out"
+    ):
+        refusing.encode(conversations(TALK, THOUGHTFUL), "assistant")
+
+
 def test_texts_are_made_and_tokenised_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many conversations there are, no more rendered texts wait for the tokenizer than a group has."""
     monkeypatch.setattr("qlora.data.chat._GROUP", 4)
