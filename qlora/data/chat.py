@@ -275,15 +275,20 @@ class ChatTemplate:
         """Where answer ``at`` begins in ``upto``, in which the turns before it are not those of its prompt ``asked``: behind the
         last place that reads as the prompt's end does, before anything that another answer would change."""
         other = self._render(place, job, [*job.messages[:at], {"role": "assistant", "content": _ANSWER}])
-        end = asked[-_PROMPT_END:]
-        found = upto.rfind(end, 0, _alike(upto, other))
-        if found < 0:
+        question = job.messages[at - 1]["content"]
+        assert isinstance(question, str)
+        # of a short question the turns before it may be what was rewritten: its last character and all behind it is the least
+        least = len(asked.rpartition(question.strip())[2]) + 1 if question.strip() in asked else _PROMPT_END
+        ends = (asked[-length:] for length in range(max(least, _PROMPT_END), least - 1, -1))
+        alike = _alike(upto, other)
+        end = next((end for end in ends if end in upto[:alike]), "")
+        if not end:
             raise DataError(
                 f"{capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
                 f"{at + 1} differently once the answer follows. Give a data.chat_template with {{% generation %}} blocks, "
                 "or set data.train_on=all."
             )
-        return found + len(end)
+        return upto.rfind(end, 0, alike) + len(end)
 
     def _end(self, text: str) -> int:
         """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""

@@ -167,7 +167,7 @@ class Dialect:
                 changed["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
                 told.add("reasoning stands as text in the answer, since the chat template has no place for it")
         content, calls = str(changed["content"]), message.get("tool_calls")
-        if self.keep and calls and content and not self.beside and (written := self._written(calls)):
+        if self.keep and calls and content and not self.beside and self.tool_turn and (written := self._written(calls)):
             changed = {"role": "assistant", "content": hidden(f"{content}\n\n{written}")}
             told.add("text stands before the function calls, since the chat template has no place for it")
         elif self.keep and not self.thoughts and _THOUGHTS.match(content):

@@ -138,6 +138,8 @@ def test_a_question_that_is_rewritten_once_it_is_answered_gives_the_prompt_and_t
     (alone,) = encode(tokenizer, [SYSTEM, *TALK], "completion")
     assert alone.ids.tolist() == second.ids.tolist()
     assert len(encode(tokenizer, TALK)) == 1  # without a system text nothing is rewritten
+    (short,) = encode(tokenizer, [SYSTEM, {"role": "user", "content": "?"}, TALK[1]])
+    assert tokenizer.decode(short.ids) == "<s>[INST] You are helpful\n\n?[/INST] Fine, thank you.</s>"
 
 
 def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
