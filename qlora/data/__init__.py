@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from qlora.data.batches import collate, step_rows, steps_per_epoch
 from qlora.data.chat import ChatTemplate
-from qlora.data.examples import Example, fit, text_examples
+from qlora.data.examples import Example, doubled_note, fit, text_examples, without_doubles
 from qlora.data.files import DataFile, DataFolder
 from qlora.data.formats import Conversation, Parsed, parse, trains
 from qlora.data.packing import Row, make_rows
@@ -172,6 +172,9 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
     if form == "text":
         template = None
         examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
+        texts = [text for part in parts for text in part.texts]
+        single = without_doubles(texts, tokenizer)
+        notes = doubled_note(sum(one != other for one, other in zip(texts, single, strict=True)))
     else:
         marked = next((one for part in parts for one in part.conversations if one.untrained), None)
         if marked and train_on == "all":
@@ -180,10 +183,10 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
                 "use 'assistant', or take the marks out of the data."
             )
         with one_child():
-            template = ChatTemplate(tokenizer, section.chat_template)
+            template = ChatTemplate(tokenizer, section.chat_template, section.dropped_content)
             examples = tuple(template.encode(part.conversations, train_on) for part in parts)
-    notes = [*parts[0].notes, *(f"held-out data: {note}" for note in parts[1].notes)]
-    notes += template.dialect.notes if template else ()
+        notes = template.notes
+    notes = [*parts[0].notes, *(f"held-out data: {note}" for note in parts[1].notes), *notes]
     if in_pieces:
         examples = split_pieces(examples[0], section.held_out_fraction, seed)
         few = "one document is" if len(parts[0]) == 1 else f"{len(parts[0]):,} documents are"

@@ -5,13 +5,16 @@
     the difference is the answer                                                       Hello<|end|>
 
 Each rendering must be a prefix of the next; the whole text is then tokenised once, and a token that holds any character
-of an answer carries loss. The end-of-turn token belongs to the answer (without it a model never stops), white space
-after it does not. No special tokens are added to a rendered text, as in transformers' ``apply_chat_template``: the
-template is the whole truth, so there is never a second bos. Masks come from positions, never from token ids.
+of an answer carries loss. The end-of-turn token belongs to the answer (without it a model never stops), and so does a
+token that follows it in the same turn; white space after it does not. No special tokens are added to a rendered text, as
+in transformers' ``apply_chat_template``: the template is the whole truth, so there is never a second bos. Masks come from
+positions, never from token ids.
 
 - A template that rewrites earlier turns (Qwen3 removes their thoughts) makes a conversation of n answers n examples,
-  each as the model would have seen it, with its last answer trained.
+  each as the model would have seen it, with its last answer trained. So does one that rewrites the question once it is
+  answered (Mistral moves the system text into the last turn of all): each example is the prompt, and the answer behind it.
 - A template with ``{% generation %}`` blocks states its own mask, except where a conversation has answers not to be trained.
+- Where a template leaves the last answer without an end (GLM), it gets the token that would follow if somebody went on.
 - Without a template, ``DEFAULT_TEMPLATE``: plain text, existing tokens only, eos at the end of the assistant's turn.
 
 A template comes from a stranger: it runs in a process of its own (rendering.py), which cuts it off.
@@ -22,19 +25,21 @@ Knows templates and tokenizers; must not know files of data, lengths or packing.
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
-from qlora.data.dialect import Dialect
-from qlora.data.examples import Example, make_example
+from qlora.data.dialect import Dialect, parts, shown
+from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
 from qlora.data.values import capital
-from qlora.errors import DataError
+from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
 
 if TYPE_CHECKING:
@@ -53,6 +58,8 @@ DEFAULT_TEMPLATE = """\
 """The template of tokenizers without one. A tokenizer that begins every text with bos gets it here too."""
 
 _GROUP = 64  # conversations rendered and tokenised at once: no more texts than theirs are in memory
+_PROMPT_END = 16  # characters by which the end of a prompt is found again: more than a generation prompt's last word
+_ANSWER = "qlora-answer"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.
@@ -64,29 +71,56 @@ class ChatTemplate:
     """A tokenizer's chat template, or the one that stands in for it.
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
-    (None where the template has none). Raises DataError when the template file cannot be read or is not Jinja, and when the
+    (None where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
+    for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be read or is not Jinja, and when the
     template is cut off: it loops, or asks for too much memory.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        file: str | None = None,
+        dropped_content: str = "keep",
+        named: str = "default",
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot say which characters a token covers, which the loss mask needs; "
                 "use a checkpoint with a tokenizer.json."
             )
         self.tokenizer = tokenizer
-        self.name, self.text = _find(tokenizer, file)
+        self._refuses_losses = dropped_content == "refuse"
+        self.name, self.text = _find(tokenizer, file, named)
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         with one_child():
             try:
                 self._require_jinja()
-                self.dialect = Dialect(self.renderer.text)
-                self.end_of_turn = self._end_of_turn()
+                self.dialect = Dialect(self.renderer.text, dropped_content == "keep")
+                self._ends, self._closing = self._turn_ends()
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
+        self.end_of_turn = int(tokenizer.convert_tokens_to_ids(self._ends[0])) if self._ends else None
+        bos = tokenizer.bos_token
+        self._begin = bos if bos and self._text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
+        self._doubled = 0
         self._states_mask = _GENERATION.search(self.text) is not None
+        several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
+        self._for_tools = (
+            ChatTemplate(tokenizer, None, dropped_content, "tool_use")
+            if several and "tool_use" in tokenizer.chat_template
+            else None
+        )
+        if self._for_tools:
+            self._for_tools.dialect.notes, self._for_tools.dialect.records = self.dialect.notes, self.dialect.records
+
+    @property
+    def notes(self) -> list[str]:
+        """What became of the conversations encoded so far, as sentences for the report."""
+        doubled = self._doubled + (self._for_tools._doubled if self._for_tools else 0)
+        counted = [f"{sentence} ({count:,} records)" for sentence, count in self.dialect.records.items()]
+        return [*self.dialect.notes, *counted, *doubled_note(doubled)]
 
     def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
         """The examples of each conversation: one, or one for each answer where the template rewrites earlier turns.
@@ -94,18 +128,28 @@ class ChatTemplate:
         ``train_on``: ``assistant`` trains every answer, ``completion`` the last one, ``all`` everything. Raises DataError
         naming the record when the template refuses it, cannot be masked, or leaves the end-of-turn token untrained.
         """
-        encoded: list[list[Example]] = []
         with one_child():
-            for first in range(0, len(conversations), _GROUP):
-                group = conversations[first : first + _GROUP]
-                texts = list(self._texts(group, train_on))
-                examples = iter(self._tokenised([text for several in texts for text in several], train_on))
-                encoded += [list(itertools.islice(examples, len(several))) for several in texts]
+            if self._for_tools is None:
+                return self._encode(conversations, train_on)
+            plain = iter(self._encode([one for one in conversations if not one.tools], train_on))
+            using = iter(self._for_tools._encode([one for one in conversations if one.tools], train_on))
+            return [next(using if one.tools else plain) for one in conversations]
+
+    def _encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
+        encoded: list[list[Example]] = []
+        for first in range(0, len(conversations), _GROUP):
+            group = conversations[first : first + _GROUP]
+            texts = list(self._texts(group, train_on))
+            examples = iter(self._tokenised([text for several in texts for text in several], train_on))
+            encoded += [list(itertools.islice(examples, len(several))) for several in texts]
         return encoded
 
     def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int], str]:
         """The first question of a conversation whose answer is trained, as the template's messages, its ids with the generation prompt, and the
         answer that was given."""
+        if self._for_tools and conversation.tools:
+            return self._for_tools.prompt(conversation)
+        conversation = self._without_doubles(conversation)
         messages, tools = self.dialect.speak(conversation)
         first = conversation.answers(messages)[0]
         (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
@@ -117,51 +161,156 @@ class ChatTemplate:
 
     def _texts(self, conversations: Sequence[Conversation], train_on: str) -> Iterator[list[_Text]]:
         """For each conversation the texts of the examples that it gives."""
-        jobs, answers = [], []
+        jobs: list[Job] = []
+        answers: list[list[int]] = []
+        said: list[list[tuple[Message, Message]]] = []
         for conversation in conversations:
-            messages, tools = self.dialect.speak(conversation)
-            found = conversation.answers(messages)
+            single = self._without_doubles(conversation)
+            self._doubled += single != conversation
+            messages, tools = self.dialect.speak(single)
+            found, given = single.answers(messages), single.answers(single.messages)
             if train_on == "completion":
-                found = found[-1:]
-            if train_on == "all" or (self._states_mask and not conversation.untrained):
+                found, given = found[-1:], given[-1:]
+            said.append([(single.messages[one], messages[at]) for one, at in zip(given, found, strict=True)])
+            if train_on == "all" or (self._states_mask and not single.untrained):
                 found = []
             jobs.append(Job(messages, tools, _Renderings.cuts(len(messages), found)))
             answers.append(found)
         places = [conversation.place for conversation in conversations]
-        for place, job, found, rendered in zip(places, jobs, answers, self._checked(places, jobs), strict=True):
-            if not found:
-                yield [_Text(place, *rendered[0])]
-                continue
-            whole, asked, upto = _Renderings.of(rendered)
-            spans = [
-                (self._start(place, job, at, before, text), self._end(text))
-                for at, before, text in zip(found, asked, upto, strict=True)
-            ]
-            if all(whole.startswith(text) for text in upto):
-                yield [_Text(place, whole, spans)]
-            else:
-                yield [_Text(place, text, [span]) for text, span in zip(upto, spans, strict=True)]
+        rendered = self._checked(places, jobs)
+        for place, job, found, texts, spoken in zip(places, jobs, answers, rendered, said, strict=True):
+            made = self._made(place, job, found, texts)
+            lost = self._lost(spoken, made, train_on)
+            if lost and self._states_mask and train_on == "assistant":  # in earlier turns? then an answer at a time
+                apart = self._apart(place, job)
+                if len(fewer := self._lost(spoken, apart, train_on)) < len(lost):
+                    made, lost = apart, fewer
+            self._tell(place, lost)
+            yield made
 
-    def _start(self, place: str, job: Job, at: int, asked: str, upto: str) -> int:
-        """Where the answer of message ``at`` begins in ``upto``, the rendering that ends with it; ``asked`` ends before it."""
-        if upto.startswith(asked):
-            return len(asked)
-        # A generation prompt may hold more than a finished turn does (DeepSeek-R1 opens the thoughts in it): the answer
-        # begins where the two part, but never before the end of the earlier turns.
-        (((before, _),),) = self._checked([place], [Job(job.messages, job.tools, [(at, False)])])
-        if not upto.startswith(before):
+    def _made(self, place: str, job: Job, found: list[int], rendered: list[Rendered]) -> list[_Text]:
+        """The texts of one conversation; ``found`` are the messages that are answers to train, as far as we find them."""
+        if not found:
+            text, blocks = rendered[0]
+            closing = "" if self._states_mask else self._unclosed(text, job.messages[-1])
+            return [_Text(place, text + closing, blocks)]
+        whole, asked, upto = _Renderings.of(rendered)
+        alone = [
+            self._answer(place, job, at, before, text) for at, before, text in zip(found, asked, upto, strict=True)
+        ]
+        whole += self._unclosed(whole, job.messages[found[-1]])
+        spans = [(one.answers[0][0], self._end_within(whole, one.text)) for one in alone]
+        return alone if any(end < 0 for _, end in spans) else [_Text(place, whole, spans)]
+
+    def _apart(self, place: str, job: Job) -> list[_Text]:
+        """A text for each answer, with the blocks that come with it."""
+        ats = [at for at, message in enumerate(job.messages) if message["role"] == "assistant"]
+        cuts = [(at + more, False) for at in ats for more in (0, 1)]
+        (texts,) = self._checked([place], [Job(job.messages, job.tools, cuts)])
+        made = []
+        for before, upto in zip(texts[::2], texts[1::2], strict=True):
+            last = upto.answers[-1][0] if upto.answers else 0
+            start = max(_alike(before.text, upto.text), upto.text.rfind(before.text[-_PROMPT_END:], 0, last))
+            made.append(_Text(place, upto.text, [block for block in upto.answers if block[1] > start]))
+        return made
+
+    def _lost(self, said: Sequence[tuple[Message, Message]], texts: Sequence[_Text], train_on: str) -> list[str]:
+        """What kinds of things the answers say that are not in what is trained, in order, white space aside. ``said``: each
+        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4)."""
+        spans = [one.text[a:b] for one in texts for a, b in ([(0, None)] if train_on == "all" else one.answers)]
+        text, at = "".join("".join(spans).split()), 0
+        lost: dict[str, None] = {}
+        for given, spoken in said:
+            calls = spoken.get("tool_calls", [])
+            words = [] if given.get("is_call") and calls else parts(given)
+            names = [("a function call", call["function"]["name"], at) for call in calls]
+            for kind, one, begin in [*((kind, one, -1) for kind, one in words), *names]:
+                end = _end_of(one, text, at if begin < 0 else begin)
+                at = max(at, end)
+                if end < 0:
+                    lost[kind] = None
+        return list(lost)
+
+    def _tell(self, place: str, lost: Sequence[str]) -> None:
+        """Count the record among those of which something is lost, or refuse it."""
+        for kind in lost:
+            if self._refuses_losses:
+                raise DataError(
+                    f"{capital(place)} has {kind} in an answer, which the chat template ({self.name}) leaves out. "
+                    "data.dropped_content=keep trains on it as text where that is possible, drop trains without it; or give "
+                    "another data.chat_template."
+                )
+            self.dialect.records[f"the chat template leaves out {kind} of answers"] += 1
+
+    def _without_doubles(self, conversation: Conversation) -> Conversation:
+        """A conversation without the tokens that the template would write a second time: bos before its first text, the end
+        of a turn behind an answer that is more than that."""
+        ends = [*self._ends, self.tokenizer.eos_token or self._ends[0]] if self._ends else []
+        messages: list[Message] = []
+        for message in conversation.messages:
+            content = message["content"]
+            if not messages:
+                content = without_begin(content, self._begin)
+            if message["role"] == "assistant":
+                content = without_end(content, ends)
+            messages.append({**message, "content": content if content.strip() else message["content"]})
+        return replace(conversation, messages=tuple(messages))
+
+    def _answer(self, place: str, job: Job, at: int, asked: str, upto: str) -> _Text:
+        """The answer of message ``at`` behind its prompt. ``asked``: the rendering that ends before it, ``upto``: with it."""
+        start = len(asked)
+        if not upto.startswith(asked):
+            before = self._render(place, job, job.messages[:at])
+            # A generation prompt may hold more than a finished turn does (DeepSeek-R1 opens the thoughts in it): the
+            # answer begins where the two part, but never before the end of the earlier turns.
+            if upto.startswith(before):
+                start = max(len(before), _alike(asked, upto))
+            else:
+                upto = asked + upto[self._behind(place, job, at, asked, upto) :]
+        upto += self._unclosed(upto, job.messages[at])
+        return _Text(place, upto, [(start, self._end(upto))])
+
+    def _behind(self, place: str, job: Job, at: int, asked: str, upto: str) -> int:
+        """Where answer ``at`` begins in ``upto``, in which the turns before it are not those of its prompt ``asked``: behind the
+        last place that reads as the prompt's end does, before anything that another answer would change."""
+        other = self._render(place, job, [*job.messages[:at], {"role": "assistant", "content": _ANSWER}])
+        question = job.messages[at - 1]["content"]
+        assert isinstance(question, str)
+        # of a short question the turns before it may be what was rewritten: its last character and all behind it is the least
+        least = len(asked.rpartition(question.strip())[2]) + 1 if question.strip() in asked else _PROMPT_END
+        ends = (asked[-length:] for length in range(max(least, _PROMPT_END), least - 1, -1))
+        alike = _alike(upto, other)
+        end = next((end for end in ends if end in upto[:alike]), "")
+        if not end:
             raise DataError(
                 f"{capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
                 f"{at + 1} differently once the answer follows. Give a data.chat_template with {{% generation %}} blocks, "
                 "or set data.train_on=all."
             )
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(asked, upto, strict=False))
-        return max(len(before), sum(1 for _ in alike))
+        return upto.rfind(end, 0, alike) + len(end)
 
     def _end(self, text: str) -> int:
         """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""
         bare = text.rstrip()
         return len(bare) if bare.endswith(self._special) else len(text)
+
+    def _end_within(self, whole: str, text: str) -> int:
+        """Where the answer that ends ``text`` ends in ``whole``; -1 when ``whole`` is another text before that.
+
+        What follows the end of turn may be for the last turn alone, as the eos token of Phi-3's template.
+        """
+        end = self._end(text)
+        while not whole.startswith(text[:end]):
+            token = max((token for token in self._special if text.endswith(token, 0, end)), key=len, default="")
+            end = len(text[: end - len(token)].rstrip())
+            if not token or not text.endswith(self._ends, 0, end):
+                return -1
+        return end
+
+    def _unclosed(self, text: str, answer: Mapping[str, object]) -> str:
+        """What ``text``, which ends with an answer, lacks to its end of turn."""
+        closing = self._closing["calls" if answer.get("tool_calls") else "answer"]
+        return "" if self._special and text.rstrip().endswith(self._special) else closing
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -178,36 +327,66 @@ class ChatTemplate:
                 spans = text.answers
                 if self._states_mask:
                     spans = _runs(begins, ends, spans)[-1 if train_on == "completion" else 0 :]
-                trained = self._mask(ids, begins, ends, spans, text.place)
+                self._require_ends(text, spans)
+                trained = numpy.zeros(len(ids), dtype=bool)
+                for span in spans:
+                    trained |= _holding(begins, ends, span)
             yield make_example(ids, trained)
 
-    def _mask(
-        self, ids: list[int], begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], spans: list[Span], place: str
-    ) -> NDArray[numpy.bool_]:
-        """Which tokens hold a character of a span."""
-        trained = numpy.zeros(len(ids), dtype=bool)
-        for span in spans:
-            inside = _holding(begins, ends, span)
-            trained |= inside
-            last = int(numpy.flatnonzero(inside)[-1]) if inside.any() else -1
-            if self.end_of_turn is not None and (last < 0 or ids[last] != self.end_of_turn):
-                token = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
-                raise DataError(
-                    f"{capital(place)} has an answer whose end-of-turn token {token} would carry no loss, and the model "
-                    f"would never learn to stop; in the chat template ({self.name}) the token must belong to the answer."
-                )
-        return trained
+    def _require_ends(self, text: _Text, spans: Sequence[Span]) -> None:
+        """The model learns to stop only if the end of a turn is trained, wherever in the answer's span it is.
 
-    def _end_of_turn(self) -> int | None:
-        """The special token that directly follows an answer, or None."""
-        mark = "qlora-answer"
+        A call may end otherwise than an answer does (``<|call|>``), and thoughts may be a span of their own.
+        """
+        for number, (begin, end) in enumerate(spans, start=1):
+            said = text.text[begin:end]
+            if not self._ends or any(token in said for token in self._ends):
+                continue
+            left = text.text[end:].lstrip().startswith(self._ends)
+            if left or (number == len(spans) and not said.rstrip().endswith(self._special)):
+                raise DataError(
+                    f"{capital(text.place)} has an answer whose end-of-turn token {self._ends[0]} would carry no loss, and the "
+                    f"model would never learn to stop; in the chat template ({self.name}) the token must belong to the answer."
+                )
+
+    def _turn_ends(self) -> tuple[tuple[str, ...], dict[str, str]]:
+        """(The special tokens that end an answer: the last one's first, then an earlier one's where it is another;
+        what to write behind a last answer, and behind last calls, that the template leaves without any)."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}
+        last, earlier = (self._text(turns).rpartition(_ANSWER)[2] for turns in ([user, answer], [user, answer, user]))
+        finals, nexts = self._leading(last), self._leading(earlier)
+        both = [a for a, b in zip(finals, nexts, strict=False) if a == b]
+        if finals or not nexts:
+            ends = dict.fromkeys([*(both or finals)[-1:], *nexts[: 0 if both else 1]])
+            return tuple(ends), {"answer": "", "calls": ""}
+        self.dialect.notes[
+            f"a last answer ends with {nexts[0]}, which follows every other, since the chat template leaves it without an end"
+        ] = None
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "result", "tool_call_id": "call00000", "name": "f"}
+        called = self._text([user, calling, result]).removeprefix(self._text([user, calling]))
+        closing = {"answer": earlier.removeprefix(last), "calls": called}
+        for kind, text in closing.items():
+            token = next(iter(self._leading(text)), "")
+            closing[kind] = text[: text.find(token) + len(token)]
+        return (nexts[0],), closing
+
+    def _text(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """A conversation made up to try the template; nothing when it is refused."""
         try:
-            text = self.renderer.text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}])
+            return self.renderer.text(self.dialect.parted(messages))
         except Refused:
-            return None
-        tail = text[text.rfind(mark) + len(mark) :].lstrip()
-        found = max((token for token in self._special if tail.startswith(token)), key=len, default=None)
-        return None if found is None else int(self.tokenizer.convert_tokens_to_ids(found))
+            return ""
+
+    def _leading(self, text: str) -> list[str]:
+        """The special tokens, side by side, that a text begins with, white space aside."""
+        found: list[str] = []
+        text = text.lstrip()
+        while token := max((token for token in self._special if text.startswith(token)), key=len, default=""):
+            found.append(token)
+            text = text.removeprefix(token)
+        return found
 
     # --- rendering ---------------------------------------------------------------------------------------------------
 
@@ -220,10 +399,17 @@ class ChatTemplate:
                     f"The chat template ({self.name}) is not valid Jinja: line {error.line}, {error}."
                 ) from None
 
+    def _render(self, place: str, job: Job, messages: Sequence[Mapping[str, object]]) -> str:
+        """The text of other messages in a job's place."""
+        (((text, _),),) = self._checked([place], [Job(messages, job.tools, [(len(messages), False)])])
+        return text
+
     def _checked(self, places: Sequence[str], jobs: Sequence[Job]) -> list[list[Rendered]]:
         """``Renderer.render``, whose exceptions become a DataError that names the record, of those at ``places``."""
+        jobs = [job._replace(messages=self.dialect.parted(job.messages)) for job in jobs]
         try:
-            return self.renderer.render(jobs, mark_answers=self._states_mask)
+            rendered = self.renderer.render(jobs, mark_answers=self._states_mask)
+            return [[Rendered(*shown(*one)) for one in several] for several in rendered]
         except Refused as error:
             place = capital(places[error.job])
             raise DataError(f"{place} is refused by the chat template ({self.name}): {error}.") from None
@@ -283,19 +469,39 @@ def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list
     return [(int(begins[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _find(tokenizer: PreTrainedTokenizerBase, file: str | None) -> tuple[str, str]:
+def _end_of(words: str, text: str, begin: int) -> int:
+    """Where ``words``, or what JSON makes of them, end in ``text``, which has no white space; -1 where they are not."""
+    for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]):
+        bare = "".join(form.split())
+        if (found := text.find(bare, begin)) >= 0:
+            return found + len(bare)
+    return -1
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _find(tokenizer: PreTrainedTokenizerBase, file: str | None, named: str) -> tuple[str, str]:
     """(name, Jinja source) of the template to use: the file, the tokenizer's own, or the default."""
     if file is not None:
         try:
             return f"'{file}'", expanded(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.chat_template '{file}' cannot be read ({error}); expected a Jinja file.") from None
+    if isinstance(several := tokenizer.chat_template, dict) and several:
+        if named not in several:
+            raise DataError(
+                f"The tokenizer has several chat templates ({listed(several)}), none of them named '{named}'; write the one "
+                "to use to a file, and name it in data.chat_template."
+            )
+        return f"the tokenizer's own, '{named}'", several[named]
     if tokenizer.chat_template:
-        return "the tokenizer's own", tokenizer.get_chat_template()
+        return "the tokenizer's own", tokenizer.chat_template
     if tokenizer.eos_token is None:
         raise DataError(
             "The tokenizer has neither a chat template nor an eos token to end a turn with; give a data.chat_template."
         )
-    begins = tokenizer("a")["input_ids"][:1]
-    bos = "{{- bos_token -}}" if tokenizer.bos_token_id is not None and begins == [tokenizer.bos_token_id] else ""
+    bos = "{{- bos_token -}}" if adds_bos(tokenizer) else ""
     return "the default, as the tokenizer has none", bos + DEFAULT_TEMPLATE

@@ -50,15 +50,52 @@ def text_examples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_
     """Raw text: the pieces of each document, of at most ``max_length`` tokens, all trained, nothing cut off.
 
     A document is tokenised with the special tokens that the tokenizer itself adds (a bos token, where it has that
-    habit) and ends in the eos token, so that the model learns where texts end. Documents are never joined.
+    habit) and ends in the eos token, so that the model learns where texts end. Those that it holds there already are not
+    doubled. Documents are never joined.
     """
     examples: list[list[Example]] = []
     for start in range(0, len(texts), _BATCH):
-        for ids in tokenizer(list(texts[start : start + _BATCH]), verbose=False)["input_ids"]:
+        several = without_doubles(texts[start : start + _BATCH], tokenizer)
+        for ids in tokenizer(several, verbose=False)["input_ids"]:
             if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
                 ids = [*ids, tokenizer.eos_token_id]
             examples.append([make_example(piece, numpy.ones(len(piece))) for piece in _pieces(ids, max_length)])
     return examples
+
+
+def without_doubles(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts without the bos and eos tokens that they would have twice once they are tokenised."""
+    begin = tokenizer.bos_token if adds_bos(tokenizer) else None
+    ends = [tokenizer.eos_token] if tokenizer.eos_token else []
+    return [without_end(without_begin(text, begin), ends) for text in texts]
+
+
+def without_begin(text: str, token: str | None) -> str:
+    """``text`` without this token, however often, at its beginning."""
+    while token and text.lstrip().startswith(token):
+        text = text.lstrip()[len(token) :]
+    return text
+
+
+def without_end(text: str, tokens: Sequence[str]) -> str:
+    """``text`` without any of these tokens, however often, at its end."""
+    while found := next((token for token in tokens if text.rstrip().endswith(token)), None):
+        text = text.rstrip()[: -len(found)]
+    return text
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins every text with bos by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def doubled_note(count: int) -> list[str]:
+    """For the report: how many records would have had a token twice."""
+    return (
+        [f"{count:,} records begin or end with a token that is written there anyway; it stands there once"]
+        if count
+        else []
+    )
 
 
 def _pieces(ids: list[int], max_length: int) -> list[list[int]]:

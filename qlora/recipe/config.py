@@ -76,6 +76,9 @@ class DataSection(Section):
     """Which tokens carry loss. `auto`: the assistant's turns of a conversation, the completion of a pair, all of a text."""
     chat_template: str | None = None
     """A file with a Jinja chat template that replaces the tokenizer's own."""
+    dropped_content: Literal["keep", "drop", "refuse"] = "keep"
+    """What happens to reasoning, text and function calls of an answer that the chat template would leave out. `keep` trains
+    on them as text where that is possible, `drop` without them; both say of how many records. `refuse` stops at the first."""
     max_length: int = Field(1024, ge=8, le=1_048_576)
     """The length of a row in tokens; also the longest example."""
     too_long: Literal["truncate", "drop"] = "truncate"

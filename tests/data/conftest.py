@@ -63,6 +63,47 @@ TOOLS = """{% if tools %}{{ '<|start|>tools' }}{% for tool in tools %}{{ tool.fu
 ' }}{% endif %}"""
 
 
+# a field for thoughts, which only the last answer shows, and blocks
+THINKING = GENERATION.replace(
+    "{% generation %}{{ message",
+    "{% generation %}{% if loop.last and message.reasoning_content %}{{ '<t>' + message.reasoning_content + '</t>' }}{% endif %}{{ message",
+)
+
+# an answer begins behind its thoughts, as in DeepSeek-R1
+CUT_THOUGHTS = DEEPSEEK.replace(
+    "message['content'] + '<|end|>'", "message['content'].split('</think>')[-1] + '<|end|>'"
+)
+
+# ids of calls have nine letters and digits, as in Mistral's
+NINE = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{{ '<|start|>' + message['role'] + message['content'] }}{% for call in message.tool_calls %}{% if call.id is not defined or call.id | length != 9 or '_' in call.id %}{{ raise_exception('ids have nine letters and digits') }}{% endif %}{{ call.function.name + ' ' + call.id + ' ' }}{% endfor %}{% if message.role == 'tool' %}{{ message.tool_call_id }}{% endif %}{{ '<|end|>' }}{% endfor %}"""
+
+# a newline inside the block, as in the templates that TRL trains with
+NEWLINE = GENERATION.replace("+ '<|end|>' }}{% endgeneration %}", "+ '<|end|>\n' }}{% endgeneration %}")
+
+# an eos after the last turn, as in Phi-3
+EOS_LAST = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if not add_generation_prompt %}{{ eos_token }}{% else %}"
+)
+
+# two tokens end a turn, as in Cohere2
+TWO_ENDS = CHATML.replace("'<|end|>\n'", "'<|end|></s>'")
+
+# earlier turns end otherwise than the last, as in gpt-oss
+OTHER_END = CHATML.replace("+ '<|end|>\n'", "+ ('</s>' if loop.last and message['role'] == 'assistant' else '<|end|>')")
+
+# nothing ends a turn but the next one, as in GLM
+NO_END = """{% for message in messages %}{{ ('<|start|>' if message['role'] == 'assistant' else '[INST]') + '
+' + message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>' }}{% endif %}"""
+
+# the system text stands in the last turn, if that is the user's, as in Mistral v0.3
+MOVED_SYSTEM = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}{% for message in turns %}{% if message['role'] == 'user' %}{{ '[INST] ' + (system + '
+
+' if loop.last and system else '') + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
+
+# content is read as parts alone, as in Idefics3
+PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
+
+
 def make_tokenizer(template: str | None = CHATML, pad: str = "<pad>", adds_bos: bool = False) -> Any:
     """Byte-level BPE of some 350 tokens. ``adds_bos``: every text begins with <s>, as Llama's tokenizers have it."""
     core = Tokenizer(models.BPE())

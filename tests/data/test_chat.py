@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -110,6 +111,60 @@ def test_a_template_that_rewrites_earlier_turns_gives_one_example_an_answer() ->
     assert tokenizer.decode(second.ids).count("<think>") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "ends", "end_of_turn"),
+    [
+        ("NEWLINE", ["<|end|>\n", "<|end|>\n"], "<|end|>"),
+        ("EOS_LAST", ["<|end|>", "<|end|>\n</s>"], "<|end|>"),
+        ("TWO_ENDS", ["<|end|></s>", "<|end|></s>"], "</s>"),
+        ("PARTS", ["<|end|>", "<|end|>"], "<|end|>"),
+        ("NO_END", ["[INST]", "[INST]"], "[INST]"),
+    ],
+)
+def test_the_end_of_turn_is_trained_wherever_it_stands(name: str, ends: list[str], end_of_turn: str) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(TALK), "assistant")
+    before = "\n" if name == "NO_END" else ""  # its prompt ends before the newline
+    assert trained_runs(tokenizer, example) == [
+        before + turn["content"] + end for turn, end in zip(TALK[1::2], ends, strict=True)
+    ]
+    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn) == end_of_turn
+
+
+def test_earlier_turns_may_end_otherwise() -> None:
+    """Without blocks each answer is trained with the end that the model gives it; blocks say themselves what is trained."""
+    tokenizer = make_tokenizer(families.OTHER_END)
+    first, second = encode(tokenizer, TALK)
+    assert trained_runs(tokenizer, first) == ["Fine, thank you.</s>"]
+    assert trained_runs(tokenizer, second) == ["The lazy dog. ünïcödé 🦊</s>"]
+    assert "Fine, thank you.<|end|>" in tokenizer.decode(second.ids)
+    blocks = families.GENERATION.replace(
+        "['content'] + '<|end|>' }}{% endg", "['content'] + ('</s>' if loop.last else '<|end|>') }}{% endg"
+    )
+    tokenizer = make_tokenizer(blocks)
+    (example,) = encode(tokenizer, TALK)
+    assert trained_runs(tokenizer, example) == ["Fine, thank you.<|end|>", "The lazy dog. ünïcödé 🦊</s>"]
+
+
+def test_a_question_that_is_rewritten_once_it_is_answered_gives_the_prompt_and_the_answer() -> None:
+    tokenizer = make_tokenizer(families.MOVED_SYSTEM)
+    first, second = encode(tokenizer, [SYSTEM, *TALK])
+    asked = "<s>[INST] You are helpful\n\nHello there[/INST]"
+    assert tokenizer.decode(first.ids) == asked + " Fine, thank you.</s>"
+    assert tokenizer.decode(second.ids) == (
+        "<s>[INST] Hello there[/INST] Fine, thank you.</s>[INST] You are helpful\n\nAnd you? 日本[/INST] "
+        "The lazy dog. ünïcödé 🦊</s>"
+    )
+    assert trained_runs(tokenizer, first) == [" Fine, thank you.</s>"]
+    assert trained_runs(tokenizer, second) == [" The lazy dog. ünïcödé 🦊</s>"]
+    (alone,) = encode(tokenizer, [SYSTEM, *TALK], "completion")
+    assert alone.ids.tolist() == second.ids.tolist()
+    assert len(encode(tokenizer, TALK)) == 1  # without a system text nothing is rewritten
+    (short,) = encode(tokenizer, [SYSTEM, {"role": "user", "content": "?"}, TALK[1]])
+    assert tokenizer.decode(short.ids) == "<s>[INST] You are helpful\n\n?[/INST] Fine, thank you.</s>"
+
+
 def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
     tokenizer = make_tokenizer(families.CHATML, pad="<|end|>")
     (example,) = encode(tokenizer, TALK)
@@ -120,8 +175,13 @@ def test_the_end_of_turn_is_trained_when_it_is_also_the_pad() -> None:
 
 def test_a_generation_block_without_the_end_of_turn_is_refused() -> None:
     template = families.GENERATION.replace("+ '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|end|>' }}")
-    with pytest.raises(DataError, match=r"Line 1 of 'a.jsonl'.*end-of-turn token <\|end\|> would carry no loss"):
-        encode(make_tokenizer(template), TALK)
+    # nor is one with the first of two
+    half = template.replace("}}{% endgeneration %}{{ '<|end|>' }}", "+ '<|end|>' }}{% endgeneration %}{{ '</s>' }}")
+    for wrong, token in ((template, "<|end|>"), (half, "</s>")):
+        with pytest.raises(
+            DataError, match=rf"Line 1 of 'a.jsonl'.*end-of-turn token {re.escape(token)} would carry no loss"
+        ):
+            encode(make_tokenizer(wrong), TALK)
 
 
 def test_a_refused_system_turn_moves_into_the_first_user_turn() -> None:
@@ -212,6 +272,123 @@ def test_tool_calls_reach_every_template() -> None:
         tokenizer = make_tokenizer(template)
         (example,) = encode(tokenizer, talk)
         assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
+
+
+def test_ids_of_calls_are_renamed_where_the_template_demands_it_and_each_is_its_own() -> None:
+    calls = [{"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}} for name in "abc"]
+    results = [{"role": "tool", "content": "20", "tool_call_id": "call_0"} for _ in calls]
+    del calls[2]["id"], results[2]["tool_call_id"]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    talk = [TALK[0], turn, *results, {**turn, "tool_calls": calls[:1]}, results[0], TALK[1]]
+    tools = [{"name": "a"}]
+    nine = make_tokenizer(families.NINE)
+    (example,) = encode(nine, talk, tools=tools)
+    assert re.findall(r"call\w+", nine.decode(example.ids)) == [
+        *("call00001", "call00002", "call00003", "call00001", "call00002", "call00003", "call00004", "call00004")
+    ]
+    free = make_tokenizer(families.NINE.replace("call.id | length != 9 or '_' in call.id", "false"))
+    (example,) = encode(free, talk, tools=tools)
+    assert re.findall(r"call\w+", free.decode(example.ids)) == [
+        *("call_0", "call_0", "call00003", "call_0", "call_0", "call00003", "call_0", "call_0")
+    ]
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": families.LLAMA3, "tool_use": families.TOOLS}
+    chat = ChatTemplate(tokenizer)
+    plain, using = conversations(TALK)[0], conversations(TALK, tools=[{"name": "tip"}])[0]
+    texts = [tokenizer.decode(example.ids) for (example,) in chat.encode([using, plain, using], "assistant")]
+    assert [text.split("<|end|>")[0] for text in texts[:2]] == [
+        "<|start|>toolstip",
+        "<s><|start|>user<|start|>\n\nHello there",
+    ]
+    assert texts[0] == texts[2]
+    assert tokenizer.decode(chat.prompt(using)[1]).startswith("<|start|>toolstip")
+    tokenizer.chat_template = {"rag": families.CHATML, "tool_use": families.TOOLS}
+    with pytest.raises(
+        DataError, match=r"several chat templates \(rag, tool_use\), none of them named 'default'.*data\.chat_template"
+    ):
+        ChatTemplate(tokenizer)
+
+
+THOUGHTFUL = [
+    *(TALK[0], {**TALK[1], "reasoning_content": "Well.\nSo."}, TALK[2]),
+    {"role": "assistant", "content": "<think>\nHm 🦊\n</think>\n\nThe lazy dog."},
+]
+AS_TEXT = "reasoning stands as text in the answer, since the chat template has no place for it (1 records)"
+STAYS = "reasoning stays in the answer, from which the chat template would take it (1 records)"
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "notes"),
+    [
+        (
+            "CHATML",
+            [
+                "<think>\nWell.\nSo.\n</think>\n\nFine, thank you.<|end|>",
+                "<think>\nHm 🦊\n</think>\n\nThe lazy dog.<|end|>",
+            ],
+            [AS_TEXT],
+        ),
+        (  # its prompt opens the thoughts
+            "CUT_THOUGHTS",
+            ["Well.\nSo.\n</think>\n\nFine, thank you.<|end|>", "Hm 🦊\n</think>\n\nThe lazy dog.<|end|>"],
+            [AS_TEXT, STAYS],
+        ),
+        (
+            "THINKING",
+            ["<t>Well.\nSo.</t>Fine, thank you.<|end|>", "<think>\nHm 🦊\n</think>\n\nThe lazy dog.<|end|>"],
+            [],
+        ),
+    ],
+)
+def test_reasoning_is_trained_where_the_template_has_a_place_and_elsewhere_as_text(
+    name: str, runs: list[str], notes: list[str]
+) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    (examples,) = chat.encode(conversations(THOUGHTFUL), "assistant")
+    assert [run for example in examples for run in trained_runs(tokenizer, example)] == runs
+    assert len(examples) == (2 if name == "THINKING" else 1)  # it shows the last answer's alone
+    assert sorted(chat.notes) == sorted(notes)
+
+
+def test_text_beside_calls_is_trained_before_the_calls_as_the_template_writes_them() -> None:
+    calls = [{"function": {"name": "tip", "arguments": {"bill": 50}}}]
+    talk = [
+        TALK[0],
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
+        {"role": "tool", "content": "20"},
+    ]
+    (conversation,) = conversations([*talk, TALK[1]], tools=[{"name": "tip"}])
+    tokenizer = make_tokenizer(families.TOOLS)  # which leaves it out, as Llama 3.1's does
+    kept, dropped = ChatTemplate(tokenizer), ChatTemplate(tokenizer, dropped_content="drop")
+    ((example,),) = kept.encode([conversation], "assistant")
+    assert trained_runs(tokenizer, example) == [
+        'Let me see.\n\n<call>tip{"bill": 50}<|end|>',
+        "Fine, thank you.<|end|>",
+    ]
+    assert kept.notes == [
+        "text stands before the function calls, since the chat template has no place for it (1 records)"
+    ]
+    ((example,),) = dropped.encode([conversation], "assistant")
+    assert trained_runs(tokenizer, example) == ['<call>tip{"bill": 50}<|end|>', "Fine, thank you.<|end|>"]
+    assert dropped.notes == ["the chat template leaves out text of answers (1 records)"]
+
+
+@pytest.mark.parametrize("name", ["CHATML", "CUT_THOUGHTS"])
+def test_reasoning_that_the_template_drops_is_dropped_or_refused_on_request(name: str) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer, dropped_content="drop")
+    ((example,), _) = chat.encode(conversations(THOUGHTFUL[:2], TALK), "assistant")
+    assert trained_runs(tokenizer, example) == ["Fine, thank you.<|end|>"]
+    assert chat.notes == ["the chat template leaves out reasoning of answers (1 records)"]
+    refusing = ChatTemplate(tokenizer, dropped_content="refuse")
+    with pytest.raises(
+        DataError, match=r"^Line 2 of 'a.jsonl' has reasoning in an answer, which the chat template .* leaves out"
+    ):
+        refusing.encode(conversations(TALK, THOUGHTFUL), "assistant")
 
 
 def test_texts_are_made_and_tokenised_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:

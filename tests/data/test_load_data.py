@@ -148,6 +148,33 @@ def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
         load(path, tokenizer, held_out=write("b.jsonl", [{"prompt": "Hi " * 99, "completion": "Yo"}]))
 
 
+@pytest.mark.parametrize(
+    ("record", "fields", "ids"),
+    [
+        ({"text": "<s>Hello there"}, {}, "<s>Hello there</s>"),
+        ({"text": "<s> <s>Hello there</s></s>\n"}, {}, "<s>Hello there</s>"),
+        ({"prompt": "Hi", "completion": "Fine.<|end|>"}, {"template": "CHATML"}, None),
+        ({"prompt": "Hi", "completion": "Fine.<|end|></s>\n"}, {"template": "CHATML"}, None),
+        ({"prompt": "Hi", "completion": "Fine.</s>"}, {"template": None}, None),
+        ({"prompt": "<s>Hi", "completion": "Fine.<|end|>"}, {"template": "DEEPSEEK"}, None),
+        ({"prompt": "Hi", "completion": "Fine.</s>"}, {"template": "EOS_LAST"}, None),
+    ],
+)
+def test_tokens_at_the_ends_are_not_doubled(write: Any, record: Any, fields: Any, ids: str | None) -> None:
+    """A record that holds them gives the very tokens that one without them gives, and the report says so."""
+    template = fields.get("template")
+    tokenizer = make_tokenizer(template and getattr(families, template), adds_bos=True)
+    plain = [{"text": "Hello there"}, {"prompt": "Hi", "completion": "Fine."}]["prompt" in record]
+    data, other = (load(write("a.jsonl", [plain, one]), tokenizer, packing=False) for one in (record, plain))
+    assert [row.ids.tolist() for row in data.train] == [row.ids.tolist() for row in other.train]
+    assert data.report.notes == (
+        "1 records begin or end with a token that is written there anyway; it stands there once",
+    )
+    assert other.report.notes == ()
+    if ids:
+        assert tokenizer.decode(data.train[0].ids) == ids
+
+
 def test_training_on_every_token_of_a_chat_is_refused_unless_asked_for(write: Any) -> None:
     everything = "{% generation %}" + families.CHATML + "{% endgeneration %}"
     everything = everything.replace("<|end|>\n' }}{% endfor %}", "<|end|>' }}{% endfor %}")
