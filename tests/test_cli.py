@@ -231,7 +231,7 @@ DATA: dict[str, tuple[bytes | list[dict[str, Any]], str]] = {
     ),
     "empty turn": ([_turns(("user", " "), ("assistant", "Hi"))], "has an empty turn (turn 1, user)"),
     "no answer": ([_turns(("user", "Hi"))], "No token of the data carries loss"),
-    "not records": (b"[1, 2]\n", "Line 1 of"),
+    "not records": (b"[1, 2]\n", "Record 1 of"),
 }
 
 

@@ -188,7 +188,7 @@ class AdaptedModel(OnBase):
         Raises MethodError before anything is copied: keys that are missing, that nothing here is called, shapes that do
         not fit, values that are not finite. ``what`` is what such a message calls the adapter.
         """
-        self._load(self._fitted(tensors, what), [])
+        self._load(self.fitted(tensors, what), [])
 
     def method_state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside ``adapter_state``; empty for most methods."""
@@ -201,10 +201,10 @@ class AdaptedModel(OnBase):
     ) -> None:
         """Copy in what ``adapter_state`` and ``method_state`` gave. Raises MethodError, before either is copied, when one of
         them does not fit."""
-        fitted = self._fitted(adapter, what)
+        fitted = self.fitted(adapter, what)
         self._load(fitted, self._by_method(method))
 
-    def _fitted(self, tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
+    def fitted(self, tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
         """An adapter's ``tensors`` as they are copied. Raises MethodError unless they fit."""
         for method in self.methods:
             tensors = method.layout.fitted(tensors)

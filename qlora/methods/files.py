@@ -186,7 +186,11 @@ def adapter_config(model: AdaptedModel) -> Fields:
     elif len(model.methods) == 1 and model.methods[0].layout.peft_type is not None:
         together = model.methods
     else:
-        return {**about_base(model), "peft_type": OURS, SECTION: model.section.model_dump(mode="json")}
+        return {
+            **about_base(model),
+            "peft_type": OURS,
+            SECTION: model.section.model_dump(mode="json", exclude={"from_"}),
+        }
     values = {**about_base(model), "peft_type": together[0].layout.peft_type}
     for method in together:
         values |= method.layout.peft_config(model.paths)
@@ -512,7 +516,7 @@ def _check_same(here: Any, there: Any, paths: Iterable[str], folder: Path) -> No
             f"The adapter in '{folder}' is {' and '.join(p.name for p in theirs)}, this model has "
             f"{' and '.join(p.name for p in ours)}; use the method section that it was trained with."
         )
-    for part, other in zip(sorted(ours, key=_kind), sorted(theirs, key=_kind), strict=True):
+    for part, other in zip(sorted(ours, key=kind_of), sorted(theirs, key=kind_of), strict=True):
         keys: tuple[str, ...] = ("alpha", "initial_r", "rslora", "scale", "form", "activation")
         if {"pissa", "loftq"} & {getattr(part, "init", None), getattr(other, "init", None)}:
             keys += ("init", "loftq_iterations")  # the frozen weights depend on them; elsewhere only A's first values
@@ -535,7 +539,7 @@ def _check_same(here: Any, there: Any, paths: Iterable[str], folder: Path) -> No
             )
 
 
-def _kind(part: Any) -> tuple[str, str]:
+def kind_of(part: Any) -> tuple[str, str]:
     """What distinguishes the parts of a section: only bottlenecks may be there several times, in different forms."""
     return part.name, getattr(part, "form", "")
 

@@ -33,6 +33,7 @@ from qlora.methods.files import portable_bytes
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of
+from qlora.planning.continued import Origin, continued
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import measure, measure_disk, rates_of
@@ -145,8 +146,9 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     the smallest change that would do, when it is more than this machine has free, in memory or on the disk. ``checkpoint``
     is the recipe's, where it was opened before.
     """
+    recipe, origin = continued(recipe)
     checkpoint, budget = checkpoint or open_checkpoint(recipe.model, weights=False), recipe.memory.budget is not None
-    planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget)
+    planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget, origin=origin)
     resolved = planned.recipe
     require_disk(Path(resolved.folder or "."), planned.disk_bytes, "The run folder")
     return planned
@@ -158,17 +160,19 @@ def survey(recipe: Recipe) -> Survey:
     Nothing of what does not fit is refused where there is an arrangement that does: the fastest of these is planned then,
     and ``why`` says so.
     """
+    recipe, origin = continued(recipe)
     checkpoint = open_checkpoint(recipe.model, weights=False)
     elsewhere = recipe.device.memory is not None and recipe.device.name != "cpu"
     target, resolved, why = card_elsewhere(recipe, checkpoint) if elsewhere else _here(recipe, checkpoint, rates=True)
-    planned, arranger = _plan(checkpoint, target, resolved, why, choose=True)
+    why = [str(origin), *why] if origin is not None else why
+    planned, arranger = _plan(checkpoint, target, resolved, why, choose=True, origin=origin)
     fits = resolved.memory.budget is not None or not planned.chosen.changes
     rows, context = arranger.most_rows(planned.chosen), arranger.longest_context(planned.chosen)
     return Survey(planned, arranger.ladder(), rows, context, fits)
 
 
 def _plan(
-    checkpoint: Checkpoint, target: Target, resolved: Recipe, why: list[str], choose: bool
+    checkpoint: Checkpoint, target: Target, resolved: Recipe, why: list[str], choose: bool, origin: Origin | None
 ) -> tuple[Plan, Arranger]:
     """The plan for ``target``. ``choose``: another arrangement is taken where the recipe's own does not fit."""
     budget = resolved.memory.budget is not None
@@ -176,6 +180,8 @@ def _plan(
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
+    if origin is not None:
+        origin.check(adapted)
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
     asked = arranger.look()

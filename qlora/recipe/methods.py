@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from qlora.errors import listed
 from qlora.files.strangers import shown
@@ -18,7 +18,19 @@ Targets = Literal["all-linear"] | tuple[str, ...]
 Dtype = Literal["auto", "fp32", "bf16"]
 
 
-class MethodSection(Section):
+FROM = """A run's folder or an adapter's, own or PEFT's, whose values and shape a new run begins with: `{from: runs/first}` alone
+will do, and keys beside it must agree with that adapter but for `adapter_dtype`, `dropout` and `learning_rate_ratio`."""
+
+
+class Continuable(Section):
+    """What may begin with the values of an adapter."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    from_: str | None = Field(None, alias="from", description=FROM)
+
+
+class MethodSection(Continuable):
     """What every method has."""
 
     adapter_dtype: Dtype = "auto"
@@ -33,7 +45,7 @@ class MethodSection(Section):
         """Its name, its rank, and what differs from the defaults: ``lora r=16 init='pissa'``."""
         fields = type(self).model_fields
         return " ".join(
-            str(value) if name == "name" else f"{name}={shown(value)}"
+            str(value) if name == "name" else f"{fields[name].alias or name}={shown(value)}"
             for name, value in sorted(self, key=lambda field: (field[0] != "name", field[0] != "r"))
             if name in ("name", "r") or value != fields[name].get_default(call_default_factory=True)
         )
@@ -293,7 +305,7 @@ OneMethod = Annotated[
 ]
 
 
-class Combined(Section):
+class Combined(Continuable):
     """Several methods in one run."""
 
     name: Literal["combined"] = "combined"
@@ -309,6 +321,10 @@ class Combined(Section):
     @model_validator(mode="after")
     def _apart(self) -> Self:
         names = [part.name for part in self.parts]
+        if any(part.from_ is not None for part in self.parts):
+            raise ValueError(
+                "has from inside a list; expected method.from alone, its adapter says which methods it has"
+            )
         if not names:
             raise ValueError("is an empty list; expected at least one method")
         if twice := {name for name, count in Counter(names).items() if count > 1 and name != "bottleneck"}:
@@ -333,10 +349,13 @@ AnyMethod = Annotated[
 
 
 def named(value: object) -> object:
-    """A method as a recipe may write it → with its ``name``: LoRA when there is none, ``combined`` for a list."""
+    """A method as a recipe may write it → with its ``name``: LoRA when there is none, ``combined`` for a list.
+
+    Beside ``from`` it may stay without one: the adapter there says what it is.
+    """
     if isinstance(value, list | tuple):
         return {"name": "combined", "parts": list(value)}
-    return {"name": "lora", **value} if isinstance(value, dict) else value
+    return {"name": "lora", **value} if isinstance(value, dict) and not value.get("from") else value
 
 
 def parts_of(section: object) -> tuple[Any, ...]:

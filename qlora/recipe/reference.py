@@ -31,7 +31,7 @@ def _table(title: str, section: type[Section], names: list[str]) -> str:
         field = section.model_fields[name]
         default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {default} | {meaning} Type: {type_text(field.annotation)}. |")
+        lines.append(f"| `{field.alias or name}` | {default} | {meaning} Type: {type_text(field.annotation)}. |")
     return "\n".join(lines) + "\n"
 
 

@@ -55,7 +55,9 @@ def sections_of(annotation: object) -> dict[str, type[Section]]:
 
 def name_of(value: object) -> str | None:
     """What tells the sections of a union apart: the ``name`` of a section, or of its values."""
-    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    if isinstance(value, dict):
+        return value.get("name", "lora" if value.get("from") else None)  # which the adapter there decides
+    return getattr(value, "name", None)
 
 
 def type_text(annotation: object) -> str:

@@ -179,7 +179,7 @@ def _recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str, str, bool]]]
             for key, field in type(part).model_fields.items():
                 chosen = field.is_required() or getattr(part, key) != field.get_default(call_default_factory=True)
                 meaning = " ".join((field.description or "").split())
-                rows.append((key, meaning, _value(getattr(part, key)), chosen))
+                rows.append((field.alias or key, meaning, _value(getattr(part, key)), chosen))
             cards.append((f"method: {part.name}" if name == "method" else name, rows))
     return cards
 

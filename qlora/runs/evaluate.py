@@ -19,6 +19,7 @@ from qlora.methods import AdaptedModel
 from qlora.methods.files import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import with_new_tokens
+from qlora.planning.continued import continued
 from qlora.recipe import Recipe
 from qlora.residence.load import load_base
 from qlora.runs.folder import (
@@ -36,6 +37,7 @@ from qlora.runs.session import Generation, Run, limited, load_model, load_recipe
 
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
     """The first ``count`` training examples as the model sees them; unless ``quiet``, what training says of the data is said."""
+    recipe, _ = continued(recipe)
     data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
     speaker(quiet)(str(data.report))
     return [data.preview(index) for index in range(min(count, data.report.train.examples))]

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals as Signal
 
-from qlora.errors import Stopped, listed, redacted
+from qlora.errors import RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut, score
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
 from qlora.machine.device import bytes_text, resolve_device
-from qlora.methods.files import save_portable
+from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
+from qlora.planning.continued import continued
 from qlora.planning.plan import Plan, plan
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
@@ -78,6 +80,8 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
             clear(folder)
             write_json(folder / "plan.json", redacted(_plan_values(planned, session, rehearsal)))
             session.trainer.begin()
+            if session.recipe.method.from_ is not None:
+                session.trainer.save()  # from here on, the run needs the old adapter no more
             with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
                 return _finish(session, signals)
 
@@ -103,6 +107,10 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     """Everything loaded and planned for the first step; nothing is written yet."""
     begun, say = time.perf_counter(), speaker(quiet)
     use_threads(recipe)
+    recipe, origin = continued(recipe)
+    if origin is not None:
+        keep_apart(folder, origin.folder)
+        say(str(origin))
     checkpoint = open_checkpoint(recipe.model, weights=False)
     data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
@@ -113,11 +121,19 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     device = limited(resolve_device(resolved.device.name), resolved)
     prompts = held_out_prompts(data, resolved)
-    model = load_model(resolved, checkpoint.with_weights(), device, quiet)
+    checkpoint = checkpoint.with_weights()
+    if origin is not None:
+        origin.check_base(checkpoint)
+    model = load_model(resolved, checkpoint, device, quiet, values_follow=origin is not None)
     if data.template is not None and (ends := stop_at(model, data.template.end_of_turn)):
         say(ends)
+    if origin is not None:
+        origin.load(model)
     trainer = Trainer(model, data, folder=folder, recipe=resolved)
-    model.prepare(trainer.batches())
+    if origin is None:
+        model.prepare(trainer.batches())
+    else:
+        trainer.environment["continued_from"] = origin.as_dict()
     return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned
 
 
@@ -138,6 +154,11 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     if recipe != first:
         say("What was given for this call may change the order of sums: the run goes on, perhaps not bit for bit.")
     found = checkpoints.find(folder / "checkpoints")
+    if not found and recipe.method.from_ is not None:
+        raise RunError(
+            f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
+            f"train {shown(folder / 'recipe.yaml')} overwrite=true"
+        )
     prompts = held_out_prompts(data, recipe)
     model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
     if data.template is not None:
@@ -188,7 +209,7 @@ def _finish(session: Session, signals: Signals) -> Run:
 
 
 def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, list[Generation]]:
-    """Held-out loss and answers of the base alone: as they were measured already, or now."""
+    """Held-out loss and answers of the base alone, or of the adapter that a run goes on from: measured already, or now."""
     measured = read_evaluation(session.folder)
     if measured is not None:
         if len(measured[1]) != len(session.prompts):
@@ -197,9 +218,10 @@ def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, 
     before, generations = None, list[Generation]()
     # after a step, full fine-tuning has no base left to measure
     alone = all(method.why_not_disabled() is None for method in session.model.methods)
-    if (session.data.held_out or session.prompts) and alone:
+    continues = session.recipe.method.from_ is not None
+    if (session.data.held_out or session.prompts) and (session.trainer.step_number == 0 if continues else alone):
         log.rewind_held_out(0)  # of a run that was killed in the middle of this
-        with session.model.disabled():
+        with nullcontext() if continues else session.model.disabled():
             if session.data.held_out:
                 session.say("Measuring the held-out loss before training …")
                 before = _held_out(session, log, 0)

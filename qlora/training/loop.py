@@ -54,6 +54,8 @@ class Trainer:
         self.training = training or (recipe.training if recipe else TrainingSection())
         self.memory = memory or (recipe.memory if recipe else MemorySection())
         self.folder = None if folder is None else Path(folder)
+        self.environment: dict[str, object] = {}
+        """What ``environment.json`` is to hold more than every run's does."""
         self.log: MetricsLog | None = None
         """The folder's ``metrics.jsonl``, once the run has begun."""
         if not self.rows:
@@ -134,7 +136,7 @@ class Trainer:
         recipe = self.recipe or recipe_of(self.model, self.data, self.training, self.memory, self.folder)
         if recipe is None:
             return
-        begin(self.folder, recipe, self.data, self.model.base)
+        begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.rewind(self.step_number)  # lines of steps that are taken again
 

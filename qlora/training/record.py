@@ -29,9 +29,10 @@ ENVIRONMENT = "environment.json"
 RECIPE = "recipe.yaml"
 
 
-def begin(folder: Path, recipe: Recipe, data: Data, base: Base) -> None:
+def begin(folder: Path, recipe: Recipe, data: Data, base: Base, more: Mapping[str, object]) -> None:
     """Write what says that there is a run of ``recipe`` in ``folder``; the environment last, since from then on there is one.
 
+    ``more`` goes into the environment.
     A folder of the same recipe is left as it is. Raises RunError when it holds another one's run.
     """
     text = recipe.to_yaml().encode()  # as the digest has it, also where lines end otherwise
@@ -49,7 +50,7 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base) -> None:
         if disk_is_full(error):
             raise
         raise RunError(f"The run folder '{folder}' cannot be written ({error}); choose another.") from None
-    write_json(folder / ENVIRONMENT, environment_of(recipe, data, base))
+    write_json(folder / ENVIRONMENT, {**environment_of(recipe, data, base), **more})
 
 
 def recorded_digest(folder: Path) -> object:

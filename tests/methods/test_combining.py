@@ -232,7 +232,7 @@ def test_names_that_are_not_known_become_whole_paths(folders: Path, tmp_path: Pa
     (tmp_path / "all" / "adapter_config.json").write_text(text[:start] + '"target_modules": "all-linear"' + text[end:])
     save_combined(tmp_path / "new", {"all": tmp_path / "all", "one": folders / "other" / "one"}, [1, 0], "cat")
     again = load_adapter(tiny_base(folders / "base", "none"), tmp_path / "new")
-    assert len(again.section.target_modules) == 14
+    assert len(again.planted) == 14
     no_worse(logits_of(again.model), logits_of(model.model), logits_of(doubled(model.model)))
 
 

@@ -295,14 +295,10 @@ def test_a_name_that_ends_another_is_written_out(tmp_path: Path) -> None:
     assert set(ends) <= set(values["target_modules"])
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("feedforward_modules", ".*down_proj"), ("modules_to_save", ["lm_head"]), ("exclude_modules", ["v"])],
-)
-def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "base")
     save_adapter(apply_method(tiny_base(folder), config.IA3()), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    with pytest.raises(MethodError, match=field):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": ["lm_head"]}))
+    with pytest.raises(MethodError, match="modules_to_save"):
         load_adapter(tiny_base(folder), tmp_path / "adapter")

@@ -37,7 +37,7 @@ def test_every_field_is_documented_and_in_the_reference() -> None:
         for name, field in section.model_fields.items():
             if section is not Recipe or name not in ("method", *sections()):
                 assert field.description, f"{heading} {name} has no text under it"
-                assert f"\n| `{name}` | " in tables[heading], f"{heading} {name} is not in the reference"
+                assert f"\n| `{field.alias or name}` | " in tables[heading], f"{heading} {name} is not in the reference"
 
 
 def test_reference_gives_defaults_as_yaml_has_them() -> None:
