@@ -299,7 +299,7 @@ ADAPTER_CONFIGS: dict[str, tuple[object, str]] = {
     "a kind that is a list": ({**LORA, "peft_type": [[["x"]]]}, "peft_type="),
     "a rank for a fool": ({**LORA, "r": 10**4000}, "r is a number of 13,288 bits"),
     "a rank that is NaN": (b'{"peft_type": "LORA", "r": NaN, "lora_alpha": 8, "target_modules": ["a"]}', "r is nan"),
-    "targets of a megabyte": ({**LORA, "target_modules": "x" * 10**6}, "a pattern"),
+    "targets of a megabyte": ({**LORA, "target_modules": "x" * 10**6}, "whose names would say what that is"),
     "targets that are numbers": ({**LORA, "target_modules": list(range(10_000))}, "; and 9,99. more"),
     "very many values": ({**LORA, "target_modules": [0] * 300_000}, "more than 200,000 values"),
     "a key of a megabyte": ({**LORA, "x" * 10**6: 1}, "not supported"),
