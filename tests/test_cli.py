@@ -222,7 +222,10 @@ GOOD = json.dumps(conversations(1)[0]).encode() + b"\n"
 DATA: dict[str, tuple[bytes | list[dict[str, Any]], str]] = {
     "empty": (b"", "is empty"),
     "not UTF-8": (GOOD + b'{"messages": "\xe9"}', "is not UTF-8"),
-    "broken JSON": (GOOD + GOOD + b'{"messages": [}\n', 'broken JSON at line 3 (Expecting value): {"messages": [}'),
+    "broken JSON": (
+        GOOD + GOOD + b'{"messages": [}\n',
+        'broken JSON at line 3 (Expecting value); mend it: {"messages": [}',
+    ),
     "other fields": ([{"question": "a", "reply": "b"}], "no known form"),
     "fields missing later": ([*conversations(2), {"chat": []}], "Line 3 of"),
     "assistant first": (

@@ -9,8 +9,8 @@
     packing     examples                              → rows                 (make_rows)
     batches     rows, step number                     → tensors              (step_rows, collate)
 
-``load_data`` runs them in this order (pieces are drawn once the texts are cut) and returns ``Data``: rows to train on, rows held out, and a report in which every
-token is accounted for. This room knows tokenizers; it must not know a model or a method.
+``load_data`` runs them in this order (pieces are drawn once the texts are cut) and returns ``Data``: rows to train on, rows
+held out, and a report in which every token is accounted for. This room knows tokenizers; it must not know a model or a method.
 """
 
 from __future__ import annotations

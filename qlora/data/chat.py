@@ -72,8 +72,8 @@ class ChatTemplate:
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
     (None where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
-    for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be read or is not Jinja, and when the
-    template is cut off: it loops, or asks for too much memory.
+    for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be
+    read or is not Jinja, and when the template is cut off: it loops, or asks for too much memory.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class ChatTemplate:
         return encoded
 
     def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int], str]:
-        """The first question of a conversation whose answer is trained, as the template's messages, its ids with the generation prompt, and the
-        answer that was given."""
+        """The first question of a conversation whose answer is trained, as the template's messages, its ids with the
+        generation prompt, and the answer that was given."""
         if self._for_tools and conversation.tools:
             return self._for_tools.prompt(conversation)
         conversation = self._without_doubles(conversation)

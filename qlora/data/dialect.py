@@ -80,9 +80,9 @@ class Dialect:
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
             return [user, calling, {"role": "tool", "content": "result", "tool_call_id": id, "name": "f"}, answer]
 
-        def shows(messages: list[JsonObject], tools: list[JsonObject] | None = None) -> bool:
+        def shows(messages: list[JsonObject], tools: list[JsonObject] | None = None, mark: str = _MARK) -> bool:
             try:
-                return _MARK in render(self.parted(messages), tools)
+                return mark in render(self.parted(messages), tools)
             except Refused:
                 return False
 
@@ -101,6 +101,8 @@ class Dialect:
         self.thoughts = shows([user, thinking])
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         self.beside = not self.calls or shows([user, {"role": "assistant", **mark, "tool_calls": [call]}])
+        word = hidden("Hello")  # a template that changes words (| upper) would have the hidden one trained
+        self.hides = keep and shows([user, {**answer, "content": word}], mark=word)
         self.records: Counter[str] = Counter()
         """The same as ``notes``, of what is told with the number of records."""
         self.notes: dict[str, None] = {}
@@ -167,10 +169,17 @@ class Dialect:
                 changed["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
                 told.add("reasoning stands as text in the answer, since the chat template has no place for it")
         content, calls = str(changed["content"]), message.get("tool_calls")
-        if self.keep and calls and content and not self.beside and self.tool_turn and (written := self._written(calls)):
+        if (
+            self.hides
+            and calls
+            and content
+            and not self.beside
+            and self.tool_turn
+            and (written := self._written(calls))
+        ):
             changed = {"role": "assistant", "content": hidden(f"{content}\n\n{written}")}
             told.add("text stands before the function calls, since the chat template has no place for it")
-        elif self.keep and not self.thoughts and _THOUGHTS.match(content):
+        elif self.hides and not self.thoughts and _THOUGHTS.match(content):
             changed["content"] = hidden(content)
             told.add("reasoning stays in the answer, from which the chat template would take it")
         return cast(Message, changed)

@@ -20,12 +20,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlora.data.sources import Record
 from qlora.data.turns import Message as Message
 from qlora.data.turns import Turn, filled, is_turn, read_turn
-from qlora.data.values import Mistake, capital, json_inside, kind, objects, text
+from qlora.data.values import Mistake, capital, json_inside, kind, objects, text, yes_or_no
 from qlora.errors import DataError, listed, nearest
 from qlora.files.strangers import JsonObject
 
@@ -122,6 +122,8 @@ def parse(
         else:
             parsed.append(one)
     notes = [_bad_records(mistakes, len(records), on_bad_record)] if mistakes else []
+    if count := sum(record.filled_in for record in records):
+        notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
     if form == "preference":
         notes.append("data.form=preference trains the chosen answers alone; the rejected ones are not used")
     if form == "kto":
@@ -166,7 +168,7 @@ def _found_form(records: Sequence[Record]) -> str:
         )
     if plain in _JUDGED:
         labels = [label for record in records if (label := record.fields.get("label")) is not None]
-        if labels and all(_judgement(label) is not None for label in labels):
+        if labels and all(yes_or_no(label) is not None for label in labels):
             raise DataError(
                 f"{capital(first.place)} has the form kto, {plain} with a label that says whether the answer is desirable, and no "
                 "objective learns from undesirable ones yet. Set data.form=kto to train the desirable answers alone, or "
@@ -244,7 +246,7 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
     for record in records:
         fields = {name: value for name, value in record.fields.items() if name not in columns.values()}
         fields |= {name: record.fields[theirs] for name, theirs in columns.items() if theirs in record.fields}
-        renamed.append(Record(fields, record.source, record.unit, record.number))
+        renamed.append(replace(record, fields=fields))
     return renamed
 
 
@@ -354,19 +356,13 @@ def _preference(fields: Fields) -> _Talk:
 
 def _kto(fields: Fields) -> _Talk | None:
     """None when the answer is not desirable."""
-    if (desirable := _judgement(fields["label"])) is None:
+    if (desirable := yes_or_no(fields["label"])) is None:
         raise Mistake(f"has {kind(fields['label'])} in 'label'; expected true or false")
     form = next((name for name in _JUDGED if _FORMS[name].matches(fields)), None)
     if form is None:
         raise Mistake(f"has a label and none of the forms {listed(_JUDGED)}; its fields are {listed(fields, 12)}")
     talk = _FORMS[form].read(fields)
     return talk if desirable and isinstance(talk, _Talk) else None
-
-
-def _judgement(label: object) -> bool | None:
-    """Whether a label says desirable; None when it says something else. A CSV file has it as text."""
-    known = {"true": True, "1": True, "false": False, "0": False}
-    return known.get(str(label).strip().lower()) if isinstance(label, bool | int | str) else None
 
 
 def _instruction(fields: Fields) -> Turn:
@@ -413,7 +409,8 @@ def _talk(fields: Fields, turns: Iterable[Turn]) -> _Talk:
                 f"has '{name}', which a text model can't see, and would learn to make up answers about; leave the record out, "
                 "or take the field out if the answers don't need it"
             )
-    if isinstance(weight := fields.get("weight"), int | float) and weight <= 0:
+    weight = fields.get("weight")
+    if yes_or_no(weight) is False or (isinstance(weight, int | float) and weight < 0):
         raise Mistake(f"has the weight {weight} for all of it, and would be learnt all the same; leave the record out")
     turns = [turn for turn in turns if turn.message["role"] != "system" or turn.message["content"].strip()]
     at = 1 if turns and turns[0].message["role"] == "system" else 0

@@ -41,6 +41,8 @@ class Record:
     source: str
     unit: str
     number: int
+    filled_in: bool = False
+    """Whether nulls that Arrow filled in were taken out of it."""
 
     @property
     def place(self) -> str:
@@ -71,7 +73,11 @@ def read_records(
                 raise DataError(f"'{name}' is empty; expected at least one record.")
             filled = filled_in_file(one.fields for one in mine) if features is None else filled_in_table(features)
             if filled:
-                records[begin:] = [replace(one, fields=without(filled, one.fields)) for one in mine]
+                bare = [without(filled, one.fields) for one in mine]
+                records[begin:] = [
+                    replace(one, fields=fields, filled_in=fields != one.fields)
+                    for one, fields in zip(mine, bare, strict=True)
+                ]
     return records
 
 
@@ -208,7 +214,7 @@ def _broken(error: ValueError | RecursionError, text: str, source: str, number: 
         return DataError(f"'{source}' cannot be read as JSON: {fault}; expected a list of plain records.")
     start = text.strip()
     shown = start if len(start) <= 60 else start[:60] + "…"
-    return DataError(f"'{source}' has broken JSON at line {number} ({fault}): {shown}")
+    return DataError(f"'{source}' has broken JSON at line {number} ({fault}); mend it: {shown}")
 
 
 def _object(value: object, place: str) -> JsonObject:

@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import NamedTuple, Required, TypedDict, cast
 
-from qlora.data.values import Mistake, function_calls, kind, text
+from qlora.data.values import Mistake, function_calls, kind, text, yes_or_no
 from qlora.errors import listed, nearest
 from qlora.files.strangers import JsonObject
 
@@ -140,11 +140,11 @@ def _trained(fields: Mapping[str, object], number: int) -> bool | None:
     for name in (*_TRAINED, *_MASKED):
         if (value := fields.get(name)) is None:
             continue
-        if value not in (0, 1):
+        if (flag := yes_or_no(value)) is None:
             raise Mistake(
                 f"has {shown(value)} as '{name}' of turn {number}; a turn is trained or is not, so expected 0, 1, false or true"
             )
-        said[name] = bool(value) != (name in _MASKED)
+        said[name] = flag != (name in _MASKED)
     if len(set(said.values())) > 1:
         raise Mistake(f"has {listed(said)} in turn {number}, which contradict each other; keep one of them")
     for name in _DETAILS:

@@ -36,6 +36,13 @@ def kind(value: object) -> str:
     return kinds.get(type(value), other)
 
 
+def yes_or_no(value: object) -> bool | None:
+    """What 0, 1, false or true says, also as the text that a CSV file has of it; None for anything else."""
+    if isinstance(value, str):
+        return {"0": False, "false": False, "1": True, "true": True}.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
 def text(value: object, where: str) -> str:
     """``value``, which must be text. ``where`` is the field, as in ``'text'`` or ``the content of turn 2``."""
     if not isinstance(value, str):

@@ -37,7 +37,7 @@ from qlora.recipe import ModelSection
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
 BESIDE = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "spiece.model", "tekken.json", "*.tiktoken", "chat_template*", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+    "spiece.model", "tekken.json", "*.tiktoken", "chat_template*", "additional_chat_templates", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -76,8 +76,9 @@ def merge(
 
     ``quantization``, ``double_quant`` and ``compute_dtype`` say what the adapter was trained on; ``base="original"`` adds
     it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, its
-    ``end_of_turn`` is written into generation_config.json where it is not one of the base's end tokens, and ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at ``out``
-    before everything is written.
+    ``end_of_turn`` is written into generation_config.json where it is not one of the base's end tokens, and
+    ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at
+    ``out`` before everything is written.
 
     Raises ModelError or MethodError for a base or an adapter that cannot be read or do not belong together, RunError
     when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
@@ -119,7 +120,9 @@ def merge(
             _write_json(aside / GENERATION, _generation(aside, checkpoint, ends))
         for method in source.adapted.methods:
             method.merge.finish(aside)
-        if chat_template is not None:
+        own = checkpoint.tokenizer.chat_template if chat_template is not None else None
+        # of a tokenizer with several templates the run's may be one: a file of it would hide the others, as tool_use
+        if chat_template is not None and not (isinstance(own, dict) and chat_template in own.values()):
             (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
     changed = source.quantised if base == "dequantized" else set()
     return Merged(

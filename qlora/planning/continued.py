@@ -21,7 +21,7 @@ from qlora.methods.files import CONFIG, WEIGHTS, kind_of, load_adapter, read_ada
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.tensor_file import read_header
 from qlora.recipe import Combined, Recipe, parts_of
-from qlora.training import checkpoint as checkpoints
+from qlora.training.checkpoint import adapter_folder
 
 # What a recipe may say beside ``from`` otherwise than the adapter: how it trains, and no number that it holds.
 TRAINING = {
@@ -92,14 +92,11 @@ def continued(recipe: Recipe) -> tuple[Recipe, Origin | None]:
 
 
 def _place(folder: Path) -> Path:
-    """The adapter in ``folder``, which may be a run's: its newest checkpoint then, where the adapter is as it was trained."""
+    """The adapter in ``folder``, which may be a run's: where that lies as it was trained."""
     if (folder / CONFIG).is_file():
         return folder
-    found, _ = checkpoints.newest(folder / "checkpoints")
-    if found is not None:
-        return found
-    if (folder / "adapter" / CONFIG).is_file():
-        return folder / "adapter"
+    if (folder / "checkpoints").is_dir() or (folder / "adapter").is_dir():
+        return adapter_folder(folder)
     raise MethodError(
         f"method.from is '{folder}', where there is neither an adapter ({CONFIG}) nor a run with a checkpoint; expected the "
         "folder of one of them."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +17,14 @@ import torch
 from qlora.data import Data
 from qlora.data.chat import ChatTemplate
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
-from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, is_leftover
+from qlora.files.durable import clear_leftovers, delete_folder, is_leftover
 from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import resolve_device
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import Recipe
-from qlora.training import checkpoint as checkpoints
+from qlora.training.checkpoint import adapter_folder
 from qlora.training.record import digest
 
 Some = TypeVar("Some")
@@ -159,31 +158,6 @@ def end_of_turn(recipe: Recipe, folder: Path, base: Checkpoint) -> int | None:
     tokenizer = copy.copy(base.tokenizer)  # a run's template is not the checkpoint's
     tokenizer.chat_template = text
     return ChatTemplate(tokenizer).end_of_turn
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Where a run's adapter lies as it was trained: its newest checkpoint, else ``adapter/``, the form for others."""
-    adapter = folder / "adapter"
-    try:
-        found, lost = checkpoints.newest(folder / "checkpoints")
-    except checkpoints.DamagedError as error:
-        if damage(adapter) is not None:
-            raise
-        found, lost = None, [f"{error} The finished adapter is whole and is used."]
-    for sentence in lost:
-        print(sentence, file=sys.stderr, flush=True)
-    if found is not None:
-        return found
-    if (adapter / "adapter_config.json").is_file():
-        if (adapter / SEAL).is_file() and (why := damage(adapter)):
-            raise RunError(
-                f"'{adapter}' is not what was written ({why}), and there is no checkpoint to write it again from; put it "
-                f"back from a copy, or delete {SEAL} there if you changed it yourself."
-            )
-        return adapter
-    raise RunError(
-        f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {shown(folder)}"
-    )
 
 
 def read_adapter(folder: Path, read: Callable[[Path], Some], place: Path | None = None) -> Some:

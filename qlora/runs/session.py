@@ -126,7 +126,10 @@ def stop_at(model: AdaptedModel, end_of_turn: int | None) -> str | None:
         return None
     model.base.end_tokens += (end_of_turn,)
     token = model.tokenizer.convert_ids_to_tokens(end_of_turn)
-    return f"An answer ends with {token}, which the model's own files do not name as an end: chat, evaluation and a merged model stop there too."
+    return (
+        f"An answer ends with {token}, which the model's own files do not name as an end: chat, evaluation and a merged "
+        "model stop there too."
+    )
 
 
 def use_threads(recipe: Recipe) -> None:

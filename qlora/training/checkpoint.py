@@ -16,14 +16,17 @@ state; must not know a recipe's file, rows or a report.
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from qlora.errors import MethodError, NonFiniteError, RunError, listed
-from qlora.files.durable import clear_leftovers, damage, delete_folder, folder_written_aside, seal
+from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, folder_written_aside, seal
 from qlora.methods.files import (
+    CONFIG,
     read_adapter_tensors,
     read_method_state,
     save_adapter,
@@ -105,6 +108,31 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         lost.append(_loss(place, why))
     _require_one(folder, found, lost)
     return None, []
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where a run's adapter lies as it was trained: its newest checkpoint, else ``adapter/``, the form for others."""
+    adapter = folder / "adapter"
+    try:
+        found, lost = newest(folder / "checkpoints")
+    except DamagedError as error:
+        if damage(adapter) is not None:
+            raise
+        found, lost = None, [f"{error} The finished adapter is whole and is used."]
+    for sentence in lost:
+        print(sentence, file=sys.stderr, flush=True)
+    if found is not None:
+        return found
+    if (adapter / CONFIG).is_file():
+        if (adapter / SEAL).is_file() and (why := damage(adapter)):
+            raise RunError(
+                f"'{adapter}' is not what was written ({why}), and there is no checkpoint to write it again from; put it "
+                f"back from a copy, or delete {SEAL} there if you changed it yourself."
+            )
+        return adapter
+    raise RunError(
+        f"'{folder}' has neither an adapter nor a checkpoint yet; train it first: qlora resume {shlex.quote(str(folder))}"
+    )
 
 
 def load_newest(state: TrainState, folder: Path) -> list[str]:

@@ -453,3 +453,16 @@ def test_a_prompt_ends_in_the_generation_prompt() -> None:
     assert messages == TALK[:1]
     assert tokenizer.decode(ids) == "<|start|>user\nHello there<|end|>\n<|start|>assistant\n"
     assert answer == "Fine, thank you."
+
+
+def test_a_template_that_changes_words_gets_none_in_their_place() -> None:
+    """What is kept from a template stands in it as a word of ours, which such a template would have trained."""
+    cut = "message['content'].split('</think>')[-1]"
+    template = families.CUT_THOUGHTS.replace(cut, f"({cut} | upper)")
+    assert template != families.CUT_THOUGHTS
+    tokenizer = make_tokenizer(template)
+    talk = [TALK[0], {"role": "assistant", "content": "<think>\nHm\n</think>\n\nFine"}]
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(talk), "assistant")
+    assert trained_runs(tokenizer, example) == ["\n\nFINE<|end|>"]
+    assert "the chat template leaves out reasoning of answers (1 records)" in chat.notes

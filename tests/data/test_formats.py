@@ -81,6 +81,7 @@ MISTAKES = [
     ([{"messages": [HI, {**YO, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]}],
      "has 'train_detail' in turn 2, which trains a part of it"),
     ([{**MESSAGES, "weight": 0}], "has the weight 0 for all of it"),
+    ([{**MESSAGES, "weight": "0"}], "has the weight 0 for all of it"),
     ([{**MESSAGES, "history": "Hi"}], "has broken JSON in 'history'"),
     ([{**ALPACA, "history": [["q"]]}], r"has a list in the list of 'history'; expected \[question, answer\]"),
     ([{"messages": [{"role": "system", "content": "S"}, HI, YO], "system": "T"}], "has a 'system' text and another one"),
@@ -229,6 +230,9 @@ QA = [("user", "Hi"), ("assistant", "Yo")]
 
 
 def test_marked_answers_are_kept_and_not_trained_and_what_follows_the_last_trained_one_is_left_off() -> None:
+    for no, yes in ((0, 1), ("0", "1"), (0.0, 1.0), ("false", "true")):  # as JSON, CSV and a table with gaps have them
+        (one,) = parsed({"messages": [HI, {**YO, "weight": no}, HI, {**YO, "weight": yes}]}).conversations
+        assert one.untrained == {0}
     (one,) = parsed({"messages": [HI, {**YO, "weight": 0}, HI, {**YO, "weight": 1}]}).conversations
     assert (talk(one), one.untrained) == ([*QA, *QA], {0})
     (one,) = parsed({"conversations": [*SHAREGPT["conversations"], HI, {**YO, "train": False}]}).conversations

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
+from datasets import Dataset
 from rich.console import Console
 
 from qlora.data import IGNORE_INDEX, Data, load_data
@@ -301,3 +302,19 @@ def test_marked_answers_and_train_on_all_contradict(write: Any, tokenizer: Any) 
     assert "⟦Yes<|end|>⟧" in str(load(path, tokenizer).preview(0))
     with pytest.raises(DataError, match=r"data.train_on is 'all', but line 1 of .* marked not to be trained"):
         load(path, tokenizer, train_on="all")
+
+
+def test_nulls_that_are_left_out_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "add", "arguments": {"a": 1}}]
+    talks = [
+        [
+            {"role": "user", "content": "Hi", "tool_calls": None},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        ]
+        for call in calls
+    ]
+    Dataset.from_list([{"messages": talk} for talk in talks]).to_parquet(tmp_path / "a.parquet")
+    assert (
+        "nulls that a table filled in are left out of 2 records"
+        in load(str(tmp_path / "a.parquet"), tokenizer).report.notes
+    )

@@ -134,6 +134,22 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(talk, tokenize=False) == "w5 w6"
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in tokenizer_config.json", "as files"])
+def test_of_several_chat_templates_all_come_along(tmp_path: Path, inside: bool) -> None:
+    """The run's own is one of them; alone it would have calls prompted otherwise than they were trained."""
+    base, several = tiny_checkpoint(tmp_path / "base"), {"default": "{{ bos_token }}", "tool_use": "{{ eos_token }}"}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = several
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base, save_jinja_files=not inside)
+    trained(base, tmp_path / "adapter")
+    for run, expected in (("{{ bos_token }}", several), ("mine", "mine")):
+        out = tmp_path / f"out{len(run)}"
+        merge(base, tmp_path / "adapter", out, compute_dtype="fp32", chat_template=run)
+        found = AutoTokenizer.from_pretrained(out).chat_template
+        assert found == expected or found["default"] == expected
+
+
 @pytest.mark.parametrize("quantised", [FOUR_BIT, EIGHT_BIT], ids=["nf4", "int8"])
 def test_a_prequantised_base_becomes_plain(tmp_path: Path, quantised: BitsAndBytesConfig) -> None:
     source = tiny_checkpoint(tmp_path / "source")

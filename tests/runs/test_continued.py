@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora.errors import MethodError, QloraError, RunError
 from qlora.files.durable import sha256_of
+from qlora.planning.continued import continued
 from qlora.planning.plan import survey
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import load_run
@@ -181,3 +182,14 @@ def test_stopped_before_its_beginning_was_saved_it_says_so(
     shutil.rmtree(run.folder / "checkpoints")
     with pytest.raises(RunError, match="goes on from another adapter and has no checkpoint that holds it"):
         resume(run.folder, quiet=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    first: dict[str, Path], tiny_model: Path, new_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As for every verb on a run: its older checkpoint, and where none is whole the finished adapter."""
+    shutil.copytree(first["lora"], tmp_path / "first")
+    recipe = recipe_from(tiny_model, new_data, tmp_path / "second", {"from": str(tmp_path / "first")})
+    (newest(tmp_path / "first") / WEIGHTS).write_bytes(b"damaged")
+    continued(recipe)
+    assert "damaged" in capfd.readouterr().err
