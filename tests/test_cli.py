@@ -224,7 +224,7 @@ DATA: dict[str, tuple[bytes | list[dict[str, Any]], str]] = {
     "not UTF-8": (GOOD + b'{"messages": "\xe9"}', "is not UTF-8"),
     "broken JSON": (
         GOOD + GOOD + b'{"messages": [}\n',
-        'broken JSON at line 3 (Expecting value); mend it: {"messages": [}',
+        'has broken JSON (Expecting value): {"messages": [}. Mend it',
     ),
     "other fields": ([{"question": "a", "reply": "b"}], "no known form"),
     "fields missing later": ([*conversations(2), {"chat": []}], "Line 3 of"),

@@ -6,6 +6,7 @@
     dialect     conversations                         → the template's words (Dialect.speak)
     chat        conversations                         → ids + mask           (ChatTemplate.encode)
     examples    texts → pieces; every example         → at most max_length   (text_examples, fit)
+    lengths     numbers of tokens                     → what is too long     (too_long_note, require_positions)
     packing     examples                              → rows                 (make_rows)
     batches     rows, step number                     → tensors              (step_rows, collate)
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,13 @@ from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example, doubled_note, fit, text_examples, without_doubles
 from qlora.data.files import DataFile, DataFolder
 from qlora.data.formats import Conversation, Parsed, parse, trains
+from qlora.data.lengths import bins_of, require_positions, too_long_note
 from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
 from qlora.data.sources import data_files, read_records
-from qlora.data.split import needs_pieces, split_pieces, split_records
+from qlora.data.split import Seen, needs_pieces, seen_note, split_pieces, split_records
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
 from qlora.model.loss import IGNORE_INDEX
@@ -149,11 +151,18 @@ class Data:
         return Prompt(begin, ids[:half], rest)
 
 
-def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int = 0, virtual_tokens: int = 0) -> Data:
+def load_data(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    virtual_tokens: int = 0,
+    positions: int | None = None,
+) -> Data:
     """Read, check, tokenise and pack what a recipe's `data` section names.
 
     ``tokenizer`` is a transformers tokenizer with a fast implementation and is left as it is; ``seed`` draws the
-    held-out part; ``virtual_tokens`` is the room, out of ``max_length``, that the method needs before every example.
+    held-out part; ``virtual_tokens`` is the room, out of ``max_length``, that the method needs before every example;
+    ``positions`` is how many of them an example may have in the model, None where there is no bound.
     Raises DataError, in a sentence that names the place, for data that is missing, broken, of no known
     form, or that would train on nothing.
     """
@@ -184,9 +193,11 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
             )
         with one_child():
             template = ChatTemplate(tokenizer, section.chat_template, section.dropped_content)
-            examples = tuple(template.encode(part.conversations, train_on) for part in parts)
+            parts, examples = zip(*(_encoded(part, template, train_on) for part in parts), strict=True)
         notes = template.notes
-    notes = [*parts[0].notes, *(f"held-out data: {note}" for note in parts[1].notes), *notes]
+    apart = parts[1].bad is not parts[0].bad
+    told = [[*(part.bad.notes if part is parts[0] or apart else []), *part.notes] for part in parts]
+    notes = [*told[0], *(f"held-out data: {note}" for note in told[1]), *notes]
     if in_pieces:
         examples = split_pieces(examples[0], section.held_out_fraction, seed)
         few = "one document is" if len(parts[0]) == 1 else f"{len(parts[0]):,} documents are"
@@ -194,6 +205,21 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, seed: in
             f"pieces of text are held out, not whole documents: {few} too few for "
             f"held_out_fraction={section.held_out_fraction:g}"
         )
+    flat = [[example for several in part for example in several] for part in examples]
+    lengths = [len(example.ids) for example in flat[0]]
+    if positions is not None:
+        for part in flat:
+            require_positions([len(example.ids) for example in part], section, virtual_tokens, positions)
+        if section.max_length > positions:
+            notes.append(
+                f"data.max_length={section.max_length:,} is above the {positions:,} positions of the model: a row may be as long as "
+                "that, a single example may not"
+            )
+    notes += too_long_note(lengths, section.max_length, virtual_tokens, positions)
+    if form == "text":
+        notes += [] if in_pieces else seen_note(*([Seen(hash(text)) for text in part.texts] for part in parts))
+    else:
+        notes += seen_note(*([Seen.of(example) for example in part] for part in flat))
     (train, counts), (held_out, held_counts) = (
         _rows(part, several, tokenizer, section, virtual_tokens) for part, several in zip(parts, examples, strict=True)
     )
@@ -231,6 +257,16 @@ def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]
     if section.held_out_fraction:
         return split_records(parsed, section.held_out_fraction, seed), False
     return (parsed, Parsed(parsed.form)), False
+
+
+def _encoded(part: Parsed, template: ChatTemplate, train_on: str) -> tuple[Parsed, list[list[Example]]]:
+    """The part without the conversations that the template refuses, and the examples of the others."""
+    asked = part.conversations
+    encoded = template.encode(asked, train_on, part.bad)
+    part.bad.settle()
+    refused = {id(one) for one, examples in zip(asked, encoded, strict=True) if not examples}
+    kept = replace(part, records=[record for record in part.records if id(record) not in refused])
+    return kept, [examples for examples in encoded if examples]
 
 
 def _look(section: DataSection) -> tuple[DataFile | DataFolder, ...]:
@@ -275,6 +311,9 @@ def _rows(
     longest = section.max_length - virtual_tokens
     fitted = fit([example for several in examples for example in several], longest, section.too_long)
     rows = make_rows(fitted.examples, section.max_length, section.packing, virtual_tokens)
+    lengths = [len(example.ids) for several in examples for example in several]
+    if parsed.form == "text":  # of documents: their pieces are as long as a row
+        lengths = [sum(len(piece.ids) for piece in pieces) for pieces in examples if pieces]
     left_off = [turn for one in (*parsed.conversations, *parsed.skipped) for turn in one.unanswered]
     counts = Counts(
         records=sum(map(bool, examples)) + len(parsed.skipped),
@@ -284,12 +323,14 @@ def _rows(
         target_tokens=sum(row.target_tokens for row in rows),
         truncated=fitted.truncated,
         truncated_tokens=fitted.truncated_tokens,
+        cut_answers=fitted.cut_answers,
         dropped=fitted.dropped,
         dropped_tokens=fitted.dropped_tokens,
         skipped=len(parsed.skipped),
         unanswered_turns=len(left_off),
         unanswered_tokens=sum(map(len, tokenizer(left_off, add_special_tokens=False)["input_ids"])) if left_off else 0,
         split_conversations=0 if parsed.form == "text" else sum(len(several) > 1 for several in examples),
+        lengths=bins_of(lengths),
     )
     return rows, counts
 

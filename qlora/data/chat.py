@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 from qlora.data.dialect import Dialect, parts, shown
 from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
 from qlora.data.formats import Conversation, Message
+from qlora.data.mistakes import BadRecords
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
-from qlora.data.values import capital
+from qlora.data.values import Mistake, capital
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
 
@@ -70,8 +71,8 @@ _FIXED_CLOCK = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
 class ChatTemplate:
     """A tokenizer's chat template, or the one that stands in for it.
 
-    ``name`` says which it is, ``text`` is the Jinja source, ``end_of_turn`` the id of the token that ends an answer
-    (None where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
+    ``name`` says which it is, ``text`` is the Jinja source, ``end_tokens`` the ids of the tokens that end an answer, and
+    one that calls functions (none where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
     for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be
     read or is not Jinja, and when the template is cut off: it loops, or asks for too much memory.
     """
@@ -101,7 +102,7 @@ class ChatTemplate:
                 self._ends, self._closing = self._turn_ends()
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
-        self.end_of_turn = int(tokenizer.convert_tokens_to_ids(self._ends[0])) if self._ends else None
+        self.end_tokens = tuple(map(int, tokenizer.convert_tokens_to_ids([*self._ends[:1], *self._call_ends()])))
         bos = tokenizer.bos_token
         self._begin = bos if bos and self._text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
         self._doubled = 0
@@ -122,27 +123,56 @@ class ChatTemplate:
         counted = [f"{sentence} ({count:,} records)" for sentence, count in self.dialect.records.items()]
         return [*self.dialect.notes, *counted, *doubled_note(doubled)]
 
-    def encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
+    def encode(
+        self, conversations: Sequence[Conversation], train_on: str, bad: BadRecords | None = None
+    ) -> list[list[Example]]:
         """The examples of each conversation: one, or one for each answer where the template rewrites earlier turns.
 
-        ``train_on``: ``assistant`` trains every answer, ``completion`` the last one, ``all`` everything. Raises DataError
-        naming the record when the template refuses it, cannot be masked, or leaves the end-of-turn token untrained.
+        ``train_on``: ``assistant`` trains every answer, ``completion`` the last one, ``all`` everything. Where the template
+        refuses a conversation, cannot be masked, or leaves the end-of-turn token untrained, it has no examples and goes to
+        ``bad``; without ``bad``, DataError is raised.
         """
+        found = BadRecords() if bad is None else bad
         with one_child():
             if self._for_tools is None:
-                return self._encode(conversations, train_on)
-            plain = iter(self._encode([one for one in conversations if not one.tools], train_on))
-            using = iter(self._for_tools._encode([one for one in conversations if one.tools], train_on))
-            return [next(using if one.tools else plain) for one in conversations]
+                encoded = self._encode(conversations, train_on, found)
+            else:
+                plain = iter(self._encode([one for one in conversations if not one.tools], train_on, found))
+                using = iter(self._for_tools._encode([one for one in conversations if one.tools], train_on, found))
+                encoded = [next(using if one.tools else plain) for one in conversations]
+        if bad is None:
+            found.settle()
+        return encoded
 
-    def _encode(self, conversations: Sequence[Conversation], train_on: str) -> list[list[Example]]:
+    def _encode(self, conversations: Sequence[Conversation], train_on: str, bad: BadRecords) -> list[list[Example]]:
         encoded: list[list[Example]] = []
         for first in range(0, len(conversations), _GROUP):
             group = conversations[first : first + _GROUP]
+            try:
+                encoded += self._examples(group, train_on)
+            except Mistake:  # of one of them at least
+                encoded += [self._alone(one, train_on, bad) for one in group]
+        return encoded
+
+    def _alone(self, conversation: Conversation, train_on: str, bad: BadRecords) -> list[Example]:
+        try:
+            return self._examples([conversation], train_on)[0]
+        except Mistake as mistake:
+            bad.add(conversation.place, mistake)
+            return []
+
+    def _examples(self, group: Sequence[Conversation], train_on: str) -> list[list[Example]]:
+        """The examples of each. Raises Mistake when one of them cannot be had; then nothing was counted."""
+        told, doubled = self.dialect.records.copy(), self._doubled
+        try:
             texts = list(self._texts(group, train_on))
             examples = iter(self._tokenised([text for several in texts for text in several], train_on))
-            encoded += [list(itertools.islice(examples, len(several))) for several in texts]
-        return encoded
+            return [list(itertools.islice(examples, len(several))) for several in texts]
+        except Mistake:
+            self.dialect.records.clear()
+            self.dialect.records.update(told)
+            self._doubled = doubled
+            raise
 
     def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int], str]:
         """The first question of a conversation whose answer is trained, as the template's messages, its ids with the
@@ -150,9 +180,12 @@ class ChatTemplate:
         if self._for_tools and conversation.tools:
             return self._for_tools.prompt(conversation)
         conversation = self._without_doubles(conversation)
-        messages, tools = self.dialect.speak(conversation)
-        first = conversation.answers(messages)[0]
-        (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
+        try:
+            messages, tools = self.dialect.speak(conversation)
+            first = conversation.answers(messages)[0]
+            (((text, _),),) = self._checked([conversation.place], [Job(messages, tools, [(first, True)])])
+        except Mistake as mistake:
+            raise DataError(f"{capital(conversation.place)} {mistake}.") from None
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         given = conversation.messages[conversation.answers(conversation.messages)[0]]
         return messages[:first], ids, given["content"]
@@ -185,7 +218,7 @@ class ChatTemplate:
                 apart = self._apart(place, job)
                 if len(fewer := self._lost(spoken, apart, train_on)) < len(lost):
                     made, lost = apart, fewer
-            self._tell(place, lost)
+            self._tell(lost)
             yield made
 
     def _made(self, place: str, job: Job, found: list[int], rendered: list[Rendered]) -> list[_Text]:
@@ -231,14 +264,13 @@ class ChatTemplate:
                     lost[kind] = None
         return list(lost)
 
-    def _tell(self, place: str, lost: Sequence[str]) -> None:
+    def _tell(self, lost: Sequence[str]) -> None:
         """Count the record among those of which something is lost, or refuse it."""
         for kind in lost:
             if self._refuses_losses:
-                raise DataError(
-                    f"{capital(place)} has {kind} in an answer, which the chat template ({self.name}) leaves out. "
-                    "data.dropped_content=keep trains on it as text where that is possible, drop trains without it; or give "
-                    "another data.chat_template."
+                raise Mistake(
+                    f"has {kind} in an answer, which the chat template ({self.name}) leaves out. data.dropped_content=keep "
+                    "trains on it as text where that is possible, drop trains without it; or give another data.chat_template"
                 )
             self.dialect.records[f"the chat template leaves out {kind} of answers"] += 1
 
@@ -282,10 +314,9 @@ class ChatTemplate:
         alike = _alike(upto, other)
         end = next((end for end in ends if end in upto[:alike]), "")
         if not end:
-            raise DataError(
-                f"{capital(place)} cannot be masked: the chat template ({self.name}) renders the turns before answer "
-                f"{at + 1} differently once the answer follows. Give a data.chat_template with {{% generation %}} blocks, "
-                "or set data.train_on=all."
+            raise Mistake(
+                f"cannot be masked: the chat template ({self.name}) renders the turns before answer {at + 1} differently once "
+                "the answer follows. Give a data.chat_template with {% generation %} blocks, or set data.train_on=all"
             )
         return upto.rfind(end, 0, alike) + len(end)
 
@@ -344,9 +375,9 @@ class ChatTemplate:
                 continue
             left = text.text[end:].lstrip().startswith(self._ends)
             if left or (number == len(spans) and not said.rstrip().endswith(self._special)):
-                raise DataError(
-                    f"{capital(text.place)} has an answer whose end-of-turn token {self._ends[0]} would carry no loss, and the "
-                    f"model would never learn to stop; in the chat template ({self.name}) the token must belong to the answer."
+                raise Mistake(
+                    f"has an answer whose end-of-turn token {self._ends[0]} would carry no loss, and the model would never learn "
+                    f"to stop; in the chat template ({self.name}) the token must belong to the answer"
                 )
 
     def _turn_ends(self) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -362,8 +393,7 @@ class ChatTemplate:
         self.dialect.notes[
             f"a last answer ends with {nexts[0]}, which follows every other, since the chat template leaves it without an end"
         ] = None
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        calling = _calling(1)
         result = {"role": "tool", "content": "result", "tool_call_id": "call00000", "name": "f"}
         called = self._text([user, calling, result]).removeprefix(self._text([user, calling]))
         closing = {"answer": earlier.removeprefix(last), "calls": called}
@@ -371,6 +401,18 @@ class ChatTemplate:
             token = next(iter(self._leading(text)), "")
             closing[kind] = text[: text.find(token) + len(token)]
         return (nexts[0],), closing
+
+    def _call_ends(self) -> list[str]:
+        """The special token that ends an answer with function calls, where it is another than ends the rest (gpt-oss)."""
+        if not self.dialect.calls:
+            return []
+        user = {"role": "user", "content": "Hi"}
+        asked = self._text([user])
+        called = self._text([user, _calling(2)]).removeprefix(asked)
+        called = called[: self._end(called)] + self._unclosed(called, _calling(2))
+        token = max((token for token in self._special if called.endswith(token)), key=len, default="")
+        # one that stands between two calls as well ends a call, not the turn
+        return [token] if token and token not in self._ends and called.count(token) == 1 else []
 
     def _text(self, messages: Sequence[Mapping[str, object]]) -> str:
         """A conversation made up to try the template; nothing when it is refused."""
@@ -405,14 +447,14 @@ class ChatTemplate:
         return text
 
     def _checked(self, places: Sequence[str], jobs: Sequence[Job]) -> list[list[Rendered]]:
-        """``Renderer.render``, whose exceptions become a DataError that names the record, of those at ``places``."""
+        """``Renderer.render``: raises Mistake where the template refuses one of the ``jobs``, and DataError, which names its
+        place, where it was cut off."""
         jobs = [job._replace(messages=self.dialect.parted(job.messages)) for job in jobs]
         try:
             rendered = self.renderer.render(jobs, mark_answers=self._states_mask)
             return [[Rendered(*shown(*one)) for one in several] for several in rendered]
         except Refused as error:
-            place = capital(places[error.job])
-            raise DataError(f"{place} is refused by the chat template ({self.name}): {error}.") from None
+            raise Mistake(f"is refused by the chat template ({self.name}): {error}") from None
         except CutOff as error:
             raise self._cut_off(places[error.job], error) from None
 
@@ -451,6 +493,13 @@ class _Renderings(NamedTuple):
         """The texts of ``cuts``, of at least one answer."""
         (whole, *texts), count = [text for text, _ in rendered], len(rendered) // 2
         return cls(whole, texts[:count], [*texts[count:], whole])
+
+
+def _calling(count: int) -> dict[str, object]:
+    """An answer, made up to try a template, that calls a function so many times."""
+    function = {"name": "f", "arguments": {"a": 1}}
+    calls = [{"id": f"call0000{number}", "type": "function", "function": function} for number in range(count)]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _holding(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], span: Span) -> NDArray[numpy.bool_]:

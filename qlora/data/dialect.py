@@ -26,8 +26,7 @@ from typing import cast
 
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import Refused
-from qlora.data.values import Mistake, capital, function_calls, json_inside
-from qlora.errors import DataError
+from qlora.data.values import Mistake, function_calls, json_inside
 from qlora.files.strangers import JsonObject
 
 TOOLS_INTRODUCTION = "You can call these functions. To call one, answer with a JSON object of its name and arguments."
@@ -111,15 +110,15 @@ class Dialect:
     def speak(self, conversation: Conversation) -> tuple[list[Message], list[JsonObject] | None]:
         """The conversation's messages and tools as the template takes them; as many assistant turns as before.
 
-        Contents are texts still: ``parted`` comes last. Raises DataError when a function call is not JSON and the template
-        needs it to be.
+        Contents are texts still: ``parted`` comes last. Raises Mistake when a function call is not JSON and the template needs
+        it to be.
         """
         messages: list[Message] = []
         ids = _Ids(self.renames)
         told: set[str] = set()
         for message in conversation.messages:
             if message.get("is_call") or message.get("tool_calls"):
-                message = self._call(message, ids, conversation.place)
+                message = self._call(message, ids)
             elif message["role"] == "tool":
                 message = self._result(message, ids)
             messages.append(self._kept(message, told) if message["role"] == "assistant" else message)
@@ -141,11 +140,11 @@ class Dialect:
             return [dict(message) for message in messages]
         return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
-    def _call(self, message: Message, ids: _Ids, place: str) -> Message:
+    def _call(self, message: Message, ids: _Ids) -> Message:
         """A message with function calls, as `tool_calls` or as text."""
         if self.calls:
             inside = message.get("is_call")
-            calls = _calls(message["content"], place) if inside else message["tool_calls"]
+            calls = _calls(message["content"]) if inside else message["tool_calls"]
             if self.renames:
                 self._note("function calls have ids of nine letters and digits, since the chat template takes no other")
             named: Message = {**message, "content": "" if inside else message["content"], "tool_calls": ids.name(calls)}
@@ -238,7 +237,7 @@ class _Ids:
         return pair[1]
 
 
-def _calls(content: str, place: str) -> list[JsonObject]:
+def _calls(content: str) -> list[JsonObject]:
     """``{"name": …, "arguments": {…}}``, or a list of those, as `tool_calls`."""
     try:
         found = json_inside(content, "a function call")
@@ -246,9 +245,7 @@ def _calls(content: str, place: str) -> list[JsonObject]:
     except Mistake:
         calls = []
     if not calls:
-        raise DataError(
-            f"{capital(place)} has a function call that is not a JSON object with name and arguments: {content[:60]}"
-        )
+        raise Mistake(f"has a function call that is not a JSON object with name and arguments: {content[:60]}")
     return calls
 
 

@@ -114,6 +114,8 @@ class Fitted:
     examples: list[Example]
     truncated: int = 0
     truncated_tokens: int = 0
+    cut_answers: int = 0
+    """Truncated in the middle of what is trained."""
     dropped: int = 0
     dropped_tokens: int = 0
 
@@ -125,9 +127,9 @@ def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
     nothing. Tokens in = tokens of the examples returned + ``truncated_tokens`` + ``dropped_tokens``.
     """
     stay: list[Example] = []
-    truncated = truncated_tokens = dropped = dropped_tokens = 0
+    truncated = truncated_tokens = cut_answers = dropped = dropped_tokens = 0
     for example in examples:
-        length = len(example.ids)
+        length, around = len(example.ids), example.labels[max_length - 1 : max_length + 1]
         if length > max_length and too_long == "truncate":
             example = Example(example.ids[:max_length].copy(), example.labels[:max_length].copy())
         if len(example.ids) > max_length or not example.target_tokens:
@@ -135,5 +137,6 @@ def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
             continue
         if length > max_length:
             truncated, truncated_tokens = truncated + 1, truncated_tokens + length - max_length
+            cut_answers += bool((around != IGNORE_INDEX).all())
         stay.append(example)
-    return Fitted(stay, truncated, truncated_tokens, dropped, dropped_tokens)
+    return Fitted(stay, truncated, truncated_tokens, cut_answers, dropped, dropped_tokens)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
 from qlora.data.turns import Message as Message
 from qlora.data.turns import Turn, filled, is_turn, read_turn
@@ -35,8 +36,6 @@ Fields = Mapping[str, object]
 _BESIDE = ("system", "history", "tools", "functions")
 _SEEN = ("image", "images", "video", "videos", "audio", "audios")
 """What a text model can't see; an answer about it would be made up."""
-_MOST_SKIPPED = 0.1
-"""The share of records that ``skip`` may skip: above it the data, or the form, is another than was thought."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Parsed:
     records: list[Conversation | str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     """Sentences about fields and records that were not read."""
+    bad: BadRecords = field(default_factory=BadRecords)
+    """Records that were left out, and those that will be."""
 
     @property
     def texts(self) -> list[str]:
@@ -94,24 +95,26 @@ def parse(
     DataError is raised; it says of the first five that are wrong what they hold, and how many more there are. With
     ``on_bad_record='skip'`` they are left out and counted by kind, if they are few.
     """
-    columns = columns or {}
+    columns, bad = columns or {}, BadRecords(len(records), on_bad_record)
     renamed = _renamed(records, columns)
-    first = renamed[0]
+    readable = [record for record in renamed if record.fault is None]
+    first = (readable or renamed)[0]
     if form == "auto":
-        form = _found_form(renamed)
+        form = _found_form(readable) if readable else "text"  # of which no record will be
     wanted = _FORMS[form]
     known = {columns.get(name, name) for name in (*wanted.needs, *wanted.takes)}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
-    mistakes: list[tuple[str, str]] = []
     undesired = others_marked = 0
     for before, record in zip(records, renamed, strict=True):
         try:
+            if record.fault is not None:
+                raise Mistake(record.fault)
             _require_form(record, form, first.place)
             read = wanted.read(record.fields)
             one = read.conversation(record.place) if isinstance(read, _Talk) else read
         except Mistake as mistake:
-            mistakes.append((record.place, str(mistake)))
+            bad.add(record.place, mistake)
             continue
         unread.update(f"'{name}'" for name, value in before.fields.items() if name not in known and filled(value))
         if isinstance(read, _Talk):
@@ -121,7 +124,8 @@ def parse(
             undesired += 1
         else:
             parsed.append(one)
-    notes = [_bad_records(mistakes, len(records), on_bad_record)] if mistakes else []
+    bad.settle()
+    notes = []
     if count := sum(record.filled_in for record in records):
         notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
     if form == "preference":
@@ -137,7 +141,7 @@ def parse(
     if unread:
         names = [f"{name} ({_counted(count)})" for name, count in unread.most_common()]
         notes.append(f"fields that are not read: {listed(names, 12)}".encode(errors="replace").decode())
-    return Parsed(form, parsed, tuple(notes))
+    return Parsed(form, parsed, tuple(notes), bad)
 
 
 def _counted(count: int) -> str:
@@ -234,10 +238,11 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
                 f"first, as in {{prompt: question}}; the fields are {listed(known, 30)}."
             )
     needed = {name for form in _FORMS.values() for name in form.needs}
+    readable = [record for record in records if record.fault is None]
     for name, theirs in columns.items():
         # a field that a form needs must be in every record, another one (Alpaca's input) in at least one
-        lacking = [record for record in records if theirs not in record.fields]
-        if lacking and (name in needed or len(lacking) == len(records)):
+        lacking = [record for record in readable if theirs not in record.fields]
+        if lacking and (name in needed or len(lacking) == len(readable)):
             raise DataError(
                 f"{capital(lacking[0].place)} has no field '{theirs}', which data.columns names for '{name}'."
                 f"{nearest(theirs, lacking[0].fields)} Its fields: {listed(lacking[0].fields, 12)}."
@@ -261,22 +266,6 @@ def _require_form(record: Record, form: str, first: str) -> None:
     if not missing or (wanted.turns and wanted.needs[0] in fields):
         raise Mistake(f"has {kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected a list of turns")
     raise Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
-
-
-def _bad_records(mistakes: Sequence[tuple[str, str]], count: int, on_bad_record: str) -> str:
-    """What is said of records that were skipped. Raises DataError where they may not be, or are too many."""
-    kinds = Counter(re.sub(r" \(.*|[;:,] .*| of turn \d+| in turn \d+", "", mistake) for _, mistake in mistakes)
-    by_kind = listed([f"{kind} ({number:,})" for kind, number in kinds.most_common()], 12)
-    if on_bad_record == "skip" and len(mistakes) <= _MOST_SKIPPED * count:
-        return f"data.on_bad_record=skip left out {len(mistakes):,} of {count:,} records: {by_kind}"
-    shown = " ".join(f"{capital(place)} {mistake}." for place, mistake in mistakes[:5])
-    if len(mistakes) > 1:
-        shown += f" In all {len(mistakes):,} of {count:,} records have mistakes: {by_kind}."
-    if on_bad_record == "skip":
-        shown += f" data.on_bad_record=skip leaves out at most {_MOST_SKIPPED:.0%} of the records."
-    elif len(mistakes) <= _MOST_SKIPPED * count:
-        shown += f" Mend {'them' if len(mistakes) > 1 else 'it'}, or set data.on_bad_record=skip."
-    raise DataError(shown)
 
 
 # --- one function a form ---------------------------------------------------------------------------------------------

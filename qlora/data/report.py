@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from qlora.data.lengths import Bins, histogram
 from qlora.files.strangers import JsonObject
 
 
@@ -26,6 +27,8 @@ class Counts:
     truncated: int = 0
     """Examples cut at `max_length`."""
     truncated_tokens: int = 0
+    cut_answers: int = 0
+    """Examples cut inside an answer, whose end is not learnt then."""
     dropped: int = 0
     """Examples left out: above `max_length`, or with nothing left to train on."""
     dropped_tokens: int = 0
@@ -36,6 +39,8 @@ class Counts:
     unanswered_tokens: int = 0
     split_conversations: int = 0
     """Conversations that became one example an answer, as the chat template rewrites earlier turns."""
+    lengths: Bins = ()
+    """How long the examples were before any was cut or left out."""
 
     @property
     def target_fraction(self) -> float:
@@ -44,8 +49,9 @@ class Counts:
 
     def losses(self) -> list[str]:
         """What was lost or changed, a phrase each; empty when nothing was."""
+        inside = f", {self.cut_answers:,} of them inside an answer, whose end is not learnt" if self.cut_answers else ""
         phrases = [
-            (self.truncated, f"{self.truncated:,} examples truncated ({self.truncated_tokens:,} tokens)"),
+            (self.truncated, f"{self.truncated:,} examples truncated ({self.truncated_tokens:,} tokens){inside}"),
             (self.dropped, f"{self.dropped:,} examples dropped ({self.dropped_tokens:,} tokens)"),
             (self.skipped, f"{self.skipped:,} records skipped, as they hold no answer to train"),
             (
@@ -79,6 +85,11 @@ class Report:
         for name in ("train", "held_out"):
             values[name]["target_fraction"] = round(getattr(self, name).target_fraction, 6)
         return values
+
+    def histogram(self) -> str:
+        """How long the training examples are, for a terminal."""
+        what = "documents" if self.form == "text" else "examples"
+        return f"lengths of the training {what}, before any is cut:\n{histogram(self.train.lengths)}"
 
     def __str__(self) -> str:
         template = f", chat template: {self.template}" if self.template else ""

@@ -27,7 +27,7 @@ from typing import Any
 from qlora.data.encoding import decoded
 from qlora.data.files import content, ending, refuse_pointer, unpacker
 from qlora.data.filled import filled_in_file, filled_in_table, without
-from qlora.data.values import capital, json_fault, kind
+from qlora.data.values import json_fault, kind
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
 from qlora.files.strangers import JsonObject
@@ -43,6 +43,8 @@ class Record:
     number: int
     filled_in: bool = False
     """Whether nulls that Arrow filled in were taken out of it."""
+    fault: str | None = None
+    """Why there are no fields, as the end of a sentence that begins with ``place``; the records around it can be read."""
 
     @property
     def place(self) -> str:
@@ -71,7 +73,11 @@ def read_records(
             mine = records[begin:]
             if not mine:
                 raise DataError(f"'{name}' is empty; expected at least one record.")
-            filled = filled_in_file(one.fields for one in mine) if features is None else filled_in_table(features)
+            filled = (
+                filled_in_file(one.fields for one in mine if one.fault is None)
+                if features is None
+                else filled_in_table(features)
+            )
             if filled:
                 bare = [without(filled, one.fields) for one in mine]
                 records[begin:] = [
@@ -167,7 +173,11 @@ def _lines(text: str, source: str) -> Iterator[Record]:
                 f"'{source}' has an object over several lines from line {number} on; expected each on a line of its own, "
                 "as jq -c . writes it."
             )
-        yield Record(_object(_parsed(line, source, number), f"line {number} of '{source}'"), source, "line", number)
+        try:
+            yield _record(json.loads(line), source, "line", number)
+        except (ValueError, RecursionError) as error:
+            fault = f"has broken JSON ({json_fault(error)}): {_beginning(line)}"
+            yield Record({}, source, "line", number, fault=fault)
 
 
 def _json(text: str, source: str) -> Iterator[Record]:
@@ -193,34 +203,27 @@ def _json(text: str, source: str) -> Iterator[Record]:
     if not isinstance(values, list):
         raise DataError(f"'{source}' holds {kind(values)}; expected a list of records.")
     for number, value in enumerate(values, start=1):
-        yield Record(_object(value, f"record {number} of '{source}'"), source, "record", number)
+        yield _record(value, source, "record", number)
 
 
-def _parsed(line: str, source: str, number: int) -> object:
-    """What the JSON on line ``number`` of the file holds."""
-    try:
-        found: object = json.loads(line)
-        return found
-    except (ValueError, RecursionError) as error:
-        raise _broken(error, line, source, number) from None
-
-
-def _broken(error: ValueError | RecursionError, text: str, source: str, number: int | None = None) -> DataError:
-    """The sentence for broken JSON: line ``number`` of the file, or all of it."""
+def _broken(error: ValueError | RecursionError, text: str, source: str) -> DataError:
+    """The sentence for a file whose JSON is broken as a whole."""
     fault = json_fault(error)
-    if number is None and isinstance(error, json.JSONDecodeError):
-        number, text = error.lineno, text.split("\n")[error.lineno - 1]
-    if number is None:
+    if not isinstance(error, json.JSONDecodeError):
         return DataError(f"'{source}' cannot be read as JSON: {fault}; expected a list of plain records.")
-    start = text.strip()
-    shown = start if len(start) <= 60 else start[:60] + "…"
-    return DataError(f"'{source}' has broken JSON at line {number} ({fault}); mend it: {shown}")
+    line = text.split("\n")[error.lineno - 1]
+    return DataError(f"'{source}' has broken JSON at line {error.lineno} ({fault}); mend it: {_beginning(line)}")
 
 
-def _object(value: object, place: str) -> JsonObject:
-    if not isinstance(value, dict):
-        raise DataError(f"{capital(place)} is {kind(value)}; expected an object with named fields.")
-    return value
+def _beginning(line: str) -> str:
+    start = line.strip()
+    return start if len(start) <= 60 else start[:60] + "…"
+
+
+def _record(value: object, source: str, unit: str, number: int) -> Record:
+    if isinstance(value, dict):
+        return Record(value, source, unit, number)
+    return Record({}, source, unit, number, fault=f"is {kind(value)}; expected an object with named fields")
 
 
 def _plain_text(text: str, source: str) -> Iterator[Record]:
@@ -248,12 +251,14 @@ def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
         if len(set(header)) != len(header):
             raise DataError(f"'{source}' names a column twice in its header: {listed(header, 20)}.")
         for number, row in enumerate(rows, start=1):
-            if len(row) != len(header):
-                raise DataError(
-                    f"Row {number} of '{source}' has {len(row)} fields where the header has {len(header)} "
-                    f"({listed(header)}); quote fields that hold {_SEPARATORS[separator]}."
-                )
-            yield Record(dict(zip(header, row, strict=True)), source, "row", number)
+            if len(row) == len(header):
+                yield Record(dict(zip(header, row, strict=True)), source, "row", number)
+                continue
+            fault = (
+                f"has {len(row)} fields where the header has {len(header)} ({listed(header)}); quote fields that hold "
+                f"{_SEPARATORS[separator]}"
+            )
+            yield Record({}, source, "row", number, fault=fault)
     except csv.Error as error:
         raise DataError(f"'{source}' is not valid CSV after row {number}: {error}.") from None
 

@@ -10,14 +10,16 @@ Both parts keep the order of the data. Knows records and examples by their numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy
 
 from qlora.data.examples import Example
 from qlora.data.formats import Parsed
 from qlora.errors import DataError
+from qlora.model.loss import IGNORE_INDEX
 
 
 def needs_pieces(parsed: Parsed, fraction: float) -> bool:
@@ -43,6 +45,40 @@ def split_pieces(
     for index, (document, piece) in enumerate(pieces):
         parts[index in held][document].append(piece)
     return parts
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is compared of an example: all of it, and what stands before the first token that is trained, if anything does.
+
+    As hashes of 64 bits: the texts themselves would fill the memory again.
+    """
+
+    whole: int
+    asked: int | None = None
+
+    @classmethod
+    def of(cls, example: Example) -> Self:
+        """Those of one of a conversation."""
+        trained = numpy.flatnonzero(example.labels != IGNORE_INDEX)
+        asks = len(trained) and trained[0] > 1
+        return cls(hash(example.ids.tobytes()), hash(example.ids[: trained[0]].tobytes()) if asks else None)
+
+
+def seen_note(train: Iterable[Seen], held_out: Sequence[Seen]) -> list[str]:
+    """How many held-out examples are in the training data too, and how many only have a question of it."""
+    if not held_out:
+        return []
+    train = list(train)
+    whole, asked = {one.whole for one in train}, {one.asked for one in train} - {None}
+    same = sum(one.whole in whole for one in held_out)
+    alike = sum(one.asked in asked for one in held_out if one.whole not in whole)
+    said = [f"{same:,} are in the training data too, word for word"] if same else []
+    said += [f"{alike:,} have a question of the training data, with another answer"] if alike else []
+    told = (
+        f"of {len(held_out):,} held-out examples {' and '.join(said)}; their loss is that of what was learnt by heart"
+    )
+    return [told] if said else []
 
 
 def _drawn(count: int, fraction: float, seed: int, unit: str) -> set[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,14 +70,14 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
-    end_of_turn: int | None = None,
+    ends: Sequence[int] = (),
     checkpoint: Checkpoint | None = None,
 ) -> Merged:
     """Write base + adapter into the new folder ``out`` as plain safetensors in ``dtype``, with config and tokenizer.
 
     ``quantization``, ``double_quant`` and ``compute_dtype`` say what the adapter was trained on; ``base="original"`` adds
     it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, its
-    ``end_of_turn`` is written into generation_config.json where it is not one of the base's end tokens, and
+    ``ends`` are written into generation_config.json where they are not the base's end tokens, and
     ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at
     ``out`` before everything is written.
 
@@ -115,9 +116,9 @@ def merge(
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_json(aside / "config.json", source.plain_config(dtype))
         _copy_beside(base_folder, aside)
-        ends = set() if end_of_turn is None else {end_of_turn} - set(end_tokens(checkpoint))
-        if ends:
-            _write_json(aside / GENERATION, _generation(aside, checkpoint, ends))
+        new_ends = set(ends) - set(end_tokens(checkpoint))
+        if new_ends:
+            _write_json(aside / GENERATION, _generation(aside, checkpoint, new_ends))
         for method in source.adapted.methods:
             method.merge.finish(aside)
         own = checkpoint.tokenizer.chat_template if chat_template is not None else None
@@ -132,7 +133,7 @@ def merge(
         dequantised=len(changed - source.carrying),
         bytes=total,
         dtype=DTYPES[dtype],
-        new_ends=tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(ends))),
+        new_ends=tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends))),
     )
 
 

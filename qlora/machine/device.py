@@ -223,6 +223,18 @@ def bytes_text(count: float) -> str:
     return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{int(count)} B"
 
 
+def duration_text(seconds: float) -> str:
+    """``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def require_disk(folder: Path, needed: int, what: str) -> None:
     """Raise DoesNotFitError when the disk under ``folder`` has less than ``needed`` bytes free for ``what``."""
     free = free_disk(folder)

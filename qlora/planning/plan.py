@@ -37,6 +37,7 @@ from qlora.planning.continued import Origin, continued
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import measure, measure_disk, rates_of
+from qlora.planning.rows import Reading, read
 from qlora.planning.shapes import count_parameters
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
@@ -107,6 +108,8 @@ class Survey:
     """Tokens in one row that still fit."""
     fits: bool
     """Whether the recipe fits as it stands, or chooses its arrangement itself."""
+    reading: Reading
+    """What its data come to."""
 
     def __str__(self) -> str:
         plan, target = self.plan, self.plan.target
@@ -116,6 +119,7 @@ class Survey:
             rate, low, high = (tokens / end for end in (seconds.expected, seconds.high, seconds.low))
             lines.append(f"{seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
+        lines.append(self.reading.said(None if plan.chosen.seconds is None else plan.chosen.seconds.expected))
         rows = "not one" if self.most_rows is None else f"{self.most_rows:,}"
         context = "none" if self.longest_context is None else f"{self.longest_context:,} tokens"
         length = plan.recipe.data.max_length
@@ -168,7 +172,7 @@ def survey(recipe: Recipe) -> Survey:
     planned, arranger = _plan(checkpoint, target, resolved, why, choose=True, origin=origin)
     fits = resolved.memory.budget is not None or not planned.chosen.changes
     rows, context = arranger.most_rows(planned.chosen), arranger.longest_context(planned.chosen)
-    return Survey(planned, arranger.ladder(), rows, context, fits)
+    return Survey(planned, arranger.ladder(), rows, context, fits, read(recipe, checkpoint))
 
 
 def _plan(

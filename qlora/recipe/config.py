@@ -86,8 +86,8 @@ class DataSection(Section):
     packing: bool = True
     """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """What happens when records cannot be read, such as one with an empty answer. `stop` shows the first five. `skip` leaves
-    them out and counts them by kind, up to a tenth of all."""
+    """What happens when records cannot be read: a broken line, an empty answer, turns that the chat template refuses. `stop`
+    shows the first five. `skip` leaves them out and counts them by kind, up to a tenth of all."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N records."""
 

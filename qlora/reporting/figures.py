@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from qlora.machine import device
 from qlora.reporting.records import HeldOut, Records, number, section, whole
 
 MISSING = "—"
@@ -99,14 +100,5 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
-    if seconds is None:
-        return MISSING
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    if round(seconds) < 3600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    """``4.3 s``, ``6 min 12 s``; a dash where nobody knows."""
+    return MISSING if seconds is None else device.duration_text(seconds)

@@ -146,8 +146,20 @@ def _data(report: Json) -> dict[str, object] | None:
         "lead": ", ".join(f"{title}{report[key]}" for title, key in about if report.get(key)),
         "parts": [_words(name) for name in parts],
         "rows": [(_words(key), [_amount(key, part) for part in parts.values()]) for key in shown],
+        "lengths": _lengths(section(report, "train").get("lengths")),
         "notes": _sentences(report.get("notes")),
     }
+
+
+def _lengths(bins: object) -> list[Bar]:
+    """How many training examples have at most so many tokens, a bar for each pair of the two."""
+    pairs = [pair for pair in bins if _is_bin(pair)] if isinstance(bins, list) else []
+    most = max((count for _, count in pairs), default=0) or 1
+    return [(f"up to {tokens:,} tokens", round(100 * count / most, 1), f"{count:,}") for tokens, count in pairs]
+
+
+def _is_bin(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(one) is int and 0 <= one < 2**53 for one in pair)
 
 
 def _amount(key: str, values: Json) -> str:

@@ -20,26 +20,27 @@ from qlora.methods.files import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.continued import continued
+from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.residence.load import load_base
 from qlora.runs.folder import (
     adapter_folder,
     check_data,
     device_here,
-    end_of_turn,
+    end_tokens,
     open_base,
     open_run,
     read_adapter,
     template_of,
 )
-from qlora.runs.session import Generation, Run, limited, load_model, load_recipe_data, speaker, stop_at, use_threads
+from qlora.runs.session import Generation, Run, limited, load_model, speaker, stop_at, use_threads
 
 
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
     """The first ``count`` training examples as the model sees them; unless ``quiet``, what training says of the data is said."""
     recipe, _ = continued(recipe)
     data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
-    speaker(quiet)(str(data.report))
+    speaker(quiet)(f"{data.report}\n{data.report.histogram()}")
     return [data.preview(index) for index in range(min(count, data.report.train.examples))]
 
 
@@ -79,7 +80,7 @@ def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
 
 
 def _trained(recipe: Recipe, checkpoint: Checkpoint, folder: Path, quiet: bool) -> AdaptedModel:
-    adapter, end = adapter_folder(folder), end_of_turn(recipe, folder, checkpoint)
+    adapter, ends = adapter_folder(folder), end_tokens(recipe, folder, checkpoint)
     use_threads(recipe)
     device = limited(device_here(recipe), recipe)
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
@@ -87,7 +88,7 @@ def _trained(recipe: Recipe, checkpoint: Checkpoint, folder: Path, quiet: bool) 
     else:
         empty = load_model(recipe, checkpoint, device, quiet, values_follow=True)
         model = read_adapter(folder, lambda place: load_adapter(empty, place), adapter)
-    stop_at(model, end)
+    stop_at(model, ends)
     return model
 
 

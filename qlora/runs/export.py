@@ -20,18 +20,18 @@ from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import open_checkpoint
+from qlora.planning.rows import load_recipe_data
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
     check_data,
     device_here,
-    end_of_turn,
+    end_tokens,
     full_disk_said,
     open_base,
     open_run,
     read_adapter,
     template_of,
 )
-from qlora.runs.session import load_recipe_data
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def merge(
     recipe, environment = open_run(folder)
     section = recipe.model
     source = open_base(recipe, environment, folder)
-    template, end = template_of(recipe, folder, source), end_of_turn(recipe, folder, source)
+    template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
     place = expanded(out) if out is not None else folder / "merged"
     with full_disk_said(place, "export it again"):
         return read_adapter(
@@ -82,7 +82,7 @@ def merge(
                 overwrite=overwrite,
                 trust_remote_code=section.trust_remote_code,
                 chat_template=template,
-                end_of_turn=end,
+                ends=ends,
                 checkpoint=source,
             ),
         )

@@ -150,14 +150,14 @@ def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
     return ChatTemplate(base.tokenizer, recipe.data.chat_template).text
 
 
-def end_of_turn(recipe: Recipe, folder: Path, base: Checkpoint) -> int | None:
-    """The token that ends an answer in the run's chat template; None for raw text, and where the template has none."""
+def end_tokens(recipe: Recipe, folder: Path, base: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end an answer in the run's chat template; none for raw text, and where the template has none."""
     text = template_of(recipe, folder, base)
     if text is None:
-        return None
+        return ()
     tokenizer = copy.copy(base.tokenizer)  # a run's template is not the checkpoint's
     tokenizer.chat_template = text
-    return ChatTemplate(tokenizer).end_of_turn
+    return ChatTemplate(tokenizer).end_tokens
 
 
 def read_adapter(folder: Path, read: Callable[[Path], Some], place: Path | None = None) -> Some:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from qlora.data import Data, Prompt, load_data
+from qlora.data import Data, Prompt
 from qlora.errors import RunError, redacted, visible
 from qlora.evaluation import HeldOut, answers
 from qlora.files.durable import write_json
@@ -26,8 +26,8 @@ from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
-from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.plan import amount
+from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.residence.load import load_base
 from qlora.training import Trainer
@@ -101,12 +101,6 @@ class Session:
         )
 
 
-def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
-    """The data of a recipe, tokenised as its method needs it."""
-    tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
-    return load_data(recipe.data, tokenizer, recipe.training.seed, recipe.method.virtual_tokens)
-
-
 def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
     """What is asked before and after training. Found before a model is loaded: rendering begins a process."""
     return data.held_out_prompts(recipe.evaluation.prompts) if data.held_out else []
@@ -120,16 +114,11 @@ def load_model(
     return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 
-def stop_at(model: AdaptedModel, end_of_turn: int | None) -> str | None:
-    """Have answers end at this token too. Returns what there is to say where the checkpoint does not name it as an end."""
-    if end_of_turn is None or end_of_turn in model.base.end_tokens:
-        return None
-    model.base.end_tokens += (end_of_turn,)
-    token = model.tokenizer.convert_ids_to_tokens(end_of_turn)
-    return (
-        f"An answer ends with {token}, which the model's own files do not name as an end: chat, evaluation and a merged "
-        "model stop there too."
-    )
+def stop_at(model: AdaptedModel, ends: Sequence[int]) -> str | None:
+    """Have answers end at these tokens too. Returns what there is to say where the checkpoint does not name them as ends."""
+    known = model.base.end_tokens
+    model.base.end_tokens = (*known, *(end for end in ends if end not in known))
+    return new_ends_note(ends, known, model.tokenizer)
 
 
 def use_threads(recipe: Recipe) -> None:

@@ -25,6 +25,7 @@ from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
 from qlora.planning.continued import continued
 from qlora.planning.plan import Plan, plan
+from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
 from qlora.runs.folder import (
@@ -48,7 +49,6 @@ from qlora.runs.session import (
     kernels_kept,
     limited,
     load_model,
-    load_recipe_data,
     read_evaluation,
     speaker,
     stop_at,
@@ -125,7 +125,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     if origin is not None:
         origin.check_base(checkpoint)
     model = load_model(resolved, checkpoint, device, quiet, values_follow=origin is not None)
-    if data.template is not None and (ends := stop_at(model, data.template.end_of_turn)):
+    if data.template is not None and (ends := stop_at(model, data.template.end_tokens)):
         say(ends)
     if origin is not None:
         origin.load(model)
@@ -162,7 +162,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     prompts = held_out_prompts(data, recipe)
     model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
     if data.template is not None:
-        stop_at(model, data.template.end_of_turn)
+        stop_at(model, data.template.end_tokens)
     trainer = Trainer(model, data, recipe.training, folder, recipe.memory, recipe=first)
     if found:
         for sentence in trainer.load_newest():

@@ -129,7 +129,7 @@ def test_the_end_of_turn_is_trained_wherever_it_stands(name: str, ends: list[str
     assert trained_runs(tokenizer, example) == [
         before + turn["content"] + end for turn, end in zip(TALK[1::2], ends, strict=True)
     ]
-    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn) == end_of_turn
+    assert tokenizer.convert_ids_to_tokens(chat.end_tokens[0]) == end_of_turn
 
 
 def test_earlier_turns_may_end_otherwise() -> None:

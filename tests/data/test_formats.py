@@ -396,8 +396,8 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
     assert told.endswith("set data.on_bad_record=skip.")
     result = parsed(*rows, on_bad_record="skip")
     assert len(result.conversations) == 90
-    assert result.notes == (
-        "data.on_bad_record=skip left out 8 of 98 records: has an empty turn (7), has no turns (1)",
-    )
+    assert result.bad.notes == [
+        "data.on_bad_record=skip left out 8 of 98 records: has an empty turn (7), has no turns (1)"
+    ]
     with pytest.raises(DataError, match=r"In all 8 of 78 records .* leaves out at most 10% of the records"):
         parsed(*rows[20:], on_bad_record="skip")

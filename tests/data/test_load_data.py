@@ -290,7 +290,7 @@ def test_what_was_not_read_is_in_the_report(write: Any, tokenizer: Any) -> None:
     for data in (load(path, tokenizer), load(path, tokenizer, held_out_fraction=0.1)):
         assert data.report.notes == (note,)
         assert f"note: {note}" in str(data.report)
-    bad = [*rows, {"prompt": "Hi", "completion": ""}]
+    bad = [*({**row, "prompt": f"Also: {row['prompt']}"} for row in rows), {"prompt": "Hi", "completion": ""}]
     data = load(path, tokenizer, held_out=write("h.jsonl", bad), on_bad_record="skip")
     skipped = "held-out data: data.on_bad_record=skip left out 1 of 41 records: has an empty 'completion' (1)"
     assert data.report.as_dict()["notes"] == [note, skipped, f"held-out data: {note}"]
@@ -318,3 +318,62 @@ def test_nulls_that_are_left_out_are_told(tmp_path: Path, tokenizer: Any) -> Non
         "nulls that a table filled in are left out of 2 records"
         in load(str(tmp_path / "a.parquet"), tokenizer).report.notes
     )
+
+
+PICKY = (
+    "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('It is bad') }}{% endif %}" + families.CHATML
+)  # fmt: skip
+
+
+def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> None:
+    """Not the end of all: it is left out with the others of its kind, and the rest is what it would be without it."""
+    tokenizer = make_tokenizer(PICKY)
+    bad, marked = {"prompt": "bad", "completion": "Yes."}, "<|end|> Yes.<|end|>"
+    good = [*PAIRS[:-1], {"prompt": "Doubled?", "completion": f"Yes.{marked}"}]
+    rows = [*good[:7], bad, *good[7:]]
+    path = write("a.jsonl", rows)
+    with pytest.raises(
+        DataError,
+        match=r"^Line 8 of '.*a.jsonl' is refused by the chat template .*: It is bad\. Mend it, or set .*=skip",
+    ):
+        load(path, tokenizer)
+    data, plain = load(path, tokenizer, on_bad_record="skip"), load(write("g.jsonl", good), tokenizer)
+    assert data.fingerprint == plain.fingerprint
+    skipped = "data.on_bad_record=skip left out 1 of 41 records: is refused by the chat template (1)"
+    assert data.report.notes == (skipped, *plain.report.notes)
+    assert "1 records begin or end with a token" in plain.report.notes[0]  # counted once, though tried twice
+    held = load(write("g.jsonl", good), tokenizer, held_out=path, on_bad_record="skip")
+    assert held.report.notes[0] == f"held-out data: {skipped}"
+    assert len(held.held_out_prompts(100)) == len(held.held_out_conversations) == held.report.held_out.records == 40
+    with pytest.raises(
+        DataError, match=r"Line 1 of .* Line 5 of .* In all 20 of 60 records have mistakes: is refused by"
+    ):
+        load(write("m.jsonl", [bad] * 20 + good), tokenizer)
+    with pytest.raises(DataError, match=r"skip leaves out at most 10% of the records"):
+        load(write("m.jsonl", [bad] * 20 + good), tokenizer, on_bad_record="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "bad", "kinds"),
+    [
+        ("a.jsonl", [f'{{"prompt": "Q{n}", "completion": "A{n}"}}' for n in range(40)], ['{"prompt": "Q', "[1]"],
+         "has broken JSON (1), is a list (1)"),
+        ("a.json", ["[", *(f'{{"prompt": "Q{n}", "completion": "A{n}"}},' for n in range(40)), '{"prompt": "Q", "completion": "A"}]'],
+         ["3,", '"x",'], "is a number (1), is text (1)"),
+        ("a.csv", ["prompt,completion", *(f"Q{n},A{n}" for n in range(40))], ["Q,A,", "Q"],
+         "has 3 fields where the header has 2 (1), has 1 fields where the header has 2 (1)"),
+    ],
+)  # fmt: skip
+def test_lines_that_are_no_records_are_bad_records(
+    write: Any, tokenizer: Any, tmp_path: Path, name: str, lines: list[str], bad: list[str], kinds: str
+) -> None:
+    whole, broken = tmp_path / name, tmp_path / f"broken-{name}"
+    whole.write_text("\n".join(lines), encoding="utf-8")
+    broken.write_text("\n".join([*lines[:9], *bad, *lines[9:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"(Line|Record|Row) \d+ of .* In all 2 of 4. records have mistakes: "):
+        load(str(broken), tokenizer)
+    data = load(str(broken), tokenizer, on_bad_record="skip")
+    assert data.fingerprint == load(str(whole), tokenizer).fingerprint
+    (note,) = data.report.notes
+    assert note.startswith("data.on_bad_record=skip left out 2 of 4")
+    assert note.endswith(f" records: {kinds}")

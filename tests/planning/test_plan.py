@@ -113,3 +113,28 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(bare: Path, monkey
     with pytest.raises(DoesNotFitError, match="trainable parameters") as refused:
         plan(recipe_of(bare, CASES["lora"]))
     assert "No arrangement fits. The smallest" in str(refused.value)
+
+
+def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows, steps and what ends an answer; a plan holds without the data, and says what is wrong with them."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<pad>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    told = {
+        "training.steps=7": "records → ",
+        f"data.chat_template={template}": "An answer ends with <pad>, which the model's own files do not name as an end",
+        "data.max_length=1000": "data.max_length=1,000 is above the ",
+        f"data.train={broken}": "The data were not read: ",
+        "data.train=someone/somewhere": "The data were not read: they are not all files here.",
+    }
+    for word, said in told.items():
+        assert main(["plan", str(recipe_file), word]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert ("rows → 7 steps, about " in printed) == (word == "training.steps=7")

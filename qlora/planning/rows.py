@@ -1,0 +1,77 @@
+"""Rows: what the data of a recipe come to, in rows, steps and time.
+
+    recipe, tokenizer ─► data ─► rows ─► steps ─► with the seconds of one: how long it trains
+
+Knows the data room and how many rows a step takes; must not know memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora.data import Data, Report, load_data, steps_per_epoch
+from qlora.data.sources import data_files
+from qlora.errors import DataError, ModelError, listed
+from qlora.machine.device import duration_text
+from qlora.model.anatomy import position_limit
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.load import end_tokens
+from qlora.model.tokenizer import with_new_tokens
+from qlora.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read, or why nothing was."""
+
+    report: Report | None = None
+    steps: int = 0
+    new_ends: str | None = None
+    """What there is to say of the tokens that end an answer."""
+    why_not: str = ""
+
+    def said(self, seconds: float | None) -> str:
+        """In some lines; ``seconds``: those of a full step, where they are known."""
+        if self.report is None:
+            return f"The data were not read: {self.why_not}"
+        counts = self.report.train
+        time = "" if seconds is None else f", about {duration_text(self.steps * seconds)}"
+        lines = [str(self.report), f"{counts.records:,} records → {counts.rows:,} rows → {self.steps:,} steps{time}"]
+        return "\n".join([*lines, *filter(None, [self.new_ends])])
+
+
+def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
+    """The data of a recipe, tokenised as its method needs it and checked against the model's positions."""
+    tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
+    positions = position_limit(checkpoint.model_config())
+    return load_data(recipe.data, tokenizer, recipe.training.seed, recipe.method.virtual_tokens, positions)
+
+
+def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
+    """Read the data for a plan, which holds without them: what is wrong with them is said. Nothing is fetched for it."""
+    train = recipe.data.train
+    sources = [train] if isinstance(train, str) else list(train)
+    try:
+        if not all(map(data_files, [*sources, *filter(None, [recipe.data.held_out])])):
+            return Reading(why_not="they are not all files here.")
+        data = load_recipe_data(recipe, checkpoint)
+    except (DataError, ModelError) as error:
+        return Reading(why_not=str(error))
+    training = recipe.training
+    steps = training.steps or training.epochs * steps_per_epoch(len(data.train), training.batch_size)
+    ends = data.template.end_tokens if data.template else ()
+    return Reading(data.report, steps, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer))
+
+
+def new_ends_note(ends: Sequence[int], known: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence where the chat template ends an answer with tokens that the checkpoint does not name as ends."""
+    new = tokenizer.convert_ids_to_tokens([end for end in ends if end not in known])
+    return (
+        f"An answer ends with {listed(new)}, which the model's own files do not name as an end: chat, evaluation and a merged "
+        "model stop there too."
+        if new
+        else None
+    )
