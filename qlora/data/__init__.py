@@ -215,7 +215,7 @@ def load_data(
                 f"data.max_length={section.max_length:,} is above the {positions:,} positions of the model: a row may be as long as "
                 "that, a single example may not"
             )
-    notes += too_long_note(lengths, section.max_length, virtual_tokens, positions)
+    notes += (too_long := too_long_note(lengths, section.max_length, virtual_tokens, positions))
     if form == "text":
         notes += [] if in_pieces else seen_note(*([Seen(hash(text)) for text in part.texts] for part in parts))
     else:
@@ -224,7 +224,7 @@ def load_data(
         _rows(part, several, tokenizer, section, virtual_tokens) for part, several in zip(parts, examples, strict=True)
     )
     report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes))
-    _require_targets(report, section)
+    _require_targets(report, section, too_long)
     return Data(
         train=train,
         held_out=held_out,
@@ -335,8 +335,11 @@ def _rows(
     return rows, counts
 
 
-def _require_targets(report: Report, section: DataSection) -> None:
-    """Refuse data that trains on nothing, or a chat set that trains on the questions too without being asked to."""
+def _require_targets(report: Report, section: DataSection, too_long: Sequence[str]) -> None:
+    """Refuse data that trains on nothing, or a chat set that trains on the questions too without being asked to.
+
+    ``too_long``: what there is to say of the examples that are longer than a row.
+    """
     counts, held = report.train, report.held_out
     if held.records and not held.rows:
         raise DataError(
@@ -346,12 +349,12 @@ def _require_targets(report: Report, section: DataSection) -> None:
     if not counts.target_tokens:
         if counts.dropped and section.too_long == "drop":
             raise DataError(
-                f"All {counts.dropped} examples are longer than data.max_length={section.max_length} or have nothing to "
-                "train on; raise data.max_length, or set data.too_long=truncate."
+                f"All {counts.dropped} examples are too long or have nothing to train on ({'; '.join(too_long)}); raise "
+                "data.max_length, or set data.too_long=truncate."
             )
+        told = "; ".join([*counts.losses(), *too_long]) or "no records"
         raise DataError(
-            f"No token of the data carries loss ({'; '.join(counts.losses()) or 'no records'}); "
-            f"raise data.max_length={section.max_length} or look at the records' answers."
+            f"No token of the data carries loss ({told}); raise data.max_length, or look at the records' answers."
         )
     # the first token of an example is never a target, so 'every token' is all the others
     if report.template and report.train_on != "all" and counts.target_tokens >= counts.tokens - counts.examples:

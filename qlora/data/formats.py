@@ -24,8 +24,9 @@ from dataclasses import dataclass, field, replace
 
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
+from qlora.data.suggestions import NOTHING, columns_of, guess, inside, suggested
 from qlora.data.turns import Message as Message
-from qlora.data.turns import Turn, filled, is_turn, read_turn
+from qlora.data.turns import Turn, filled, is_turn, read_turn, read_turns
 from qlora.data.values import Mistake, capital, json_inside, kind, objects, text, yes_or_no
 from qlora.errors import DataError, listed, nearest
 from qlora.files.strangers import JsonObject
@@ -102,7 +103,8 @@ def parse(
     if form == "auto":
         form = _found_form(readable) if readable else "text"  # of which no record will be
     wanted = _FORMS[form]
-    known = {columns.get(name, name) for name in (*wanted.needs, *wanted.takes)}
+    theirs = {columns.get(name, name) for name in (*wanted.needs, *wanted.takes)}
+    known = theirs | {name.partition(".")[0] for name in theirs if name in columns.values()}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
     undesired = others_marked = 0
@@ -163,9 +165,9 @@ def _found_form(records: Sequence[Record]) -> str:
     plain = detect_form({name: value for name, value in first.fields.items() if name not in ("chosen", "rejected")})
     if pairs := next((one for one in records if filled(one.fields.get("chosen")) and "rejected" in one.fields), None):
         other = f", or data.form={plain} to read the records as {plain} and leave both aside" if plain else ""
-        name, theirs = _suggested(pairs.fields) or ("", {})
+        name, theirs = suggested(pairs.fields, _FORMS) or ("", {})
         asked = "instruction" in pairs.fields or name != "preference"
-        columns = "" if asked or not _columns(theirs) else f" and {_columns(theirs)}"
+        columns = "" if asked or not columns_of(theirs) else f" and {columns_of(theirs)}"
         raise DataError(
             f"{capital(pairs.place)} has the form preference, an answer that was chosen and one that was rejected, and no "
             f"objective learns from the two yet. Set data.form=preference{columns} to train the chosen answers alone{other}."
@@ -178,55 +180,24 @@ def _found_form(records: Sequence[Record]) -> str:
                 "objective learns from undesirable ones yet. Set data.form=kto to train the desirable answers alone, or "
                 f"data.form={plain} if the label says something else, and is not to be read."
             )
+    nearest_form = suggested(first.fields, _FORMS)
+    if plain == "text" and nearest_form and nearest_form[0] != "text":
+        name, theirs = nearest_form
+        raise DataError(
+            f"{capital(first.place)} has a text, and beside it {listed(theirs[one] for one in theirs if theirs[one] != 'text')}. Set "
+            f"data.form=text to learn the text alone, or {columns_of(theirs)} to read the records as {name}."
+        )
     if plain:
         return plain
-    found = f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}, which are no known form."
-    if nearest_form := _suggested(first.fields):
-        name, theirs = nearest_form
-        raise DataError(f"{found} As {name} they are read with {_columns(theirs)}.")
-    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
-    raise DataError(
-        f"{found} The forms are {forms}; name other fields with data.columns, as in {{prompt: question, completion: answer}}."
+    heads = ", by the file's first row" if first.unit == "row" else ""
+    found = (
+        f"{capital(first.place)} has the fields {listed(first.fields, 12) or '(none)'}{heads}, which are no known form."
     )
-
-
-def _columns(theirs: Mapping[str, str]) -> str:
-    """What to write where a form's fields have other names; nothing where none has."""
-    renamed = ", ".join(f"{ours}: {name}" for ours, name in theirs.items() if ours != name)
-    return f"data.columns='{{{renamed}}}'" if renamed else ""
-
-
-_OTHERS = {
-    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "history"),
-    "chosen": ("chosen_response", "preferred_output", "preferred", "accepted"),
-    "rejected": ("rejected_response", "non_preferred_output", "dispreferred", "non_preferred"),
-    "prompt": ("instruction", "question", "query", "problem", "task", "user", "human", "input", "source", "q"),
-    "instruction": ("prompt", "question", "query", "problem", "task", "user", "human", "q"),
-    "completion": ("output", "answer", "response", "reply", "solution", "assistant", "gpt", "target", "a"),
-    "output": ("completion", "answer", "response", "reply", "solution", "assistant", "gpt", "target", "a"),
-    "input": ("context", "passage", "background"),
-    "system": ("system_prompt", "system_message"),
-    "text": ("content", "document", "body"),
-}
-"""What people call a form's fields, likeliest first."""
-
-
-def _suggested(fields: Fields) -> tuple[str, dict[str, str]] | None:
-    """The form that takes most of these fields by their other names, and which of them stands for which of its own."""
-    lower = {name.lower(): name for name in reversed(list(fields))}
-    best: tuple[str, dict[str, str]] | None = None
-    for name in ("messages", "preference", "prompt_completion", "alpaca", "text"):
-        form = _FORMS[name]
-        needs = ("prompt", *form.needs) if name == "preference" else form.needs
-        found: dict[str, str] = {}
-        for ours in (*needs, *(optional for optional in form.takes if optional in _OTHERS)):
-            names = (lower[other] for other in (ours, *_OTHERS[ours]) if other in lower)
-            if (theirs := next((column for column in names if column not in found.values()), None)) is not None:
-                found[ours] = theirs
-        renamed = {ours: fields[theirs] for ours, theirs in found.items()}
-        if set(found) >= set(needs) and form.matches(renamed) and (best is None or len(found) > len(best[1])):
-            best = name, dict(sorted(found.items(), key=lambda pair: list(fields).index(pair[1])))
-    return best
+    if nearest_form:
+        name, theirs = nearest_form
+        raise DataError(f"{found} As {name} they are read with {columns_of(theirs)}.")
+    forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
+    raise DataError(f"{found} {guess(first.fields)} The forms are {forms}.")
 
 
 def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
@@ -237,20 +208,20 @@ def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[
                 f"data.columns maps '{name}', which is no form's field.{nearest(name, known)} Write the form's field "
                 f"first, as in {{prompt: question}}; the fields are {listed(known, 30)}."
             )
-    needed = {name for form in _FORMS.values() for name in form.needs}
     readable = [record for record in records if record.fault is None]
     for name, theirs in columns.items():
-        # a field that a form needs must be in every record, another one (Alpaca's input) in at least one
-        lacking = [record for record in readable if theirs not in record.fields]
-        if lacking and (name in needed or len(lacking) == len(readable)):
+        # what some records lack is a mistake of theirs, if their form needs it
+        if readable and all(inside(record.fields, theirs) is NOTHING for record in readable):
+            first = readable[0]
             raise DataError(
-                f"{capital(lacking[0].place)} has no field '{theirs}', which data.columns names for '{name}'."
-                f"{nearest(theirs, lacking[0].fields)} Its fields: {listed(lacking[0].fields, 12)}."
+                f"{capital(first.place)} has no field '{theirs}', which data.columns names for '{name}'."
+                f"{nearest(theirs, first.fields)} Its fields: {listed(first.fields, 12)}."
             )
     renamed = []
     for record in records:
         fields = {name: value for name, value in record.fields.items() if name not in columns.values()}
-        fields |= {name: record.fields[theirs] for name, theirs in columns.items() if theirs in record.fields}
+        found = {name: inside(record.fields, theirs) for name, theirs in columns.items()}
+        fields |= {name: value for name, value in found.items() if value is not NOTHING}
         renamed.append(replace(record, fields=fields))
     return renamed
 
@@ -376,7 +347,7 @@ def _turns(value: object, name: str) -> list[Turn]:
     turns = json_inside(value, f"'{name}'") if isinstance(value, str) else value
     if not isinstance(turns, list):
         raise Mistake(f"has {kind(turns)} in '{name}'; expected a list of turns")
-    return [read_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    return read_turns(turns)
 
 
 def _transcript(told: str) -> list[Turn]:

@@ -35,7 +35,14 @@ class BadRecords:
         if not self.found or (self._skips and self._few):
             return
         several = len(self.found) > 1
-        told = [f"{capital(place)} {mistake.removesuffix('.')}." for place, mistake in self.found[:5]]
+        shown: dict[str, list[str]] = {}
+        for place, mistake in self.found[:5]:
+            shown.setdefault(mistake.removesuffix("."), []).append(place)
+        told = []
+        for mistake, (first, *more) in shown.items():
+            here = first[first.index(" of ") :]
+            also = f" (and {', '.join(place.removesuffix(here) for place in more)})" if more else ""
+            told.append(f"{capital(first)}{also} {mistake}.")
         if several:
             told.append(f"In all {self._counted} have mistakes: {self._kinds}.")
         if self._skips:

@@ -164,20 +164,47 @@ def _json_lines(text: str, source: str) -> Iterator[Record]:
 
 
 def _lines(text: str, source: str) -> Iterator[Record]:
+    """A record a line; or one after the other, if each is written over several lines."""
     # split at \n alone: str.splitlines would also break at U+2028, which JSON allows inside a string
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        if line.strip() == "{":
-            raise DataError(
-                f"'{source}' has an object over several lines from line {number} on; expected each on a line of its own, "
-                "as jq -c . writes it."
-            )
-        try:
-            yield _record(json.loads(line), source, "line", number)
-        except (ValueError, RecursionError) as error:
-            fault = f"has broken JSON ({json_fault(error)}): {_beginning(line)}"
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    values = [_value(line) for _, line in lines]
+    if any(isinstance(value, ValueError) for value in values) and (several := _objects(text)):
+        yield from (_record(value, source, "line", number) for number, value in several)
+        return
+    for (number, line), value in zip(lines, values, strict=True):
+        if isinstance(value, ValueError | RecursionError):
+            fault = f"has broken JSON ({json_fault(value)}): {_beginning(line)}"
             yield Record({}, source, "line", number, fault=fault)
+        else:
+            yield _record(value, source, "line", number)
+
+
+def _value(line: str) -> object:
+    """What a line's JSON holds, or the exception that it raised."""
+    try:
+        value: object = json.loads(line)
+        return value
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _objects(text: str) -> list[tuple[int, object]]:
+    """(line, JSON value) one after the other; nothing where the text is not that from its beginning to its end."""
+    decoder = json.JSONDecoder()
+    found: list[tuple[int, object]] = []
+    end = len(text.rstrip())
+    at, line = len(text) - len(text.lstrip()), 1 + text.count("\n", 0, len(text) - len(text.lstrip()))
+    while at < end:
+        begin, first = at, line
+        try:
+            value, at = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            return []
+        while at < end and text[at].isspace():
+            at += 1
+        found.append((first, value))
+        line += text.count("\n", begin, at)
+    return found
 
 
 def _json(text: str, source: str) -> Iterator[Record]:
@@ -195,9 +222,15 @@ def _json(text: str, source: str) -> Iterator[Record]:
     if isinstance(values, dict):
         inner = values.get("data")
         if not isinstance(inner, list):
+            within = next((name for name, value in values.items() if isinstance(value, list)), None)
+            write = (
+                ""
+                if within is None
+                else f"; jq {shlex.quote(f'.[{json.dumps(within)}]')} writes the list that is in it"
+            )
             raise DataError(
                 f"'{source}' is one JSON object with the fields {listed(values)}; expected a list of records, "
-                f'or {{"data": [...]}}.'
+                f'or {{"data": [...]}}{write}.'
             )
         values = inner
     if not isinstance(values, list):
@@ -221,15 +254,29 @@ def _beginning(line: str) -> str:
 
 
 def _record(value: object, source: str, unit: str, number: int) -> Record:
+    if isinstance(value, str):
+        value = {"text": value}
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        value = {"messages": value}  # a conversation without a name for its turns
     if isinstance(value, dict):
         return Record(value, source, unit, number)
     return Record({}, source, unit, number, fault=f"is {kind(value)}; expected an object with named fields")
 
 
 def _plain_text(text: str, source: str) -> Iterator[Record]:
-    """A .txt file is one document: cutting it at blank lines would put an end-of-text after each paragraph."""
-    if text.strip():
+    """A .txt file is one document: cutting it at blank lines would put an end-of-text after each paragraph. JSON lines under
+    this name are read as such."""
+    if _begins_with_an_object(text):
+        yield from _lines(text, source)
+    elif text.strip():
         yield Record({"text": text}, source, "document", 1)
+
+
+def _begins_with_an_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text.lstrip().split("\n", 1)[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:

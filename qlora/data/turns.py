@@ -1,20 +1,23 @@
 """Turns: one turn of a conversation, by whatever names the tool that wrote it has for who, what and whether.
 
     who       role, from, speaker, sender, author      user is also human; assistant also gpt, model, bot; tool also observation …
-    what      content, value, text, message            text, or a list of text parts, which are joined
+    what      content, value, text, message            text, or a list of parts: texts are joined, reasoning and calls taken
     whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss (ms-swift, XTuner), loss_mask,
-              trainable; masked (torchtune), which says the opposite
+              trainable, loss_weight; masked (torchtune), which says the opposite
+
+Firefly and ms-swift write a question and its answer as one turn, ``{"human": "Hi", "assistant": "Hello"}``: these are two.
 
 Knows a turn; must not know a form, a record's place, or a template.
 """
 
 from __future__ import annotations
 
+import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Required, TypedDict, cast
 
-from qlora.data.values import Mistake, function_calls, kind, text, yes_or_no
+from qlora.data.values import Mistake, function_calls, json_inside, kind, text, yes_or_no
 from qlora.errors import listed, nearest
 from qlora.files.strangers import JsonObject
 
@@ -28,7 +31,7 @@ _ROLES = {
 _EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
 _WHO = ("role", "from", "speaker", "sender", "author")
 _WHAT = ("content", "value", "text", "message")
-_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
 _MASKED = ("masked",)
 _DETAILS = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
@@ -38,6 +41,12 @@ _TEXTS = {
     "tool_call_id": "tool_call_id",
 }
 """What else a turn may hold, as text, for the template to use."""
+_PARTS = {
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
+    **dict.fromkeys(("tool_call", "tool_use", "function_call"), "call"),
+}
+"""What the types of a content's parts are, of those that are text."""
 
 
 class Message(TypedDict, total=False):
@@ -70,6 +79,24 @@ def is_turn(value: object) -> bool:
     return isinstance(value, dict) and any(isinstance(value.get(name), str) for name in _WHO)
 
 
+def read_turns(turns: Iterable[object]) -> list[Turn]:
+    """The turns of a conversation."""
+    single = [one for turn in turns for one in _apart(turn)]
+    return [read_turn(turn, number) for number, turn in enumerate(single, start=1)]
+
+
+def _apart(turn: object) -> list[object]:
+    """The turns in one that names who speaks by its keys, with what they say; any other turn as it is."""
+    if not isinstance(turn, dict) or any(name in turn for name in _WHO):
+        return [turn]
+    said = {role: turn[name] for name in turn if (role := _ROLES.get(name.lower())) in ("system", "user", "assistant")}
+    order = [role for role in ("system", "user", "assistant") if said.get(role) is not None]
+    others = {name: value for name, value in turn.items() if name.lower() not in _ROLES}
+    if len(order) < 2 or any(_ROLES.get(name.lower()) not in said for name in turn if name.lower() in _ROLES):
+        return [turn]
+    return [{"role": role, "content": said[role], **(others if role == "assistant" else {})} for role in order]
+
+
 def read_turn(turn: object, number: int) -> Turn:
     """The turn ``number`` of a conversation, from 1. Only a system text and a tool's result may be empty."""
     fields: JsonObject = turn if isinstance(turn, dict) else {}
@@ -78,11 +105,15 @@ def read_turn(turn: object, number: int) -> Turn:
         raise Mistake(
             f"has a turn without role and content (turn {number}: {shown(turn)}); expected {{role, content}} or {{from, value}}"
         )
-    role, content = _role(fields[who], number), _content(fields.get(what), number)
+    role, parts = _role(fields[who], number), _parts(fields.get(what), number)
+    content = "".join(one for kind, one in parts if kind == "text")
     message: dict[str, object] = {"role": role, "content": content}
     if role == "function_call":
         message |= {"role": "assistant", "is_call": True}
-    if calls := _calls(fields, number):
+    if thoughts := "".join(one for kind, one in parts if kind == "reasoning"):
+        message["reasoning_content"] = thoughts
+    inside = [json_inside(one, f"a call of turn {number}") for kind, one in parts if kind == "call"]
+    if calls := _calls(fields, number) or function_calls(inside, f"the calls of turn {number}"):
         if role != "assistant":
             raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
         message["tool_calls"] = calls
@@ -106,24 +137,28 @@ def _role(role: object, number: int) -> str:
     return _ROLES[role.lower()]
 
 
-def _content(content: object, number: int) -> str:
-    """A turn's text. Content may also be a list of text parts, as in ``[{"type": "text", "text": "Hi"}]``."""
+def _parts(content: object, number: int) -> list[tuple[str, str]]:
+    """What a turn says, as (``text``, ``reasoning`` or ``call``, its text): a text, or a list of parts of several types."""
     if isinstance(content, list):
-        content = "".join(_part(part, number) for part in content)
-    return "" if content is None else text(content, f"the content of turn {number}")
+        return [_part(part, number) for part in content]
+    return [] if content is None else [("text", text(content, f"the content of turn {number}"))]
 
 
-def _part(part: object, number: int) -> str:
+def _part(part: object, number: int) -> tuple[str, str]:
     if isinstance(part, str):
-        return part
+        return "text", text(part, f"the content of turn {number}")
     if not isinstance(part, dict):
         raise Mistake(f"has a list with {kind(part)} in the content of turn {number}; expected parts of type text")
-    if part.get("type", "text") in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise Mistake(
-        f"has a part of type '{shown(part.get('type', listed(part)))}' in the content of turn {number}, which is no text; "
-        "expected parts of type text, so leave the record out or say it in words"
-    )
+    what = _PARTS.get(str(part.get("type", "text")))
+    if what == "call" and "input" in part:  # Anthropic's
+        return "call", json.dumps({"id": part.get("id"), "name": part.get("name"), "arguments": part["input"]})
+    said = next((part[name] for name in ("text", "value", "thinking", "content") if part.get(name) is not None), None)
+    if what is None or not isinstance(said, str):
+        raise Mistake(
+            f"has a part of type '{shown(part.get('type', listed(part)))}' in the content of turn {number}, which is no text; "
+            "expected parts of type text, so leave the record out or say it in words"
+        )
+    return what, text(said, f"the content of turn {number}")
 
 
 def _calls(fields: Mapping[str, object], number: int) -> list[JsonObject]:

@@ -75,7 +75,7 @@ def test_unanswered_turns_are_left_off_and_kept_for_the_count() -> None:
 
 MISTAKES = [
     ([{"question": "a", "answer": "b"}], r"Line 1 of 'a.jsonl' has the fields question, answer, which are no known form"),
-    ([{"a": 1, "b": 2}], r"fields a, b, which are no known form. The forms are messages \(messages\)"),
+    ([{"a": 1, "b": 2}], r"fields a, b, which are no known form. Name their fields .* The forms are messages \(messages\)"),
     ([{"messages": [HI, {**YO, "weight": 0.5}]}], "has 0.5 as 'weight' of turn 2; a turn is trained or is not"),
     ([{"messages": [HI, {**YO, "weight": 1, "masked": True}]}], "has weight, masked in turn 2, which contradict"),
     ([{"messages": [HI, {**YO, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]}],
@@ -387,11 +387,9 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
     with pytest.raises(DataError) as caught:
         parsed(*rows)
     told = str(caught.value)
-    assert [f"Line {n} of 'a.jsonl' has an empty turn (turn 2, assistant)." in told for n in (91, 95, 96)] == [
-        True,
-        True,
-        False,
-    ]
+    assert told.startswith(
+        "Line 91 of 'a.jsonl' (and line 92, line 93, line 94, line 95) has an empty turn (turn 2, assistant). "
+    )
     assert "In all 8 of 98 records have mistakes: has an empty turn (7), has no turns (1)." in told
     assert told.endswith("set data.on_bad_record=skip.")
     result = parsed(*rows, on_bad_record="skip")
@@ -401,3 +399,93 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
     ]
     with pytest.raises(DataError, match=r"In all 8 of 78 records .* leaves out at most 10% of the records"):
         parsed(*rows[20:], on_bad_record="skip")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"mr": "name[Loch Fyne]", "ref": "There is Loch Fyne."}, r"If 'ref' answers 'mr', set data.columns='{prompt: mr, completion: ref}'"),
+        ({"Fecha": "2020-01-02", "Pregunta": "¿Qué?", "Respuesta": "Nada de eso."},
+         "If 'Respuesta' answers 'Pregunta', set data.columns='{prompt: Pregunta, completion: Respuesta}'; if others do"),
+        ({"translation": {"en": "Hello", "ro": "Salut"}}, "set data.columns='{prompt: translation.en, completion: translation.ro}'"),
+        ({"toy": "A text.", "n": "3"}, "If 'toy' is the text to learn, set data.columns='{text: toy}'"),
+        ({"my text": "A text."}, "set data.columns='{text: \"my text\"}'"),
+        ({"chosen_messages": MESSAGES["messages"], "rejected_messages": MESSAGES["messages"]},
+         "As preference they are read with data.columns='{chosen: chosen_messages, rejected: rejected_messages}'"),
+        ({"text": "Add two numbers.", "code": "a + b", "id": 3},
+         "has a text, and beside it code. Set data.form=text to learn the text alone, or data.columns='{prompt: text, completion: code}'"),
+        ({"text": "Everything", "instruction": "Do", "response": "Done", "flags": "B"},
+         "has a text, and beside it instruction, response. Set data.form=text .*, or data.columns="),
+        ({"n": 1, "m": None}, "Name their fields with data.columns, as in {prompt: question, completion: answer}"),
+        # lists of texts are no turns: what cannot be read is not suggested
+        ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Name their fields"),
+    ],
+)  # fmt: skip
+def test_other_names_are_answered_with_the_line_to_write(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        parsed(fields)
+
+
+def test_what_was_suggested_works() -> None:
+    """Also of fields inside another, whose name counts as read."""
+    rows = [{"translation": {"en": f"Hello {n}", "ro": f"Salut {n}"}, "id": n} for n in range(20)]
+    columns = {"prompt": "translation.en", "completion": "translation.ro"}
+    result = parsed(*rows, columns=columns)
+    assert [message["content"] for message in result.conversations[3].messages] == ["Hello 3", "Salut 3"]
+    assert result.notes == ("fields that are not read: 'id' (20 records)",)
+    lacking = [*rows, {"translation": {"en": "Hello"}}]
+    with pytest.raises(DataError, match=r"Line 21 of .* lacks completion of the form prompt_completion"):
+        parsed(*lacking, columns=columns)
+    assert len(parsed(*lacking, columns=columns, on_bad_record="skip")) == 20
+    with pytest.raises(DataError, match=r"has no field 'translation.de', which data.columns names for 'prompt'"):
+        parsed(*rows, columns={"prompt": "translation.de", "completion": "id"})
+
+
+def test_a_question_and_its_answer_in_one_turn() -> None:
+    """As Firefly and ms-swift write them."""
+    pairs = [{"human": "Hi", "assistant": "Yo"}, {"human": "Who?", "assistant": "Me.", "weight": 0}]
+    fields = {"conversation": [*pairs, {"human": "Sure?", "assistant": "Yes."}], "system": "Be brief."}
+    with pytest.raises(DataError, match=r"As messages they are read with data.columns='{messages: conversation}'"):
+        parsed(fields)
+    (one,) = parsed(fields, columns={"messages": "conversation"}).conversations
+    said = [(message["role"], message["content"]) for message in one.messages]
+    assert said == [
+        ("system", "Be brief."),
+        *[
+            ("user", "Hi"),
+            ("assistant", "Yo"),
+            ("user", "Who?"),
+            ("assistant", "Me."),
+            ("user", "Sure?"),
+            ("assistant", "Yes."),
+        ],
+    ]
+    assert one.untrained == {1}
+    with pytest.raises(DataError, match="has a turn without role and content"):
+        parsed({"messages": [{"human": "Hi"}]})
+
+
+def test_parts_of_a_content_by_their_types() -> None:
+    """Reasoning and calls inside the content, as LLaMA-Factory and Anthropic write them; what a model cannot see is refused."""
+    answer = [
+        {"type": "reasoning", "value": "It is cold. "},
+        {"type": "thinking", "thinking": "So I look."},
+        {"type": "text", "value": "Let me see."},
+        {"type": "tool_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+        {"type": "tool_use", "id": "call_1", "name": "clock", "input": {"zone": "CET"}},
+    ]
+    turns = [
+        {"role": "user", "content": [{"type": "text", "value": "Cold?"}]},
+        {"role": "assistant", "content": answer},
+    ]
+    (one,) = parsed({"messages": turns}).conversations
+    assert one.messages[0]["content"] == "Cold?"
+    said = one.messages[1]
+    assert (said["content"], said["reasoning_content"]) == ("Let me see.", "It is cold. So I look.")
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in said["tool_calls"]] == [
+        ("weather", {"city": "Oslo"}),
+        ("clock", {"zone": "CET"}),
+    ]
+    for part in ({"type": "image", "text": "a.png"}, {"type": "tool_call", "value": "f(1)"}, {"type": "text"}):
+        with pytest.raises(DataError, match=r"part of type '(image|text)'|broken JSON in a call of turn 2"):
+            parsed({"messages": [turns[0], {"role": "assistant", "content": [part]}]})

@@ -139,7 +139,9 @@ def test_repr_says_how_much_there_is(write: Any, tokenizer: Any) -> None:
 
 def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
     path = write("a.jsonl", PAIRS)
-    with pytest.raises(DataError, match=r"All 40 examples are longer than data\.max_length=8"):
+    with pytest.raises(
+        DataError, match=r"All 40 examples are too long .* than data.max_length=8: 64 would keep them all"
+    ):
         load(path, tokenizer, max_length=8, too_long="drop")
     with pytest.raises(DataError, match=r"No token of the data carries loss \(40 examples dropped"):
         load(path, tokenizer, max_length=8)
@@ -346,7 +348,8 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
     assert held.report.notes[0] == f"held-out data: {skipped}"
     assert len(held.held_out_prompts(100)) == len(held.held_out_conversations) == held.report.held_out.records == 40
     with pytest.raises(
-        DataError, match=r"Line 1 of .* Line 5 of .* In all 20 of 60 records have mistakes: is refused by"
+        DataError,
+        match=r"Line 1 of .* \(and line 2, .*, line 5\) is refused .* In all 20 of 60 records have mistakes: is refused by",
     ):
         load(write("m.jsonl", [bad] * 20 + good), tokenizer)
     with pytest.raises(DataError, match=r"skip leaves out at most 10% of the records"):
@@ -359,7 +362,7 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
         ("a.jsonl", [f'{{"prompt": "Q{n}", "completion": "A{n}"}}' for n in range(40)], ['{"prompt": "Q', "[1]"],
          "has broken JSON (1), is a list (1)"),
         ("a.json", ["[", *(f'{{"prompt": "Q{n}", "completion": "A{n}"}},' for n in range(40)), '{"prompt": "Q", "completion": "A"}]'],
-         ["3,", '"x",'], "is a number (1), is text (1)"),
+         ["3,", "[3],"], "is a number (1), is a list (1)"),
         ("a.csv", ["prompt,completion", *(f"Q{n},A{n}" for n in range(40))], ["Q,A,", "Q"],
          "has 3 fields where the header has 2 (1), has 1 fields where the header has 2 (1)"),
     ],

@@ -71,11 +71,11 @@ BAD_FILES = [
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"broken JSON at line 2 \(.*\); mend it: \{\"a\" 2\}\]"),
     ("a.json", '{"a": 1}\n{"a": 2\n', r"Line 2 of '.*' has broken JSON \(.*\): \{\"a\": 2\. .*Mend"),
     ("a.json", '[\n{"a": 1}\n]\n]', r"broken JSON at line 4 \(Extra data\); mend it: \]"),
-    ("a.jsonl", '{"a": 1}\n{\n"a": 2\n}', r"an object over several lines from line 2 on; .* as jq -c . writes it"),
-    ("a.json", '{\n"a": 1\n}\n{\n"a": 2\n}', r"an object over several lines from line 1 on"),
+    ("a.jsonl", '{"a": 1}\n{\n"a": 2\n}\n{', r"Line 2 of .* has broken JSON"),
     ("a.jsonl", '[{"a": 1},\n {"a" 2}]', r"broken JSON at line 2 \(.*\); mend it: \{\"a\" 2\}\]"),
-    ("a.jsonl", '["a"]\n["b"]\n', r"Line 1 of '.*' is a list; expected an object"),
-    ("a.json", '{"rows": []}', r"one JSON object with the fields rows; expected a list"),
+    ("a.jsonl", '["a"]\n["b"]\n', r"Line 1 of '.*' \(and line 2\) is a list; expected an object"),
+    ("a.json", '{"rows": []}', r"one JSON object with the fields rows; expected a list .*; jq '\.\[\"rows\"\]' writes the list"),
+    ("a.json", '{"rows": {}}', r"one JSON object with the fields rows; expected a list .*\.$"),
     ("a.json", "3", r"holds a number \(3\); expected a list"),
     ("a.jsonl", '{"a": 1}\n["a"]\n', r"Line 2 of '.*' is a list; expected an object"),
     ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", r"Line 2 .* \(it has an integer of more than 4,300 digits\): {"),
@@ -434,3 +434,17 @@ def write_table(table: Any, path: Path) -> None:
         table.to_parquet(path)
     else:
         table.to_json(path, lines=path.suffix == ".jsonl")
+
+
+def test_records_without_names_and_over_several_lines(write: Any) -> None:
+    """A line that is a list of turns, or a text; objects that are written over several lines; JSON lines named as text."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    assert fields(write("a.jsonl", "\n".join([json.dumps(talk)] * 2))) == [{"messages": talk}] * 2
+    assert fields(write("a.json", json.dumps(["Hi", "Yo"]))) == [{"text": "Hi"}, {"text": "Yo"}]
+    spread = "\n\n".join(json.dumps({"text": f"\u2028{n}"}, indent=1, ensure_ascii=False) for n in range(3))
+    for name in ("a.jsonl", "a.json"):
+        records = read_records(write(name, "\n" + spread + "\n"))
+        assert [one.fields for one in records] == [{"text": f"\u2028{n}"} for n in range(3)]
+        assert [one.place for one in records] == [f"line {n} of '{records[0].source}'" for n in (2, 6, 10)]
+    assert fields(write("a.txt", '\n{"text": "a"}\n{"text": "b"}\n')) == [{"text": "a"}, {"text": "b"}]
+    assert fields(write("b.txt", "{curly} text\n")) == [{"text": "{curly} text\n"}]

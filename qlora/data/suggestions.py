@@ -1,0 +1,115 @@
+"""Suggestions: the form that records may have whose fields have other names, and the line of a recipe that says so.
+
+Knows what people call a form's fields; must not know what a form is, which is handed in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from typing import Protocol
+
+from qlora.data.values import Mistake
+
+Fields = Mapping[str, object]
+"""What a record holds."""
+
+NOTHING = object()
+"""What is found where there is no field."""
+
+_ANSWERS = (
+    "answer", "response", "reply", "solution", "canonical_solution", "assistant", "gpt", "target", "a", "code",
+)  # fmt: skip
+_QUESTIONS = ("question", "query", "problem", "task", "user", "human")
+_OTHERS = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "history"),
+    "chosen": ("chosen_response", "chosen_messages", "response_j", "preferred_output", "preferred", "accepted"),
+    "rejected": (
+        "rejected_response", "rejected_messages", "response_k", "non_preferred_output", "dispreferred", "non_preferred",
+    ),
+    "prompt": ("instruction", *_QUESTIONS, "input", "source", "q", "text"),
+    "instruction": ("prompt", *_QUESTIONS, "q", "text"),
+    "completion": ("output", *_ANSWERS),
+    "output": ("completion", *_ANSWERS),
+    "input": ("context", "passage", "background"),
+    "system": ("system_prompt", "system_message"),
+    "text": ("content", "document", "body"),
+}  # fmt: skip
+"""What people call a form's fields, likeliest first."""
+
+
+class Form(Protocol):
+    """Which fields it needs and may have, and how a record is read."""
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    @property
+    def takes(self) -> tuple[str, ...]: ...
+    def matches(self, fields: Fields) -> bool: ...
+    def read(self, fields: Fields) -> object: ...
+
+
+def suggested(fields: Fields, forms: Mapping[str, Form]) -> tuple[str, dict[str, str]] | None:
+    """The form that takes most of these fields by their other names, and which of them stands for which of its own."""
+    lower = {name.lower(): name for name in reversed(list(fields))}
+    best: tuple[str, dict[str, str]] | None = None
+    for name in ("messages", "preference", "prompt_completion", "alpaca", "text"):
+        form = forms[name]
+        found: dict[str, str] = {}
+        for ours in (*form.needs, *(optional for optional in form.takes if optional in _OTHERS)):
+            names = (lower[other] for other in (ours, *_OTHERS[ours]) if other in lower)
+            if (theirs := next((column for column in names if column not in found.values()), None)) is not None:
+                found[ours] = theirs
+        renamed = {ours: fields[theirs] for ours, theirs in found.items()}
+        if set(found) >= set(form.needs) and _reads(form, renamed) and (best is None or len(found) > len(best[1])):
+            best = name, dict(sorted(found.items(), key=lambda pair: list(fields).index(pair[1])))
+    return best
+
+
+def _reads(form: Form, fields: Fields) -> bool:
+    """Whether a record has this form, and no mistake in it."""
+    try:
+        return form.matches(fields) and form.read(fields) is not None
+    except Mistake:
+        return False
+
+
+def guess(fields: Fields) -> str:
+    """What to try where no name is known: the two longest texts may be a question and its answer; one alone is a text."""
+    flat = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+    for outer, value in fields.items():
+        flat |= {f"{outer}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {}
+    texts = {name: value for name, value in flat.items() if isinstance(value, str) and re.search(r"[^\W\d_]", value)}
+    longest = sorted(texts, key=lambda name: -len(texts[name]))[:2]
+    theirs = [name for name in texts if name in longest]
+    if not theirs:
+        return "Name their fields with data.columns, as in {prompt: question, completion: answer}."
+    if len(theirs) == 1:
+        return f"If '{theirs[0]}' is the text to learn, set {columns_of({'text': theirs[0]})}."
+    asked, answered = theirs
+    return (
+        f"If '{answered}' answers '{asked}', set {columns_of({'prompt': asked, 'completion': answered})}; if others do, write "
+        "their names there."
+    )
+
+
+def columns_of(theirs: Mapping[str, str]) -> str:
+    """What to write where a form's fields have other names; nothing where none has."""
+    other = {ours: name for ours, name in theirs.items() if ours != name}
+    plain = {
+        name: name if re.fullmatch(r"[\w.-]+", name) else json.dumps(name, ensure_ascii=False)
+        for name in other.values()
+    }
+    pairs = ", ".join(f"{ours}: {plain[name]}" for ours, name in other.items())
+    return f"data.columns={shlex.quote(f'{{{pairs}}}')}" if pairs else ""
+
+
+def inside(fields: Fields, path: str) -> object:
+    """The field of this name, or the one inside another that ``translation.en`` leads to."""
+    if path in fields:
+        return fields[path]
+    outer, _, inner = path.partition(".")
+    value = fields.get(outer)
+    return inside(value, inner) if inner and isinstance(value, dict) else NOTHING
