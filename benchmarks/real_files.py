@@ -58,8 +58,14 @@ def _small_model(tokenizer: str, folder: Path) -> Path:
     theirs = checkpoint.tokenizer
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"bos_token_id": theirs.bos_token_id, "eos_token_id": theirs.eos_token_id, "pad_token_id": theirs.pad_token_id}
-    config = LlamaConfig(vocab_size=len(theirs), max_position_embeddings=8192, tie_word_embeddings=True, **sizes, **ends)
+    ends = {
+        "bos_token_id": theirs.bos_token_id,
+        "eos_token_id": theirs.eos_token_id,
+        "pad_token_id": theirs.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(theirs), max_position_embeddings=8192, tie_word_embeddings=True, **sizes, **ends
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     theirs.save_pretrained(folder)
     return folder
@@ -75,7 +81,9 @@ def _tried(path: Path, model: Path, max_length: int, folder: Path, previews: boo
         except QloraError as error:
             said.append(str(error).replace(f"{path.parent}/", "").replace("\n", " "))
             offers = [word.replace("'", "") for word in _OFFER.findall(said[-1])]
-            new = next((word for word in offers if word.split("=")[0] not in {old.split("=")[0] for old in given}), None)
+            new = next(
+                (word for word in offers if word.split("=")[0] not in {old.split("=")[0] for old in given}), None
+            )
             if new is None:
                 return "refused", " → ".join([*given, said[-1]])
             given.append(new)

@@ -235,6 +235,8 @@ def _json(text: str, source: str) -> Iterator[Record]:
         values = inner
     if not isinstance(values, list):
         raise DataError(f"'{source}' holds {kind(values)}; expected a list of records.")
+    if values and all(isinstance(one, dict) and any(names <= one.keys() for names in _TURN) for one in values):
+        values = [values]  # one conversation
     for number, value in enumerate(values, start=1):
         yield _record(value, source, "record", number)
 
@@ -403,6 +405,7 @@ _READERS: dict[str, Callable[[str, str], Iterator[Record]]] = {
     ".txt": _plain_text,
 }
 _ENDINGS = (*_READERS, ".parquet")
+_TURN = ({"role", "content"}, {"from", "value"})
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _HEADER = 64 * 1024  # characters that are looked at for what separates columns
 _HELD_OUT = re.compile(r"(?:^|[^a-z])(?:tests?|dev|val|valid|validation|eval|held.?out)(?:[^a-z]|$)", re.IGNORECASE)

@@ -440,6 +440,11 @@ def test_records_without_names_and_over_several_lines(write: Any) -> None:
     """A line that is a list of turns, or a text; objects that are written over several lines; JSON lines named as text."""
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     assert fields(write("a.jsonl", "\n".join([json.dumps(talk)] * 2))) == [{"messages": talk}] * 2
+    assert (
+        fields(write("a.jsonl", json.dumps(talk)))
+        == fields(write("a.json", json.dumps(talk, indent=1)))
+        == [{"messages": talk}]
+    )
     assert fields(write("a.json", json.dumps(["Hi", "Yo"]))) == [{"text": "Hi"}, {"text": "Yo"}]
     spread = "\n\n".join(json.dumps({"text": f"\u2028{n}"}, indent=1, ensure_ascii=False) for n in range(3))
     for name in ("a.jsonl", "a.json"):
