@@ -122,7 +122,7 @@ def export(words: list[str]) -> None:
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, merge
+    from qlora.runs.export import compare_merged, export_adapter, foreign_ends, merge
 
     overwrite = options.pop("overwrite", "false") == "true"
     out = options.pop("out", None)
@@ -130,6 +130,11 @@ def export(words: list[str]) -> None:
         place = out or f"{folder}/portable"
         why = export_adapter(folder, place, overwrite=overwrite)
         print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
+        if ends := foreign_ends(folder):
+            print(
+                f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "
+                "with it has to be told (eos_token_id, or stop_token_ids)."
+            )
         return
     merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
     size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"

@@ -20,6 +20,7 @@ from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import open_checkpoint
+from qlora.model.load import end_tokens as known_ends
 from qlora.planning.rows import load_recipe_data
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
@@ -101,6 +102,15 @@ def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
         return read_adapter(
             folder, lambda adapter: write_adapter(recipe.model, base, adapter, out, overwrite, chat_template=template)
         )
+
+
+def foreign_ends(folder: str | Path) -> list[str]:
+    """The tokens that end a run's answers and are no ends by the base's own files, which is what generates with an adapter."""
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    base = open_base(recipe, environment, folder)
+    new = [end for end in end_tokens(recipe, folder, base) if end not in known_ends(base)]
+    return list(base.tokenizer.convert_ids_to_tokens(new))
 
 
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
@@ -59,3 +60,20 @@ def test_what_the_base_says_of_generation_stays(run: Path, tiny_model: Path, tmp
     after = json.loads((merged.folder / "generation_config.json").read_text(encoding="utf-8"))
     assert {**after, "eos_token_id": before["eos_token_id"]} == before
     assert merged.new_ends == ("<|end|>",)
+
+
+def test_the_adapter_stops_in_peft_with_the_end_that_export_names(
+    run: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run), "adapter"]) == 0
+    assert "Its answers end with <|end|>, which the base's own files do not name as an end" in capfd.readouterr().out
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), run / "portable"
+    )
+    batch = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    found = model.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=end)[
+        0, batch["input_ids"].shape[1] :
+    ]
+    assert tokenizer.decode(found) == "fine thank you<|end|>"
