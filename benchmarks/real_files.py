@@ -26,7 +26,8 @@ from qlora.recipe import DEFAULT_MODEL, ModelSection, Recipe
 from qlora.runs.train import train
 
 # data.form=preference, data.columns='{prompt: question}', data.on_bad_record=skip
-_OFFER = re.compile(r"(data\.\w+=(?:'\{[^']*\}'|[\w-]+))")
+_OFFER = re.compile(r"(data\.(?!max_length)\w+=(?:'\{[^']*\}'|[\w-]+))")
+_LONGER = re.compile(r"([\d,]+) would keep")
 
 
 def main() -> None:
@@ -81,6 +82,7 @@ def _tried(path: Path, model: Path, max_length: int, folder: Path, previews: boo
         except QloraError as error:
             said.append(str(error).replace(f"{path.parent}/", "").replace("\n", " "))
             offers = [word.replace("'", "") for word in _OFFER.findall(said[-1])]
+            offers += [f"data.max_length={length.replace(',', '')}" for length in _LONGER.findall(said[-1])]
             new = next(
                 (word for word in offers if word.split("=")[0] not in {old.split("=")[0] for old in given}), None
             )

@@ -220,9 +220,10 @@ def _json(text: str, source: str) -> Iterator[Record]:
             return
         raise _broken(error, text, source) from None
     if isinstance(values, dict):
-        inner = values.get("data")
+        inner = [values] if any(map(_are_turns, values.values())) else values.get("data")
         if not isinstance(inner, list):
-            within = next((name for name, value in values.items() if isinstance(value, list)), None)
+            lists = (name for name, value in values.items() if isinstance(value, list) and value)
+            within = next((name for name in lists if isinstance(values[name][0], list | dict)), None)
             write = (
                 ""
                 if within is None
@@ -235,10 +236,17 @@ def _json(text: str, source: str) -> Iterator[Record]:
         values = inner
     if not isinstance(values, list):
         raise DataError(f"'{source}' holds {kind(values)}; expected a list of records.")
-    if values and all(isinstance(one, dict) and any(names <= one.keys() for names in _TURN) for one in values):
+    if _are_turns(values):
         values = [values]  # one conversation
     for number, value in enumerate(values, start=1):
         yield _record(value, source, "record", number)
+
+
+def _are_turns(value: object) -> bool:
+    """Whether it is a conversation, of turns as most have them, and no list of records."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(turn, dict) and any(names <= turn.keys() for names in _TURN) for turn in value)
 
 
 def _broken(error: ValueError | RecursionError, text: str, source: str) -> DataError:

@@ -74,7 +74,8 @@ BAD_FILES = [
     ("a.jsonl", '{"a": 1}\n{\n"a": 2\n}\n{', r"Line 2 of .* has broken JSON"),
     ("a.jsonl", '[{"a": 1},\n {"a" 2}]', r"broken JSON at line 2 \(.*\); mend it: \{\"a\" 2\}\]"),
     ("a.jsonl", '["a"]\n["b"]\n', r"Line 1 of '.*' \(and line 2\) is a list; expected an object"),
-    ("a.json", '{"rows": []}', r"one JSON object with the fields rows; expected a list .*; jq '\.\[\"rows\"\]' writes the list"),
+    ("a.json", '{"rows": [{}]}', r"one JSON object with the fields rows; expected a list .*; jq '\.\[\"rows\"\]' writes the list"),
+    ("a.json", '{"input_ids": [3]}', r"one JSON object with the fields input_ids; expected a list .*\]\}\.$"),
     ("a.json", '{"rows": {}}', r"one JSON object with the fields rows; expected a list .*\.$"),
     ("a.json", "3", r"holds a number \(3\); expected a list"),
     ("a.jsonl", '{"a": 1}\n["a"]\n', r"Line 2 of '.*' is a list; expected an object"),
@@ -445,6 +446,7 @@ def test_records_without_names_and_over_several_lines(write: Any) -> None:
         == fields(write("a.json", json.dumps(talk, indent=1)))
         == [{"messages": talk}]
     )
+    assert fields(write("a.json", json.dumps({"id": 3, "messages": talk}))) == [{"id": 3, "messages": talk}]
     assert fields(write("a.json", json.dumps(["Hi", "Yo"]))) == [{"text": "Hi"}, {"text": "Yo"}]
     spread = "\n\n".join(json.dumps({"text": f"\u2028{n}"}, indent=1, ensure_ascii=False) for n in range(3))
     for name in ("a.jsonl", "a.json"):
