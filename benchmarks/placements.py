@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, name: str, scratch: Path) -> None:
     found_gradients = {name: p.grad.cpu().clone() for name, p in trainer.state.parameters.items() if p.grad is not None}
     save_file(found_gradients, scratch / f"{list(ARRANGEMENTS).index(name)}.safetensors")
     del found_gradients
-    trainer.state.optimizer.zero_grad(set_to_none=True)
+    trainer.state.masters.drop_gradients()
     alone = reset_peak_memory(device)
     steps = list(trainer)
     speeds = sorted(step.tokens_per_second for step in steps)

@@ -99,7 +99,7 @@ def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, t
         for name, values in trainer.state.parameters.items()
         if values.grad is not None
     }
-    trainer.state.optimizer.zero_grad(set_to_none=True)
+    trainer.state.masters.drop_gradients()
     return loss, found
 
 
@@ -128,7 +128,9 @@ def test_adapters_and_their_states_have_their_dtypes(folder: Path) -> None:
         assert {values.dtype for values in model.trainable_parameters().values()} == {expected}
         trainer = Trainer(model, rows(4, 33, vocabulary(model)), settings())
         next(trainer)
-        for values in trainer.state.parameters.values():
+        for name, values in trainer.state.masters.values.items():
+            assert values.dtype == torch.float32
+            assert torch.equal(trainer.state.parameters[name], values.to(expected))
             state = trainer.state.optimizer.state[values]
             assert {t.dtype for t in state.values() if isinstance(t, torch.Tensor) and t.dim() > 1} == {torch.float32}
 
@@ -178,7 +180,7 @@ def test_ten_steps_are_six_and_four(wide: Path, tmp_path: Path, optimizer: str, 
     if optimizer.startswith("paged"):
         states = second.state.optimizer.state
         pageable = [
-            states[values]["state1"] for values in second.state.parameters.values() if values.numel() >= 100_000
+            states[values]["state1"] for values in second.state.masters.values.values() if values.numel() >= 100_000
         ]
         assert pageable
         assert all(getattr(tensor, "is_paged", False) for tensor in pageable)
@@ -200,7 +202,7 @@ def test_packed_examples_are_apart(folder: Path) -> None:
     model = adapted(folder)
     packed = Trainer(model, rows(4, 32, vocabulary(model), packed=True), settings())
     loss = gradients(packed.state, packed.objective, packed.rows)
-    packed.state.optimizer.zero_grad(set_to_none=True)
+    packed.state.masters.drop_gradients()
     halves = [
         Row(row.ids[part], row.labels[part], numpy.arange(16, dtype=numpy.int32), (0,))
         for row in packed.rows
@@ -307,7 +309,7 @@ def test_a_head_on_the_host_is_pinned_and_right_every_time(deep: Path, tmp_path:
     for _ in range(20):
         torch.cuda._sleep(2_000_000)
         losses.add(gradients(trainer.state, trainer.objective, trainer.rows))
-        trainer.state.optimizer.zero_grad(set_to_none=True)
+        trainer.state.masters.drop_gradients()
     assert len(losses) == 1
 
 

@@ -224,7 +224,10 @@ class AdaLoraMethod(Method):
         return planted
 
     def new_layer(self, path: str, linear: nn.Module) -> AdaLoraLinear:
-        """New triplets on ``linear``: A and B normal, drawn on the CPU in fp32, E zero, so that nothing changes at first."""
+        """New triplets on ``linear``: A and B normal, drawn on the CPU in fp32, E zero, so that nothing changes at first.
+
+        E is in fp32 whatever dtype A and B have, and so is its product with A, through which A gets its gradient.
+        """
         outputs, inputs = features(linear)
         rank, meta = self.section.initial_r, self.device.type == "meta"
         lora_A = torch.empty(rank, inputs, device="meta" if meta else None)
@@ -236,7 +239,7 @@ class AdaLoraMethod(Method):
         return AdaLoraLinear(
             linear,
             lora_A.to(self.device, self.dtype),
-            torch.zeros(rank, 1, device=self.device, dtype=self.dtype),
+            torch.zeros(rank, 1, device=self.device, dtype=torch.float32),
             lora_B.to(self.device, self.dtype),
             self.section.alpha / (rank + 1e-5),
             self.section.dropout,

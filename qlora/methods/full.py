@@ -6,10 +6,11 @@ This is the measure that the other methods are held against, and their price lis
 weight. The weights are changed in place, so after the first step the base is gone: it cannot answer alone (``disabled``),
 and ``remove`` freezes and gives back the model as it was trained.
 
-The weights train in the compute dtype; there is no second copy in fp32. In bf16, which keeps 8 bits, an update below
-1/512 of its weight is rounded away. Adam's update is about the learning rate, so that at 1e-5 weights above 0.005, which
-are most, stand still, and at 1e-4 those above 0.05, while the loss looks healthy; ``model.compute_dtype: fp32`` trains
-them all. The moments are fp32 (or 8 bits) either way. In fp16 small updates vanish altogether, so it is refused.
+The weights compute in the compute dtype. In bf16, which keeps 8 bits, an update below 1/512 of its weight would be rounded
+away: at a learning rate of 1e-5 most weights would stand still while the loss looks healthy. So training keeps a second copy
+of them in fp32 (``training/masters.py``), as of every parameter in 16 bits: 18 bytes a number with gradient and moments,
+where fp32 takes 16 and an 8-bit optimizer 12 or 10. A resumed run has that copy from its checkpoint. In fp16 small gradients
+vanish altogether, so it is refused.
 
 Knows the parameters of a model; must not know how they are stored, or the training loop.
 """

@@ -26,6 +26,7 @@ from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, sorted_pattern, target_names
 from qlora.model.base import Base
+from qlora.model.loss import fp32_product
 from qlora.model.nf4 import dense_weight, is_linear, is_transposed
 from qlora.recipe.methods import LowRankSection
 
@@ -163,19 +164,21 @@ def pair_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(the gradient of ``low`` = dropout(x) Aᵀ, of A, of B) for ``grad`` [n, out], of what is added as scaling · low Bᵀ.
 
-    ``saved`` is (x, A, B, low, which elements dropout kept).
+    ``saved`` is (x, A, B, low, which elements dropout kept). Those of A and B are in fp32 where the products are in 16 bits:
+    torch adds them up in the dtype that their parameter wants its gradient in.
     """
-    x, lora_A, lora_B, low, kept = saved
+    x, _, lora_B, low, kept = saved
     grad_low = (grad @ lora_B.to(grad.dtype)).mul_(scaling)
+    product = fp32_product if grad.dtype.itemsize < 4 else torch.mm
     grad_A = grad_B = None
     if ctx.needs_input_grad[1]:
         rows = x.reshape(-1, x.shape[-1])
         if kept is not None:
             rows = (rows * kept).mul_(stretch(ctx.dropout))
-        grad_A = (grad_low.t() @ rows).to(lora_A.dtype)
+        grad_A = product(grad_low.t(), rows)
         del rows
     if ctx.needs_input_grad[2]:
-        grad_B = (grad.t() @ low).mul_(scaling).to(lora_B.dtype)
+        grad_B = product(grad.t(), low).mul_(scaling)
     return grad_low, grad_A, grad_B
 
 

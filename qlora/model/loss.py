@@ -315,15 +315,22 @@ def _through_head(
         grad_ND[rows] = hidden.to(grad_ND.dtype)
 
 
+WIDENED = 256  # terms of each sum that a CPU has in fp32 at one time
 _OPERATORS = torch.library.Library("qlora", "DEF")  # an operator, so that a plan sees one kernel and not what is inside
 _OPERATORS.define("fp32_product(Tensor x, Tensor y) -> Tensor")
 
 
 @torch.library.impl(_OPERATORS, "fp32_product", "CompositeExplicitAutograd")
 def _fp32_product(x: Tensor, y: Tensor) -> Tensor:
-    if x.dtype != torch.float32 and x.is_cuda:
+    if x.dtype == torch.float32:
+        return x @ y
+    if x.is_cuda:
         return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()  # a CPU is no slower in it
+    product = torch.zeros(len(x), y.shape[1])
+    for start in range(0, len(y), WIDENED):  # a CPU has no such kernel: both factors in fp32, in pieces
+        at = slice(start, start + WIDENED)
+        product.addmm_(x[:, at].float(), y[at].float())
+    return product
 
 
 @torch.library.register_fake("qlora::fp32_product", lib=_OPERATORS)

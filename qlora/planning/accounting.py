@@ -21,6 +21,7 @@ from qlora.model.in_memory import on_meta
 from qlora.model.skeleton import any_skeleton
 from qlora.planning.shapes import bytes_of, count_parameters
 from qlora.recipe import AnyMethod
+from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Account:
     method_bytes: int
     """The tensors that a resumed run needs beside them; 0 for most methods."""
     optimizer_bytes: int
-    """AdamW's two moments."""
+    """AdamW's two moments, and the fp32 masters of what computes in 16 bits."""
 
     @property
     def trainable_parameters(self) -> int:
@@ -49,7 +50,7 @@ class Account:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What a run continues from: adapter, method state and moments."""
+        """What a run continues from: adapter, method state, moments and masters."""
         return self.adapter_bytes + self.method_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:
@@ -88,6 +89,7 @@ def account(
 
 def account_of(adapted: AdaptedModel, parameters: int, optimizer: str) -> Account:
     """The same for what is planted already, in a base of ``parameters`` numbers; weights may be on meta."""
+    trained = adapted.trainable_parameters().values()
     trainable: dict[str, int] = {}
     for method in adapted.methods:
         name = method.section.name
@@ -98,7 +100,5 @@ def account_of(adapted: AdaptedModel, parameters: int, optimizer: str) -> Accoun
         trainable=trainable,
         adapter_bytes=bytes_of(adapted.adapter_state().values()),
         method_bytes=bytes_of(adapted.method_state().values()),
-        optimizer_bytes=sum(
-            state_bytes(values.numel(), optimizer) for values in adapted.trainable_parameters().values()
-        ),
+        optimizer_bytes=sum(state_bytes(values.numel(), optimizer) for values in trained) + master_bytes(trained),
     )

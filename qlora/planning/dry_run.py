@@ -36,11 +36,12 @@ from torch.utils._pytree import tree_leaves
 from qlora.errors import ModelError, first_line
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.loss import IGNORE_INDEX, head_of, hidden_states, summed_loss
+from qlora.model.loss import IGNORE_INDEX, WIDENED, head_of, hidden_states, summed_loss
 from qlora.planning.few_layers import layers_of, shortened
 from qlora.residence.ends import HostLinear, embedding_on_host, head_on_host
 from qlora.residence.layers import RecomputedLayer, wrap_layers
 from qlora.residence.tiles import TiledMLP
+from qlora.training.masters import wide_gradients
 
 ROUNDS = 2  # micro-batches after which each further one finds the memory as the one before
 BLOCK = {"cpu": 1, "cuda": 512}  # bytes that an allocation is rounded up to
@@ -169,6 +170,7 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
     with FakeTensorMode(allow_non_fake_inputs=True):
         short, place = shortened(adapted, shape.packed)
         model: Any = short.model
+        wide_gradients(values for values in model.parameters() if values.requires_grad)
         if shape.head_on_host:
             head_on_host(model)
         if shape.embedding_on_host:
@@ -265,8 +267,9 @@ def _masked(args: tuple[Any, ...]) -> int:
 
 
 def _widened(args: tuple[Any, ...]) -> int:
-    """Both factors in fp32, where a kernel cannot leave the sums of 16-bit ones in it."""
-    return sum(4 * values.numel() for values in args if values.dtype != torch.float32)
+    """A piece of both factors in fp32, where a kernel cannot leave the sums of 16-bit ones in it."""
+    x, y = args
+    return 0 if x.dtype == torch.float32 else 4 * min(WIDENED, len(y)) * (len(x) + y.shape[1])
 
 
 INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {

@@ -28,6 +28,7 @@ from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.placement import resident_layers
+from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes, step_bytes
 
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
@@ -214,6 +215,7 @@ def holdings(
         "layer_slots": slots,
         "other_weights": other - plain - head - embedding,
         "adapter": bytes_of(trained.values()),
+        "masters": master_bytes(trained.values()),
         "optimizer": optimizer,
         "method_state": bytes_of(beside),
     }

@@ -110,7 +110,8 @@ class TrainingSection(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Rows that go through the model at once. Changes memory and speed, never the result."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW with 32-bit state, or bitsandbytes' 8-bit and paged ones (paged: the state may leave a full GPU for host memory)."""
+    """AdamW with 32-bit state (torch's fused one), or bitsandbytes' 8-bit and paged ones (paged: the state may leave a full GPU
+    for host memory)."""
     learning_rate: float = Field(2e-4, gt=0, le=10)
     """The peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

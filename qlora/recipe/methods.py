@@ -34,7 +34,8 @@ class MethodSection(Continuable):
     """What every method has."""
 
     adapter_dtype: Dtype = "auto"
-    """The dtype that the adapter is kept in. `auto`: bf16 on CUDA with bf16 compute, fp32 elsewhere."""
+    """The dtype that the adapter computes in and is written in. `auto`: bf16 on CUDA with bf16 compute, fp32 elsewhere. In
+    bf16 the optimizer changes an fp32 master of each number, and gradients are summed in fp32."""
 
     @property
     def virtual_tokens(self) -> int:
@@ -249,7 +250,8 @@ class BitFit(TargetedSection):
 
 
 class Full(MethodSection):
-    """Full fine-tuning of an unquantised base, in the dtype that it computes in (`adapter_dtype` may say no other)."""
+    """Full fine-tuning of an unquantised base, in the dtype that it computes in (`adapter_dtype` may say no other). In bf16
+    the weights have fp32 masters: 18 bytes a parameter with gradient and moments, and 16 in fp32."""
 
     name: Literal["full"] = "full"
     """The method's name, which selects this section."""

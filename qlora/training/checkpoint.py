@@ -3,7 +3,7 @@
     checkpoints/000200/
         adapter_config.json, adapter_model.safetensors    a PEFT adapter, usable as it is
         method.safetensors                                what else the method needs; most need nothing
-        optimizer.safetensors                             the moments, by parameter
+        optimizer.safetensors                             the moments, by parameter, and the fp32 masters of 16-bit ones
         state.json                                        step, loss scale, steps skipped, the smaller way of going through
                                                           a step that memory made necessary, what is checked on resume
         checksums.json                                    of each of these files, so that damage is noticed
@@ -59,7 +59,8 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
         clear_leftovers(folder)
         with folder_written_aside(place, overwrite=True) as aside:
             save_adapter(state.model, aside)
-            save_file(optimizer_tensors(state.optimizer, state.parameters), aside / OPTIMIZER)
+            moments = optimizer_tensors(state.optimizer, state.masters.values)
+            save_file(state.masters.state() | moments, aside / OPTIMIZER)
             (aside / STATE).write_text(json.dumps(_values(state), indent=2) + "\n", encoding="utf-8")
             seal(aside)
         state.saved = place
@@ -192,8 +193,8 @@ def load(state: TrainState, place: Path) -> None:
         state.model.load_state(adapter, method)
     except MethodError as error:
         raise RunError(f"The checkpoint '{place}' does not belong to this run. {error}") from None
-    load_optimizer_tensors(state.optimizer, state.parameters, tensors)
-    state.optimizer.zero_grad(set_to_none=True)  # of a step that was broken off
+    load_optimizer_tensors(state.optimizer, state.masters.values, state.masters.load(tensors))
+    state.masters.drop_gradients()  # of a step that was broken off
     state.way = min(way, state.way)  # this process may know already that less fits
     state.step, state.skipped, state.loss_scale = step, skipped, scale
     state.torn, state.saved = False, place

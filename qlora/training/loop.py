@@ -119,7 +119,7 @@ class Trainer:
         state.step += 1
         if not outcome.skipped:
             self.model.after_step(state.step, self.total_steps)
-        state.optimizer.zero_grad(set_to_none=True)
+        state.masters.drop_gradients()
         state.torn = False
         step = self._told(rows, rate, outcome, time.perf_counter() - started)
         if self.log is not None:
@@ -145,7 +145,7 @@ class Trainer:
         try:
             update(self.state, rate, norm)
         except Exception as error:
-            self.state.optimizer.zero_grad(set_to_none=True)
+            self.state.masters.drop_gradients()
             if not ran_out_of_memory(error):
                 raise
             raise DoesNotFitError(

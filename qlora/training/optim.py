@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import bitsandbytes
@@ -21,7 +20,7 @@ from qlora.recipe import TrainingSection
 
 EIGHT_BIT_FROM = 4096  # numbers in a matrix from which bitsandbytes' 8-bit AdamW keeps its moments in 8 bits
 BITSANDBYTES_STEP, EIGHT_BIT_STEP = 12, 20
-"""Bytes that bitsandbytes' AdamW on a CPU takes for each number of a parameter during a step, measured; 4 more below fp32."""
+"""Bytes that bitsandbytes' AdamW on a CPU takes for each number of a parameter during a step, measured."""
 
 
 def make_optimizer(
@@ -30,8 +29,8 @@ def make_optimizer(
     """AdamW as the recipe names it, over ``parameters``; matrices decay, vectors do not.
 
     ``ratios`` says how many times the recipe's learning rate a parameter learns with; its group keeps that as ``ratio``.
-    The moments are fp32 (or 8-bit) whatever dtype the parameters have: torch's AdamW would keep those of bf16 adapters in
-    bf16, so bitsandbytes' 32-bit AdamW serves them.
+    They are in fp32: masters (``masters.py``), where the model computes in 16 bits. torch's own AdamW takes them all at once;
+    bitsandbytes', which waits for the GPU after each of them, is there for states in 8 bits or paged.
     """
     sorted_in: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, values in parameters.items():
@@ -47,9 +46,7 @@ def make_optimizer(
     ]
     options: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
     if section.optimizer == "adamw":
-        if serves_torch(section.optimizer, parameters.values()):
-            return torch.optim.AdamW(groups, **options)
-        return bitsandbytes.optim.AdamW(groups, **options, optim_bits=32)  # type: ignore[no-any-return]
+        return torch.optim.AdamW(groups, **options, fused=True)
     kinds = {
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
@@ -76,7 +73,7 @@ def learning_rate(section: TrainingSection, step: int, total: int) -> float:
 
 
 @contextmanager
-def steps_taken_back(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Iterator[int]:
+def steps_taken_back(optimizer: Any, parameters: Iterable[Tensor]) -> Iterator[int]:
     """Inside, steps may be taken; afterwards the values and the optimizer's state are, bit for bit, what they were.
 
     Yields how many bytes of host memory the copies take: host, so that they do not count on a GPU. They are put back in
@@ -180,9 +177,8 @@ def load_optimizer_tensors(
             group, index = places[parameter]
             optimizer.init_state(optimizer.param_groups[group], parameter, group, index)
         else:
-            state.update(
-                step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
-            )
+            count = torch.zeros((), device=parameter.device)  # where the fused kernel reads it
+            state.update(step=count, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         expected = {key for key in state if not key.startswith("qmap")}
         if expected != set(values):
             raise RunError(
@@ -206,11 +202,6 @@ def quiet_paging() -> None:
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 
-def serves_torch(optimizer: str, parameters: Iterable[Tensor]) -> bool:
-    """Whether torch's own AdamW trains these; bitsandbytes' does otherwise."""
-    return optimizer == "adamw" and all(p.dtype == torch.float32 for p in parameters)
-
-
 def state_bytes(count: int, optimizer: str) -> int:
     """Bytes of the two moments of ``count`` numbers: in fp32, or in 8 bits with an fp32 scale for each block of 256.
 
@@ -223,19 +214,10 @@ def state_bytes(count: int, optimizer: str) -> int:
 def step_bytes(parameters: Iterable[Tensor], optimizer: str, device: str) -> int:
     """What AdamW takes for itself during a step, beyond its moments; ``device`` is "cpu" or "cuda".
 
-    On a CPU it goes over one parameter after the other, and torch's takes so many tensors of its size. On a GPU torch's
-    goes over a whole group at once, with one tensor for each parameter, and matrices and vectors are two groups;
-    bitsandbytes' kernels take nothing.
+    On a CPU bitsandbytes' takes some numbers for each one of a parameter, and goes over one parameter after the other. Its
+    kernels on a GPU take nothing, and nor does torch's fused one.
     """
-    every = list(parameters)
-    if not serves_torch(optimizer, every):
-        each = EIGHT_BIT_STEP if optimizer.endswith("8bit") else BITSANDBYTES_STEP
-        on_cpu = max((p.numel() * (each + (4 if p.dtype.itemsize < 4 else 0)) for p in every), default=0)
-        return on_cpu if device == "cpu" else 0
-    matrices, vectors = ([p.numel() * 4 for p in every if (p.dim() <= 1) is kind] for kind in (False, True))
-    if device != "cpu":
-        return max(sum(matrices), sum(vectors))
-    # two tensors of its own size, and one of the parameter before
-    return max(
-        (2 * size + before for group in (matrices, vectors) for before, size in pairwise([0, *group])), default=0
-    )
+    if optimizer == "adamw" or device != "cpu":
+        return 0
+    each = EIGHT_BIT_STEP if optimizer.endswith("8bit") else BITSANDBYTES_STEP
+    return each * max((p.numel() for p in parameters), default=0)

@@ -97,7 +97,7 @@ class Recovery:
             verdict = self.decide(found)
             if verdict is Verdict.DONE:
                 return Outcome(found.loss, found.norm, " ".join(notes))
-            state.optimizer.zero_grad(set_to_none=True)
+            state.masters.drop_gradients()
             if verdict is Verdict.SMALLER:
                 state.loss_scale = grown
                 notes.append(self._smaller(way, len(rows), found.out_of_memory))
@@ -120,7 +120,7 @@ class Recovery:
             loss = gradients(state, self.objective, rows)
             norm = unscale(state)
         except BaseException as error:  # Ctrl-C too leaves no gradients behind
-            state.optimizer.zero_grad(set_to_none=True)
+            state.masters.drop_gradients()
             if not ran_out_of_memory(error):
                 raise
             return Attempt(out_of_memory=first_line(error))
@@ -159,7 +159,7 @@ class Recovery:
             return Blame()
         finally:
             network.eval()
-            state.optimizer.zero_grad(set_to_none=True)
+            state.masters.drop_gradients()
 
     def _smaller(self, before: Way, rows: int, reason: str) -> str:
         """Take the next smaller way; return a sentence. Raises DoesNotFitError where there is none, with the state saved."""

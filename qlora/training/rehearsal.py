@@ -30,7 +30,7 @@ from qlora.training.objectives import Objective
 from qlora.training.optim import make_state, steps_taken_back
 from qlora.training.passage import Passage
 from qlora.training.state import TrainState
-from qlora.training.step import gradients
+from qlora.training.step import gradients, move
 from qlora.training.way import Way
 
 
@@ -70,12 +70,12 @@ def rehearse(state: TrainState, objective: Objective, passage: Passage) -> Rehea
         lengths = [length_of(row, virtual) for row in rows]
         try:
             with _taken_back(state) as kept:
-                make_state(state.optimizer, state.parameters.values())  # every step but the first begins with it
+                make_state(state.optimizer, state.masters.values.values())  # every step but the first begins with it
                 release_memory(device)
                 alone = reset_peak_memory(device)
                 begin = time.perf_counter()
                 gradients(state, objective, rows)
-                state.optimizer.step()
+                move(state)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - begin
@@ -148,11 +148,13 @@ def _taken_back(state: TrainState) -> Iterator[int]:
     network, scale = state.model.model, state.loss_scale
     modes = [(module, module.training) for module in network.modules()]
     learnt = _Learnt(network)
-    with steps_taken_back(state.optimizer, state.parameters.values()) as kept:
+    state.masters.follow()
+    with steps_taken_back(state.optimizer, state.masters.tensors()) as kept:
         try:
             yield kept
         finally:
-            state.optimizer.zero_grad(set_to_none=True)
+            state.masters.drop_gradients()
+            state.masters.doubt()
             state.loss_scale, state.torn = scale, False
             for module, mode in modes:
                 module.training = mode

@@ -16,6 +16,7 @@ from torch import nn
 from qlora.errors import RunError
 from qlora.methods import AdaptedModel
 from qlora.recipe import TrainingSection
+from qlora.training.masters import Masters
 from qlora.training.optim import make_optimizer, quiet_paging
 from qlora.training.way import Way
 
@@ -31,6 +32,8 @@ class TrainState:
     total_steps: int
     parameters: dict[str, nn.Parameter]
     """What is trained, by name."""
+    masters: Masters
+    """What the optimizer changes in their place: in fp32, where they compute in 16 bits."""
     optimizer: torch.optim.Optimizer
     way: Way
     """How steps go through the model now; smaller than the recipe's after memory ran out."""
@@ -50,9 +53,10 @@ class TrainState:
         """The state before the first step."""
         quiet_paging()
         parameters = model.trainable_parameters()
-        optimizer = make_optimizer(parameters, training, model.learning_rate_ratios())
+        masters = Masters(parameters)
+        optimizer = make_optimizer(masters.values, training, model.learning_rate_ratios())
         scale = LARGEST_SCALE if model.base.compute_dtype == torch.float16 else 1.0
-        return cls(model, training, total_steps, parameters, optimizer, Way.of(training), loss_scale=scale)
+        return cls(model, training, total_steps, parameters, masters, optimizer, Way.of(training), loss_scale=scale)
 
     def require_whole(self) -> None:
         """Raise RunError after a step that was broken off halfway."""

@@ -1,7 +1,7 @@
 """A step: rows become gradients, and gradients change the parameters. This is the page that is "the loop".
 
     rows ─► micro-batches ─► summed loss ─► · scale / denominator ─► backward ─► .grad
-    .grad ─► norm ─► clipped ─► optimizer
+    .grad ─► norm ─► clipped ─► optimizer ─► fp32 masters ─► parameters
 
 The loss is summed, and divided once by what counts in the whole step (``objectives/``), so the split into micro-batches
 changes nothing. Random draws come from (seed, step) alone: nothing to save, and an evaluation in between changes nothing.
@@ -61,7 +61,15 @@ def update(state: TrainState, learning_rate: float, norm: float) -> None:
         parameters = [p for p in state.parameters.values() if p.grad is not None]
         whole = torch.tensor(norm, device=state.model.device)
         torch.nn.utils.clip_grads_with_norm_(parameters, state.training.max_grad_norm, whole)
+    move(state)
+
+
+def move(state: TrainState) -> None:
+    """Let the optimizer change the parameters, by the gradients that they have."""
+    state.masters.follow()
+    state.masters.take_gradients()
     state.optimizer.step()
+    state.masters.hand_over()
 
 
 def total_norm(grads: list[Tensor]) -> float:
