@@ -15,12 +15,14 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from qlora.data import IGNORE_INDEX, Row
 from qlora.evaluation import answers
 from qlora.machine.cards import workspace_bytes
-from qlora.machine.device import bytes_text
+from qlora.machine.device import bytes_text, capability
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model.attention import VARLEN, PackedMask, attention_of, keep_apart
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.planning.rates import measure
@@ -29,6 +31,7 @@ from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
 from qlora.training import Trainer
 from qlora.training.step import gradients
+from tests.rounding import no_worse
 from tests.tiny import chat_checkpoint, difference, stir
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -213,6 +216,29 @@ def test_packed_examples_are_apart(folder: Path) -> None:
     assert loss == pytest.approx(expected, rel=BF16)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and capability(DEVICE) < 8, reason="no FlashAttention before Ampere")
+@pytest.mark.parametrize("window", [None, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_rows_take_the_kernel_for_lengths(dtype: torch.dtype, window: int | None) -> None:
+    """Outputs and gradients of torch's own kernel, of heads that share keys, no worse than of SDPA with a mask."""
+    config = LlamaConfig(hidden_size=256, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2)
+    model = LlamaForCausalLM(config).to(DEVICE, dtype)
+    keep_apart(model, dtype, capability(DEVICE))
+    assert attention_of(model) == VARLEN
+    mask = PackedMask([[0, 7, 8], [0, 90]], 150, window)
+    made = [torch.randn(2, 150, heads, 32, device=DEVICE, dtype=torch.float64) for heads in (8, 2, 2, 8)]
+
+    def taken(name: str, dtype: torch.dtype, mask: Any) -> tuple[torch.Tensor, ...]:
+        query, key, value = (heads.to(dtype).transpose(1, 2).requires_grad_() for heads in made[:3])
+        module = model.model.layers[0].self_attn
+        output, _ = AttentionInterface()[name](module, query, key, value, mask, scaling=32**-0.5)
+        return output.detach(), *torch.autograd.grad(output, (query, key, value), made[3].to(dtype))
+
+    dense = mask.dense(DEVICE)
+    for found in zip(taken(VARLEN, dtype, mask), taken("sdpa", dtype, dense), taken("sdpa", torch.float64, dense), strict=True):  # fmt: skip
+        no_worse(*found, dtype)
+
+
 def test_a_model_that_magnifies_rounding_is_not_refused(tmp_path: Path) -> None:
     """In bf16, with weights so large that the fused 4-bit kernel and the dense one part by a fifth of the largest state."""
     model = adapted(chat_checkpoint(tmp_path / "m", **{**WIDE, "initializer_range": 0.2}))
@@ -375,7 +401,8 @@ def test_planned_memory_is_the_measured_peak(
     next(trainer)
     measured = torch.cuda.max_memory_allocated(DEVICE) - before
     empty = skeleton_base(ModelSection(name=str(folder), compute_dtype="bf16"), torch.device("meta"), torch.bfloat16)
-    workspace = workspace_bytes(torch.cuda.get_device_capability()[0])
+    workspace = workspace_bytes(capability(DEVICE))
+    keep_apart(empty.model, torch.bfloat16, capability(DEVICE))
     adapted = apply_method(empty, LoRA(r=16, adapter_dtype="bf16"))
     planned = estimate(adapted, training, 1024, DEVICE, packed, section, workspace=workspace)
     total = planned.total - planned.device["runtime"]

@@ -15,8 +15,10 @@ from transformers import LlamaConfig
 
 from qlora.data import IGNORE_INDEX, Row
 from qlora.machine.cards import workspace_bytes
+from qlora.machine.device import capability
 from qlora.methods import apply_method
 from qlora.model.anatomy import layers as decoder_layers
+from qlora.model.attention import PLAIN, attention_of, keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.load import finish
@@ -97,6 +99,14 @@ def random_base(config: LlamaConfig, memory: MemorySection, device: torch.device
     return base
 
 
+def attend(model: Any, dtype: torch.dtype, device: torch.device, masked: bool = False) -> str:
+    """Have packed rows attended to as ``load_base`` does, or with transformers' own mask; the name of the attention."""
+    model.config._attn_implementation = PLAIN
+    if not masked:
+        keep_apart(model, dtype, capability(device))
+    return str(attention_of(model))
+
+
 def _fill(linear: Linear4bit, like: Linear4bit, generator: torch.Generator) -> None:
     """Random 4-bit numbers, with the codes and scales of a matrix that was quantised for real."""
     device = like.weight.device
@@ -123,9 +133,11 @@ def planned(
     device: torch.device,
     dtype: torch.dtype,
     packed: bool = False,
+    masked: bool = False,
 ) -> int:
-    """Bytes on the device by the plan, without its runtime: what the allocator gives out."""
-    workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 0
+    """Bytes on the device by the plan, without its runtime: what the allocator gives out. ``masked``: see ``attend``."""
+    workspace = workspace_bytes(capability(device)) if device.type == "cuda" else 0
     adapted = apply_method(empty_base(config, torch.device("meta"), dtype), method)
+    attend(adapted.model, dtype, device, masked)
     need = estimate(adapted, training, length, device, packed, memory, workspace=workspace)
     return need.total - need.device["runtime"]

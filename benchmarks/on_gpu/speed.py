@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import bitsandbytes
 import torch
 
-from benchmarks.on_gpu.shapes import llama, planned, random_base, rows
+from benchmarks.on_gpu.shapes import attend, llama, planned, random_base, rows
 from qlora.data import Row
 from qlora.machine.device import versions
 from qlora.methods import apply_method
@@ -50,12 +50,13 @@ def ours() -> dict[str, Case]:
     return {
         "plain": Case(4, 2048),
         "packed, 4 examples a row": Case(4, 2048, 4),
-        "packed, no cuDNN attention": Case(4, 2048, 4, more={"cudnn": False}),
+        "packed, with a mask": Case(4, 2048, 4, more={"masked": True}),
         "4 rows at once": Case(4, 2048, at_once=4),
         "plain, micro-batch-major": Case(4, 2048, more={"accumulation": "micro_batch_major"}),
         "no checkpointing": Case(4, 2048, recompute=False),
         "8k": Case(1, 8192),
         "8k packed, 16 examples": Case(1, 8192, 16),
+        "8k packed, with a mask": Case(1, 8192, 16, more={"masked": True}),
     }
 
 
@@ -149,19 +150,18 @@ def qlora_side(bench: Bench, only: list[str], profile_file: Path | None) -> None
     kept = "bf16" if bench.cuda else "fp32"
     for name, case in chosen(ours(), only):
         more = dict(case.more)
-        cudnn = more.pop("cudnn", True)
-        if bench.cuda:
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        masked = more.pop("masked", False)
+        attention = attend(model.model, bench.dtype, bench.device, masked)
         section = TrainingSection(
             batch_size=case.rows, micro_batch_size=case.at_once, steps=1000, optimizer="adamw_8bit",
             gradient_checkpointing=case.recompute, **more,
         )  # fmt: skip
         need = planned(bench.config, LoRA(r=16, adapter_dtype=kept), section, MemorySection(),
-                       case.length // bench.scale, bench.device, bench.dtype, case.examples > 1)  # fmt: skip
+                       case.length // bench.scale, bench.device, bench.dtype, case.examples > 1, masked)  # fmt: skip
         try:
             trainer: Any = Trainer(model, bench.rows(case), section)
             step: Any = partial(next, trainer)
-            bench.measure(f"qlora, {name}", case, lambda: step().loss, need)  # noqa: B023
+            bench.measure(f"qlora, {name} ({attention})", case, lambda: step().loss, need)  # noqa: B023
             if profile_file and name in ("plain", "packed, 4 examples a row"):
                 profile(bench, name, step, profile_file)
         except Exception as error:

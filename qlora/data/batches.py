@@ -7,12 +7,13 @@ The order of an epoch is a permutation drawn from (seed, epoch) and a step takes
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 
 from qlora.data.packing import Row
+from qlora.model.attention import PackedMask
 from qlora.model.loss import IGNORE_INDEX
 
 
@@ -35,8 +36,9 @@ def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(numpy.random.Generator(numpy.random.PCG64([seed, epoch])).permutation(count).tolist())
 
 
-def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, Tensor]:
-    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length.
+def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, Any]:
+    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length. And
+    ``mask``, which says where their examples begin.
 
     ``virtual_tokens`` of them, ids −P … −1, stand before every example (see ``packing.py``).
 
@@ -62,4 +64,5 @@ def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, 
         "input_ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
+        "mask": PackedMask.of(positions),
     }

@@ -22,6 +22,8 @@ from qlora.machine.device import GIB
 
 WORKSPACE, WORKSPACE_OF_9 = 8 * 1024**2 + 128 * 1024, 32 * 1024**2
 """Bytes that torch gives cuBLAS for as long as the process runs: on GPUs before compute capability 9 (Hopper), and since."""
+AMPERE = 8.0
+"""The compute capability that bf16 and FlashAttention begin with."""
 PCIE_3, PCIE_4, PCIE_5 = 12e9, 25e9, 50e9
 """Bytes/s that copies from pinned memory reach over 16 lanes: some 76 to 80 % of the 15.8, 31.5 and 63 GB/s on paper."""
 
@@ -48,7 +50,7 @@ class Card:
     @property
     def dtype(self) -> str:
         """``bf16``, or ``fp16`` where the hardware has no bf16."""
-        return "bf16" if self.capability >= 8 else "fp16"
+        return "bf16" if self.capability >= AMPERE else "fp16"
 
     @property
     def workspace(self) -> int:

@@ -72,6 +72,14 @@ def resolve_compute_dtype(device: torch.device, requested: str = "auto") -> torc
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def capability(device: torch.device) -> float:
+    """CUDA's compute capability, as 8.9, which says what the hardware has; 0 where it is no such device."""
+    if device.type != "cuda":
+        return 0.0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major + minor / 10
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` → ``bf16``."""
     return {value: key for key, value in DTYPES.items()}[dtype]

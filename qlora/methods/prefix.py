@@ -34,6 +34,7 @@ from qlora.methods.method import Method
 from qlora.methods.planted import Planted, modules_unplanted
 from qlora.methods.prompt import KEY, SHAPE, load_network, make_real, network_state, tokens_of_text
 from qlora.model import anatomy
+from qlora.model.attention import PackedMask, keeps_apart
 from qlora.recipe.methods import PrefixTuning
 
 CACHES = ("past_key_values", "layer_past")  # what attentions call the cache that they are given
@@ -68,7 +69,7 @@ class PrefixAttention(Planted):
         positional = [changed.pop(name, value) for name, value in zip(self.names, args, strict=False)]
         return self.base(*positional, **{**kwargs, **changed})
 
-    def _mask(self, mask: Tensor | None, tokens: int, cache: Any, device: torch.device) -> Tensor | None:
+    def _mask(self, mask: Tensor | PackedMask | None, tokens: int, cache: Any, device: torch.device) -> Tensor | None:
         """The mask [B, 1, T, …] with P more columns on the left, which everyone sees.
 
         No mask means that the kernel hides the future by itself. It would count the prefix's columns as tokens, so that is
@@ -81,6 +82,8 @@ class PrefixAttention(Planted):
             length = tokens if cache is None else cache.get_mask_sizes(tokens, self.base.layer_idx)[0]
             seen = torch.ones(tokens, count + length, dtype=torch.bool, device=device).tril(count)
             return seen[None, None]
+        if isinstance(mask, PackedMask):
+            mask = mask.dense(device)
         if mask.dim() != 4:
             raise MethodError(
                 f"Prefix tuning needs an attention mask of four dimensions, and this {type(self.base).__name__} got one of "
@@ -337,7 +340,7 @@ def refuse_other_attention(model: nn.Module) -> None:
     """Raise MethodError for attention that takes no mask, biases it by position, or reads another layer's keys."""
     config = getattr(model, "config", None)
     kernel = getattr(config, "_attn_implementation", None)
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in ("sdpa", "eager") and not keeps_apart(model):
         raise MethodError(
             f"Prefix tuning needs attention masks, which the kernel {kernel!r} does not take; set model.attention=sdpa."
         )

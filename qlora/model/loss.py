@@ -21,6 +21,7 @@ or a slice of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.model import anatomy
+from qlora.model.attention import PackedMask, keeps_apart, packed_rows
 from qlora.model.nf4 import dense_weight
 
 IGNORE_INDEX = -100
@@ -102,16 +104,24 @@ def head_of(model: nn.Module) -> Head:
     return Head(module, *anatomy.logit_scale(model))
 
 
-def hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states [B, T, D] of ``input_ids`` and ``position_ids``, without logits and without a cache."""
-    output = anatomy.decoder(model)(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, return_dict=True
-    )
+def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The last hidden states [B, T, D] of ``input_ids`` and ``position_ids``, without logits and without a cache.
+
+    Where examples begin is said by ``mask`` (``PackedMask``), or else by the positions, for which a GPU has to be waited for.
+    """
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    packed: AbstractContextManager[None] = nullcontext()
+    if keeps_apart(model):
+        mask = batch["mask"] if "mask" in batch else PackedMask.of(batch["position_ids"])
+        if mask.packed:  # with a mask of padding, of which there is none, transformers does not look for restarts
+            packed, given["attention_mask"] = packed_rows(mask), torch.ones_like(given["input_ids"], dtype=torch.bool)
+    with packed:
+        output = anatomy.decoder(model)(**given, use_cache=False, return_dict=True)
     hidden_BTD: Tensor = output.last_hidden_state
     return hidden_BTD
 
 
-def batch_loss(model: nn.Module, batch: Mapping[str, Tensor], chunk: int = 256) -> tuple[Tensor, int]:
+def batch_loss(model: nn.Module, batch: Mapping[str, Any], chunk: int = 256) -> tuple[Tensor, int]:
     """(summed cross-entropy, target tokens) of a batch with ``labels`` [B, T] aligned with its ``input_ids``."""
     return token_loss(hidden_states(model, batch), head_of(model), batch["labels"], chunk)
 

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from qlora.errors import ModelError, first_line
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
+from qlora.model.attention import PackedMask
 from qlora.model.loss import IGNORE_INDEX, WIDENED, head_of, hidden_states, summed_loss
 from qlora.planning.few_layers import layers_of, shortened
 from qlora.residence.ends import HostLinear, embedding_on_host, head_on_host
@@ -249,10 +250,10 @@ def _in_backward() -> bool:
 
 def _attention_backward(args: tuple[Any, ...]) -> int:
     """The queries' gradient in fp32, one number a query, and keys' and values' gradients for every query head, where several
-    share one."""
-    query_BHTE, key_BHTE = args[1:3]
-    shared = 2 * query_BHTE.nbytes if query_BHTE.shape[1] != key_BHTE.shape[1] else 0
-    return int(4 * query_BHTE.numel() + 4 * query_BHTE.numel() // query_BHTE.shape[3] + shared)
+    share one. Queries are [B, H, T, E], or [N, H, E] in one call for all examples."""
+    query, key = args[1:3]
+    shared = 2 * query.nbytes if query.shape[1] != key.shape[1] else 0
+    return int(4 * query.numel() + 4 * query.numel() // query.shape[-1] + shared)
 
 
 def _dropout(args: tuple[Any, ...]) -> int:
@@ -280,7 +281,10 @@ INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
         torch.ops.qlora.fp32_product.default: _widened,
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
-    "cuda": {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward},
+    "cuda": {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+        torch.ops.torch_attn._varlen_attn_backward.default: _attention_backward,
+    },
 }
 """By operator, what its kernel holds beside its result: arguments → bytes."""
 
@@ -322,6 +326,7 @@ def _pass(model: Any, shape: Shape, ledger: Ledger, graph: list[bool]) -> list[S
                 "input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.long),
                 "labels": torch.zeros(shape.rows, shape.length, dtype=torch.long),
                 "position_ids": torch.arange(shape.length).repeat(shape.rows, 1),
+                "mask": PackedMask([_examples(shape)] * shape.rows, shape.length),
             }
             loss = _loss(model, batch, shape.chunk, marks)
             marks.close(Phase.LOSS)
@@ -332,7 +337,12 @@ def _pass(model: Any, shape: Shape, ledger: Ledger, graph: list[bool]) -> list[S
     return marks.spans
 
 
-def _loss(model: Any, batch: Mapping[str, Tensor], chunk: int, marks: _Marks) -> Tensor:
+def _examples(shape: Shape) -> list[int]:
+    """Where the examples of a row begin. One as long as can be beside another: a window is written out for its length."""
+    return [0, shape.length - 1] if shape.packed and shape.length > 1 else [0]
+
+
+def _loss(model: Any, batch: Mapping[str, Any], chunk: int, marks: _Marks) -> Tensor:
     """As ``batch_loss``, for rows in which every position is a target; two chunks stand for all that are alike."""
     hidden_BTD = hidden_states(model, batch)
     marks.close(Phase.FORWARD, len(layers_of(model)) - 1 if len(layers_of(model)) else None)

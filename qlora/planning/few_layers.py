@@ -22,6 +22,7 @@ from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
 from qlora.methods.method import Method
 from qlora.model import anatomy
+from qlora.model.attention import EACH, PLAIN, VARLEN
 from qlora.model.base import Base
 from qlora.residence.layers import unwrap_layers
 
@@ -114,7 +115,7 @@ def _shorten(config: PretrainedConfig, kept: list[int], count: int) -> None:
 def _choose_attention(config: PretrainedConfig, packed: bool) -> None:
     """Have the copy attend as a real step of such rows does (see ``UNPACKED``). Flash attention never has a mask."""
     name = str(getattr(config, "_attn_implementation", None))
-    if "flash" in name or (name == "sdpa" and not packed):
+    if "flash" in name or (name in (PLAIN, EACH, VARLEN) and not packed):
         config._attn_implementation = UNPACKED
 
 
@@ -131,7 +132,7 @@ def _unpacked_mask(
 
 
 def _unpacked_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return AttentionInterface()["sdpa"](module, *args, **kwargs)
+    return AttentionInterface()[PLAIN](module, *args, **kwargs)
 
 
 AttentionInterface.register(UNPACKED, _unpacked_attention)

@@ -24,6 +24,7 @@ from qlora.errors import ModelError
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
+from qlora.model.attention import keeps_apart
 from qlora.planning.memory import Estimate, estimate
 from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
@@ -56,6 +57,8 @@ class Target:
     """How fast it is; None where that is not known."""
     workspace: int = 0
     """Bytes that cuBLAS takes there for the whole run."""
+    capability: float = 0.0
+    """CUDA's; 0 where it is no such device."""
 
     def places(self, needed: Estimate) -> list[tuple[str, int, int]]:
         """(what a place is called, the bytes needed there, the bytes free), the device first."""
@@ -134,7 +137,8 @@ class Arranger:
         )
         seconds = None
         if target.rates is not None:
-            work = work_of(self.shapes, training, memory, length, dtype_bytes=size, packing=data.packing)
+            masked = data.packing and not keeps_apart(self.adapted.model)
+            work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)
             seconds = step_seconds(work, target.rates)
         differing = {key: value for key, value in (changes or {}).items() if value_of(self.recipe, key) != value}
         return Arrangement(recipe, differing, needed, seconds)

@@ -123,8 +123,8 @@ def estimate(
 ) -> Estimate:
     """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens.
 
-    ``packing`` says that rows hold several examples, which SDPA keeps apart by a mask [rows, T, T]. ``memory`` says where
-    the frozen weights and the layer inputs wait. Of ``device`` the type counts; ``workspace`` is what cuBLAS takes on that
+    ``packing`` says that rows hold several examples, for which a model that does not keep them apart itself has a mask
+    [rows, T, T]. ``memory`` says where the frozen weights and the layer inputs wait. Of ``device`` the type counts; ``workspace`` is what cuBLAS takes on that
     GPU (``Card.workspace``). Evaluation is never more: it takes as many rows at once and keeps nothing.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import DoesNotFitError, ModelError, RecipeError
-from qlora.machine.cards import CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
+from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
     bytes_text,
+    capability,
     dtype_name,
     free_disk,
     require_disk,
@@ -30,6 +31,7 @@ from qlora.machine.device import (
 )
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
+from qlora.model.attention import keep_apart
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of
@@ -182,6 +184,8 @@ def _plan(
     budget = resolved.memory.budget is not None
     dtype = DTYPES[resolved.model.compute_dtype]
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
+    if resolved.model.attention == "auto":
+        keep_apart(base.model, dtype, target.capability)
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     if origin is not None:
@@ -268,8 +272,9 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
     # what is in the file cache already is not written again
     disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory, checkpoint)
     measured = measure(device, dtype, cache) if rates else None
-    workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0]) if gpu else 0
-    return Target(name, device, free, total, host, disk, measured, workspace), resolved, [*why, *reasons]
+    has = capability(device)
+    workspace = workspace_bytes(has) if gpu else 0
+    return Target(name, device, free, total, host, disk, measured, workspace, has), resolved, [*why, *reasons]
 
 
 def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Recipe, list[str]]:
@@ -300,6 +305,7 @@ def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Reci
         disk_free=free_disk(cache),
         rates=rates_of(known, measure_disk(cache)[0]) if known else None,
         workspace=known.workspace if known else WORKSPACE,
+        capability=known.capability if known else AMPERE,
     )
     return target, resolved, why
 

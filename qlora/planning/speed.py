@@ -58,12 +58,12 @@ def work_of(
     length: int,
     *,
     dtype_bytes: int,
-    packing: bool = False,
+    masked: bool = False,
 ) -> Work:
     """What an optimizer step of full rows of ``length`` tokens asks for.
 
-    ``dtype_bytes`` are those of a compute number; ``packing`` says that rows hold several examples, whose mask makes
-    attention compute every pair of positions. Every token counts as a target. Not counted: what a method computes from
+    ``dtype_bytes`` are those of a compute number; ``masked`` says that rows hold several examples that a mask
+    keeps apart, so that attention computes every pair of positions; without one it computes less the more there are. Every token counts as a target. Not counted: what a method computes from
     whole weights (DoRA's norms), and attention windows, which compute less.
     """
     recomputed, tokens = training.gradient_checkpointing, training.batch_size * length
@@ -72,7 +72,7 @@ def work_of(
     turns = 1 if layer_major else micro_batches  # how often the layers are gone through, up and down
     deep = shapes.with_graph / shapes.layers
 
-    attention = (4 if packing else 2) * shapes.layers * shapes.attention * length
+    attention = (4 if masked else 2) * shapes.layers * shapes.attention * length
     forward = 2 * shapes.blocks + 2 * shapes.trained + attention
     backward = deep * (2 * shapes.blocks + 2 * attention) + 4 * shapes.trained
     if recomputed:

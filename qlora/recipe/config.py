@@ -37,7 +37,8 @@ class ModelSection(Section):
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """The dtype of activations and matrix products. `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on CPUs."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first."""
+    """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first, and keeps packed
+    examples apart without a mask of pairs where it can; `sdpa` makes the mask."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Leave it off unless you have read that code."""
 

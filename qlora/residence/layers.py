@@ -45,6 +45,7 @@ from torch.autograd.graph import get_gradient_edge
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
 from qlora.model import anatomy
+from qlora.model.attention import PackedMask
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
@@ -250,6 +251,8 @@ def _cut(value: Any, part: slice, count: int, tokens: int) -> Any:
     [4, 1, T, T] → [2, 1, T, T]. As they are: a shared table [1, T, 64]; MPT's bias for its 4 heads [4, 1, 2048]; and
     Bloom's for each row and head [4 · 4, 1, T], whose shape could as well be one for 16 heads.
     """
+    if isinstance(value, PackedMask):
+        return value[part]
     if isinstance(value, Tensor):
         return value[part] if _has_rows(value, count, tokens) else value
     if isinstance(value, dict):

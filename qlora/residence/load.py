@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError, listed
-from qlora.machine.device import resolve_compute_dtype, resolve_device, versions
+from qlora.machine.device import capability, resolve_compute_dtype, resolve_device, versions
 from qlora.model import anatomy
+from qlora.model.attention import keep_apart
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import Scheme, scheme_of
@@ -51,6 +52,8 @@ def load_base(
     checkpoint = checkpoint or open_checkpoint(section)
     tokenizer, ends = checkpoint.tokenizer, end_tokens(checkpoint)
     empty = assemble(checkpoint, section, resolve_compute_dtype(device, section.compute_dtype))
+    if section.attention == "auto":
+        keep_apart(empty.model, empty.dtype, capability(device))
     model, missing = empty.model, empty.shapes.keys() - set(empty.names.values())
     refuse_half(model, memory.embedding == "host", memory.head == "host")
     placement, left = plan_placement(empty, memory, device, progress)

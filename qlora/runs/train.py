@@ -149,8 +149,6 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     data = load_recipe_data(recipe, checkpoint)
     check_data(data, environment, folder)
     device = limited(device_here(recipe), recipe)
-    if changed := differences(recipe, environment, device):
-        say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
     if recipe != first:
         say("What was given for this call may change the order of sums: the run goes on, perhaps not bit for bit.")
     found = checkpoints.find(folder / "checkpoints")
@@ -161,6 +159,8 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
         )
     prompts = held_out_prompts(data, recipe)
     model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
+    if changed := differences(recipe, environment, model.base):
+        say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
     if data.template is not None:
         stop_at(model, data.template.end_tokens)
     trainer = Trainer(model, data, recipe.training, folder, recipe.memory, recipe=first)

@@ -23,6 +23,7 @@ from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
 from qlora.methods import AdaptedModel
 from qlora.model import Base
+from qlora.model.attention import attention_of
 from qlora.recipe import DeviceSection, MemorySection, Recipe, TrainingSection
 
 ENVIRONMENT = "environment.json"
@@ -92,6 +93,7 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
     return {
         "versions": versions(),
         "device_name": device_text(base.device),
+        "attention": attention_of(base.model),
         "data_fingerprint": data.fingerprint,
         "base_fingerprint": base.checkpoint.fingerprint if base.checkpoint else None,
         "recipe_sha256": digest(recipe.to_yaml().encode()),
@@ -100,12 +102,13 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
     }
 
 
-def differences(recipe: Recipe, environment: Mapping[str, object], device: torch.device) -> list[str]:
+def differences(recipe: Recipe, environment: Mapping[str, object], base: Base) -> list[str]:
     """In what this machine differs from the one that the run began on, as ``torch 2.12.0, now 2.13.0``."""
     known = environment.get("versions")
     before = {"device": recipe.device.name, "hardware": environment.get("device_name")}
-    before |= known if isinstance(known, dict) else {}
-    now = {"device": str(device), "hardware": device_text(device), **versions()}
+    before |= {"attention": environment.get("attention"), **(known if isinstance(known, dict) else {})}
+    now = {"device": str(base.device), "hardware": device_text(base.device), "attention": attention_of(base.model)}
+    now |= versions()
     return [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
 
 

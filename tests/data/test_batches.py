@@ -40,9 +40,11 @@ def test_padding_carries_no_loss_and_its_positions_count_on() -> None:
     assert batch["input_ids"].tolist() == [[5, 0, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[-100, 0, 7], [-100, 9, -100]]  # the real 0 keeps its label, the pad has none
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert not batch.pop("mask").packed
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     wide = collate(make_rows([make_example([1, 2], [1, 1]), make_example([3, 4, 5], [1, 1, 1])], 8, True), 0)
     assert wide["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert wide["mask"].starts == [[0, 2]]
 
 
 def test_virtual_tokens_come_in_when_a_batch_is_made() -> None:

@@ -150,7 +150,7 @@ def test_packed_examples_have_the_logits_and_the_loss_that_they_have_alone() -> 
     def losses(packing: bool) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         rows = make_rows(examples, 12, packing)
         batch = collate(rows, pad_id=0)
-        labels = batch.pop("labels")
+        labels, _ = batch.pop("labels"), batch.pop("mask")
         with torch.no_grad():
             logits = model(**batch, use_cache=False).logits
         flat = torch.nn.functional.cross_entropy(

@@ -156,7 +156,8 @@ def test_at_most_one_dense_tensor_at_a_time(llama: Path, monkeypatch: pytest.Mon
 
 def test_attention_reaches_transformers(llama: Path) -> None:
     assert ours(llama, attention="eager").config._attn_implementation == "eager"  # type: ignore[union-attr]
-    assert ours(llama).config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert ours(llama, attention="sdpa").config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert ours(llama).config._attn_implementation == "qlora_each_example"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,7 +24,9 @@ from transformers import (
 
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
+from qlora.model import attention
 from qlora.model.anatomy import layers as decoder_layers
+from qlora.model.attention import keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, quantise
@@ -31,7 +34,7 @@ from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning.dry_run import Ledger, Shape, dry_run
 from qlora.planning.few_layers import shortened
-from qlora.planning.memory import estimate
+from qlora.planning.memory import estimate, shape_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
 from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
@@ -82,6 +85,40 @@ def test_every_family_takes_what_was_estimated(family: str, way: str) -> None:
     """With windows shorter than the rows, layers of two kinds in turn, norms before and behind."""
     packed, settings = WAYS[way]
     compare(f"{family}, {way}", small(family), 160, packed, **settings)
+
+
+@pytest.mark.parametrize(("family", "length"), [("qwen2", 160), ("mistral", 160), ("gemma3", 96)])
+def test_packed_rows_that_are_kept_apart_take_what_was_estimated(family: str, length: int) -> None:
+    """With windows shorter than an example, and longer."""
+    model = small(family)
+    keep_apart(model.model, torch.float32, 0)
+    compare(f"{family}, kept apart", model, length, True, batch_size=3, micro_batch_size=1)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(0, torch.float32), (7.5, torch.float16), (9.0, torch.bfloat16)])
+def test_a_step_of_packed_rows_makes_no_mask(
+    capability: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 rows of 8,192 tokens: 1 GiB of a bool a pair. On fake tensors, of which nothing can be read: nor are lengths."""
+    adapted, training = large("7B", 3), TrainingSection(batch_size=16, micro_batch_size=1)
+    device = torch.device("cuda" if capability else "cpu")
+
+    def step(packed: bool) -> int:
+        return estimate(adapted, training, 8192, device, packed).step
+
+    plain, masked = step(False), step(True)
+    keep_apart(adapted.model, dtype, capability)
+    calls = []
+    monkeypatch.setattr(
+        attention, "varlen_attn", lambda *args, **more: calls.append(len(args)) or varlen_attn(*args, **more)
+    )
+    apart = dry_run(adapted, shape_of(training, 8192, True, MemorySection()), device.type)
+    more = max(moment.held + moment.more for moment in apart.moments()) - plain
+    print(f"masked {bytes_text(masked - plain)} more than unpacked, apart {bytes_text(more)}")
+    assert bool(calls) == (capability >= 8)
+    assert masked - plain >= 2**30
+    # on a CPU the outputs of the examples beside the whole; nothing grows with pairs of tokens
+    assert abs(more) < 8 * 8192 * 4096
 
 
 def large(kind: str, layers: int) -> AdaptedModel:

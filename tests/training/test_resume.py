@@ -339,6 +339,7 @@ def test_a_run_remembers_where_it_began(stopped: Path, chat_data: Path) -> None:
     assert list(environment["data_files"].values()) == [hashlib.sha256(chat_data.read_bytes()).hexdigest()]
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["device_name"] == f"CPU ({INSTRUCTIONS}), 1 threads"
+    assert environment["attention"] == "qlora_each_example"
 
 
 def test_a_run_from_elsewhere_goes_on_and_says_that_it_is_another(
@@ -350,10 +351,12 @@ def test_a_run_from_elsewhere_goes_on_and_says_that_it_is_another(
     text = text.replace(f"CPU ({INSTRUCTIONS}), 1 threads", "NVIDIA T4").replace(
         f'"torch": "{torch.__version__}"', '"torch": "2.0.1"'
     )
+    text = text.replace('"qlora_each_example"', '"sdpa"')
     (folder / "environment.json").write_text(text)
     assert resume(folder).steps == 10
     said = capsys.readouterr().err
     assert f"torch 2.0.1, now {torch.__version__}" in said
+    assert "attention sdpa, now qlora_each_example" in said
     assert f"NVIDIA T4, now CPU ({INSTRUCTIONS}), 1 threads" in said
     assert "not bit for bit any more" in said
     assert nn.functional.cosine_similarity(adapter(folder), adapter(finished), 0) > 0.999
