@@ -72,6 +72,11 @@ class PackedMask:
         return cls(starts, positions_RT.shape[1])
 
     @property
+    def alike(self) -> bool:
+        """Whether examples begin in the same places of every row."""
+        return all(row == self.starts[0] for row in self.starts)
+
+    @property
     def packed(self) -> bool:
         """Whether a row has several examples."""
         return len(self.lengths) > len(self.starts)
@@ -178,7 +183,7 @@ def _each(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One example after the other."""
+    """One example after the other, in all rows at once where they are cut in the same places."""
     if not isinstance(attention_mask, PackedMask):
         plain = AttentionInterface()[PLAIN]
         answer: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
@@ -187,25 +192,28 @@ def _each(
     if shared and query.is_cuda:  # the kernels of fp32 and of older GPUs cannot, and SDPA would write out all scores
         key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
     outputs = []
-    heads = (_one_behind_the_other(one).split(attention_mask.lengths) for one in (query, key, value))
-    for parts in zip(*heads, strict=True):
-        query_1HTE, key_1KTE, value_1KTE = (part.transpose(0, 1)[None] for part in parts)
-        length, window = query_1HTE.shape[2], attention_mask.window
+    lengths, heads = attention_mask.lengths, [query, key, value]
+    if attention_mask.alike:  # the first examples of all rows go together, then the second ones
+        lengths = lengths[: len(attention_mask.starts[0])]
+    else:
+        heads = [_one_behind_the_other(one).transpose(0, 1)[None] for one in heads]
+    for query_RHTE, key_RKTE, value_RKTE in zip(*(one.split(lengths, dim=2) for one in heads), strict=True):
+        length, window = query_RHTE.shape[2], attention_mask.window
         narrow = window is not None and window < length
         mask = PackedMask([[0]], length, window).dense(query.device) if narrow else None
-        output_1HTE = F.scaled_dot_product_attention(
-            query_1HTE,
-            key_1KTE,
-            value_1KTE,
+        output_RHTE = F.scaled_dot_product_attention(
+            query_RHTE,
+            key_RKTE,
+            value_RKTE,
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=not narrow,
             scale=kwargs.get("scaling"),
             enable_gqa=shared,
         )
-        outputs.append(output_1HTE[0].transpose(0, 1))
-    output_NHE = torch.cat(outputs)
-    return output_NHE.view(len(query), -1, *output_NHE.shape[1:]), None
+        outputs.append(output_RHTE.transpose(1, 2))
+    output = torch.cat(outputs, dim=1)
+    return output.view(len(query), -1, *output.shape[2:]), None
 
 
 def _one_behind_the_other(heads_RHTE: Tensor) -> Tensor:

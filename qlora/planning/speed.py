@@ -62,9 +62,9 @@ def work_of(
 ) -> Work:
     """What an optimizer step of full rows of ``length`` tokens asks for.
 
-    ``dtype_bytes`` are those of a compute number; ``masked`` says that rows hold several examples that a mask
-    keeps apart, so that attention computes every pair of positions; without one it computes less the more there are. Every token counts as a target. Not counted: what a method computes from
-    whole weights (DoRA's norms), and attention windows, which compute less.
+    ``dtype_bytes`` are those of a compute number; ``masked`` says that rows hold several examples that a mask keeps apart, so
+    that attention computes every pair of positions; without one it computes less the more there are. Every token counts as a
+    target. Not counted: what a method computes from whole weights (DoRA's norms), and attention windows, which compute less.
     """
     recomputed, tokens = training.gradient_checkpointing, training.batch_size * length
     micro_batches = -(-training.batch_size // training.micro_batch_size)

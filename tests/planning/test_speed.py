@@ -139,7 +139,7 @@ def test_flops_are_those_of_a_real_step(deep: Path, name: str, method: Any) -> N
     quantization = "none" if isinstance(method, Full) else "nf4"
     model = apply_method(load_base(ModelSection(name=str(deep), quantization=quantization), CPU), method)
     # the counter knows no causal attention: it counts every pair, as a mask makes the kernels do
-    work = work_of(shapes_of(model), training, MemorySection(), 16, dtype_bytes=4, packing=True)
+    work = work_of(shapes_of(model), training, MemorySection(), 16, dtype_bytes=4, masked=True)
     trainer = trained(model, training, 16)
     with Counter() as counter:
         next(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,9 +344,10 @@ def test_nothing_to_train_on_is_refused(model: AdaptedModel) -> None:
 def test_a_model_that_leaks_is_refused_before_anything_is_spent(
     model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = model.model.model
-    forward = decoder.forward
-    monkeypatch.setattr(decoder, "forward", lambda input_ids, position_ids, **kw: forward(input_ids=input_ids, **kw))
+    for layer in decoder_layers(model.model):
+        attention: Any = layer.self_attn
+        blind = partial(lambda forward, attention_mask=None, **given: forward(attention_mask=None, **given), attention.forward)  # fmt: skip
+        monkeypatch.setattr(attention, "forward", blind)
     with pytest.raises(ModelError, match="see each other"):
         Trainer(model, ROWS, section())
     with pytest.raises(ModelError, match="see each other"):
