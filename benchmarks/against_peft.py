@@ -162,7 +162,6 @@ def recipe(settings: dict[str, Any]) -> Any:
                 "learning_rate": 1e-3,
                 "schedule": "cosine",
                 "warmup_fraction": 0.05,
-                "gradient_checkpointing": True,
             },
             "device": {"name": settings["device"]},
         }

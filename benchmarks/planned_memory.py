@@ -233,11 +233,11 @@ def fake_step(kind: str, way: str, tokens: int, layers: int) -> tuple[int, int]:
     base = Base(bare, None, Path(), kind, None, "nf4", True, torch.device("meta"), torch.bfloat16)
     adapted = apply_method(base, LoRA(r=16, adapter_dtype="bf16"))
     planned = estimate(adapted, training, tokens, GPU, memory=MemorySection(mlp_tile=tile))
-    together = training.gradient_checkpointing and training.accumulation == "layer_major"
+    together = training.layer_major
     at_once = training.batch_size if together else training.micro_batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = shortened(adapted, packed=False, more=layers)[0].model
-        if training.gradient_checkpointing:
+        if training.recompute != "none":
             wrap_layers(model, training.micro_batch_size, mlp_tile=tile)
         model.train()
         ledger = Ledger(model, "cuda")

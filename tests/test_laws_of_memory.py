@@ -42,8 +42,9 @@ ALLOWED = rounding(sums=SUMS_OF_TWO * LAYERS)  # forward and backward
 STREAMED = {"layers": "streamed"}
 FILE = {"layers": "streamed", "tier": "disk"}
 HOST = {"embedding": "host", "head": "host"}
-PLAIN = {"gradient_checkpointing": False}
 MICRO = {"accumulation": "micro_batch_major"}
+PLAIN = {"recompute": "none", **MICRO}
+MAJOR = {"accumulation": "layer_major"}
 EVERYTHING = {**FILE, **HOST, "layers": 1, "slots": 3, "mlp_tile": 7, "layer_inputs": "host"}
 
 
@@ -63,6 +64,18 @@ ARRANGEMENTS = {
     "layer-major, one row at a time": Arrangement({}, {"micro_batch_size": 1}, "resident", False),
     "recomputed, one row at a time": Arrangement({}, {**MICRO, "micro_batch_size": 1}, "resident", False),
     "all rows at once": Arrangement({}, {"micro_batch_size": 5}, "resident", False),
+    "as before it had another name": Arrangement({}, {"gradient_checkpointing": False}, "resident", True),
+    "one layer recomputed": Arrangement({}, {**MICRO, "recompute": 1}, "resident", True),
+    "two layers recomputed, one row at a time": Arrangement(
+        {}, {**MICRO, "recompute": 2, "micro_batch_size": 1}, "resident", False
+    ),
+    "layer-major, nothing recomputed": Arrangement({}, {**MAJOR, "recompute": "none"}, "layer-major", True),
+    "layer-major, one layer recomputed": Arrangement({}, {**MAJOR, "recompute": 1}, "layer-major", True),
+    "two streamed and recomputed": Arrangement(
+        {"layers": 1, "layer_inputs": "host"}, {**MAJOR, "recompute": 2}, "layer-major", True
+    ),
+    "one streamed, two recomputed": Arrangement({"layers": 2}, {**MICRO, "recompute": 2}, "resident", True),
+    "one recomputed, in tiles": Arrangement({"mlp_tile": 5}, {"recompute": 1}, "tiled", True),
     "streamed": Arrangement(STREAMED, {}, "layer-major", True),
     "streamed from a file": Arrangement(FILE, {}, "layer-major", True),
     "partly streamed": Arrangement({"layers": 1}, {}, "layer-major", True),
@@ -179,7 +192,7 @@ def test_the_table_could_tell(folders: Callable[[str], Path]) -> None:
 
 # --- methods -----------------------------------------------------------------------------------------------------------
 
-CUTS = ("recomputed", "layer-major", "recomputed, one row at a time", "tiled")
+CUTS = ("recomputed", "layer-major", "layer-major, one layer recomputed", "recomputed, one row at a time", "tiled")
 SHARED = ("prefix_projected",)  # a parameter of all layers gets its gradient's terms in another order
 
 

@@ -154,7 +154,7 @@ def qlora_side(bench: Bench, only: list[str], profile_file: Path | None) -> None
         attention = attend(model.model, bench.dtype, bench.device, masked)
         section = TrainingSection(
             batch_size=case.rows, micro_batch_size=case.at_once, steps=1000, optimizer="adamw_8bit",
-            gradient_checkpointing=case.recompute, **more,
+            recompute="all" if case.recompute else "none", **more,
         )  # fmt: skip
         need = planned(bench.config, LoRA(r=16, adapter_dtype=kept), section, MemorySection(),
                        case.length // bench.scale, bench.device, bench.dtype, case.examples > 1, masked)  # fmt: skip

@@ -142,8 +142,7 @@ def layers(model: nn.Module) -> nn.ModuleList:
     if found:
         return min(found, key=lambda place: place[0])[1]
     raise ModelError(
-        f"No list of {depth} decoder layers was found in this {kind(model)} model; "
-        "set training.gradient_checkpointing=false."
+        f"No list of {depth} decoder layers was found in this {kind(model)} model; set training.recompute=none."
     )
 
 

@@ -70,7 +70,8 @@ class Shape:
     passes: int
     """How often rows enter the model in a step."""
     chunk: int
-    checkpointing: bool
+    kept: tuple[int, ...] | None
+    """The layers that keep their activations behind the boundary; None where there is no boundary."""
     packed: bool
     mlp_tile: int | None = None
     embedding_on_host: bool = False
@@ -116,6 +117,8 @@ class DryRun:
     """For each layer of the model, the one that ran for it."""
     graph: list[bool]
     """For each layer that ran, whether backward reaches it."""
+    waits: list[bool]
+    """For each layer that ran, whether its input waits for backward, where it is recomputed from."""
     input_bytes: int
     """One layer's input, for all rows that enter together."""
     shape: Shape
@@ -123,7 +126,7 @@ class DryRun:
     @property
     def inputs(self) -> int:
         """How many layer inputs are kept for backward."""
-        return sum(self.graph[place] for place in self.place) if self.shape.checkpointing else 0
+        return sum(self.waits[place] for place in self.place)
 
     def moments(self) -> list[Moment]:
         """The whole model's step, part by part."""
@@ -131,35 +134,35 @@ class DryRun:
         held, gradients = self.passes[0][0].begin, self.passes[0][0].gradients
         for spans in self.passes:
             inputs = 0
-            for span, is_layer in self._laid_out(spans):
+            for span, place in self._laid_out(spans):
                 found.append(Moment(span.phase, held, span.most - span.begin, gradients, inputs))
                 held += span.end - span.begin
                 gradients += span.new_gradients
-                if is_layer and self.inputs:
-                    inputs += -1 if span.phase is Phase.BACKWARD else int(self.graph[span.layer or 0])
+                if place is not None and self.waits[place]:
+                    inputs += -1 if span.phase is Phase.BACKWARD else 1
         if self.penalty:
             found.append(Moment(Phase.PENALTY, held, self.penalty, gradients, 0))
         found.append(Moment(Phase.OPTIMIZER, held, 0, gradients, 0))
         return found
 
-    def _laid_out(self, spans: list[Span]) -> Iterator[tuple[Span, bool]]:
-        """A pass over the whole model, in its order, and which of its spans are a layer's.
+    def _laid_out(self, spans: list[Span]) -> Iterator[tuple[Span, int | None]]:
+        """A pass over the whole model, in its order, with the layer that ran for each span, where it is a layer's.
 
         Example: layers 0, 1 and 2 ran for [0, 1, 1, 2], all with a graph → before, 0, 1, 1, 2, loss, 2, 1, 1, 0, rest
         """
         by_place = {(span.phase, span.layer): span for span in spans}
         rest = by_place[Phase.BACKWARD, None]
-        yield by_place[Phase.FORWARD, None], False
+        yield by_place[Phase.FORWARD, None], None
         for place in self.place:
-            yield by_place[Phase.FORWARD, place], True
-        yield by_place[Phase.LOSS, None], False
+            yield by_place[Phase.FORWARD, place], place
+        yield by_place[Phase.LOSS, None], None
         span = None
         for place in reversed([place for place in self.place if self.graph[place]]):
             # below the lowest layer that trains no gradient tells that it is done: what is left is its own
             span = by_place.get((Phase.BACKWARD, place), rest)
-            yield span, True
+            yield span, place
         if span is not rest:
-            yield rest, False
+            yield rest, None
 
 
 def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
@@ -169,7 +172,7 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
     take a part of the rows.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        short, place = shortened(adapted, shape.packed)
+        short, place = shortened(adapted, shape.packed, shape.kept or ())
         model: Any = short.model
         wide_gradients(values for values in model.parameters() if values.requires_grad)
         if shape.head_on_host:
@@ -179,7 +182,8 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
         ledger = Ledger(model, device)
         graph: list[bool] = []
         try:
-            passes = [_pass(model, shape, ledger, graph) for _ in range(min(shape.passes, ROUNDS))]
+            keep = {place[layer] for layer in shape.kept or ()}
+            passes = [_pass(model, shape, keep, ledger, graph) for _ in range(min(shape.passes, ROUNDS))]
         except RuntimeError as error:  # Bloom's biases have no row for each row, and cannot be cut with them
             raise ModelError(
                 f"The layers of this {model.config.model_type} model do not take {shape.at_once} of {shape.rows} rows at once "
@@ -188,7 +192,9 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
         penalty = _penalty(short, ledger)
         whole, part = (sum(p.numel() for p in one.trainable_parameters().values()) for one in (adapted, short))
     width = anatomy.sizes(model).hidden * adapted.base.compute_dtype.itemsize
-    return DryRun(passes, penalty * whole // max(1, part), place, graph, shape.rows * shape.length * width, shape)
+    waits = [reached and shape.kept is not None and ran not in keep for ran, reached in enumerate(graph)]
+    inputs = shape.rows * shape.length * width
+    return DryRun(passes, penalty * whole // max(1, part), place, graph, waits, inputs, shape)
 
 
 # ── counting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -308,10 +314,10 @@ class _Marks:
         self.begin, self.gradients = end, gradients
 
 
-def _pass(model: Any, shape: Shape, ledger: Ledger, graph: list[bool]) -> list[Span]:
-    """Rows go through the model and back, as the trainer does it."""
-    if shape.checkpointing:
-        _wrap(model, shape)
+def _pass(model: Any, shape: Shape, keep: set[int], ledger: Ledger, graph: list[bool]) -> list[Span]:
+    """Rows go through the model and back, as the trainer does it; layers ``keep`` are not recomputed."""
+    if shape.kept is not None:
+        _wrap(model, shape, keep)
     model.train()
     for module in model.modules():
         if "layerdrop" in vars(
@@ -372,11 +378,13 @@ def _penalty(adapted: AdaptedModel, ledger: Ledger) -> int:
         return ledger.take_peak() - max(before, ledger.live)
 
 
-def _wrap(model: nn.Module, shape: Shape) -> None:
-    """Put the layers behind the boundary; of its micro-batches, and of tiles, the first ones alone run."""
-    wrap_layers(model, shape.at_once, mlp_tile=shape.mlp_tile)
+def _wrap(model: nn.Module, shape: Shape, keep: set[int]) -> None:
+    """Put the layers behind the boundary; of its micro-batches, and of tiles, the first ones alone run.
+
+    Of a layer that keeps the activations of all its micro-batches, all run."""
+    wrap_layers(model, shape.at_once, mlp_tile=shape.mlp_tile, keep=keep)
     for module in model.modules():
-        if isinstance(module, RecomputedLayer):
+        if isinstance(module, RecomputedLayer) and not module.keeps:
             module.__dict__["micro_batches"] = functools.partial(_first, shape.at_once)
         elif isinstance(module, TiledMLP):
             module.__dict__["tiles"] = functools.partial(_first, module.tile)

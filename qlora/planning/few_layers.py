@@ -10,7 +10,7 @@ Knows modules, configurations and attention masks; must not know a step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 import torch
@@ -31,14 +31,16 @@ UNPACKED = "qlora_unpacked"
 step does without, because it cannot look whether positions restart."""
 
 
-def shortened(adapted: AdaptedModel, packed: bool, more: int = 0) -> tuple[AdaptedModel, list[int]]:
+def shortened(
+    adapted: AdaptedModel, packed: bool, keep: Collection[int] = (), more: int = 0
+) -> tuple[AdaptedModel, list[int]]:
     """A copy of fake tensors with one decoder layer of each kind, and for each of the model's layers the one that stands for it.
 
-    ``more`` layers are kept beside these.
+    Layers ``keep`` are of another kind than those that are recomputed. ``more`` layers are copied beside these.
     """
     model: Any = adapted.model
     layers = layers_of(model)
-    kinds = _kinds(model.config, layers)
+    kinds = _kinds(model.config, layers, keep)
     first = {kinds.index(kind) for kind in kinds}
     kept = sorted(first.union([index for index in range(len(layers)) if index not in first][:more]))
     config = copy.deepcopy(model.config)
@@ -57,9 +59,14 @@ def shortened(adapted: AdaptedModel, packed: bool, more: int = 0) -> tuple[Adapt
     short.base = base
     short.methods = [_of_copy(method, base, memo) for method in adapted.methods]
     if len(kept) < len(layers) and anatomy.layers(base.model) is not memo[id(layers)]:
-        return shortened(adapted, packed, more + 1)  # another list in it has as many entries: P-tuning's network
+        return shortened(adapted, packed, keep, more + 1)  # another list in it has as many entries: P-tuning's network
     unwrap_layers(base.model)
     return short, [kept.index(kinds.index(kind)) for kind in kinds]
+
+
+def kinds_of(adapted: AdaptedModel, keep: Collection[int]) -> list[Hashable]:
+    """For each decoder layer what it is, equal where one takes the memory that another takes."""
+    return _kinds(adapted.model.config, layers_of(adapted.model), keep)
 
 
 def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:
@@ -73,13 +80,13 @@ def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:
     return found
 
 
-def _kinds(config: PretrainedConfig, layers: nn.ModuleList) -> list[Hashable]:
+def _kinds(config: PretrainedConfig, layers: nn.ModuleList, keep: Collection[int]) -> list[Hashable]:
     """For each layer what it is, equal where one takes the memory that another takes."""
     types = anatomy.layer_kinds(config) if len(layers) else []
     below = False
     found: list[Hashable] = []
     for index, layer in enumerate(layers):
-        found.append((_structure(layer), types[index], below, index == 0, index == len(layers) - 1))
+        found.append((_structure(layer), types[index], below, index in keep, index == 0, index == len(layers) - 1))
         below = below or any(values.requires_grad for values in layer.parameters())
     return found
 

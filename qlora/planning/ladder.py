@@ -2,8 +2,8 @@
 
     recipe + what the device has ─► rungs ─► each with its memory and its seconds a step ─► a ladder
 
-A rung gives up a little more than the one above it: fewer rows at once, then the embedding and the layer inputs go to host
-memory, then the MLP and the loss are cut finer, then layers leave the device, at last all of them. Both orders of
+A rung gives up a little more than the one above it: more layers are recomputed and fewer rows go at once, then the embedding
+and the layer inputs go to host memory, then the MLP and the loss are cut finer, then layers leave the device, at last all of them. Both orders of
 accumulation are tried. None of this changes what is computed: the rows of a step, its loss and its gradients are the same.
 
 Knows recipes, estimates and rates; must not know how a rung is carried out, or a run.
@@ -30,6 +30,7 @@ from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
 from qlora.planning.speed import Seconds, step_seconds, work_of
 from qlora.recipe import Recipe, parts_of
+from qlora.residence.placement import resident_layers
 from qlora.residence.tiles import find_mlp
 
 Changes = dict[str, object]
@@ -38,6 +39,12 @@ Changes = dict[str, object]
 FULL = 2048  # tokens at once after which a device's products gain no more by further rows
 UNIT = 256  # tokens in which contexts are counted
 LONGEST = 2**16  # rows or units beyond which nothing is looked for
+SPARE = {"cpu": 0.5, "cuda": 0.95}
+"""Of what is free, the share up to which ``training.recompute: auto`` keeps activations. On a CPU others want memory too, and
+a system that runs out of it ends processes without a word; on a GPU more is recomputed then, so the plan's own error counts."""
+FLOPS_A_BYTE = 100
+"""FLOPs that a machine does while it dequantises a byte, by which the orders of accumulation are compared: 80 to 160 on the
+CPUs and GPUs that were looked at. Not measured each time, so that a run planned twice is the same run."""
 NEAR = 1 / 32  # of the largest rows and contexts, within which a search ends
 
 
@@ -121,6 +128,11 @@ class Arranger:
         self.layers = 0 if any(part.name == "full" for part in parts_of(recipe.method)) else len(layers)
         """How many frozen layers could be streamed."""
         self.tiles = bool(layers) and all(has_mlp(layer) for layer in layers)
+        self.depth = len(layers)
+        self.keeps = recipe.training.recompute == "auto" and self.depth > 0 and target.free > 0
+        """Whether layers may keep their activations where memory allows it."""
+        self.recipe = self._settled()
+        """As it was asked for, with ``training.recompute`` and ``accumulation`` decided."""
 
     @functools.cached_property
     def shapes(self) -> Shapes:
@@ -142,6 +154,51 @@ class Arranger:
             seconds = step_seconds(work, target.rates)
         differing = {key: value for key, value in (changes or {}).items() if value_of(self.recipe, key) != value}
         return Arrangement(recipe, differing, needed, seconds)
+
+    def _settled(self) -> Recipe:
+        """The recipe with as few layers recomputed as memory asks for, and the order of accumulation that goes with it.
+
+        Activations that are kept are those of one micro-batch or, layer-major, of a whole step, so that the first order
+        keeps more layers and the second dequantises less often.
+        """
+        training, memory = self.recipe.training, self.recipe.memory
+        if not self.keeps:
+            return changed(self.recipe, self._decided(training.recompute, training.layer_major))
+        lowest = self.depth - len(resident_layers(memory.layers, self.depth))
+        if memory.layer_inputs != "device" or memory.mlp_tile is not None:  # which is done at the boundary
+            lowest = max(1, lowest)
+        if training.accumulation != "auto":
+            least = self._least_recomputed(lowest, training.layer_major)
+            return changed(self.recipe, self._decided(least, training.layer_major))
+        found = [self._decided(self._least_recomputed(lowest, False), False)]
+        if "layer_major" in self._orders():
+            found.insert(0, self._decided(self.depth, True))
+        return changed(self.recipe, min(found, key=self._cost))
+
+    def _decided(self, recompute: str | int, layer_major: bool) -> Changes:
+        """Both values as a recipe has them."""
+        words = {0: "none", self.depth: "all", "auto": "all"}
+        order = "layer_major" if layer_major else "micro_batch_major"
+        return {"training.recompute": words.get(recompute, recompute), "training.accumulation": order}
+
+    def _least_recomputed(self, lowest: int, layer_major: bool, now: Mapping[str, object] | None = None) -> int:
+        """How many layers, at least ``lowest``, have to be recomputed so that the others' activations fit."""
+
+        # a budget says itself how much may be taken
+        spare = SPARE[self.target.device.type] if self.recipe.memory.budget is None else 1.0
+
+        def share(kept: int) -> float:
+            one = self.look({**(now or {}), **self._decided(self.depth - kept, layer_major)})
+            return _share(self.target.places(one.needed)[0]) / spare
+
+        return self.depth - (largest(share, 0, self.depth - lowest, self.depth - lowest) or 0)
+
+    def _cost(self, changes: Mapping[str, object]) -> float:
+        """FLOPs of a step, with the bytes that are dequantised counted as such."""
+        recipe = changed(self.recipe, changes)
+        size = self.adapted.base.compute_dtype.itemsize
+        work = work_of(self.shapes, recipe.training, recipe.memory, recipe.data.max_length, dtype_bytes=size)
+        return sum(one.flops + FLOPS_A_BYTE * one.dequantised for one in work)
 
     def ladder(self) -> list[Arrangement]:
         """Every rung that is worth something: each needs less of the device than all that are faster.
@@ -165,7 +222,7 @@ class Arranger:
         if self.recipe.training.batch_size == 1:
             return ["layer_major"]
         try:
-            self.look({"training.accumulation": "layer_major", "training.gradient_checkpointing": True})
+            self.look({"training.accumulation": "layer_major", "training.recompute": "all"})
         except ModelError:  # Bloom's layers cannot be cut
             return ["micro_batch_major"]
         return ["layer_major", "micro_batch_major"]
@@ -179,13 +236,16 @@ class Arranger:
         fewer = [rows // 2**n for n in range(1, rows.bit_length())]
         now: Changes = {
             "training.accumulation": accumulation,
-            "training.gradient_checkpointing": training.gradient_checkpointing,
+            "training.recompute": training.recompute,
             "training.micro_batch_size": rows,
             "memory.layers": "resident",
         }
+        if self.keeps and (accumulation == "micro_batch_major" or training.batch_size == 1):
+            yield from self._keeping(now, [rows, *fewer])
+        now["training.recompute"] = "all" if self.keeps else training.recompute
         table: list[tuple[bool, Changes]] = [
             (True, {}),
-            (not training.gradient_checkpointing, {"training.gradient_checkpointing": True}),
+            (training.recompute != "all", {"training.recompute": "all"}),
             (gpu, {"memory.layer_inputs": "host", **embedding}),
             *((True, {"training.micro_batch_size": number}) for number in fewer),
             self._cut(64, 1024),
@@ -202,6 +262,14 @@ class Arranger:
                 yield self.look(now)
         if self.layers:
             yield from self._streamed(now, ("host", "disk") if gpu else ("disk",))
+
+    def _keeping(self, now: Changes, sizes: list[int]) -> Iterator[Arrangement]:
+        """With as few layers recomputed as fit, for each number of rows at once."""
+        for rows in sizes:
+            here = {**now, "training.micro_batch_size": rows}
+            least = self._least_recomputed(0, now["training.accumulation"] == "layer_major", here)
+            if least < self.depth:
+                yield self.look({**here, **self._decided(least, now["training.accumulation"] == "layer_major")})
 
     def _cut(self, chunk: int, tile: int) -> tuple[bool, Changes]:
         """Whether ``chunk`` positions that have logits at once, or ``tile`` tokens in an MLP, are fewer; and the changes."""

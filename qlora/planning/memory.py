@@ -13,7 +13,7 @@ Knows models on meta, dry runs and what the optimizer takes; must not know what 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,16 @@ from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import FrozenLinear
 from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
+from qlora.planning.few_layers import kinds_of, layers_of
 from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
+from qlora.residence.layers import layers_that_keep
 from qlora.residence.placement import resident_layers
 from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes, step_bytes
+from qlora.training.passage import count_layers
+from qlora.training.way import Way
 
 RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed
@@ -131,7 +135,8 @@ def estimate(
     stays, host, disk = holdings(adapted, training, kind, memory)
     if kind == "cuda":
         stays["workspaces"], host["runtime"] = workspace, HOST_RUNTIME
-    run = _dry_run(adapted, shape_of(training, length, packing, memory), kind)
+    layers = count_layers(adapted, training)
+    run = _dry_run(adapted, shape_of(training, length, packing, memory, layers), kind)
     inputs_away = kind == "cuda" and memory.layer_inputs == "host"
     if inputs_away:
         host["pinned_layer_inputs"] = run.inputs * run.input_bytes
@@ -162,17 +167,19 @@ def _some(kinds: Kinds) -> Kinds:
     return {kind: count for kind, count in kinds.items() if count}
 
 
-def shape_of(training: TrainingSection, length: int, packing: bool, memory: MemorySection) -> Shape:
-    """What a step puts through the model."""
+def shape_of(training: TrainingSection, length: int, packing: bool, memory: MemorySection, layers: int) -> Shape:
+    """What a step puts through a model of so many layers."""
     at_once = min(training.micro_batch_size, training.batch_size)
-    together = training.gradient_checkpointing and training.accumulation == "layer_major"
+    way = Way.of(training, layers)
+    together, boundary = way.layer_major, way.behind_boundary(layers, training.batch_size)
+    away = set(range(layers)) - resident_layers(memory.layers, layers)
     return Shape(
         rows=training.batch_size if together else at_once,
         at_once=at_once,
         length=length,
         passes=1 if together else -(-training.batch_size // at_once),
         chunk=training.loss_chunk,
-        checkpointing=training.gradient_checkpointing,
+        kept=layers_that_keep(way.kept, layers, away) if boundary else None,
         packed=packing,
         mlp_tile=memory.mlp_tile,
         embedding_on_host=memory.embedding == "host",
@@ -184,8 +191,16 @@ _DONE: weakref.WeakKeyDictionary[AdaptedModel, dict[tuple[Shape, str], DryRun]] 
 
 
 def _dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
-    """``dry_run``, once for each model and shape."""
+    """``dry_run``, once for each model and shape; where some layers keep and some do not, once for any number of them."""
     done = _DONE.setdefault(adapted, {})
+    count = len(layers_of(adapted.model))
+    half = layers_that_keep(count // 2, count)
+    if shape.kept and len(shape.kept) < count and shape.kept != half:
+        run = _dry_run(adapted, replace(shape, kept=half), device)
+        ran = dict(zip(kinds_of(adapted, half), run.place, strict=True))
+        kinds = kinds_of(adapted, shape.kept)
+        if ran.keys() >= set(kinds):
+            return replace(run, place=[ran[kind] for kind in kinds])
     if (shape, device) not in done:
         done[shape, device] = dry_run(adapted, shape, device)
     return done[shape, device]

@@ -192,6 +192,12 @@ def _plan(
         origin.check(adapted)
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
+    if resolved.training.recompute == "auto":
+        decided = arranger.recipe.training
+        why.append(
+            f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: activations are kept in as "
+            "many layers as memory allows."
+        )
     asked = arranger.look()
     lacking = target.lacking(asked.needed)
     chosen: Arrangement | None = asked

@@ -66,33 +66,34 @@ def work_of(
     that attention computes every pair of positions; without one it computes less the more there are. Every token counts as a
     target. Not counted: what a method computes from whole weights (DoRA's norms), and attention windows, which compute less.
     """
-    recomputed, tokens = training.gradient_checkpointing, training.batch_size * length
+    tokens = training.batch_size * length
     micro_batches = -(-training.batch_size // training.micro_batch_size)
-    layer_major = recomputed and training.accumulation == "layer_major"
+    layer_major = training.layer_major
+    # of all layers, those that are recomputed; the others are the last ones, and those below the adapters have no backward
+    recomputed = max(0, training.recomputed(shapes.layers) - (shapes.layers - shapes.with_graph)) / shapes.layers
     turns = 1 if layer_major else micro_batches  # how often the layers are gone through, up and down
     deep = shapes.with_graph / shapes.layers
 
     attention = (4 if masked else 2) * shapes.layers * shapes.attention * length
     forward = 2 * shapes.blocks + 2 * shapes.trained + attention
     backward = deep * (2 * shapes.blocks + 2 * attention) + 4 * shapes.trained
-    if recomputed:
-        backward += deep * (2 * shapes.blocks + attention) + 2 * shapes.trained
+    backward += recomputed * (2 * shapes.blocks + attention + 2 * shapes.trained)
     # a head in slices has the logits made twice: for their sum, and for the gradient (model/loss.py)
     sweeps = 1 + (memory.head == "host" and not shapes.head_trains)
     loss = (2 * sweeps + 2 * (shapes.with_graph > 0) + 2 * shapes.head_trains) * shapes.head
 
     dense = turns * dtype_bytes * shapes.packed
     # a visit keeps the dense weights for all its micro-batches; with one alone they are made for each product
-    again = 2 if recomputed and not (layer_major and micro_batches > 1) else 1
+    again = deep if layer_major and micro_batches > 1 else deep + recomputed
     up, down = _fetched(shapes, memory)
     on_disk = memory.tier == "disk"
-    away = recomputed and memory.layer_inputs == "host"
-    inputs = tokens * dtype_bytes * shapes.width * shapes.with_graph if away else 0
+    away = recomputed * shapes.layers if memory.layer_inputs == "host" else 0
+    inputs = tokens * dtype_bytes * shapes.width * away
     head = 2 * turns * dtype_bytes * shapes.head if memory.head == "host" else 0
     return Work(
         Pass(tokens * forward, dense, max(turns * up, inputs), turns * up if on_disk else 0),
         Pass(tokens * loss, copied=head),
-        Pass(tokens * backward, again * deep * dense, turns * down + inputs, turns * down if on_disk else 0),
+        Pass(tokens * backward, again * dense, turns * down + inputs, turns * down if on_disk else 0),
     )
 
 

@@ -102,6 +102,14 @@ class DataSection(Section):
 class TrainingSection(Section):
     """The optimizer and the loop."""
 
+    former = {  # noqa: RUF012 (a ClassVar in Section)
+        "gradient_checkpointing": (
+            "recompute",
+            # without checkpointing there was one order
+            {True: {"recompute": "all"}, False: {"recompute": "none", "accumulation": "micro_batch_major"}},
+        )
+    }
+
     epochs: int = Field(1, ge=1)
     """Passes over the training rows; ignored when `steps` is given."""
     steps: int | None = Field(None, ge=1)
@@ -127,11 +135,14 @@ class TrainingSection(Section):
     """AdamW's epsilon."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; `null` for no clipping."""
-    gradient_checkpointing: bool = True
-    """Keep only each layer's input and recompute the rest in backward."""
-    accumulation: Literal["layer_major", "micro_batch_major"] = "layer_major"
+    recompute: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
+    """How many layers keep only their input and are computed again in backward: fewer are faster, and take more memory.
+    `auto`: as many as memory asks for, which the plan decides. Same result, bit for bit. Formerly `gradient_checkpointing`:
+    true for `all`, false for `none`."""
+    accumulation: Literal["auto", "layer_major", "micro_batch_major"] = "auto"
     """`layer_major` sends a step's micro-batches through one layer before the next, so that each layer is dequantised once
-    a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. Same result."""
+    a visit; it keeps the layer inputs of the whole step. `micro_batch_major` keeps those of one micro-batch. `auto`: the
+    plan takes the faster one, beside what `recompute` keeps. Same result."""
     loss_chunk: int = Field(256, ge=1)
     """Target positions whose logits exist at the same time; with the head on the host, as many bytes of them."""
     not_finite: Literal["stop", "skip"] = "stop"
@@ -146,13 +157,27 @@ class TrainingSection(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints are kept."""
 
+    @property
+    def layer_major(self) -> bool:
+        """The order of accumulation. Where nobody decided: layer-major, unless activations are kept, which then would be
+        those of a whole step."""
+        if self.accumulation == "auto":
+            return self.recompute not in ("none", 0)
+        return self.accumulation == "layer_major"
+
+    def recomputed(self, layers: int) -> int:
+        """How many of ``layers`` are recomputed; all of them where nobody decided, since that takes the least memory."""
+        if isinstance(self.recompute, int):
+            return min(self.recompute, layers)
+        return 0 if self.recompute == "none" else layers
+
 
 class MemorySection(Section):
     """Where the frozen weights and the layer inputs are kept. Changes memory and speed, never the result."""
 
     budget: str | None = Field(None, pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$")
     """`auto` (what is free) or an amount such as `6GiB`: the plan then chooses the fastest arrangement that fits, and writes
-    it into the resolved recipe: every field below, and `training.micro_batch_size`, `accumulation` and `loss_chunk`. The rows
+    it into the resolved recipe: every field below, and `training.micro_batch_size`, `recompute`, `accumulation` and `loss_chunk`. The rows
     of a step never change. Left out: what the recipe says is taken as it stands, and refused if it does not fit."""
     layers: Literal["resident", "streamed"] | Annotated[int, Field(ge=0)] = "resident"
     """How many of the frozen decoder layers stay on the device: all, none, or so many, evenly spread. The rest are fetched
@@ -167,7 +192,7 @@ class MemorySection(Section):
     head: Literal["device", "host"] = "device"
     """`host` keeps the output head in host memory; slices of the vocabulary travel, and the loss is summed over them."""
     layer_inputs: Literal["device", "host"] = "device"
-    """Where the inputs of the layers wait for backward (with `training.gradient_checkpointing`)."""
+    """Where the inputs of the layers wait for backward (of those layers that are recomputed)."""
     mlp_tile: int | None = Field(None, ge=1)
     """Tokens that go through a layer's MLP at once, where a long row would not fit; all of them when left out."""
     cache: str | None = None

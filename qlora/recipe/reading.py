@@ -55,7 +55,7 @@ def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], 
     """``values`` with ``overrides`` as a recipe. Raises RecipeError naming every mistake, with its line in ``source``."""
     places: dict[tuple[str, ...], int | None] = dict(lines)
     for override in overrides:
-        path, values = _overridden(values, override)
+        path, values = _overridden(recipe, values, override)
         places[path] = None  # its value no longer stands in the file
     try:
         return recipe.model_validate(values)
@@ -68,7 +68,7 @@ def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], 
         raise RecipeError("\n  ".join([many, *mistakes]) if count > 1 else f"{many} {mistakes[0]}") from None
 
 
-def _overridden(values: JsonObject, override: str) -> tuple[tuple[str, ...], JsonObject]:
+def _overridden(recipe: type[Section], values: JsonObject, override: str) -> tuple[tuple[str, ...], JsonObject]:
     """The key's path in one ``section.key=value``, and ``values`` with it."""
     key, equals, text = override.removeprefix("--").partition("=")
     path = key.strip().split(".")
@@ -79,9 +79,22 @@ def _overridden(values: JsonObject, override: str) -> tuple[tuple[str, ...], Jso
         value, _ = yaml_values(text)
     except Fault as fault:
         raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
-    changed = _with(values, path, value, said)
+    changed = _with(_without_its_other_name(recipe, values, path), path, value, said)
     assert isinstance(changed, dict)
     return tuple(path), changed
+
+
+def _without_its_other_name(recipe: type[Section], values: JsonObject, path: Sequence[str]) -> JsonObject:
+    """``values`` without what they say of the key at ``path`` by its former name, or by the one it has now."""
+    field = recipe.model_fields.get(path[0])
+    inside = values.get(path[0])
+    if field is None or not isinstance(inside, dict):
+        return values
+    for section in sections_of(field.annotation).values():
+        for name, (key, _) in section.former.items():
+            if path[1:] in ([name], [key]):
+                inside = {other: value for other, value in inside.items() if other not in (name, key)}
+    return {**values, path[0]: inside}
 
 
 def _with(place: Place, path: Sequence[str], value: object, said: str) -> Place:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from qlora.files.strangers import shown
 
@@ -22,6 +23,23 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    former: ClassVar[Mapping[str, tuple[str, Mapping[bool, Mapping[str, object]]]]] = {}
+    """Switches that are no more, by name: the key that took their place, and what true and false say today."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is_called_now(cls, values: Any) -> Any:
+        for name, (key, meanings) in cls.former.items():
+            if not isinstance(values, dict) or name not in values:
+                continue
+            value = values[name]
+            if key in values:
+                raise ValueError(f"has both {key} and {name}, its former name; expected {key} alone")
+            if not isinstance(value, bool):
+                raise ValueError(f"has {name}: {shown(value)}; expected true or false, or better {key}")
+            values = {**{other: kept for other, kept in values.items() if other != name}, **meanings[value]}
+        return values
 
     @field_validator("*", mode="before")
     @classmethod

@@ -65,7 +65,7 @@ def check_boundary(model: nn.Module, ids: list[int], rows: int, at_once: int, pa
 
 def _boundary_error(model: nn.Module, rows: int, at_once: int, found: str) -> ModelError:
     """``found`` with what it means and what to do. Rows that fit at once are not cut, which is the cheaper way out."""
-    do = "training.gradient_checkpointing=false"
+    do = "training.recompute=none"
     if rows > at_once:
         do = f"training.accumulation=micro_batch_major, or {do} if that is refused too"
     if any(isinstance(module, TiledMLP) for module in model.modules()):

@@ -163,7 +163,7 @@ class KeptInput:
         if self.here is not None and self.here._version != self.version:
             raise ModelError(
                 "A layer of this model writes over its own input, from which its gradients are to be computed again; set "
-                "training.gradient_checkpointing=false."
+                "training.recompute=none."
             )
 
 

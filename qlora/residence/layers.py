@@ -3,6 +3,10 @@
     forward    input [R, T, D] kept ─► micro-batch 1, 2, … through the layer, without a graph ─► output [R, T, D]
     backward   micro-batch 1, 2, … again, with a graph, each freed before the next
 
+Where memory suffices a layer may keep the graphs of its micro-batches instead (``keeps``), so that nothing is computed
+twice. Backward goes through the same graphs in the same order, so gradients are the same bit for bit. The last layers are
+those that keep: backward begins with them, and their graphs are gone when the others are recomputed.
+
 Given all R rows of a step at once, every layer is visited twice a step however many micro-batches there are, and its
 frozen weights are dequantised once a visit (layer-major accumulation). Given one micro-batch it is plain gradient
 checkpointing (Chen et al. 2016, arXiv:1604.06174).
@@ -33,7 +37,7 @@ Knows modules and tensors; must not know what is quantised, what is adapted, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,13 +61,15 @@ class RecomputedLayer(Boundary):
 
     inside = "layer"
 
-    def __init__(self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None) -> None:
+    def __init__(self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None, keeps: bool = False) -> None:
         super().__init__()
         self.layer = layer
         self.rows = rows
         """Rows that go through the layer at once."""
         self.inputs = inputs
         """Where the input waits for backward; None for the device."""
+        self.keeps = keeps
+        """Whether all activations wait, and nothing is recomputed."""
         self.unread: list[nn.Module] | None = None
         """Linears whose products the recompute may leave out; None until the first recompute has found them."""
 
@@ -74,7 +80,7 @@ class RecomputedLayer(Boundary):
         if _wants_gradient((args, kwargs)):
             raise ModelError(
                 f"A {type(self.layer).__name__} takes more than its hidden states from layers that train, and the recompute "
-                "boundary would lose those gradients; set training.gradient_checkpointing=false."
+                "boundary would lose those gradients; set training.recompute=none training.accumulation=micro_batch_major."
             )
         return _Recompute.apply(hidden, self.anchor(hidden.device), self, args, kwargs)
 
@@ -99,9 +105,10 @@ class _Recompute(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor | None, ...]:
         ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
         ctx.parts = list(boundary.micro_batches(len(hidden)))
-        ctx.random = [] if draws(boundary.layer) else None
+        ctx.graphs = [] if boundary.keeps and any(ctx.needs_input_grad) else None
+        ctx.random = [] if ctx.graphs is None and draws(boundary.layer) else None
         ctx.kept = None
-        if any(ctx.needs_input_grad):
+        if any(ctx.needs_input_grad) and ctx.graphs is None:
             if boundary.inputs is None or boundary.inputs.place == "device":
                 ctx.save_for_backward(hidden)
             else:  # on its way while the layer computes
@@ -112,11 +119,18 @@ class _Recompute(torch.autograd.Function):
             for part in ctx.parts:
                 if ctx.random is not None:
                     ctx.random.append(rng_state(hidden.device))
-                answer, others = _run(boundary.layer, hidden[part], part, len(hidden), args, kwargs)
+                inputs = hidden[part]
+                if ctx.graphs is not None:
+                    inputs = inputs.detach().requires_grad_(ctx.needs_input_grad[0])
+                with torch.set_grad_enabled(ctx.graphs is not None):
+                    answer, others = _run(boundary.layer, inputs, part, len(hidden), args, kwargs)
+                if ctx.graphs is not None:
+                    ctx.graphs.append((inputs, get_gradient_edge(answer) if answer.requires_grad else None))
+                del inputs
                 if (
                     len(ctx.parts) == 1 and not answer._is_view()
                 ):  # a view could not be written over, and may be the input
-                    output = answer
+                    output = answer.detach()
                     break
                 if output is None:
                     output = answer.new_empty(len(hidden), *answer.shape[1:])
@@ -129,24 +143,23 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor | None, ...]:
         boundary: RecomputedLayer = ctx.boundary
         kept: KeptInput | None = ctx.kept
-        hidden: Tensor | None = None if kept is not None else ctx.saved_tensors[0].detach()
+        graphs: list[tuple[Tensor, Any]] | None = ctx.graphs
+        hidden: Tensor | None = None if kept is not None or graphs is not None else ctx.saved_tensors[0].detach()
         needed, device, whole = ctx.needs_input_grad[0], grad.device, len(ctx.parts) == 1
         grad_hidden: Tensor | None = None
         after = None if ctx.random is None else rng_state(device)
         with torch.enable_grad(), _visit(boundary, len(grad)):
             for number, part in enumerate(ctx.parts):
-                if ctx.random is not None:
-                    set_rng_state(ctx.random[number], device)
-                rows = hidden[part] if hidden is not None else kept.rows(number)  # type: ignore[union-attr]
-                inputs = rows.detach().requires_grad_(needed)
-                del rows
-                with left_out(boundary.unread or []):
-                    output = _run(boundary.layer, inputs, part, len(grad), ctx.args, ctx.kwargs)[0]
-                if output.requires_grad:  # else what trains here is switched off, and nothing below asks
-                    if boundary.unread is None:
-                        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, grad)]
-                    edge = get_gradient_edge(output)
-                    del output  # nobody reads it
+                if graphs is not None:
+                    inputs, edge = graphs.pop(0)
+                else:
+                    if ctx.random is not None:
+                        set_rng_state(ctx.random[number], device)
+                    rows = hidden[part] if hidden is not None else kept.rows(number)  # type: ignore[union-attr]
+                    inputs = rows.detach().requires_grad_(needed)
+                    del rows
+                    edge = _recomputed(boundary, inputs, part, grad, ctx.args, ctx.kwargs)
+                if edge is not None:  # else what trains here is switched off, and nothing below asks
                     torch.autograd.backward(edge, grad[part])
                     del edge
                 if whole:
@@ -164,21 +177,55 @@ class _Recompute(torch.autograd.Function):
         return grad_hidden, None, None, None, None
 
 
-def wrap_layers(model: nn.Module, rows: int, inputs: LayerInputs | None = None, mlp_tile: int | None = None) -> None:
+def _recomputed(
+    boundary: RecomputedLayer,
+    inputs: Tensor,
+    part: slice,
+    grad: Tensor,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> Any:
+    """Where backward begins in the graph of rows ``part``, computed again; None where no gradient is asked for."""
+    with left_out(boundary.unread or []):
+        output = _run(boundary.layer, inputs, part, len(grad), args, kwargs)[0]
+    if not output.requires_grad:
+        return None
+    if boundary.unread is None:
+        boundary.unread = [one for one in unread_linears(output) if not _drew_after(one, grad)]
+    return get_gradient_edge(output)  # nobody reads the output itself
+
+
+def layers_that_keep(kept: int, count: int, away: Collection[int] = ()) -> tuple[int, ...]:
+    """Which of ``count`` layers keep their activations, so that ``kept`` do: the last ones, and none that is ``away``.
+
+    A layer that does not stay on the device has other weights in its place when backward comes. Example: 2 of 5, of which
+    layer 3 is away → (2, 4)
+    """
+    able = [layer for layer in range(count) if layer not in away]
+    return tuple(able[max(0, len(able) - kept) :])
+
+
+def wrap_layers(
+    model: nn.Module,
+    rows: int,
+    inputs: LayerInputs | None = None,
+    mlp_tile: int | None = None,
+    keep: Collection[int] = (),
+) -> None:
     """Put every decoder layer of a causal language model behind the boundary, in place, ``rows`` rows at a time.
 
-    ``inputs`` says where their inputs wait for backward (None: on the device), and ``mlp_tile`` how many tokens go through
-    an MLP at once (None: all). After the method is planted, since paths change: ``model.layers.0.mlp`` becomes
-    ``model.layers.0.layer.mlp``, with tiles ``model.layers.0.layer.mlp.whole``. Wrapping again changes rows, inputs and
-    tiles alone. Raises ModelError before anything is changed, where the model has no such layers or MLPs.
+    ``inputs`` says where their inputs wait for backward (None: on the device), ``mlp_tile`` how many tokens go through
+    an MLP at once (None: all), and ``keep`` which layers are not recomputed. After the method is planted, since paths change:
+    ``model.layers.0.mlp`` becomes ``model.layers.0.layer.mlp``, with tiles ``model.layers.0.layer.mlp.whole``. Wrapping again
+    changes these alone. Raises ModelError before anything is changed, where the model has no such layers or MLPs.
     """
     layers = anatomy.layers(model)
     tile_mlps([layer.layer if isinstance(layer, RecomputedLayer) else layer for layer in layers], mlp_tile)
     for index, layer in enumerate(layers):
         if isinstance(layer, RecomputedLayer):
-            layer.rows, layer.inputs, layer.unread = rows, inputs, None
+            layer.rows, layer.inputs, layer.keeps, layer.unread = rows, inputs, index in keep, None
         else:
-            layers[index] = RecomputedLayer(layer, rows, inputs).train(layer.training)
+            layers[index] = RecomputedLayer(layer, rows, inputs, index in keep).train(layer.training)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ Some = TypeVar("Some")
 CHANGEABLE = (
     "device.name", "device.threads", "device.memory", "device.deterministic", "memory.layers", "memory.tier",
     "memory.slots", "memory.embedding", "memory.head", "memory.layer_inputs", "memory.mlp_tile", "memory.cache",
-    "training.micro_batch_size", "training.accumulation", "training.loss_chunk", "training.not_finite",
+    "training.micro_batch_size", "training.recompute", "training.accumulation", "training.loss_chunk", "training.not_finite",
     "training.skip_limit", "training.save_every", "training.keep_checkpoints",
 )  # fmt: skip
 NOT_BEGUN = {LOCK, "recipe.yaml", "plan.json"}  # what there is before environment.json says that a run has begun

@@ -82,7 +82,7 @@ def _values(state: TrainState) -> dict[str, object]:
     }
     if state.skipped:
         values["skipped"] = state.skipped
-    if state.way != Way.of(state.training):
+    if state.way != state.asked:
         values["smaller"] = state.way.values()
     return values
 

@@ -13,11 +13,12 @@ from qlora.data import Row, step_rows
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
 from qlora.methods import AdaptedModel
+from qlora.model import anatomy
 from qlora.model.checks import check_loss_path, check_packing, check_rows
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.checks import check_boundary
 from qlora.residence.layer_inputs import LayerInputs
-from qlora.residence.layers import unwrap_layers, wrap_layers
+from qlora.residence.layers import layers_that_keep, unwrap_layers, wrap_layers
 from qlora.training.way import Way
 
 
@@ -29,12 +30,20 @@ class Passage:
     ) -> None:
         self.model, self.rows, self.training, self.memory = model, rows, training, memory
         self.inputs = None if memory.layer_inputs == "device" else LayerInputs(memory.layer_inputs, model.device)
+        self.layers = count_layers(model, training)
+        self.away = () if model.base.placement is None else tuple(model.base.placement.order)
         refuse_without_boundary(model, training, memory)
+        refuse_to_keep_what_leaves(training, self.layers, len(self.away))
+
+    def behind_boundary(self, way: Way) -> bool:
+        """Whether the layers stand behind their boundary in this way."""
+        return way.behind_boundary(self.layers, self.training.batch_size)
 
     def take(self, way: Way) -> None:
         """Have rows go this way from now on."""
-        if self.training.gradient_checkpointing:
-            wrap_layers(self.model.model, way.micro_batch_size, self.inputs, self.memory.mlp_tile)
+        if self.behind_boundary(way):
+            keep = layers_that_keep(way.kept, self.layers, self.away)
+            wrap_layers(self.model.model, way.micro_batch_size, self.inputs, self.memory.mlp_tile, keep)
         else:
             unwrap_layers(self.model.model)  # an earlier trainer may have left its boundary
 
@@ -43,16 +52,20 @@ class Passage:
 
         Raises DoesNotFitError when there is none, and leaves the way as it was.
         """
-        way = before
-        while smaller := way.smaller(rows):
-            way = smaller
-            self.take(way)
+        way, next_after = before, Way.smaller
+        while smaller := next_after(way, rows):
+            self.take(smaller)
             try:
-                self.check(way, again=True)
+                self.check(smaller, again=True)
             except Exception as error:
                 if not (isinstance(error, ModelError) or ran_out_of_memory(error)):
                     raise
-                continue  # layers that cannot be cut so, or not even a few tokens fit
+                if isinstance(error, ModelError) and not self.behind_boundary(way):
+                    next_after = Way.fewer_rows  # this family's layers cannot be recomputed
+                else:
+                    way = smaller  # layers that cannot be cut so, or not even a few tokens fit
+                continue
+            way = smaller
             changed = way.beside(before)
             return way, f"{what} did not fit into memory ({reason}): from here on {changed}, same rows and result."
         self.take(before)
@@ -78,7 +91,7 @@ class Passage:
                 check_loss_path(network, ids)
             if packed:
                 check_packing(network, ids, way.micro_batch_size)
-            if self.training.gradient_checkpointing:
+            if self.behind_boundary(way):
                 for together in self._rows_together(way):
                     check_boundary(network, ids, together, way.micro_batch_size, packed)
         finally:
@@ -108,7 +121,7 @@ def check_every_row(model: AdaptedModel, rows: Sequence[Row], held_out: Sequence
 
 def refuse_without_boundary(model: AdaptedModel, training: TrainingSection, memory: MemorySection) -> None:
     """Raise RecipeError where the recipe asks for what works at the boundary of the layers, and has none."""
-    if training.gradient_checkpointing:
+    if training.recompute not in ("none", 0):
         return
     asked = []
     if model.base.placement is not None:
@@ -120,5 +133,24 @@ def refuse_without_boundary(model: AdaptedModel, training: TrainingSection, memo
     if asked:
         raise RecipeError(
             f"The recipe asks for {listed(asked)}, which works at the recompute boundary of the layers, but has "
-            "training.gradient_checkpointing=false; set it to true."
+            f"training.recompute={training.recompute}; set it to all."
+        )
+
+
+def count_layers(model: AdaptedModel, training: TrainingSection) -> int:
+    """The decoder layers. Raises ModelError where there is no list of them, unless none is to be recomputed."""
+    try:
+        return len(anatomy.layers(model.model))
+    except ModelError:
+        if training.recompute not in ("none", 0):
+            raise
+        return 0
+
+
+def refuse_to_keep_what_leaves(training: TrainingSection, layers: int, away: int) -> None:
+    """Raise RecipeError where a layer would keep activations whose weights do not stay on the device."""
+    if training.recomputed(layers) < away:
+        raise RecipeError(
+            f"{away} of {layers} layers are streamed (memory.layers), and those have to be recomputed, but "
+            f"training.recompute={training.recompute}; set it to all, or to {away} or more."
         )

@@ -38,7 +38,7 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base, more: Mapping[st
     """
     text = recipe.to_yaml().encode()  # as the digest has it, also where lines end otherwise
     if (folder / ENVIRONMENT).is_file():
-        if recorded_digest(folder) == digest(text):
+        if recorded_digest(folder) == digest(text) or _same_recipe(folder, recipe):
             return
         raise RunError(
             f"There is a run of another recipe in '{folder}'; choose another folder, or delete it if it is not needed."
@@ -52,6 +52,14 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base, more: Mapping[st
             raise
         raise RunError(f"The run folder '{folder}' cannot be written ({error}); choose another.") from None
     write_json(folder / ENVIRONMENT, {**environment_of(recipe, data, base), **more})
+
+
+def _same_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Whether the recipe there, which an older release may have written with other keys, says the same."""
+    try:
+        return Recipe.from_yaml(folder / RECIPE) == recipe
+    except RecipeError:
+        return False
 
 
 def recorded_digest(folder: Path) -> object:

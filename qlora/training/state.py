@@ -18,6 +18,7 @@ from qlora.methods import AdaptedModel
 from qlora.recipe import TrainingSection
 from qlora.training.masters import Masters
 from qlora.training.optim import make_optimizer, quiet_paging
+from qlora.training.passage import count_layers
 from qlora.training.way import Way
 
 LARGEST_SCALE = 2.0**14  # what the loss is multiplied with under fp16, at first
@@ -35,6 +36,8 @@ class TrainState:
     masters: Masters
     """What the optimizer changes in their place: in fp32, where they compute in 16 bits."""
     optimizer: torch.optim.Optimizer
+    asked: Way
+    """How the recipe has steps go through the model."""
     way: Way
     """How steps go through the model now; smaller than the recipe's after memory ran out."""
     step: int = 0
@@ -56,7 +59,8 @@ class TrainState:
         masters = Masters(parameters)
         optimizer = make_optimizer(masters.values, training, model.learning_rate_ratios())
         scale = LARGEST_SCALE if model.base.compute_dtype == torch.float16 else 1.0
-        return cls(model, training, total_steps, parameters, masters, optimizer, Way.of(training), loss_scale=scale)
+        way = Way.of(training, count_layers(model, training))
+        return cls(model, training, total_steps, parameters, masters, optimizer, way, way, loss_scale=scale)
 
     def require_whole(self) -> None:
         """Raise RunError after a step that was broken off halfway."""

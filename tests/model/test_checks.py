@@ -168,7 +168,7 @@ def test_check_boundary_refuses_what_fails_in_a_sentence(monkeypatch: pytest.Mon
         raise RuntimeError("3 is not 4.\nAnd more that nobody wants to read.")
 
     monkeypatch.setattr(layers, "_run", run)
-    with pytest.raises(ModelError, match=r"RuntimeError: 3 is not 4\), so .*gradient_checkpointing=false") as caught:
+    with pytest.raises(ModelError, match=r"RuntimeError: 3 is not 4\), so .*recompute=none") as caught:
         check_boundary(model, IDS, 4, at_once, False)
     assert "\n" not in str(caught.value)
     assert ("micro_batch_major" in str(caught.value)) == (at_once == 2)

@@ -140,12 +140,12 @@ def large(kind: str, layers: int) -> AdaptedModel:
 
 def true_step(adapted: AdaptedModel, training: TrainingSection, length: int, tile: int | None) -> int:
     """The peak of a whole step with all layers, all micro-batches, all tiles and all chunks of the loss, on fake tensors."""
-    together = training.gradient_checkpointing and training.accumulation == "layer_major"
+    together = training.layer_major
     rows = training.batch_size if together else training.micro_batch_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = shortened(adapted, packed=False, more=len(decoder_layers(adapted.model)))[0].model
         assert len(decoder_layers(model)) == len(decoder_layers(adapted.model))
-        if training.gradient_checkpointing:
+        if training.recompute != "none":
             wrap_layers(model, training.micro_batch_size, mlp_tile=tile)
         model.train()
         ledger = Ledger(model, "cuda")
@@ -200,7 +200,7 @@ def test_the_model_stays_as_it_is() -> None:
     model = small("gemma2")
     before = {name: (id(values), values.sum().item()) for name, values in model.model.named_parameters()}
     config = model.model.config.to_dict()  # type: ignore[union-attr, operator]
-    dry_run(model, Shape(2, 1, 32, 1, 8, True, False), "cpu")
+    dry_run(model, Shape(2, 1, 32, 1, 8, (), False), "cpu")
     assert {name: (id(values), values.sum().item()) for name, values in model.model.named_parameters()} == before
     assert model.model.config.to_dict() == config  # type: ignore[union-attr, operator]
     assert all(values.grad is None for values in model.model.parameters())

@@ -17,7 +17,7 @@ from qlora.machine.device import DTYPES, GIB, bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
-from qlora.planning.ladder import Arrangement, Arranger, Target, changed, largest
+from qlora.planning.ladder import SPARE, Arrangement, Arranger, Target, changed, largest
 from qlora.planning.plan import amount, card_elsewhere, ladder_lines, plan, survey
 from qlora.planning.rates import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
@@ -139,7 +139,7 @@ def test_on_a_cpu_only_the_disk_saves_memory(folder: Path) -> None:
 
 def test_the_largest_rows_and_context_are_those_that_just_fit(folder: Path) -> None:
     found = arranger(folder, GIB // 2)
-    one = found.look({"training.gradient_checkpointing": True})
+    one = found.look({"training.recompute": "all"})
     rows, context = found.most_rows(one), found.longest_context(one)
     assert rows is not None
     assert context is not None
@@ -147,8 +147,8 @@ def test_the_largest_rows_and_context_are_those_that_just_fit(folder: Path) -> N
         ({"training.micro_batch_size": rows, "training.batch_size": rows}, {"training.micro_batch_size": rows * 5 // 4, "training.batch_size": rows * 5 // 4}),
         ({"training.micro_batch_size": 1, "data.max_length": context}, {"training.micro_batch_size": 1, "data.max_length": context * 5 // 4}),
     ):  # fmt: skip
-        assert found.look(changes).needed.total <= 1.02 * found.target.free
-        assert found.look(larger).needed.total > found.target.free
+        assert found.look({**one.changes, **changes}).needed.total <= 1.02 * found.target.free
+        assert found.look({**one.changes, **larger}).needed.total > found.target.free
 
 
 def test_a_system_that_does_not_tell_what_is_free_refuses_nothing(
@@ -338,3 +338,37 @@ def test_what_the_file_cache_holds_already_is_not_counted_again(folder: Path, tm
     assert written == sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert written > 10 * 2**20
     assert cached_bytes(section, torch.bfloat16, torch.device("cpu"), memory) == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_as_few_layers_are_recomputed_as_memory_asks_for(folder: Path, kind: str) -> None:
+    """From plenty of memory to little: none, some, all; each plan within its share, and one layer fewer would not be."""
+    sections: dict[str, Any] = {"data": {"train": "none.jsonl", "max_length": 256}, "training": {"batch_size": 2}}
+    plenty = arranger(folder, 64 * GIB, kind, **sections)
+    least, most = (plenty.look({"training.recompute": n}).needed.total for n in ("all", "none"))
+    found = []
+    for share in (1.01, 0.6, 0.3, 0.01):
+        free = int((least + share * (most - least)) / SPARE[kind])
+        one = arranger(folder, free, kind, **sections)
+        count = one.recipe.training.recomputed(one.depth)
+        found.append(count)
+        taken = one.look().needed.total
+        assert taken <= free * SPARE[kind]
+        if 0 < count < one.depth:
+            assert one.look({"training.recompute": count - 1}).needed.total > free * SPARE[kind]
+    assert found[0] == 0
+    assert found == sorted(found)
+    assert 0 < found[1] < found[2] <= plenty.depth == found[3]
+    assert plenty.recipe.training.accumulation == "micro_batch_major"  # of a whole step it would be more
+    assert arranger(folder, least, kind, **sections).recipe.training.accumulation == "layer_major"
+
+
+def test_what_the_recipe_says_of_recomputing_is_kept(folder: Path) -> None:
+    for asked in ("all", "none", 1):
+        one = arranger(folder, 64 * GIB, training={"batch_size": 2, "recompute": asked})
+        assert one.recipe.training.recompute == asked
+    # nobody knows what is free
+    assert arranger(folder, 0, training={"batch_size": 2}).recipe.training.recompute == "all"
+    # streamed layers have other weights in their place when backward comes
+    streamed = arranger(folder, 64 * GIB, training={"batch_size": 2}, memory={"layers": 1})
+    assert streamed.recipe.training.recompute == streamed.depth - 1

@@ -17,6 +17,7 @@ from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
+from qlora.planning.few_layers import layers_of
 from qlora.planning.memory import Estimate, estimate, holdings, shape_of, weight_bytes
 from qlora.planning.shapes import shapes_of
 from qlora.recipe import Bottleneck, Full, LoRA, MemorySection, ModelSection, TrainingSection
@@ -118,7 +119,7 @@ def test_adapter_gradients_and_optimizer_are_counted_exactly(
     )  # so that some matrices are above what 8 bits begin at, some below
     training = TrainingSection(optimizer=optimizer, batch_size=2, micro_batch_size=2, steps=2)
     planned, _, _ = holdings(model, training, "cpu", MemorySection())
-    run = dry_run(model, shape_of(training, 32, False, MemorySection()), "cpu")
+    run = dry_run(model, shape_of(training, 32, False, MemorySection(), len(layers_of(model.model))), "cpu")
     parameters = model.trainable_parameters()
     assert planned["adapter"] == sum(p.untyped_storage().nbytes() for p in parameters.values())
     trainer = Trainer(model, rows_of(model, 2, 32), training)

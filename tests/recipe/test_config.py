@@ -150,3 +150,36 @@ def test_true_is_no_number() -> None:
     with pytest.raises(RecipeError, match=r"'training.epochs' .an override. is true; expected whole number"):
         Recipe.from_dict(MINIMAL, "training.epochs=true")
     assert Recipe.from_dict(MINIMAL, "model.double_quant=false").model.double_quant is False
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "recompute", "accumulation"),
+    [
+        ({}, [], "auto", "auto"),
+        ({"gradient_checkpointing": True}, [], "all", "auto"),
+        ({"gradient_checkpointing": False, "accumulation": "layer_major"}, [], "none", "micro_batch_major"),
+        ({"recompute": 3}, ["training.gradient_checkpointing=false"], "none", "micro_batch_major"),
+        ({"gradient_checkpointing": False}, ["training.recompute=7"], 7, "auto"),
+        ({"recompute": 3}, ["training.recompute=all"], "all", "auto"),
+    ],
+)
+def test_checkpointing_is_read_by_its_former_name(
+    values: dict[str, Any], overrides: list[str], recompute: object, accumulation: str
+) -> None:
+    """An override speaks for both names, whatever the file calls it."""
+    found = Recipe.from_dict({"data": {"train": "x"}, "training": values}, *overrides).training
+    assert (found.recompute, found.accumulation) == (recompute, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gradient_checkpointing": True, "recompute": 3}, "has both recompute and gradient_checkpointing"),
+        ({"gradient_checkpointing": 1}, "has gradient_checkpointing: 1; expected true or false, or better recompute"),
+        ({"recompute": True}, "recompute.* is true"),
+        ({"recompute": -1}, "recompute"),
+    ],
+)
+def test_what_recompute_cannot_be_is_said(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_dict({"data": {"train": "x"}, "training": values})

@@ -206,7 +206,7 @@ def test_an_input_that_its_layer_writes_over_is_refused() -> None:
     kept = inputs.keep(hidden, PARTS)
     hidden.add_(1)
     for act in (lambda: kept.rows(0), lambda: inputs.keep(hidden, PARTS)):
-        with pytest.raises(ModelError, match=r"writes over its own input.*gradient_checkpointing=false"):
+        with pytest.raises(ModelError, match=r"writes over its own input.*recompute=none"):
             act()
 
 

@@ -173,7 +173,7 @@ def test_a_gradient_that_the_boundary_would_lose_is_refused() -> None:
     for index, layer in enumerate(model.layers):
         model.layers[index] = RecomputedLayer(layer, 1)
     hidden = torch.rand(2, 3, 4)
-    with pytest.raises(ModelError, match=r"Borrower takes more than its hidden states.*gradient_checkpointing=false"):
+    with pytest.raises(ModelError, match=r"Borrower takes more than its hidden states.*recompute=none"):
         model(hidden)
     model.layers[0].layer.linear.requires_grad_(False)
     assert model(hidden).requires_grad
@@ -301,7 +301,7 @@ def test_wrapping_and_unwrapping_keep_the_model(model: AdaptedModel) -> None:
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = random_model("Llama")
     model.model.layers = nn.ModuleList(list(model.model.layers)[:1])
-    with pytest.raises(ModelError, match="gradient_checkpointing=false"):
+    with pytest.raises(ModelError, match="recompute=none"):
         wrap_layers(model, 1)
     unwrap_layers(model)
 

@@ -398,7 +398,7 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_spent(tmp_path: Path) 
     model = small_model("bloom", tmp_path)
     rows = short_rows(8)
     with pytest.raises(
-        ModelError, match=r"bloom .*8 rows, 2 at once.*accumulation=micro_batch_major, or .*checkpointing=false"
+        ModelError, match=r"bloom .*8 rows, 2 at once.*accumulation=micro_batch_major, or .*recompute=none"
     ):
         Trainer(model, rows, section())
     assert not model.model.training
@@ -417,7 +417,7 @@ def test_a_wrong_cut_is_refused_in_whole_and_in_short_steps(
     rows = short_rows(count)
     Trainer(model, rows, section(micro_batch_size=size))
     monkeypatch.setattr(layers, "_has_rows", lambda value, count, tokens: value.dim() > 1 and len(value) == count)
-    with pytest.raises(ModelError, match=f"4 rows, {size} at once: .*gradient_checkpointing=false"):
+    with pytest.raises(ModelError, match=f"4 rows, {size} at once: .*recompute=none"):
         Trainer(model, rows, section(micro_batch_size=size))
     Trainer(model, rows, section(micro_batch_size=size, gradient_checkpointing=False))
     Trainer(model, rows, section(micro_batch_size=size, accumulation="micro_batch_major"))

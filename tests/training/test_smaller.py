@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,11 @@ def test_the_ways_become_smaller_until_there_is_none() -> None:
     found = []
     while way := way.smaller(8):
         found.append((way.micro_batch_size, way.layer_major, way.loss_chunk))
+    keeping: Way | None = Way(9, True, 100, kept=5)
+    kept = []
+    while (keeping := keeping.smaller(8)) and keeping.micro_batch_size == 9:
+        kept.append(keeping.kept)
+    assert kept == [2, 1, 0]  # recomputing more comes before anything else
     assert found == [
         (4, True, 100), (2, True, 100), (1, True, 100), (1, False, 100), (1, False, 50), (1, False, 25), (1, False, 16),
     ]  # fmt: skip
@@ -111,9 +117,9 @@ def test_the_ways_become_smaller_until_there_is_none() -> None:
     assert Way(4, True, 16).smaller(1) is None  # a step of one row: neither fewer rows nor another order
     assert Way(4, True, 32).smaller(1) == Way(4, True, 16)
     assert Way(1, False, 8).smaller(8) is None
-    for one in (Way(2, True, 3), Way(1, False, 256)):
+    for one in (Way(2, True, 3), Way(1, False, 256, 7)):
         assert Way.from_values(json.loads(json.dumps(one.values()))) == one
-    assert not Way.of(section(gradient_checkpointing=False)).layer_major
+    assert not Way.of(section(recompute="none"), 2).layer_major
 
 
 @pytest.mark.parametrize(
@@ -142,14 +148,15 @@ def test_the_curve_is_the_one_of_fewer_rows_from_that_step_on(
     state = torch.get_rng_state()
     with short_of_memory(dropping, 2, when) as refused:
         steps = [next(trainer) for _ in range(3)]
-    assert refused == [3]  # rows of a short step; once, and then it is known
+    # rows of a short step; once, and then it is known. Two layers that keep activations are recomputed first, one by one
+    assert refused == [3] * (3 if way == "resident" else 1)
     found += [(step.loss, step.grad_norm) for step in steps]
     assert found == expected
     assert adapter_bytes(dropping) == wanted
     assert torch.equal(torch.get_rng_state(), state)
     assert [step.micro_batch_size for step in steps] == [2, 2, 2]
     assert [bool(step.note) for step in steps] == [True, False, False]
-    assert steps[0].note == (
+    assert steps[0].note.endswith(
         "Step 3 did not fit into memory (CUDA out of memory. Tried 2 GiB): from here on 2 rows at once instead of "
         "4, same rows and result."
     )
@@ -163,7 +170,7 @@ def test_the_curve_is_that_of_enough_memory(model: AdaptedModel, way: str) -> No
     trainer = Trainer(model, ROWS, section(**WAYS[way]))
     with short_of_memory(model, 1, "backward" if way == "resident" else "forward") as refused:
         found = take(trainer, 3)
-    assert refused[:2] == [4, 2]
+    assert list(dict.fromkeys(refused)) == [4, 2]
     assert trainer.micro_batch_size == 1
     assert found[0] == pytest.approx(expected[0], rel=GRADIENT)
     for one, other in zip(found, expected, strict=True):
@@ -325,7 +332,7 @@ def test_a_resumed_run_goes_the_smaller_way_too(dropping: AdaptedModel, tmp_path
     expected = take(trainer, 2)
     wanted = adapter_bytes(dropping)
     assert json.loads((place / "state.json").read_text())["smaller"] == {
-        "micro_batch_size": 2, "accumulation": "layer_major", "loss_chunk": 256,
+        "micro_batch_size": 2, "accumulation": "layer_major", "loss_chunk": 256, "layers_kept": 0,
     }  # fmt: skip
     stir(dropping, 0.3)
     again = Trainer(dropping, ROWS, section(optimizer=optimizer), tmp_path)
@@ -415,15 +422,18 @@ def test_scoring_takes_fewer_rows_and_smaller_chunks(model: AdaptedModel, monkey
     ],
 )
 def test_what_needs_the_boundary_is_refused_without_it(model: AdaptedModel, memory: Any, words: str) -> None:
-    with pytest.raises(RecipeError, match=rf"asks for {words}, .*gradient_checkpointing=false; set it to true"):
+    with pytest.raises(RecipeError, match=rf"asks for {words}, .*recompute=none; set it to all"):
         Trainer(model, ROWS, section(gradient_checkpointing=False), memory=MemorySection(**memory))
 
 
 def test_streamed_layers_need_the_boundary(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.base, "placement", object(), raising=False)
+    monkeypatch.setattr(model.base, "placement", SimpleNamespace(order=[0]), raising=False)
     with pytest.raises(RecipeError, match="layers that are streamed"):
         Trainer(model, ROWS, section(gradient_checkpointing=False))
     Trainer(model, ROWS, section())
+    monkeypatch.setattr(model.base, "placement", SimpleNamespace(order=[0, 1]), raising=False)
+    with pytest.raises(RecipeError, match=r"2 of 2 layers are streamed .*recompute=1; set it to all, or to 2 or more"):
+        Trainer(model, ROWS, section(recompute=1))
 
 
 def test_the_memory_section_reaches_the_layers_and_stays_in_a_smaller_way(dropping: AdaptedModel) -> None:
