@@ -249,19 +249,27 @@ class ChatTemplate:
 
     def _lost(self, said: Sequence[tuple[Message, Message]], texts: Sequence[_Text], train_on: str) -> list[str]:
         """What kinds of things the answers say that are not in what is trained, in order, white space aside. ``said``: each
-        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4)."""
+        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4),
+        and a call's arguments in any order, but not where another answer is: that one often says the same words again."""
         spans = [one.text[a:b] for one in texts for a, b in ([(0, None)] if train_on == "all" else one.answers)]
-        text, at = "".join("".join(spans).split()), 0
+        spans = ["".join(span.split()) for span in spans]
+        text, ends, at = "".join(spans), list(itertools.accumulate(map(len, spans))), 0
         lost: dict[str, None] = {}
         for given, spoken in said:
-            calls = spoken.get("tool_calls", [])
-            words = [] if given.get("is_call") and calls else parts(given)
-            names = [("a function call", call["function"]["name"], at) for call in calls]
-            for kind, one, begin in [*((kind, one, -1) for kind, one in words), *names]:
-                end = _end_of(one, text, at if begin < 0 else begin)
+            begin = named = at
+            calls = given.get("tool_calls") or spoken.get("tool_calls", [])
+            for kind, one in [] if given.get("is_call") and calls else parts(given):
+                end = _end_of(one, text, at)
                 at = max(at, end)
                 if end < 0:
                     lost[kind] = None
+            for function in (call["function"] for call in calls):
+                end = _end_of(function["name"], text, named)
+                named = max(named, end)
+                near = text[begin : next((edge for edge in ends if edge >= named), None)]
+                if end < 0 or any(_end_of(value, near, 0) < 0 for value in _values(function["arguments"])):
+                    lost["a function call"] = None
+            at = max(at, named)
         return list(lost)
 
     def _tell(self, lost: Sequence[str]) -> None:
@@ -519,12 +527,31 @@ def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list
 
 
 def _end_of(words: str, text: str, begin: int) -> int:
-    """Where ``words``, or what JSON makes of them, end in ``text``, which has no white space; -1 where they are not."""
-    for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]):
+    """Where ``words``, or what JSON, JSON in JSON or Python makes of them, end in ``text``, which has no white space; -1 where
+    they are not."""
+    quoted = json.dumps(words, ensure_ascii=False)[1:-1]
+    for form in (
+        words,
+        quoted,
+        json.dumps(words)[1:-1],
+        json.dumps(quoted, ensure_ascii=False)[1:-1],
+        repr(words)[1:-1],
+    ):
         bare = "".join(form.split())
         if (found := text.find(bare, begin)) >= 0:
             return found + len(bare)
     return -1
+
+
+def _values(arguments: object) -> Iterator[str]:
+    """The texts and numbers in a call's arguments. Templates spell true, false and null as they like."""
+    if isinstance(arguments, dict | list):
+        for value in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from _values(value)
+    elif isinstance(arguments, str):
+        yield arguments
+    elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
+        yield json.dumps(arguments)
 
 
 def _alike(one: str, other: str) -> int:

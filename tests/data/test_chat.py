@@ -466,3 +466,49 @@ def test_a_template_that_changes_words_gets_none_in_their_place() -> None:
     ((example,),) = chat.encode(conversations(talk), "assistant")
     assert trained_runs(tokenizer, example) == ["\n\nFINE<|end|>"]
     assert "the chat template leaves out reasoning of answers (1 records)" in chat.notes
+
+
+NASTY = {
+    "city": "Oslo",
+    "days": 12,
+    "note": 'it\'s "so"\nünï <b>',
+    "where": {"inner": ["Bergen", 2.5]},
+    "when": None,
+    "no": False,
+}
+CALLS = [{"function": {"name": "tip", "arguments": NASTY}}]
+CALLING = [
+    *(TALK[0], {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "20"}),
+    {"role": "assistant", "content": "In Oslo 12, in Bergen 2.5."},
+]
+LEFT_OUT = ["the chat template leaves out a function call of answers (1 records)"]
+
+
+@pytest.mark.parametrize(
+    ("written", "notes"),
+    [
+        ("(call.function.arguments | tojson)", []),
+        ("(call.function.arguments | tojson | tojson)", []),
+        ("(call.function.arguments | string)", []),
+        ("(call.function.arguments | dictsort | string)", []),
+        ("''", LEFT_OUT),
+        ("(call.function.arguments.keys() | list | string)", LEFT_OUT),
+        ("((call.function.arguments | tojson).replace('Bergen', ''))", LEFT_OUT),
+        ("((call.function.arguments | tojson).replace('12', ''))", LEFT_OUT),
+    ],
+)
+def test_arguments_that_a_template_leaves_out_are_told(written: str, notes: list[str]) -> None:
+    """The next answer says the same words, as answers do: that does not hide it."""
+    chat = ChatTemplate(make_tokenizer(families.TOOLS.replace("(call.function.arguments | tojson)", written)))
+    chat.encode(conversations(CALLING, tools=[{"name": "tip"}]), "assistant")
+    assert chat.notes == notes
+
+
+def test_a_second_call_of_the_same_function_that_a_template_leaves_out_is_told() -> None:
+    template = families.TOOLS.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
+    other = {"function": {"name": "tip", "arguments": {"city": "Tromsø"}}}
+    talk = [CALLING[0], {**CALLING[1], "tool_calls": [*CALLS, other]}, *CALLING[2:]]
+    for shape, notes in ((families.TOOLS, []), (template, LEFT_OUT)):
+        chat = ChatTemplate(make_tokenizer(shape))
+        chat.encode(conversations(talk, tools=[{"name": "tip"}]), "assistant")
+        assert chat.notes == notes
