@@ -104,6 +104,21 @@ MOVED_SYSTEM = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set 
 PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
 
 
+# a turn that calls holds its results, the text beside the calls behind them, and the next answer, as in Gemma 4
+RESULT_IN_TURN = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|start|>user
+' + message['content'] + '<|end|>
+' }}{% elif message['role'] == 'assistant' %}{% if messages[loop.index0 - 1]['role'] != 'tool' %}{{ '<|start|>model
+' }}{% endif %}{% for call in message.tool_calls %}{{ call.function.name + (call.function.arguments | tojson) + '[INST]' }}{% endfor %}{% if message.tool_calls and loop.nextitem %}{{ loop.nextitem['content'] + '[/INST]' }}{% endif %}{{ message['content'] }}{% if loop.last or messages[-1]['role'] == 'tool' %}{{ '<|end|>
+' }}{% endif %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model
+' }}{% endif %}"""
+
+# a result may stand behind calls alone, as in Mistral Nemo
+RESULT_AFTER_CALLS = TOOLS.replace(
+    "{{ '<|start|>' + message['role']",
+    "{% if message['role'] == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}{{ '<|start|>' + message['role']",
+)
+
+
 def make_tokenizer(template: str | None = CHATML, pad: str = "<pad>", adds_bos: bool = False) -> Any:
     """Byte-level BPE of some 350 tokens. ``adds_bos``: every text begins with <s>, as Llama's tokenizers have it."""
     core = Tokenizer(models.BPE())

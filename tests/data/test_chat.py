@@ -512,3 +512,30 @@ def test_a_second_call_of_the_same_function_that_a_template_leaves_out_is_told()
         chat = ChatTemplate(make_tokenizer(shape))
         chat.encode(conversations(talk, tools=[{"name": "tip"}]), "assistant")
         assert chat.notes == notes
+
+
+BESIDE = [
+    *(TALK[0], {**CALLING[1], "content": "Let me see."}, {"role": "tool", "content": "twenty"}),
+    {"role": "assistant", "content": "The lazy dog."},
+]
+
+
+def test_a_result_is_not_trained_where_the_end_of_its_prompt_stands_before_it() -> None:
+    """Gemma 4 goes on with the turn that called, so that the prompt's end is found at the beginning of that turn alone."""
+    tokenizer = make_tokenizer(families.RESULT_IN_TURN)
+    with pytest.raises(DataError, match=r"cannot be masked: .* renders the turns before answer 4 differently"):
+        encode(tokenizer, BESIDE, tools=[{"name": "tip"}])
+    (example,) = encode(tokenizer, BESIDE[:2], tools=[{"name": "tip"}])
+    (run,) = trained_runs(tokenizer, example)
+    assert run.endswith("[INST]Let me see.<|end|>")
+
+
+def test_text_beside_calls_is_left_out_where_a_result_may_not_follow_text() -> None:
+    """Kept as text, the calls would be none for the template, and it would refuse their results."""
+    tokenizer = make_tokenizer(families.RESULT_AFTER_CALLS)
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(BESIDE, tools=[{"name": "tip"}]), "assistant")
+    call, answer = trained_runs(tokenizer, example)
+    assert call.startswith('<call>tip{"city": "Oslo"')
+    assert answer == "The lazy dog.<|end|>"
+    assert chat.notes == ["the chat template leaves out text of answers (1 records)"]
