@@ -514,6 +514,31 @@ def test_a_second_call_of_the_same_function_that_a_template_leaves_out_is_told()
         assert chat.notes == notes
 
 
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("TOOLS", ["<|end|>"]),
+        ("CALL_ENDS", ["<|end|>", "</s>"]),
+        ("RESULT_OPENS", ["<|end|>", "[INST]"]),
+        ("RESULT_FOLLOWS", ["[INST]", "[/INST]"]),
+        ("EACH_CALL_ENDS", ["<|end|>"]),
+        ("THOUGHTS_END", ["<|end|>"]),
+        ("PARTS_END", ["<|end|>"]),
+        ("REWRITTEN_CALLS", ["[INST]"]),
+    ],
+)
+def test_answers_and_calls_stop_at_what_ends_them(name: str, ends: list[str]) -> None:
+    """A token that stands inside an answer as well would stop it too early."""
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(chat.end_tokens)) == ends
+    (parallel,) = conversations([*CALLING[:1], {**CALLING[1], "tool_calls": CALLS * 2}], tools=[{"name": "tip"}])
+    ((example,),) = chat.encode([parallel], "assistant")
+    (said,) = trained_runs(tokenizer, example)
+    assert said.endswith(ends[-1])
+    assert said.count("Bergen") == (1 if name == "CALL_ENDS" else 2)  # which writes the first call alone, as gpt-oss
+
+
 BESIDE = [
     *(TALK[0], {**CALLING[1], "content": "Let me see."}, {"role": "tool", "content": "twenty"}),
     {"role": "assistant", "content": "The lazy dog."},
@@ -539,3 +564,48 @@ def test_text_beside_calls_is_left_out_where_a_result_may_not_follow_text() -> N
     assert call.startswith('<call>tip{"city": "Oslo"')
     assert answer == "The lazy dog.<|end|>"
     assert chat.notes == ["the chat template leaves out text of answers (1 records)"]
+
+
+def test_a_template_that_ends_answers_with_nothing_gets_the_eos() -> None:
+    """As Alpaca's and Falcon's: a model would never learn to stop."""
+    tokenizer = make_tokenizer(families.PLAIN_TEXT)
+    chat = ChatTemplate(tokenizer)
+    (examples,) = chat.encode(conversations(TALK), "assistant")
+    assert [run for one in examples for run in trained_runs(tokenizer, one)] == [
+        " Fine, thank you.\n</s>",
+        " The lazy dog. ünïcödé 🦊\n</s>",
+    ]
+    assert tokenizer.decode(examples[1].ids).count("</s>") == 1  # earlier answers stay as the model will see them
+    assert chat.notes == ["answers end with </s>, since the chat template writes nothing that ends them"]
+    assert chat.end_tokens == (tokenizer.eos_token_id,)
+
+
+def test_a_template_that_begins_a_next_answer_behind_every_text_is_refused() -> None:
+    """What it begins would be trained as part of the last answer."""
+    always = families.CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    with pytest.raises(DataError, match="begins a next answer behind every text, asked or not"):
+        encode(make_tokenizer(always), TALK)
+    (everything,) = encode(make_tokenizer(always), TALK, "all")
+    assert everything.target_tokens == len(everything.ids) - 1
+
+
+def test_a_template_for_tools_alone_is_used_with_tools() -> None:
+    """Hermes' tool_use takes no conversation without."""
+    tokenizer = make_tokenizer(families.TOOLS.replace("{% if tools %}", "{% if tools | length >= 0 %}"))
+    (example,) = encode(tokenizer, CALLING, tools=[{"name": "tip"}])
+    assert trained_runs(tokenizer, example)[1] == "In Oslo 12, in Bergen 2.5.<|end|>"
+    assert trained_runs(tokenizer, example)[0].startswith('<call>tip{"city": "Oslo", ')
+    with pytest.raises(DataError, match="is refused by the chat template"):
+        encode(tokenizer, TALK)
+
+
+def test_a_block_that_leaves_out_the_end_of_calls_is_told() -> None:
+    """As a training template of Gemma's does; the model may know that end from before."""
+    call = "{{ '<call>' + call.function.name + (call.function.arguments | tojson) + '</s>' }}"
+    block = call.replace("{{ ", "{% generation %}{{ ").replace(
+        "'</s>' }}", "'[/INST]' }}{% endgeneration %}{{ '</s>' }}"
+    )
+    assert call in families.CALL_ENDS
+    chat = ChatTemplate(make_tokenizer(families.CALL_ENDS.replace(call, block)))
+    chat.encode(conversations(CALLING[:2], tools=[{"name": "tip"}]), "assistant")
+    assert "the chat template leaves </s>, which ends function calls, untrained (1 records)" in chat.notes
