@@ -274,6 +274,17 @@ def test_tool_calls_reach_every_template() -> None:
         assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
 
 
+def test_results_of_parallel_calls_are_one_user_turn_where_there_is_no_tool_turn() -> None:
+    """Templates that want roles to alternate refuse two."""
+    calls = [{"function": {"name": "tip", "arguments": {"bill": bill}}} for bill in (50, 60)]
+    results = [{"role": "tool", "content": content} for content in ("10", "12")]
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results, TALK[1]]
+    for template, text in ((families.MISTRAL, "[INST] 10\n\n12 [/INST]"), (families.TOOLS, "<|start|>tool\n12<|end|>")):
+        tokenizer = make_tokenizer(template)
+        (example,) = encode(tokenizer, talk)
+        assert text in tokenizer.decode(example.ids)
+
+
 def test_ids_of_calls_are_renamed_where_the_template_demands_it_and_each_is_its_own() -> None:
     calls = [{"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}} for name in "abc"]
     results = [{"role": "tool", "content": "20", "tool_call_id": "call_0"} for _ in calls]
