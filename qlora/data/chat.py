@@ -95,18 +95,20 @@ class ChatTemplate:
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        self._states_mask = _GENERATION.search(self.text) is not None
         with one_child():
             try:
                 self._require_jinja()
-                self.dialect = Dialect(self.renderer.text, dropped_content == "keep")
+                self.dialect = Dialect(self._tried, dropped_content == "keep")
                 self._ends, self._closing = self._turn_ends()
+                self._call_ends = self._ends_of_calls()
+                self._always_asks = self._asks_behind_answers()
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
-        self.end_tokens = tuple(map(int, tokenizer.convert_tokens_to_ids([*self._ends[:1], *self._call_ends()])))
+        self.end_tokens = tuple(map(int, tokenizer.convert_tokens_to_ids([*self._ends[:1], *self._call_ends])))
         bos = tokenizer.bos_token
         self._begin = bos if bos and self._text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
         self._doubled = 0
-        self._states_mask = _GENERATION.search(self.text) is not None
         several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
         self._for_tools = (
             ChatTemplate(tokenizer, None, dropped_content, "tool_use")
@@ -194,6 +196,11 @@ class ChatTemplate:
 
     def _texts(self, conversations: Sequence[Conversation], train_on: str) -> Iterator[list[_Text]]:
         """For each conversation the texts of the examples that it gives."""
+        if self._always_asks and train_on != "all":
+            raise Mistake(
+                f"cannot be masked: the chat template ({self.name}) begins a next answer behind every text, asked or not. Give "
+                "another data.chat_template, or set data.train_on=all"
+            )
         jobs: list[Job] = []
         answers: list[list[int]] = []
         said: list[list[tuple[Message, Message]]] = []
@@ -249,19 +256,27 @@ class ChatTemplate:
 
     def _lost(self, said: Sequence[tuple[Message, Message]], texts: Sequence[_Text], train_on: str) -> list[str]:
         """What kinds of things the answers say that are not in what is trained, in order, white space aside. ``said``: each
-        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4)."""
+        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4),
+        and a call's arguments in any order, but not where another answer is: that one often says the same words again."""
         spans = [one.text[a:b] for one in texts for a, b in ([(0, None)] if train_on == "all" else one.answers)]
-        text, at = "".join("".join(spans).split()), 0
+        spans = ["".join(span.split()) for span in spans]
+        text, ends, at = "".join(spans), list(itertools.accumulate(map(len, spans))), 0
         lost: dict[str, None] = {}
         for given, spoken in said:
-            calls = spoken.get("tool_calls", [])
-            words = [] if given.get("is_call") and calls else parts(given)
-            names = [("a function call", call["function"]["name"], at) for call in calls]
-            for kind, one, begin in [*((kind, one, -1) for kind, one in words), *names]:
-                end = _end_of(one, text, at if begin < 0 else begin)
+            begin = named = at
+            calls = given.get("tool_calls") or spoken.get("tool_calls", [])
+            for kind, one in [] if given.get("is_call") and calls else parts(given):
+                end = _end_of(one, text, at)
                 at = max(at, end)
                 if end < 0:
                     lost[kind] = None
+            for function in (call["function"] for call in calls):
+                end = _end_of(function["name"], text, named)
+                named = max(named, end)
+                near = text[begin : next((edge for edge in ends if edge >= named), None)]
+                if end < 0 or any(_end_of(value, near, 0) < 0 for value in _values(function["arguments"])):
+                    lost["a function call"] = None
+            at = max(at, named)
         return list(lost)
 
     def _tell(self, lost: Sequence[str]) -> None:
@@ -341,7 +356,9 @@ class ChatTemplate:
     def _unclosed(self, text: str, answer: Mapping[str, object]) -> str:
         """What ``text``, which ends with an answer, lacks to its end of turn."""
         closing = self._closing["calls" if answer.get("tool_calls") else "answer"]
-        return "" if self._special and text.rstrip().endswith(self._special) else closing
+        token = next(iter(self._leading(closing)), "")
+        # not just any special token: GLM's calls end with </tool_call>, which ends no turn
+        return "" if token and text.rstrip().endswith((token, *self._ends)) else closing
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -371,6 +388,9 @@ class ChatTemplate:
         """
         for number, (begin, end) in enumerate(spans, start=1):
             said = text.text[begin:end]
+            if self._call_ends and text.text[end:].lstrip().startswith(self._call_ends):
+                sentence = f"the chat template leaves {self._call_ends[0]}, which ends function calls, untrained"
+                self.dialect.records[sentence] += 1
             if not self._ends or any(token in said for token in self._ends):
                 continue
             left = text.text[end:].lstrip().startswith(self._ends)
@@ -384,42 +404,79 @@ class ChatTemplate:
         """(The special tokens that end an answer: the last one's first, then an earlier one's where it is another;
         what to write behind a last answer, and behind last calls, that the template leaves without any)."""
         user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}
-        last, earlier = (self._text(turns).rpartition(_ANSWER)[2] for turns in ([user, answer], [user, answer, user]))
+        closed, longer = self._text([user, answer]), self._text([user, answer, user])
+        last, earlier = (text.rpartition(_ANSWER)[2] for text in (closed, longer))
         finals, nexts = self._leading(last), self._leading(earlier)
+        eos = self.tokenizer.eos_token
+        if not (finals or nexts or self._states_mask) and eos and _ANSWER in closed:  # Alpaca, Falcon: text alone
+            self.dialect.notes[f"answers end with {eos}, since the chat template writes nothing that ends them"] = None
+            return (eos,), {"answer": eos, "calls": eos}
         both = [a for a, b in zip(finals, nexts, strict=False) if a == b]
         if finals or not nexts:
             ends = dict.fromkeys([*(both or finals)[-1:], *nexts[: 0 if both else 1]])
+            final = max((token for token in self._special if last.rstrip().endswith(token)), key=len, default="")
+            if both and last.count(both[-1]) > 1 and final and earlier.startswith(last.rstrip()):
+                ends = {final: None}  # the other closes a part of an answer, not the turn (Kimi K3)
             return tuple(ends), {"answer": "", "calls": ""}
         self.dialect.notes[
             f"a last answer ends with {nexts[0]}, which follows every other, since the chat template leaves it without an end"
         ] = None
         calling = _calling(1)
         result = {"role": "tool", "content": "result", "tool_call_id": "call00000", "name": "f"}
-        called = self._text([user, calling, result]).removeprefix(self._text([user, calling]))
-        closing = {"answer": earlier.removeprefix(last), "calls": called}
+        before, called = self._text([user, calling]), self._text([user, calling, result])
+        closing = {"answer": earlier.removeprefix(last)}
+        # a template may write last calls otherwise than earlier ones (Apriel): then they end as other answers do
+        closing["calls"] = called.removeprefix(before) if called.startswith(before) else closing["answer"]
         for kind, text in closing.items():
             token = next(iter(self._leading(text)), "")
             closing[kind] = text[: text.find(token) + len(token)]
         return (nexts[0],), closing
 
-    def _call_ends(self) -> list[str]:
+    def _ends_of_calls(self) -> tuple[str, ...]:
         """The special token that ends an answer with function calls, where it is another than ends the rest (gpt-oss)."""
         if not self.dialect.calls:
-            return []
+            return ()
         user = {"role": "user", "content": "Hi"}
         asked = self._text([user])
         called = self._text([user, _calling(2)]).removeprefix(asked)
         called = called[: self._end(called)] + self._unclosed(called, _calling(2))
         token = max((token for token in self._special if called.endswith(token)), key=len, default="")
-        # one that stands between two calls as well ends a call, not the turn
-        return [token] if token and token not in self._ends and called.count(token) == 1 else []
+        # one that stands between two calls as well ends a call, not the turn; one inside other answers would cut them short
+        plain = self._text([user, {"role": "assistant", "content": _ANSWER}]).removeprefix(asked)
+        other = token and token not in self._ends and called.count(token) == 1 and token not in plain
+        return (token,) if other else ()
 
-    def _text(self, messages: Sequence[Mapping[str, object]]) -> str:
+    def _asks_behind_answers(self) -> bool:
+        """Whether the template begins a next answer behind a finished one too, asked or not (Command R7B)."""
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}
+        question, closed, longer = (self._text(turns) for turns in ([user], [user, answer], [user, answer, user]))
+        same_end = question[len(question) - _alike(question[::-1], closed[::-1]) :]
+        return (
+            question == self._text([user], asked=True)
+            and any(token in same_end for token in self._special)
+            and not longer.startswith(closed)  # so it is more than what ends every turn
+        )
+
+    def _text(self, messages: Sequence[Mapping[str, object]], asked: bool = False) -> str:
         """A conversation made up to try the template; nothing when it is refused."""
         try:
-            return self.renderer.text(self.dialect.parted(messages))
+            return self._tried(self.dialect.parted(messages), None, asked)
         except Refused:
             return ""
+
+    def _tried(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        asked: bool = False,
+    ) -> str:
+        """The renderer's text. A template for tools alone (Hermes' tool_use) does not take none, and is tried with no tool."""
+        try:
+            return self.renderer.text(messages, tools, asked)
+        except Refused:
+            if tools is not None:
+                raise
+            return self.renderer.text(messages, [], asked)
 
     def _leading(self, text: str) -> list[str]:
         """The special tokens, side by side, that a text begins with, white space aside."""
@@ -519,12 +576,31 @@ def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list
 
 
 def _end_of(words: str, text: str, begin: int) -> int:
-    """Where ``words``, or what JSON makes of them, end in ``text``, which has no white space; -1 where they are not."""
-    for form in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]):
+    """Where ``words``, or what JSON, JSON in JSON or Python makes of them, end in ``text``, which has no white space; -1 where
+    they are not."""
+    quoted = json.dumps(words, ensure_ascii=False)[1:-1]
+    for form in (
+        words,
+        quoted,
+        json.dumps(words)[1:-1],
+        json.dumps(quoted, ensure_ascii=False)[1:-1],
+        repr(words)[1:-1],
+    ):
         bare = "".join(form.split())
         if (found := text.find(bare, begin)) >= 0:
             return found + len(bare)
     return -1
+
+
+def _values(arguments: object) -> Iterator[str]:
+    """The texts and numbers in a call's arguments. Templates spell true, false and null as they like."""
+    if isinstance(arguments, dict | list):
+        for value in arguments.values() if isinstance(arguments, dict) else arguments:
+            yield from _values(value)
+    elif isinstance(arguments, str):
+        yield arguments
+    elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
+        yield json.dumps(arguments)
 
 
 def _alike(one: str, other: str) -> int:

@@ -3,7 +3,7 @@
     system turn      refused or ignored (Gemma) → its text stands before the first user turn
     tools, calls     the template knows them → passed as `tools` and `tool_calls`
                      it does not → the tools as JSON at the end of the system turn, a call as its JSON text
-    tool turn        refused or ignored → a user turn
+    tool turn        refused or ignored → a user turn, one for the results of parallel calls
     ids of calls     the template wants nine letters and digits (Mistral) → renamed; missing ones are made up
     content          the template reads parts only (Idefics3) → each text as `[{"type": "text", "text": …}]`
 
@@ -116,11 +116,17 @@ class Dialect:
         messages: list[Message] = []
         ids = _Ids(self.renames)
         told: set[str] = set()
+        after_result = False
         for message in conversation.messages:
+            is_result = message["role"] == "tool"
             if message.get("is_call") or message.get("tool_calls"):
                 message = self._call(message, ids)
-            elif message["role"] == "tool":
+            elif is_result:
                 message = self._result(message, ids)
+                if after_result and message["role"] == "user":  # many templates take one user turn at a time
+                    messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{message['content']}"}
+                    continue
+            after_result = is_result
             messages.append(self._kept(message, told) if message["role"] == "assistant" else message)
         self.records.update(told)
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in conversation.tools]

@@ -104,6 +104,63 @@ MOVED_SYSTEM = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set 
 PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
 
 
+# a call ends otherwise than an answer, and only the first is written, as in gpt-oss
+CALL_ENDS = (
+    TOOLS.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
+    .replace(
+        "(call.function.arguments | tojson) }}{% endfor %}",
+        "(call.function.arguments | tojson) + '</s>' }}{% endfor %}",
+    )
+    .replace("{{ '<|end|>\n' }}{% endfor %}", "{{ '' if message.tool_calls else '<|end|>\n' }}{% endfor %}")
+)
+
+# what opens a result ends the calls, as in Gemma 4
+RESULT_OPENS = TOOLS.replace(
+    "{{ '<|end|>\n' }}{% endfor %}", "{{ '[INST]' if message.tool_calls else '<|end|>\n' }}{% endfor %}"
+)
+
+# nothing ends a turn but the next one, which is another behind calls, as in GLM; a call's own end is no turn's
+RESULT_FOLLOWS = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{{ {'assistant': '<|start|>', 'tool': '[/INST]'}.get(message['role'], '[INST]') + message['content'] }}{% for call in message.tool_calls %}{{ '<s>' + call.function.name + (call.function.arguments | tojson) + '</s>' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>' }}{% endif %}"""
+
+# each call ends with a token, and the turn with another
+EACH_CALL_ENDS = TOOLS.replace(
+    "(call.function.arguments | tojson) }}", "(call.function.arguments | tojson) + '</s>' }}"
+)
+
+# what ends calls ends the thoughts of every answer as well
+THOUGHTS_END = TOOLS.replace(
+    "{% if message.tool_calls %}", "{{ '</s>' if message['role'] == 'assistant' }}{% if message.tool_calls %}"
+)
+
+# an answer has parts that end alike, and the turn ends with another token, as in Kimi K3
+PARTS_END = TOOLS.replace("{{ '<|end|>\n' }}{% endfor %}", "{{ '</s>text</s>turn<|end|>\n' }}{% endfor %}")
+
+# last calls are written otherwise than earlier ones, as in Apriel
+REWRITTEN_CALLS = "{{ bos_token }}" + RESULT_FOLLOWS.replace("+ '</s>' }}", "+ ('' if loop.last else 'id') }}").replace(
+    "[/INST]", "[INST]"
+).replace(
+    "(call.function.arguments | tojson)",
+    "('' if messages[-1] == message else 'id') + (call.function.arguments | tojson)",
+)
+
+# a turn that calls holds its results, the text beside the calls behind them, and the next answer, as in Gemma 4
+RESULT_IN_TURN = """{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|start|>user
+' + message['content'] + '<|end|>
+' }}{% elif message['role'] == 'assistant' %}{% if messages[loop.index0 - 1]['role'] != 'tool' %}{{ '<|start|>model
+' }}{% endif %}{% for call in message.tool_calls %}{{ call.function.name + (call.function.arguments | tojson) + '[INST]' }}{% endfor %}{% if message.tool_calls and loop.nextitem %}{{ loop.nextitem['content'] + '[/INST]' }}{% endif %}{{ message['content'] }}{% if loop.last or messages[-1]['role'] == 'tool' %}{{ '<|end|>
+' }}{% endif %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>model
+' }}{% endif %}"""
+
+# a result may stand behind calls alone, as in Mistral Nemo
+RESULT_AFTER_CALLS = TOOLS.replace(
+    "{{ '<|start|>' + message['role']",
+    "{% if message['role'] == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}{{ '<|start|>' + message['role']",
+)
+
+# no special token at all, as in Alpaca's
+PLAIN_TEXT = """{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
+
+
 def make_tokenizer(template: str | None = CHATML, pad: str = "<pad>", adds_bos: bool = False) -> Any:
     """Byte-level BPE of some 350 tokens. ``adds_bos``: every text begins with <s>, as Llama's tokenizers have it."""
     core = Tokenizer(models.BPE())

@@ -274,6 +274,17 @@ def test_tool_calls_reach_every_template() -> None:
         assert trained_runs(tokenizer, example) == [f"{text}<|end|>", "Fine, thank you.<|end|>"]
 
 
+def test_results_of_parallel_calls_are_one_user_turn_where_there_is_no_tool_turn() -> None:
+    """Templates that want roles to alternate refuse two."""
+    calls = [{"function": {"name": "tip", "arguments": {"bill": bill}}} for bill in (50, 60)]
+    results = [{"role": "tool", "content": content} for content in ("10", "12")]
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results, TALK[1]]
+    for template, text in ((families.MISTRAL, "[INST] 10\n\n12 [/INST]"), (families.TOOLS, "<|start|>tool\n12<|end|>")):
+        tokenizer = make_tokenizer(template)
+        (example,) = encode(tokenizer, talk)
+        assert text in tokenizer.decode(example.ids)
+
+
 def test_ids_of_calls_are_renamed_where_the_template_demands_it_and_each_is_its_own() -> None:
     calls = [{"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}} for name in "abc"]
     results = [{"role": "tool", "content": "20", "tool_call_id": "call_0"} for _ in calls]
@@ -466,3 +477,146 @@ def test_a_template_that_changes_words_gets_none_in_their_place() -> None:
     ((example,),) = chat.encode(conversations(talk), "assistant")
     assert trained_runs(tokenizer, example) == ["\n\nFINE<|end|>"]
     assert "the chat template leaves out reasoning of answers (1 records)" in chat.notes
+
+
+NASTY = {
+    "city": "Oslo",
+    "days": 12,
+    "note": 'it\'s "so"\nünï <b>',
+    "where": {"inner": ["Bergen", 2.5]},
+    "when": None,
+    "no": False,
+}
+CALLS = [{"function": {"name": "tip", "arguments": NASTY}}]
+CALLING = [
+    *(TALK[0], {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "20"}),
+    {"role": "assistant", "content": "In Oslo 12, in Bergen 2.5."},
+]
+LEFT_OUT = ["the chat template leaves out a function call of answers (1 records)"]
+
+
+@pytest.mark.parametrize(
+    ("written", "notes"),
+    [
+        ("(call.function.arguments | tojson)", []),
+        ("(call.function.arguments | tojson | tojson)", []),
+        ("(call.function.arguments | string)", []),
+        ("(call.function.arguments | dictsort | string)", []),
+        ("''", LEFT_OUT),
+        ("(call.function.arguments.keys() | list | string)", LEFT_OUT),
+        ("((call.function.arguments | tojson).replace('Bergen', ''))", LEFT_OUT),
+        ("((call.function.arguments | tojson).replace('12', ''))", LEFT_OUT),
+    ],
+)
+def test_arguments_that_a_template_leaves_out_are_told(written: str, notes: list[str]) -> None:
+    """The next answer says the same words, as answers do: that does not hide it."""
+    chat = ChatTemplate(make_tokenizer(families.TOOLS.replace("(call.function.arguments | tojson)", written)))
+    chat.encode(conversations(CALLING, tools=[{"name": "tip"}]), "assistant")
+    assert chat.notes == notes
+
+
+def test_a_second_call_of_the_same_function_that_a_template_leaves_out_is_told() -> None:
+    template = families.TOOLS.replace("in message.tool_calls %}", "in message.tool_calls[:1] %}")
+    other = {"function": {"name": "tip", "arguments": {"city": "Tromsø"}}}
+    talk = [CALLING[0], {**CALLING[1], "tool_calls": [*CALLS, other]}, *CALLING[2:]]
+    for shape, notes in ((families.TOOLS, []), (template, LEFT_OUT)):
+        chat = ChatTemplate(make_tokenizer(shape))
+        chat.encode(conversations(talk, tools=[{"name": "tip"}]), "assistant")
+        assert chat.notes == notes
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("TOOLS", ["<|end|>"]),
+        ("CALL_ENDS", ["<|end|>", "</s>"]),
+        ("RESULT_OPENS", ["<|end|>", "[INST]"]),
+        ("RESULT_FOLLOWS", ["[INST]", "[/INST]"]),
+        ("EACH_CALL_ENDS", ["<|end|>"]),
+        ("THOUGHTS_END", ["<|end|>"]),
+        ("PARTS_END", ["<|end|>"]),
+        ("REWRITTEN_CALLS", ["[INST]"]),
+    ],
+)
+def test_answers_and_calls_stop_at_what_ends_them(name: str, ends: list[str]) -> None:
+    """A token that stands inside an answer as well would stop it too early."""
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(chat.end_tokens)) == ends
+    (parallel,) = conversations([*CALLING[:1], {**CALLING[1], "tool_calls": CALLS * 2}], tools=[{"name": "tip"}])
+    ((example,),) = chat.encode([parallel], "assistant")
+    (said,) = trained_runs(tokenizer, example)
+    assert said.endswith(ends[-1])
+    assert said.count("Bergen") == (1 if name == "CALL_ENDS" else 2)  # which writes the first call alone, as gpt-oss
+
+
+BESIDE = [
+    *(TALK[0], {**CALLING[1], "content": "Let me see."}, {"role": "tool", "content": "twenty"}),
+    {"role": "assistant", "content": "The lazy dog."},
+]
+
+
+def test_a_result_is_not_trained_where_the_end_of_its_prompt_stands_before_it() -> None:
+    """Gemma 4 goes on with the turn that called, so that the prompt's end is found at the beginning of that turn alone."""
+    tokenizer = make_tokenizer(families.RESULT_IN_TURN)
+    with pytest.raises(DataError, match=r"cannot be masked: .* renders the turns before answer 4 differently"):
+        encode(tokenizer, BESIDE, tools=[{"name": "tip"}])
+    (example,) = encode(tokenizer, BESIDE[:2], tools=[{"name": "tip"}])
+    (run,) = trained_runs(tokenizer, example)
+    assert run.endswith("[INST]Let me see.<|end|>")
+
+
+def test_text_beside_calls_is_left_out_where_a_result_may_not_follow_text() -> None:
+    """Kept as text, the calls would be none for the template, and it would refuse their results."""
+    tokenizer = make_tokenizer(families.RESULT_AFTER_CALLS)
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(BESIDE, tools=[{"name": "tip"}]), "assistant")
+    call, answer = trained_runs(tokenizer, example)
+    assert call.startswith('<call>tip{"city": "Oslo"')
+    assert answer == "The lazy dog.<|end|>"
+    assert chat.notes == ["the chat template leaves out text of answers (1 records)"]
+
+
+def test_a_template_that_ends_answers_with_nothing_gets_the_eos() -> None:
+    """As Alpaca's and Falcon's: a model would never learn to stop."""
+    tokenizer = make_tokenizer(families.PLAIN_TEXT)
+    chat = ChatTemplate(tokenizer)
+    (examples,) = chat.encode(conversations(TALK), "assistant")
+    assert [run for one in examples for run in trained_runs(tokenizer, one)] == [
+        " Fine, thank you.\n</s>",
+        " The lazy dog. ünïcödé 🦊\n</s>",
+    ]
+    assert tokenizer.decode(examples[1].ids).count("</s>") == 1  # earlier answers stay as the model will see them
+    assert chat.notes == ["answers end with </s>, since the chat template writes nothing that ends them"]
+    assert chat.end_tokens == (tokenizer.eos_token_id,)
+
+
+def test_a_template_that_begins_a_next_answer_behind_every_text_is_refused() -> None:
+    """What it begins would be trained as part of the last answer."""
+    always = families.CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    with pytest.raises(DataError, match="begins a next answer behind every text, asked or not"):
+        encode(make_tokenizer(always), TALK)
+    (everything,) = encode(make_tokenizer(always), TALK, "all")
+    assert everything.target_tokens == len(everything.ids) - 1
+
+
+def test_a_template_for_tools_alone_is_used_with_tools() -> None:
+    """Hermes' tool_use takes no conversation without."""
+    tokenizer = make_tokenizer(families.TOOLS.replace("{% if tools %}", "{% if tools | length >= 0 %}"))
+    (example,) = encode(tokenizer, CALLING, tools=[{"name": "tip"}])
+    assert trained_runs(tokenizer, example)[1] == "In Oslo 12, in Bergen 2.5.<|end|>"
+    assert trained_runs(tokenizer, example)[0].startswith('<call>tip{"city": "Oslo", ')
+    with pytest.raises(DataError, match="is refused by the chat template"):
+        encode(tokenizer, TALK)
+
+
+def test_a_block_that_leaves_out_the_end_of_calls_is_told() -> None:
+    """As a training template of Gemma's does; the model may know that end from before."""
+    call = "{{ '<call>' + call.function.name + (call.function.arguments | tojson) + '</s>' }}"
+    block = call.replace("{{ ", "{% generation %}{{ ").replace(
+        "'</s>' }}", "'[/INST]' }}{% endgeneration %}{{ '</s>' }}"
+    )
+    assert call in families.CALL_ENDS
+    chat = ChatTemplate(make_tokenizer(families.CALL_ENDS.replace(call, block)))
+    chat.encode(conversations(CALLING[:2], tools=[{"name": "tip"}]), "assistant")
+    assert "the chat template leaves </s>, which ends function calls, untrained (1 records)" in chat.notes
