@@ -273,7 +273,7 @@ def host_bytes(count: int, device: torch.device) -> torch.Tensor:
         raise DoesNotFitError(
             f"{bytes_text(count)} of host memory were refused; stop what else is running, or set memory.tier=disk."
         ) from error
-    if device.type == "cuda" and count and not _lock(memory):
+    if device.type == "cuda" and count and not _lock(memory, device):
         warnings.warn(
             "The system refuses to lock host memory (ulimit -l?), so copies to the GPU are slow and nothing computes "
             "meanwhile. Raise the limit to have them overlap.",
@@ -282,16 +282,28 @@ def host_bytes(count: int, device: torch.device) -> torch.Tensor:
     return memory
 
 
-def _lock(memory: torch.Tensor) -> bool:
-    """Page-lock ``memory`` for as long as this tensor lives (its views may not outlive it); False where the system refuses."""
+def _lock(memory: torch.Tensor, device: torch.device) -> bool:
+    """Page-lock ``memory`` for as long as this tensor lives (its views may not outlive it); False where the system refuses.
+
+    For ``device``: each thread has a current GPU of its own, the first one, and would take some hundred MiB of that one.
+    """
     runtime: Any = torch.cuda.cudart()
     place, size = memory.data_ptr(), memory.numel()
-    if int(runtime.cudaHostRegister(place, size, 0)) != 0:
+    with torch.cuda.device(device):
+        refused = int(runtime.cudaHostRegister(place, size, 0)) != 0
+    if refused:
         with contextlib.suppress(RuntimeError):  # CUDA reports the refusal once more, to whoever asks next
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=device)
         return False
-    weakref.finalize(memory, runtime.cudaHostUnregister, place)  # runs before the memory is given back
+    weakref.finalize(memory, _unlock, place, device)  # runs before the memory is given back
     return True
+
+
+def _unlock(place: int, device: torch.device) -> None:
+    """Undo ``_lock``, from whatever thread collects garbage."""
+    runtime: Any = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        runtime.cudaHostUnregister(place)
 
 
 def cache_folder() -> Path:

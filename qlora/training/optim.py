@@ -91,8 +91,8 @@ def steps_taken_back(optimizer: Any, parameters: Iterable[Tensor]) -> Iterator[i
         try:
             yield sum(tensor.numel() * tensor.itemsize for tensor in kept)
         finally:
-            if any(p.is_cuda for p in every):
-                torch.cuda.synchronize()  # a paged state is written from here, behind the stream's back
+            for device in {p.device for p in every if p.is_cuda}:
+                torch.cuda.synchronize(device)  # a paged state is written from here, behind the stream's back
             with torch.no_grad():
                 for p, before in zip(every, values, strict=True):
                     p.copy_(before)

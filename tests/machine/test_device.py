@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +120,48 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.cache_folder() == Path("/cache/qlora")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert device.cache_folder() == Path.home() / ".cache/qlora"
+
+
+class FakeCuda:
+    """A machine with two cards, of which each thread's current one is the first. What is called is kept with that card."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, answer: int = 0) -> None:
+        self.calls: list[tuple[str, int | None]] = []
+        self.answer, self.current = answer, threading.local()
+        patched.setattr(torch.cuda, "cudart", lambda: self)
+        patched.setattr(torch.cuda, "device", self.device)
+        patched.setattr(torch, "zeros", lambda count, device: self.calls.append(("zeros", torch.device(device).index)))
+
+    @contextmanager
+    def device(self, chosen: torch.device) -> Iterator[None]:
+        self.current.index = chosen.index
+        yield
+        self.current.index = 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: int) -> int:
+            self.calls.append((name, getattr(self.current, "index", 0)))
+            return self.answer
+
+        return call
+
+
+def test_host_memory_is_locked_for_the_runs_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that streams layers has the first card as its own, and a context there takes memory of another's run."""
+    second, fake = torch.device("cuda", 1), FakeCuda(monkeypatch)
+    with ThreadPoolExecutor(1) as worker:
+        memory = worker.submit(device.host_bytes, 4096, second).result()
+    assert memory.numel() == 4096
+    del memory
+    gc.collect()
+    assert fake.calls == [("cudaHostRegister", 1), ("cudaHostUnregister", 1)]
+
+
+def test_a_refusal_to_lock_is_heard_on_the_runs_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch, answer=2)
+    with pytest.warns(UserWarning, match="refuses to lock"):
+        device.host_bytes(4096, torch.device("cuda", 1))
+    assert fake.calls == [("cudaHostRegister", 1), ("zeros", 1)]
 
 
 def test_versions_name_what_decides_the_numbers() -> None:
