@@ -19,6 +19,12 @@ def one_renderer() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests find the same on all processors: ``auto`` means fp32, and test_rates.py looks at what it means on this one."""
+    monkeypatch.setattr("qlora.planning.plan.faster_in_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny model. Copy it before damaging it."""

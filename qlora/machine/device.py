@@ -63,7 +63,8 @@ def resolve_compute_dtype(device: torch.device, requested: str = "auto") -> torc
     """The dtype of activations. ``auto``: bf16 where CUDA has it in hardware, fp16 on older GPUs, fp32 on CPUs.
 
     A T4 says yes to bf16 through emulation, which is slower than fp16, so emulation does not count. On CPUs fp32 is the
-    one dtype that is fast everywhere: the bf16 backward is up to 60 times slower without AVX512-BF16.
+    one dtype that is fast everywhere: the bf16 backward is up to 60 times slower without AVX512-BF16. A run's plan may find
+    that this one is good at bf16 (planning/rates.py).
     """
     if requested != "auto":
         return DTYPES[requested]

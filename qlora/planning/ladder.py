@@ -171,8 +171,9 @@ class Arranger:
             least = self._least_recomputed(lowest, training.layer_major)
             return changed(self.recipe, self._decided(least, training.layer_major))
         found = [self._decided(self._least_recomputed(lowest, False), False)]
-        if "layer_major" in self._orders():
-            found.insert(0, self._decided(self.depth, True))
+        whole = self._decided(self.depth, True)
+        if "layer_major" in self._orders() and not self.target.lacking(self.look(whole).needed):
+            found.insert(0, whole)
         return changed(self.recipe, min(found, key=self._cost))
 
     def _decided(self, recompute: str | int, layer_major: bool) -> Changes:

@@ -38,7 +38,7 @@ from qlora.planning.accounting import Account, account_of
 from qlora.planning.continued import Origin, continued
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
-from qlora.planning.rates import measure, measure_disk, rates_of
+from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
 from qlora.planning.rows import Reading, read
 from qlora.planning.shapes import count_parameters
 from qlora.recipe import NewTokens, Recipe, parts_of
@@ -259,7 +259,7 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
 def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, Recipe, list[str]]:
     """(This machine, with no more than the recipe allows; the resolved recipe; why). ``rates``: its speed is measured."""
     device = resolve_device(recipe.device.name)
-    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    dtype = _compute_dtype(recipe, device)
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else "this machine"
     why = []
@@ -281,6 +281,15 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
     has = capability(device)
     workspace = workspace_bytes(has) if gpu else 0
     return Target(name, device, free, total, host, disk, measured, workspace, has), resolved, [*why, *reasons]
+
+
+def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a run computes in. On a CPU ``auto`` looks what it is good at; full fine-tuning moves the weights themselves, to
+    which bf16's three digits would lose most steps."""
+    whole = any(part.name == "full" for part in parts_of(recipe.method))
+    if recipe.model.compute_dtype == "auto" and device.type == "cpu" and not whole and faster_in_bf16():
+        return torch.bfloat16
+    return resolve_compute_dtype(device, recipe.model.compute_dtype)
 
 
 def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Recipe, list[str]]:
@@ -334,7 +343,7 @@ def resolve(
     why = []
     name = dtype_name(dtype)
     if recipe.model.compute_dtype == "auto":
-        reasons = {"bf16": "this GPU has it in hardware", "fp16": "this GPU has no bf16", "fp32": "the default on CPUs"}
+        reasons = {"bf16": "the hardware has it", "fp16": "this GPU has no bf16", "fp32": "the default on CPUs"}
         why.append(f"model.compute_dtype is {name}: {reasons[name]}.")
     if recipe.training.optimizer.startswith("paged") and device.type == "cpu":
         why.append("The paged optimizer is not paged here: its state is in host memory anyway.")

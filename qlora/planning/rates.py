@@ -39,6 +39,9 @@ NARROWEST = 0.10  # what is measured within a tenth of a second is never surer t
 
 LITTLE, LARGE = 512, 2048  # hidden sizes of the MLP that is measured with, on a CPU and on a GPU
 WIDER = 4  # its intermediate size over its hidden size
+CLEARLY = 1.5
+"""Times as fast as fp32 that bf16 has to be on a CPU. Processors with instructions for it reach 2.3 (AMD Zen 4) and 2.7 to 3.3
+(Intel with AMX, while others use the same cores), those without stay below 0.1: what is in between decides nothing by chance."""
 DISK_PARTS, DISK_BYTES = 3, 16 * 1024**2
 
 
@@ -132,6 +135,27 @@ def measure(device: torch.device, dtype: torch.dtype, folder: str | Path) -> Rat
     disk, notes = measure_disk(folder)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Rates(matrix, dequantise, copies, disk, f"{name}, measured", notes)
+
+
+def faster_in_bf16() -> bool:
+    """Whether this machine's processor has instructions for bf16 and multiplies clearly faster with them than in fp32.
+
+    The two are measured by turns, so that whatever else runs slows both; within half a second.
+    """
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    cpu = torch.device("cpu")
+
+    def product(dtype: torch.dtype) -> Callable[[], object]:
+        x, weight = (torch.ones(rows, LITTLE, dtype=dtype) for rows in (LITTLE, WIDER * LITTLE))
+        return lambda: x @ weight.T
+
+    turns = [product(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    plain, short = zip(
+        *([statistics.median(_times(turn, cpu, budget=0)) for turn in turns] for _ in range(5)), strict=True
+    )
+    ratios = [one / other for one, other in zip(plain, short, strict=True)]
+    return statistics.median(ratios) > CLEARLY
 
 
 def _arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[Rate, Rate]:

@@ -35,7 +35,8 @@ class ModelSection(Section):
     double_quant: bool = True
     """Quantise the 4-bit scales themselves to 8 bits (QLoRA paper, section 3): 0.37 bit a parameter saved."""
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """The dtype of activations and matrix products. `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on CPUs."""
+    """The dtype of activations and matrix products. `auto`: bf16 where the device has it, fp16 on older GPUs; on a
+    CPU bf16 where a run's plan finds it clearly faster, else fp32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention kernel, by transformers' name. `auto` takes what the model supports, SDPA first, and keeps packed
     examples apart without a mask of pairs where it can; `sdpa` makes the mask."""

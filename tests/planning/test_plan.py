@@ -138,3 +138,19 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
         printed = capsys.readouterr().out
         assert said in printed
         assert ("rows → 7 steps, about " in printed) == (word == "training.steps=7")
+
+
+def test_a_run_on_a_cpu_computes_in_what_its_processor_is_good_at(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``auto`` became is in the resolved recipe, which the run folder keeps; adapters stay in fp32."""
+    monkeypatch.setattr("qlora.planning.plan.faster_in_bf16", lambda: True)
+    planned = plan(Recipe.from_yaml(recipe_file, "model.compute_dtype=auto"))
+    assert planned.recipe.model.compute_dtype == "bf16"
+    assert planned.recipe.method.adapter_dtype == "fp32"  # type: ignore[union-attr]
+    assert any(sentence.startswith("model.compute_dtype is bf16") for sentence in planned.why)
+    assert plan(Recipe.from_yaml(recipe_file)).recipe.model.compute_dtype == "fp32"  # it was asked for
+    whole = plan(
+        Recipe.from_yaml(recipe_file, "model.compute_dtype=auto", "method={name: full}", "model.quantization=none")
+    )
+    assert whole.recipe.model.compute_dtype == "fp32"

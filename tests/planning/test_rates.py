@@ -96,3 +96,25 @@ def test_a_system_without_fadvise_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     rates = measure(CPU, torch.float32, tmp_path)
     assert rates.disk is not None
     assert "the disk's reading rate is that of its cache" in str(rates)
+
+
+def test_bf16_is_taken_where_the_processor_has_it_and_is_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the median of turns; a processor without instructions for it is not even asked."""
+
+    def with_seconds(*pairs: tuple[float, float], flags: bool = True) -> bool:
+        seconds = iter([[one] for pair in pairs for one in pair])
+        monkeypatch.setattr(machine, "_times", lambda work, device, budget: (work(), next(seconds))[1])
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: flags)
+        return machine.faster_in_bf16()
+
+    assert with_seconds((3.0, 1.0), (1.0, 9.0), (2.0, 1.0), (2.0, 1.0), (1.0, 1.0))  # others took the cores twice
+    assert not with_seconds(*[(1.2, 1.0)] * 5)
+    assert not with_seconds(*[(0.02, 1.0)] * 5)
+    assert not with_seconds(flags=False)
+
+
+def test_measuring_this_processor_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    assert machine.faster_in_bf16() in (True, False)
+    assert torch.equal(torch.get_rng_state(), before)
