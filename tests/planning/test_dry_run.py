@@ -112,7 +112,7 @@ def test_a_step_of_packed_rows_makes_no_mask(
     monkeypatch.setattr(
         attention, "varlen_attn", lambda *args, **more: calls.append(len(args)) or varlen_attn(*args, **more)
     )
-    apart = dry_run(adapted, shape_of(training, 8192, True, MemorySection()), device.type)
+    apart = dry_run(adapted, shape_of(training, 8192, True, MemorySection(), 3), device.type)
     more = max(moment.held + moment.more for moment in apart.moments()) - plain
     print(f"masked {bytes_text(masked - plain)} more than unpacked, apart {bytes_text(more)}")
     assert bool(calls) == (capability >= 8)

@@ -180,7 +180,7 @@ def test_the_largest_number_that_fits(limit: int, power: float) -> None:
 
 def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> None:
     """What runs holds plain values: no budget is left in it, and it plans to itself again."""
-    resident = plan(recipe_of(folder, device={"name": "cpu"}))
+    resident = plan(recipe_of(folder, "training.recompute=all", device={"name": "cpu"}))
     assert resident.recipe.memory.layers == "resident"
     budget = int(0.7 * resident.memory.total)
     tight = recipe_of(folder, device={"name": "cpu"}, memory={"budget": f"{budget}B", "cache": str(tmp_path / "cache")})
@@ -198,7 +198,8 @@ def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> N
 
 
 def test_what_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
-    resident = plan(recipe_of(folder, device={"name": "cpu"}))
+    least = ("training.recompute=all", "training.accumulation=micro_batch_major")
+    resident = plan(recipe_of(folder, *least, device={"name": "cpu"}))
     limit = f"{int(0.8 * resident.memory.total)}B"
     with pytest.raises(DoesNotFitError) as refused:
         plan(recipe_of(folder, device={"name": "cpu", "memory": limit}))

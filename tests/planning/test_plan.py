@@ -16,9 +16,11 @@ from qlora.errors import DoesNotFitError, MethodError
 from qlora.machine.device import bytes_text
 from qlora.methods import apply_method
 from qlora.methods.files import portable_bytes, save_portable
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import account
 from qlora.planning.plan import REST, plan
+from qlora.planning.rows import read
 from qlora.recipe import Recipe
 from tests.methods.test_laws import CASES, Case
 from tests.tiny import tiny_checkpoint
@@ -127,17 +129,17 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     told = {
-        "training.steps=7": "records → ",
+        "training.steps=7": "rows → 7 steps, about 7.0 s",
         f"data.chat_template={template}": "An answer ends with <pad>, which the model's own files do not name as an end",
         "data.max_length=1000": "data.max_length=1,000 is above the ",
         f"data.train={broken}": "The data were not read: ",
         "data.train=someone/somewhere": "The data were not read: they are not all files here.",
     }
     for word, said in told.items():
-        assert main(["plan", str(recipe_file), word]) == 0
-        printed = capsys.readouterr().out
-        assert said in printed
-        assert ("rows → 7 steps, about " in printed) == (word == "training.steps=7")
+        recipe = Recipe.from_yaml(recipe_file, word)
+        assert said in read(recipe, open_checkpoint(recipe.model, weights=False)).said(1.0)
+    assert main(["plan", str(recipe_file), "training.steps=7"]) == 0
+    assert "rows → 7 steps, about " in capsys.readouterr().out
 
 
 def test_a_run_on_a_cpu_computes_in_what_its_processor_is_good_at(
