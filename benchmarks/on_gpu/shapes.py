@@ -124,8 +124,7 @@ def planned(
     dtype: torch.dtype,
     packed: bool = False,
 ) -> int:
-    """Bytes on the device by the plan, without its runtime: what the allocator gives out."""
+    """Bytes on the device by the plan: what the allocator gives out."""
     workspace = workspace_bytes(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 0
     adapted = apply_method(empty_base(config, torch.device("meta"), dtype), method)
-    need = estimate(adapted, training, length, device, packed, memory, workspace=workspace)
-    return need.total - need.device["runtime"]
+    return estimate(adapted, training, length, device, packed, memory, workspace=workspace).allocated
