@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
+import sys
 from importlib import import_module
 from pathlib import Path
 
 # While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# torch reads this when it is imported: segments that grow leave fewer gaps of GPU memory that nothing fits into. Windows has none.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 _HOMES = {
     alias.name: line.module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -102,6 +103,20 @@ def test_importing_qlora_is_quick() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has segments that expand on Linux alone")
+@pytest.mark.parametrize("chosen", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_comes_in_segments_that_expand_unless_chosen_otherwise(chosen: str | None) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if chosen is None else {chosen: "backend:native"}
+    if chosen is not None:
+        environment |= expected
+    code = f"import os, qlora; print({{name: os.environ[name] for name in {names} if name in os.environ}})"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    assert ast.literal_eval(found) == expected
 
 
 @pytest.mark.parametrize("library", OWNERS)

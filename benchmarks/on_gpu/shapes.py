@@ -135,9 +135,8 @@ def planned(
     packed: bool = False,
     masked: bool = False,
 ) -> int:
-    """Bytes on the device by the plan, without its runtime: what the allocator gives out. ``masked``: see ``attend``."""
+    """Bytes on the device by the plan: what the allocator gives out. ``masked``: see ``attend``."""
     workspace = workspace_bytes(capability(device)) if device.type == "cuda" else 0
     adapted = apply_method(empty_base(config, torch.device("meta"), dtype), method)
     attend(adapted.model, dtype, device, masked)
-    need = estimate(adapted, training, length, device, packed, memory, workspace=workspace)
-    return need.total - need.device["runtime"]
+    return estimate(adapted, training, length, device, packed, memory, workspace=workspace).allocated

@@ -35,10 +35,13 @@ from qlora.training.optim import state_bytes, step_bytes
 from qlora.training.passage import count_layers
 from qlora.training.way import Way
 
-RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.6 * GIB)}
+RUNTIME = {"cpu": int(0.8 * GIB), "cuda": int(0.5 * GIB)}
 """What a process holds beside what is counted here: on a CPU the libraries (0.45 GiB) and what the C heap keeps of freed
-tensors (0.3 to 0.4 GiB in the quickstart); on a GPU the CUDA context, and what the allocator cannot
-use between its pieces."""
+tensors (0.3 to 0.4 GiB in the quickstart); on a GPU the CUDA context with its kernels, which is assumed."""
+FRAGMENTS = {"cpu": 0, "cuda": 4}
+"""Of what comes and goes in a step, the part (one in so many) that torch's allocator reserves beside it and cannot use: on an
+H100 a tenth mostly, and a quarter at most, over 11 arrangements of 8B and 70B, none with segments that expand
+(benchmarks/results/2026-11-26-h100.md)."""
 HOST_RUNTIME = 2 * GIB  # what a process that computes on a GPU holds in host memory: torch's CUDA libraries, the data
 STAGING = 2
 """Pieces of pinned host memory between the file cache and a GPU, each as large as the largest layer (cache.py)."""
@@ -73,6 +76,11 @@ class Estimate:
     def total(self) -> int:
         """The most on the device at one time."""
         return sum(self.device.values())
+
+    @property
+    def allocated(self) -> int:
+        """Of ``total``, what tensors take: what torch's allocator gives out on a GPU."""
+        return self.total - self.device["runtime"] - self.device.get("fragments", 0)
 
     @property
     def step(self) -> int:
@@ -142,6 +150,8 @@ def estimate(
         host["pinned_layer_inputs"] = run.inputs * run.input_bytes
     optimizer = step_bytes(adapted.trainable_parameters().values(), training.optimizer, kind)
     moments = [(moment.phase, _by_kind(moment, run, optimizer, inputs_away)) for moment in run.moments()]
+    for _, kinds in moments:
+        kinds["fragments"] = sum(kinds.values()) // FRAGMENTS[kind] if FRAGMENTS[kind] else 0
     still = sum(stays.values()) + RUNTIME[kind]
     phases: Kinds = {}
     for phase, kinds in moments:

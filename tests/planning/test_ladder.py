@@ -144,7 +144,7 @@ def test_the_largest_rows_and_context_are_those_that_just_fit(folder: Path) -> N
     assert rows is not None
     assert context is not None
     for changes, larger in (
-        ({"training.micro_batch_size": rows, "training.batch_size": rows}, {"training.micro_batch_size": rows * 5 // 4, "training.batch_size": rows * 5 // 4}),
+        ({"training.micro_batch_size": rows, "training.batch_size": rows}, {"training.micro_batch_size": rows * 5 // 4 + 1, "training.batch_size": rows * 5 // 4 + 1}),
         ({"training.micro_batch_size": 1, "data.max_length": context}, {"training.micro_batch_size": 1, "data.max_length": context * 5 // 4}),
     ):  # fmt: skip
         assert found.look({**one.changes, **changes}).needed.total <= 1.02 * found.target.free

@@ -18,7 +18,7 @@ from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.few_layers import layers_of
-from qlora.planning.memory import Estimate, estimate, holdings, shape_of, weight_bytes
+from qlora.planning.memory import RUNTIME, Estimate, estimate, holdings, shape_of, weight_bytes
 from qlora.planning.shapes import shapes_of
 from qlora.recipe import Bottleneck, Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
@@ -259,6 +259,14 @@ def test_kinds_add_up_and_the_peak_is_the_largest_phase(models: dict[str, Path])
     assert "loss_chunk" in found.device
 
 
+def test_a_gpus_allocator_reserves_more_than_it_gives_out(models: dict[str, Path]) -> None:
+    """By a quarter of what comes and goes in a step, and nothing of what stays."""
+    found = on_gpu(skeleton_of(models["deep"]))
+    assert found.device["fragments"] == found.step // 4
+    assert found.allocated == found.total - RUNTIME["cuda"] - found.step // 4
+    assert found.total == max(found.phases.values())
+
+
 def on_gpu(model: AdaptedModel, **memory: Any) -> Estimate:
     training = TrainingSection(batch_size=4, micro_batch_size=1)
     return estimate(model, training, 64, GPU, memory=MemorySection(**memory))
@@ -286,7 +294,9 @@ def test_every_place_is_counted_where_it_is(models: dict[str, Path]) -> None:
     away = on_gpu(model, layer_inputs="host")
     one = 4 * 64 * 128 * 4
     assert away.host["pinned_layer_inputs"] == 6 * one
-    assert stays.phases["forward"] - away.phases["forward"] == 5 * one  # but for the newest
+    assert (
+        stays.phases["forward"] - away.phases["forward"] == 5 * one * 5 // 4
+    )  # but for the newest; and no fragments of them
     assert stays.phases["backward"] - away.phases["backward"] > 2 * one
     assert (stays.pinned, away.pinned) == (0, 6 * one)
 
