@@ -201,7 +201,8 @@ def test_the_kernel_is_for_16_bits_on_ampere_and_later(dtype: torch.dtype, capab
 def test_what_is_no_plain_attention_keeps_its_own() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     bert = BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes))  # sees what follows
-    chosen = random_model("Llama", attn_implementation="eager")
+    chosen = random_model("Llama")
+    chosen.config._attn_implementation = "eager"
     for model, own in ((bert, PLAIN), (random_model("Gemma2"), "eager"), (chosen, "eager")):
         keep_apart(model, HALF, 9)
         assert attention_of(model) == own
