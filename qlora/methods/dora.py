@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,10 +29,11 @@ from qlora.methods.lora import (
     dropped,
     pair_gradients,
     stretch,
+    update,
     without_autocast,
 )
 from qlora.methods.planted import Planted
-from qlora.model.nf4 import dense_cached, dense_weight, is_empty, is_linear
+from qlora.model.nf4 import add_product, dense_cached, dense_weight, is_empty, is_linear
 
 SMALLEST = 1e-30  # a row of zeros has no direction; with this norm nothing is divided by zero
 
@@ -100,19 +100,17 @@ class _DirectedLinear(torch.autograd.Function):
     ) -> Tensor:
         rows, kept = dropped(x, dropout)
         low = rows @ lora_A.to(x.dtype).t()
-        up = lora_B.to(x.dtype).t()
+        y = update(x, low, lora_B, layer.scaling)
+        flat = y.view(-1, y.shape[-1])
         with dense_cached(layer.base):  # the weight is unpacked once for its product and its norm
-            y = layer.base(x)
             weight = dense_weight(layer.base, x.dtype)
             with without_autocast(x.device):  # the norm is wider than x
                 norm = layer.norm(weight)
-            directed = F.linear(rows, weight) if kept is not None else None
-        del weight
+            directed = flat.addmm(rows, weight.t()) if kept is not None else None
+            del weight
+            add_product(layer.base, x, y)
         scale = magnitude.to(norm.dtype) / norm
-        flat = y.view(-1, y.shape[-1]).addmm_(low, up, alpha=layer.scaling)
-        if directed is not None:
-            directed.addmm_(low, up, alpha=layer.scaling)
-        else:
+        if directed is None:
             directed = flat.clone() if layer.base.bias is None else flat - layer.base.bias.to(x.dtype)
         # W'x + (m/‖W'‖ − 1) W'x: where the magnitude is the norm, this adds zero to what the base says
         flat.addcmul_(directed, (scale - 1).to(x.dtype))
@@ -134,11 +132,12 @@ class _DirectedLinear(torch.autograd.Function):
         grad_low, grad_A, grad_B = pair_gradients(ctx, ctx.layer.scaling, scaled, pair)
         if ctx.needs_input_grad[0]:
             weight = dense_weight(ctx.layer.base, grad.dtype)
+            grad_x = grad_low @ lora_A.to(grad.dtype)
             if kept is None:
-                grad_x = (scaled @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
+                grad_x.addmm_(scaled, weight)
             else:
-                through = ((grad * (scale - 1).to(grad.dtype)) @ weight).addmm_(grad_low, lora_A.to(grad.dtype))
-                grad_x = (grad @ weight).add_(through.mul_(kept), alpha=stretch(ctx.dropout))
+                grad_x.addmm_(grad * (scale - 1).to(grad.dtype), weight).mul_(kept).mul_(stretch(ctx.dropout))
+                grad_x.addmm_(grad, weight)
             grad_x = grad_x.view(x.shape)
         return grad_x, grad_A, grad_B, grad_m, None, None
 

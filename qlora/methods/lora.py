@@ -27,7 +27,7 @@ from qlora.methods.planted import Planted
 from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, sorted_pattern, target_names
 from qlora.model.base import Base
 from qlora.model.loss import fp32_product
-from qlora.model.nf4 import dense_weight, is_linear, is_transposed
+from qlora.model.nf4 import add_product, dense_weight, is_linear, is_transposed
 from qlora.recipe.methods import LowRankSection
 
 BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -126,8 +126,8 @@ class AdaptedLinear(torch.autograd.Function):
         if linear.unread:
             y = x.new_zeros(*x.shape[:-1], linear.out_features)
         else:
-            y = linear.base(x)
-            y.view(-1, y.shape[-1]).addmm_(low, lora_B.to(x.dtype).t(), alpha=linear.scaling)
+            y = update(x, low, lora_B, linear.scaling)
+            add_product(linear.base, x, y)
         ctx.linear, ctx.dropout = linear, dropout
         ctx.save_for_backward(x, lora_A, lora_B, low, kept)
         return y
@@ -139,12 +139,10 @@ class AdaptedLinear(torch.autograd.Function):
         grad, grad_x = grad_y.reshape(-1, grad_y.shape[-1]), None
         grad_low, grad_A, grad_B = pair_gradients(ctx, ctx.linear.scaling, grad, saved)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dense_weight(ctx.linear.base, grad.dtype)
-            if kept is None:
-                grad_x.addmm_(grad_low, lora_A.to(grad.dtype))
-            else:
-                grad_x.add_((grad_low @ lora_A.to(grad.dtype)).mul_(kept), alpha=stretch(ctx.dropout))
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_low @ lora_A.to(grad.dtype)  # the small part first, as in forward
+            if kept is not None:
+                grad_x.mul_(kept).mul_(stretch(ctx.dropout))
+            grad_x = grad_x.addmm_(grad, dense_weight(ctx.linear.base, grad.dtype)).view(x.shape)
         return grad_x, grad_A, grad_B, None, None
 
 
@@ -152,6 +150,13 @@ def dropped(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
     """(dropout(x) as rows [n, in], which elements were kept)."""
     rows = x.reshape(-1, x.shape[-1])
     return torch.native_dropout(rows, dropout, True) if dropout > 0 else (rows, None)
+
+
+def update(x: Tensor, low: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """What an adapter adds to x Wᵀ: scaling · low Bᵀ, [..., out] for x [..., in] and low [n, r]."""
+    y = x.new_empty(*x.shape[:-1], len(lora_B))
+    y.view(-1, len(lora_B)).addmm_(low, lora_B.to(low.dtype).t(), beta=0, alpha=scaling)
+    return y
 
 
 def stretch(dropout: float) -> float:

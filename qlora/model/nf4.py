@@ -94,6 +94,10 @@ class FrozenLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, dense_weight(self, x.dtype), bias)
 
+    def add_product(self, x: Tensor, onto: Tensor) -> None:
+        """Add ``product`` of x [..., in] to ``onto`` [..., out] in place; see the function of that name."""
+        _add_dense(x, dense_weight(self, x.dtype), self.bias, onto)
+
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _Product.apply(x.to(self.compute_dtype), self)
         return product.to(x.dtype)
@@ -259,11 +263,20 @@ class Linear4bit(FrozenLinear):
         return dequantize_4bit(packed.view(-1, 1), state).view(-1)[:count].view(self.out_features, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
-        few = x.is_cuda and self.kept is None and x.numel() <= FUSED_ROWS * self.in_features
-        if few and self.in_features % self.block == 0:
+        if self._fused(x):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return bitsandbytes.matmul_4bit(x, self.weight, quant_state=self.quant_state(x.dtype), bias=bias)
         return super().product(x)
+
+    def add_product(self, x: Tensor, onto: Tensor) -> None:
+        if self._fused(x):
+            onto.add_(self.product(x))
+        else:
+            super().add_product(x, onto)
+
+    def _fused(self, x: Tensor) -> bool:
+        few = x.is_cuda and self.kept is None and x.numel() <= FUSED_ROWS * self.in_features
+        return few and self.in_features % self.block == 0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.quant_type}{', double_quant' if self.double_quant else ''}"
@@ -358,6 +371,12 @@ class Linear8bit(FrozenLinear):
         rows = bitsandbytes.matmul(x.reshape(-1, self.in_features), self.weight, bias=bias, state=state)
         return rows.view(*x.shape[:-1], self.out_features)
 
+    def add_product(self, x: Tensor, onto: Tensor) -> None:
+        if x.is_cuda:
+            onto.add_(self.product(x))
+        else:
+            super().add_product(x, onto)
+
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear as a dense [out, in] tensor. Do not write into it: it may be the one that is kept.
@@ -377,6 +396,30 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if dtype not in linear.kept:
         linear.kept[dtype] = linear.dequantise(dtype)
     return linear.kept[dtype]
+
+
+def add_product(linear: nn.Module, x: Tensor, onto: Tensor) -> None:
+    """Add x Wᵀ + b of a frozen linear to ``onto`` [..., out] in place, for x [..., in] of its dtype; outside any graph.
+
+    In 16 bits the order decides what is learnt. x Wᵀ, once rounded, lies on a grid whose steps are wider than what a young
+    adapter adds; whatever is less than half a step would be lost for every token alike. Here the sum is rounded, not its
+    first part, so a small ``onto`` counts in the mean as it should. The bias comes first, as in torch's own linear: while
+    ``onto`` is zero this is the base bit for bit, and only a bias larger than the product has a grid as wide as that.
+    It cannot be had of a product that is only known rounded, as LLM.int8()'s is, and bitsandbytes' own for a few rows.
+    """
+    weight = linear.weight
+    if isinstance(linear, FrozenLinear) and x.dtype == linear.compute_dtype:
+        linear.add_product(x, onto)
+    elif type(linear) in (nn.Linear, Conv1D) and isinstance(weight, Tensor) and weight.dtype == x.dtype:
+        _add_dense(x, dense_weight(linear, x.dtype), linear.bias, onto)
+    else:  # it computes in another dtype than it answers in, or in a way of its own
+        onto.add_(linear(x))
+
+
+def _add_dense(x: Tensor, weight: Tensor, bias: Any, onto: Tensor) -> None:
+    if bias is not None:
+        onto.add_(bias)
+    onto.view(-1, onto.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
 
 
 @contextmanager

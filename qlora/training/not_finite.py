@@ -117,6 +117,8 @@ def _named(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _of_weight(module: nn.Module) -> str:
+    if isinstance(module, Planted) and (frozen := _of_weight(module.base)):
+        return frozen  # an adapted linear asks its base for the weight and does not call it
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     own += module.own_parameters().values() if isinstance(module, Planted) else []
     finite = all(_finite(values) for values in own if not values.is_meta)
