@@ -5,10 +5,13 @@
 Same rows      the same packed rows in the same order through both: tokens/s, peak memory, largest loss difference
 Real chat      the same conversations, packed here and padded to the longest there: useful tokens/s, padding left out
 
-Both sides train the same base (NF4, double quantisation; fp32 compute on a CPU, bf16 on a GPU) with the same adapter (its initial values are
-written by ours and loaded by PEFT), batch, learning rates, AdamW and clipping. Every measurement is a process of its
-own, so that its peak memory is its own; repeats alternate the sides, so that a busy machine slows all of them alike. The
-Hugging Face side imports nothing of qlora. Needs ``peft``.
+Ours is what a plan decides for this machine; PEFT is measured in each of its settings: with and without checkpointing, and
+on a CPU in fp32 and, where ours takes it, in bf16. Ours in fp32 stands beside them there, for the losses of the same dtype.
+
+Both sides train the same base (NF4, double quantisation) with the same adapter (its initial values, in fp32, are written by
+ours and loaded by PEFT), batch, learning rates, AdamW and clipping. Every measurement is a process of its own, so that its
+peak memory is its own; repeats alternate the sides, so that a busy machine slows all of them alike. The Hugging Face side
+imports nothing of qlora. Needs ``peft``.
 """
 
 from __future__ import annotations
@@ -26,8 +29,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-SAME_ROWS = ("qlora", "peft", "peft, no checkpointing")
-CHAT = ("qlora, packed", "peft, padded")
+
+def sides_of(case: str, dtype: str, device: str) -> list[str]:
+    """Ours, which a plan has compute in ``dtype``, and what is measured beside it."""
+    dtypes = [dtype] if case == "chat" or device == "cuda" else list(dict.fromkeys(["fp32", dtype]))
+    kind = "peft, padded" if case == "chat" else "peft"
+    settings = [f"{kind}, {one}{more}" for one in dtypes for more in ("", ", no checkpointing")]
+    return ["qlora", *(f"qlora, {one}" for one in dtypes if one != dtype), *settings]
 
 
 def main() -> None:
@@ -103,14 +111,15 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         folder = work / case
         folder.mkdir()
         (folder / "settings.json").write_text(json.dumps(settings))
-        results["versions"] = run_worker("prepare", folder, options)
-        sides = SAME_ROWS if case == "same" else CHAT
+        prepared = run_worker("prepare", folder, options)
+        results["versions"] = prepared["versions"]
+        sides = sides_of(case, prepared["compute_dtype"], options.device)
         runs: dict[str, list[Any]] = {side: [] for side in sides}
         for repeat in range(options.repeats):
             for side in sides:
                 print(f"{case}: {side}, {repeat + 1} of {options.repeats} …", file=sys.stderr, flush=True)
                 runs[side].append(run_worker(side, folder, options))
-        results[case] = {"settings": settings, "runs": runs}
+        results[case] = {"settings": settings, "decided": prepared["decided"], "runs": runs}
     results["load_after"] = os.getloadavg()
     return results
 
@@ -139,18 +148,24 @@ def worker(what: str, folder: Path, threads: int) -> None:
     if what == "prepare":
         result = prepare(settings, folder)
     elif what.startswith("qlora"):
-        result = train_qlora(settings, folder)
+        result = train_qlora(settings, folder, dtype_of(what))
     else:
-        result = train_peft(settings, folder, padded="padded" in what, checkpointing="no checkpointing" not in what)
+        padded, checkpointing = "padded" in what, "no checkpointing" not in what
+        result = train_peft(settings, folder, dtype_of(what), padded=padded, checkpointing=checkpointing)
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def recipe(settings: dict[str, Any]) -> Any:
-    """The quickstart's settings, written out."""
+def dtype_of(side: str) -> str:
+    """The dtype in a side's name; ``auto`` where there is none."""
+    return next((dtype for dtype in ("fp32", "bf16") if dtype in side), "auto")
+
+
+def recipe(settings: dict[str, Any], dtype: str = "auto") -> Any:
+    """The quickstart's settings, written out, with what the plan decides for this machine."""
+    from qlora.planning.plan import plan
     from qlora.recipe import Recipe
 
-    dtype = "fp32" if settings["device"] == "cpu" else "bf16"
-    return Recipe.from_dict(
+    asked = Recipe.from_dict(
         {
             "model": {"name": settings["model"], "quantization": "nf4", "double_quant": True, "compute_dtype": dtype},
             "method": {"name": "lora", "r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
@@ -166,6 +181,7 @@ def recipe(settings: dict[str, Any]) -> Any:
             "device": {"name": settings["device"]},
         }
     )
+    return plan(asked).recipe
 
 
 def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -205,7 +221,12 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         )
     )
     names = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    dtype, training = plan.model.compute_dtype, plan.training
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "compute_dtype": dtype,
+        "decided": f"{dtype}, recompute {training.recompute}, {training.accumulation}",
+    }
 
 
 def save_rows(path: Path, rows: list[Any]) -> None:
@@ -269,7 +290,7 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_qlora(settings: dict[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
     import torch
 
     from qlora.data.packing import Row
@@ -277,7 +298,7 @@ def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     from qlora.residence.load import load_base
     from qlora.training import Trainer
 
-    plan = recipe(settings)
+    plan = recipe(settings, dtype)
     model = apply_method(load_base(plan.model), plan.method, plan.training.seed)
     rows = [
         Row(row["ids"], row["labels"], row["positions"], tuple(range(int((row["positions"] == 0).sum()))))
@@ -311,7 +332,9 @@ class InOrder:
         return self.rows[place]
 
 
-def train_peft(settings: dict[str, Any], folder: Path, *, padded: bool, checkpointing: bool) -> dict[str, Any]:
+def train_peft(
+    settings: dict[str, Any], folder: Path, computes_in: str, *, padded: bool, checkpointing: bool
+) -> dict[str, Any]:
     """The way the documentation of PEFT and transformers shows it."""
     import torch
     from peft import PeftModel, prepare_model_for_kbit_training
@@ -319,7 +342,7 @@ def train_peft(settings: dict[str, Any], folder: Path, *, padded: bool, checkpoi
 
     plan = json.loads((folder / "plan.json").read_text())
     on_cpu = settings["device"] == "cpu"
-    dtype = torch.float32 if on_cpu else torch.bfloat16
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[computes_in]
     training, rates, pad_id = plan["training"], plan["learning_rates"], plan["pad_id"]
     model = AutoModelForCausalLM.from_pretrained(
         plan["model_folder"],
@@ -408,7 +431,7 @@ def train_peft(settings: dict[str, Any], folder: Path, *, padded: bool, checkpoi
             report_to=[],
             disable_tqdm=True,
             use_cpu=on_cpu,
-            bf16=not on_cpu,
+            bf16=computes_in == "bf16",
         ),
         train_dataset=rows,
         data_collator=collate,
@@ -432,9 +455,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['date']} · {results['cpu']}, {results['threads']} threads · {versions}",
     ]
-    for case, sides, title in (
-        ("same", SAME_ROWS, "The same packed rows on both sides"),
-        ("chat", CHAT, "The same conversations, packed here and padded there"),
+    for case, title in (
+        ("same", "The same packed rows on both sides"),
+        ("chat", "The same conversations, packed here and padded there"),
     ):
         if case not in results:
             continue
@@ -444,18 +467,18 @@ def table(results: dict[str, Any]) -> str:
             f"## {title}",
             "",
             f"`{settings['data']}`, {settings['steps']} steps of {settings['rows']} rows of at most "
-            f"{settings['max_length']} tokens, {settings['micro']} at once.",
+            f"{settings['max_length']} tokens, {settings['micro']} at once. Ours: {results[case]['decided']}.",
             "",
             "| side | tokens/s | ours is faster by | peak memory | ours takes | largest loss difference | processor share |",
             "|---|---|---|---|---|---|---|",
         ]
-        ours = runs[sides[0]]
-        for side in sides:
-            theirs = runs[side]
-            same = side != sides[0]
+        ours = runs["qlora"]
+        for side, theirs in runs.items():
+            same = side != "qlora"
             difference = max(
                 abs(a - b)
-                for x, y in zip(ours, theirs, strict=True)
+                # with ours in the same dtype, where that is measured
+                for x, y in zip(runs.get(f"qlora, {dtype_of(side)}", ours), theirs, strict=True)
                 for a, b in zip(x["losses"], y["losses"], strict=True)
             )
             lines.append(

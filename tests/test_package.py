@@ -119,6 +119,20 @@ def test_gpu_memory_comes_in_segments_that_expand_unless_chosen_otherwise(chosen
     assert ast.literal_eval(found) == expected
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_do_not_spin_for_long_unless_asked_to(before: dict[str, str], after: str) -> None:
+    """Said before torch is loaded, which reads it once."""
+    code = "import os, qlora; print(os.environ.get('GOMP_SPINCOUNT'))"
+    ours = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**ours, **before}, check=False, cwd=ROOT
+    )
+    assert done.stdout.split() == [after], done.stderr
+
+
 @pytest.mark.parametrize("library", OWNERS)
 def test_libraries_have_owners(library: str) -> None:
     files = {
