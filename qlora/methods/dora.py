@@ -111,7 +111,8 @@ class _DirectedLinear(torch.autograd.Function):
             add_product(layer.base, x, y)
         scale = magnitude.to(norm.dtype) / norm
         if directed is None:
-            directed = flat.clone() if layer.base.bias is None else flat - layer.base.bias.to(x.dtype)
+            bias: Any = layer.base.bias
+            directed = flat.clone() if bias is None else flat - bias.to(x.dtype)
         # W'x + (m/‖W'‖ − 1) W'x: where the magnitude is the norm, this adds zero to what the base says
         flat.addcmul_(directed, (scale - 1).to(x.dtype))
         # not ctx.linear: by that name residence/boundary.py leaves answers out, and W'x is needed for the magnitudes

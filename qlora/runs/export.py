@@ -21,6 +21,7 @@ from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.load import end_tokens as known_ends
+from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
@@ -126,13 +127,26 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     if not prompts:
         raise RunError("the run has no held-out text.")
     device = device_here(recipe)
-    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+    trained = load_run(folder, quiet=True)
+    widened = device.type == "cpu" and trained.base.placement is None
+    dtype = torch.float32 if widened else resolve_compute_dtype(device, recipe.model.compute_dtype)
     free, _ = total_memory_bytes(device)
     if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
         raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
-    expected = _logits(load_run(folder, quiet=True).model, prompts, device)
+    if widened:
+        _widen(trained.model)
+    expected = _logits(trained.model, prompts, device)
+    del trained
     found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), prompts, device)
     return _difference(found, expected)
+
+
+def _widen(model: nn.Module) -> None:
+    """Have ``model`` compute in fp32 with the weights that it has: two ways to round 16 bits would be told as a difference."""
+    for module in model.float().modules():
+        if isinstance(module, FrozenLinear):
+            module.kept = {torch.float32: module.dequantise(module.compute_dtype).float()}
+            module.compute_dtype = torch.float32
 
 
 def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:

@@ -26,7 +26,7 @@ from qlora.errors import RunError
 from qlora.files.durable import write_json
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
-from qlora.runs.export import merge
+from qlora.runs.export import compare_merged, merge
 from qlora.runs.folder import RUN_FILES
 from qlora.runs.train import resume, train
 from qlora.training import MetricsLog, checkpoint
@@ -530,3 +530,16 @@ def test_plan_reads_no_weight(tiny_model: Path, chat_data: Path, tmp_path: Path,
     assert "trainable parameters" in printed
     assert "quantised weights" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_merge_is_compared_without_the_rounding_of_16_bits(tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    """Both in fp32, with the weights as they were computed with: bf16 is in these, and no longer in the sums."""
+    shutil.copytree(tiny_model, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    values = tiny_values(tmp_path / "base", chat_data, tmp_path / "run")
+    values["model"]["compute_dtype"] = "bf16"
+    values["training"] |= {"steps": 2, "micro_batch_size": 5}
+    values["evaluation"] = {"prompts": 0}
+    qlora.train(qlora.Recipe.from_dict(values), quiet=True)
+    found = compare_merged(tmp_path / "run", qlora.merge(tmp_path / "run", dtype="fp32"))
+    assert found.largest < rounding() * found.largest_logit
