@@ -226,7 +226,7 @@ def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None
     assert resolved.method.adapter_dtype == ("fp32" if name == "T4" else "bf16")
     assert target.rates is not None
     assert target.rates.matrix.expected == 0.5 * card(name).flops
-    if name not in ("T4", "4090"):  # a whole survey takes seconds
+    if name != "T4":  # a whole survey takes seconds
         return
     found = survey(recipe)
     assert found.fits
@@ -263,10 +263,7 @@ def test_the_command_line_says_no_by_its_exit_status(
     assert main(["plan", str(path), "device.memory=150MiB", "device.host_memory=8GiB"]) == 3
     printed = capsys.readouterr().out
     assert "As the recipe stands it does not fit" in printed
-    assert main(["plan", str(path), "device.memory=150MiB", "memory.budget=auto", "device.host_memory=8GiB"]) == 0
     assert main(["plan", str(path), "device.memory=twelve"]) == 2
-    assert main(["plan", str(path), "device.memory=20MiB"]) == 3
-    assert "No arrangement fits" in capsys.readouterr().err
 
 
 def test_a_card_may_be_given_as_a_number(folder: Path) -> None:
