@@ -23,6 +23,7 @@ def one_renderer() -> Iterator[None]:
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests find the same on all processors: ``auto`` means fp32, and test_rates.py looks at what it means on this one."""
     monkeypatch.setattr("qlora.planning.plan.faster_in_bf16", lambda: False)
+    monkeypatch.setattr("qlora.runs.train.matrix_rate", lambda device, dtype: 1e11)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from qlora.model.attention import keeps_apart
 from qlora.planning.memory import Estimate, estimate
 from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
-from qlora.planning.speed import Seconds, step_seconds, work_of
+from qlora.planning.speed import Seconds, Work, step_seconds, work_of
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.placement import resident_layers
 from qlora.residence.tiles import find_mlp
@@ -97,6 +97,8 @@ class Arrangement:
     changes: Changes
     """What differs from the recipe that was asked for, by key: ``{"memory.embedding": "host"}``."""
     needed: Estimate
+    work: Work
+    """What a step of full rows asks for."""
     seconds: Seconds | None
     """A step's; None where nobody knows how fast the device is."""
 
@@ -136,7 +138,7 @@ class Arranger:
 
     @functools.cached_property
     def shapes(self) -> Shapes:
-        """The model's, counted where seconds are wanted."""
+        """The model's."""
         return shapes_of(self.adapted)
 
     def look(self, changes: Mapping[str, object] | None = None) -> Arrangement:
@@ -147,13 +149,11 @@ class Arranger:
         needed = estimate(
             self.adapted, training, length, target.device, data.packing, memory, workspace=target.workspace
         )
-        seconds = None
-        if target.rates is not None:
-            masked = data.packing and not keeps_apart(self.adapted.model)
-            work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)
-            seconds = step_seconds(work, target.rates)
+        masked = data.packing and not keeps_apart(self.adapted.model)
+        work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)
+        seconds = None if target.rates is None else step_seconds(work, target.rates)
         differing = {key: value for key, value in (changes or {}).items() if value_of(self.recipe, key) != value}
-        return Arrangement(recipe, differing, needed, seconds)
+        return Arrangement(recipe, differing, needed, work, seconds)
 
     def _settled(self) -> Recipe:
         """The recipe with as few layers recomputed as memory asks for, and the order of accumulation that goes with it.

@@ -79,6 +79,11 @@ class Plan:
         return self.account.trainable_parameters
 
     @property
+    def flops_per_token(self) -> float:
+        """Of a step of full rows, forward, loss and backward, with what is recomputed."""
+        return sum(one.flops for one in self.chosen.work) / self.chosen.tokens
+
+    @property
     def checkpoint_bytes(self) -> int:
         """What one checkpoint holds."""
         return self.account.checkpoint_bytes

@@ -137,6 +137,12 @@ def measure(device: torch.device, dtype: torch.dtype, folder: str | Path) -> Rat
     return Rates(matrix, dequantise, copies, disk, f"{name}, measured", notes)
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a decoder's MLP on ``device``, measured within half a second: the rate that a run's speed is a share of."""
+    with torch.no_grad():
+        return _arithmetic(device, dtype)[0].expected
+
+
 def faster_in_bf16() -> bool:
     """Whether this machine's processor has instructions for bf16 and multiplies clearly faster with them than in fp32.
 

@@ -30,6 +30,7 @@ class Figures(NamedTuple):
     seconds: float | None  # in optimizer steps, without loading and evaluation
     peak_memory: float | None  # bytes
     tokens_per_second: float | None  # the median over the steps
+    matrix_share: float | None  # of the device's matrix rate, as it was measured before the run
 
 
 def summarise(records: Records) -> Figures:
@@ -40,6 +41,9 @@ def summarise(records: Records) -> Figures:
     speeds = sorted(column(records, "tokens_per_second"))
     tokens, targets = column(records, "tokens"), column(records, "target_tokens")
     seconds = column(records, "seconds")
+    speed = speeds[len(speeds) // 2] if speeds else None
+    arithmetic = section(records.plan, "arithmetic")
+    flops, rate = number(arithmetic, "flops_per_token"), number(arithmetic, "matrix_flops_per_second")
     return Figures(
         before=next((point for point in records.held_out if point.step == 0), None),
         after=next((point for point in reversed(records.held_out) if point.step > 0), None),
@@ -52,7 +56,8 @@ def summarise(records: Records) -> Figures:
         target_tokens=round(math.fsum(targets)) if targets else None,
         seconds=math.fsum(seconds) if seconds else None,
         peak_memory=max(column(records, "peak_memory_bytes"), default=None),
-        tokens_per_second=speeds[len(speeds) // 2] if speeds else None,
+        tokens_per_second=speed,
+        matrix_share=speed * flops / rate if speed and flops and rate else None,
     )
 
 

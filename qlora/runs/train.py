@@ -19,12 +19,13 @@ from qlora.errors import RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut, score
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
-from qlora.machine.device import bytes_text, resolve_device
+from qlora.machine.device import DTYPES, bytes_text, resolve_device
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
 from qlora.planning.continued import continued
 from qlora.planning.plan import Plan, plan
+from qlora.planning.rates import matrix_rate
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
@@ -74,11 +75,11 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
                 pass
         else:
             require_free(folder, recipe.overwrite)
-        session, planned = _new_session(recipe, folder, quiet)
+        session, planned, rate = _new_session(recipe, folder, quiet)
         rehearsal = _rehearse(session, planned)
         with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
             clear(folder)
-            write_json(folder / "plan.json", redacted(_plan_values(planned, session, rehearsal)))
+            write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session, rehearsal)))
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
@@ -103,8 +104,8 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
             return _finish(session, signals)
 
 
-def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan]:
-    """Everything loaded and planned for the first step; nothing is written yet."""
+def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan, float]:
+    """Everything loaded and planned for the first step, and the device's matrix rate in FLOP/s; nothing is written yet."""
     begun, say = time.perf_counter(), speaker(quiet)
     use_threads(recipe)
     recipe, origin = continued(recipe)
@@ -120,6 +121,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     # a run's own recipe must not replace the run when it is trained again
     resolved = planned.recipe.model_copy(update={"overwrite": False})
     device = limited(resolve_device(resolved.device.name), resolved)
+    rate = matrix_rate(device, DTYPES[resolved.model.compute_dtype])  # now, while the device is empty
     prompts = held_out_prompts(data, resolved)
     checkpoint = checkpoint.with_weights()
     if origin is not None:
@@ -134,7 +136,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
         model.prepare(trainer.batches())
     else:
         trainer.environment["continued_from"] = origin.as_dict()
-    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned, rate
 
 
 def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session:
@@ -293,7 +295,7 @@ def _hand_over(session: Session) -> None:
         write_json(session.folder / "method.json", redacted(found))
 
 
-def _plan_values(planned: Plan, session: Session, rehearsal: Rehearsal | None) -> dict[str, object]:
+def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehearsal | None) -> dict[str, object]:
     """What ``plan.json`` holds."""
     recipe, trainer = planned.recipe, session.trainer
     return {
@@ -303,6 +305,7 @@ def _plan_values(planned: Plan, session: Session, rehearsal: Rehearsal | None) -
         "steps": trainer.total_steps,
         "steps_per_epoch": trainer.steps_per_epoch,
         "device": recipe.device.name,
+        "arithmetic": {"flops_per_token": planned.flops_per_token, "matrix_flops_per_second": rate},
         "memory": planned.memory.as_dict(),
         "rehearsal": None if rehearsal is None else asdict(rehearsal),
         "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},

@@ -13,7 +13,7 @@ import torch
 
 from qlora.machine.cards import card
 from qlora.planning import rates as machine
-from qlora.planning.rates import NVME, Rate, measure, rates_of
+from qlora.planning.rates import NVME, Rate, matrix_rate, measure, rates_of
 
 CPU = torch.device("cpu")
 
@@ -57,6 +57,7 @@ def test_measured_quickly_and_nothing_is_left_behind(tmp_path: Path) -> None:
     # between an old core and a large server: a slip of a unit is further off
     assert 1e8 < rates.matrix.expected < 1e14
     assert "matrix products" in str(rates)
+    assert 0.2 < matrix_rate(CPU, torch.float32) / rates.matrix.expected < 5
 
 
 def test_a_folder_that_is_not_there_yet_is_measured_above_it(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def begun(tmp_path: Path) -> RunFolder:
             },
             "steps": 40,
             "device": "cpu",
+            "arithmetic": {"flops_per_token": 6e8, "matrix_flops_per_second": 2e11},
             "memory": {"base": 3 * 2**20, "optimizer": 2**20, "total": 4 * 2**20},
             "why": ["compute_dtype: fp32, as this is a CPU."],
         },

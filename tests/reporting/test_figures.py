@@ -43,6 +43,7 @@ def test_summary_sums_over_steps(finished: RunFolder) -> None:
     found = figures.summarise(read_records(finished.path))
     assert (found.tokens, found.target_tokens, found.seconds) == (4000, 2400, 20.0)
     assert found.tokens_per_second == 200.0
+    assert found.matrix_share == pytest.approx(200.0 * 6e8 / 2e11)
     assert found.finished
     assert found.before
     assert found.after
