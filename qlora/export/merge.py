@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError, RunError
+from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
@@ -114,7 +115,7 @@ def merge(
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(aside / "config.json", source.plain_config(dtype))
+        _write_json(aside / "config.json", both_spellings(source.plain_config(dtype), type(source.model).__name__))
         _copy_beside(base_folder, aside)
         new_ends = set(ends) - set(end_tokens(checkpoint))
         if new_ends:
@@ -125,6 +126,7 @@ def merge(
         # of a tokenizer with several templates the run's may be one: a file of it would hide the others, as tool_use
         if chat_template is not None and not (isinstance(own, dict) and chat_template in own.values()):
             (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
+        older_tokenizer(aside)
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,

@@ -5,6 +5,7 @@ Knows transformers' configurations; must not know model classes, files or tensor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,20 @@ def any_config(checkpoint: Checkpoint) -> PretrainedConfig:
     except Exception as error:  # a configuration class may raise anything over values it does not like
         raise ModelError(f"The configuration in '{folder}' is not valid: {first_line(error)}.") from error
     return config
+
+
+def values_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What transformers makes of a config.json, in its own words; None where the model comes with its own code."""
+    try:
+        known = AutoConfig.for_model(config["model_type"]).to_dict()
+        values = AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()  # which writes into what it is given
+    except (ValueError, TypeError, KeyError):
+        return None
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict):
+        for other in {"type", "original_max_position_embeddings"} & {"type", *known}:  # said elsewhere too
+            rope.pop(other, None)
+    return {key: values.get(key) for key in (*known, "rope_parameters")}
 
 
 def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: str, native: bool) -> None:

