@@ -143,6 +143,11 @@ def export(words: list[str]) -> None:
         print(
             f"Its generation_config.json ends answers with {', '.join(merged.new_ends)} too, as the chat template does."
         )
+    if merged.for_serving:
+        print(
+            "It is the trained model in 16 bits, or 8. To quantise it to 4 bits again or to train on it, export with base=original: "
+            "on the weights that were quantised before, most of what was learned would be rounded away."
+        )
     try:
         difference = compare_merged(folder, merged)
     except QloraError as error:  # the export is done and whole; only the comparison is not

@@ -28,7 +28,8 @@ from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, tr
 from qlora.methods.files import keep_apart, load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
-from qlora.model.checkpoint import INDEX, Checkpoint, read_json
+from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
+from qlora.model.config import FOUR_BIT
 from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
@@ -53,6 +54,8 @@ class Merged:
     dequantised: int
     bytes: int
     dtype: torch.dtype
+    for_serving: bool = False
+    """Whether it carries weights that were in 4 bits, which would not survive being quantised to them again."""
     new_ends: tuple[str, ...] = ()
     """The tokens that end an answer and did not by the base's configuration."""
 
@@ -127,6 +130,8 @@ def merge(
         if chat_template is not None and not (isinstance(own, dict) and chat_template in own.values()):
             (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
         older_tokenizer(aside)
+        made = {"base": checkpoint.name, "revision": checkpoint.revision, "weights": base, "quantization": quantization}
+        _write_json(aside / MERGE, made | {"double_quant": double_quant, "dtype": dtype})
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,
@@ -135,6 +140,7 @@ def merge(
         dequantised=len(changed - source.carrying),
         bytes=total,
         dtype=DTYPES[dtype],
+        for_serving=bool(changed) and quantization in FOUR_BIT,
         new_ends=tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends))),
     )
 

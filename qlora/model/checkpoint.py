@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
+MERGE = "qlora_merge.json"
+"""What a merged model's folder says of how it was made."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SAMPLES, SAMPLE = 64, 4096  # of a file's weights that its fingerprint covers: how many, and bytes each
 MAX_INDEX = 24 * 1024**2  # bytes: some 200,000 tensors
@@ -59,6 +61,11 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """config.json as it stands there."""
         return read_model_config(self.folder)
+
+    @cached_property
+    def merge(self) -> dict[str, Any]:
+        """How it was merged by this program (``export/merge.py``); empty for every other model."""
+        return read_json(self.folder, MERGE, "how a model was merged") if (self.folder / MERGE).is_file() else {}
 
     @cached_property
     def _model_config(self) -> PretrainedConfig:

@@ -108,6 +108,22 @@ def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: 
         raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
 
 
+def quantised_again(checkpoint: Checkpoint, section: ModelSection) -> str | None:
+    """What it costs to quantise a model again that was merged into weights on the same 4-bit grid; None where it is no such.
+
+    The grid's steps are wider than what an adapter adds to most weights, so they round back to where they were.
+    """
+    made = checkpoint.merge
+    again = made.get("weights") == "dequantized" and made.get("quantization") == section.quantization
+    if not again or section.quantization not in FOUR_BIT:
+        return None
+    return (
+        f"'{checkpoint.name}' was merged into weights that had been {section.quantization} before: quantised to that again, most "
+        "of what its adapter learned is rounded away. Merge that run with base=original and take this instead, or set "
+        "model.quantization=none."
+    )
+
+
 def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
 

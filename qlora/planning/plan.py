@@ -33,6 +33,7 @@ from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.model.attention import keep_apart
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.config import quantised_again
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of
 from qlora.planning.continued import Origin, continued
@@ -187,6 +188,8 @@ def _plan(
 ) -> tuple[Plan, Arranger]:
     """The plan for ``target``. ``choose``: another arrangement is taken where the recipe's own does not fit."""
     budget = resolved.memory.budget is not None
+    if again := quantised_again(checkpoint, resolved.model):
+        why.append(again)
     dtype = DTYPES[resolved.model.compute_dtype]
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
     if resolved.model.attention == "auto":

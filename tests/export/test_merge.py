@@ -19,6 +19,9 @@ from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, save_adapter
+from qlora.model.checkpoint import open_checkpoint
+from qlora.model.config import quantised_again
+from qlora.recipe import ModelSection
 from tests.rounding import difference, rounding
 from tests.tiny import FAMILIES, logits_of, stir, tiny_base, tiny_checkpoint
 
@@ -244,3 +247,30 @@ def test_memory_is_one_tensor_whatever_the_model(tmp_path: Path) -> None:
     whole = (tmp_path / "large" / "model.safetensors").stat().st_size
     print(f"{grown / 2**20:.1f} MiB more for a file of {whole / 2**20:.1f} MiB")
     assert grown < 2 * 512 * 4096 * 4  # two dense matrices of a model that has thirty-six
+
+
+@pytest.mark.parametrize(
+    ("base", "quantization", "warned"),
+    [
+        ("dequantized", "nf4", True), ("dequantized", "none", False), ("dequantized", "int8", False),
+        ("original", "nf4", False),
+    ],
+)  # fmt: skip
+def test_a_merge_on_the_grid_warns_whoever_quantises_it_again(
+    tmp_path: Path, base: Any, quantization: Any, warned: bool
+) -> None:
+    """And rightly so: the packed bytes come back as they were, and a small adapter is gone."""
+    source = tiny_checkpoint(tmp_path / "base")
+    adapted = apply_method(tiny_base(source), SECTION)
+    stir(adapted, 0.01)
+    save_adapter(adapted, tmp_path / "adapter")
+    merged = merge(source, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", base=base)
+    assert merged.for_serving == (base == "dequantized")
+    section = ModelSection(name=str(tmp_path / "out"), quantization=quantization)
+    said = quantised_again(open_checkpoint(section), section)
+    assert (said is not None) == warned
+    if quantization != "nf4":
+        return
+    path = "model.layers.0.self_attn.q_proj"
+    before, after = (tiny_base(folder).model.get_submodule(path).weight for folder in (source, tmp_path / "out"))
+    assert torch.equal(before, after) == warned
