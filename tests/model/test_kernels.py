@@ -7,7 +7,11 @@ Triton's kernels run here in its interpreter (TRITON_INTERPRET=1, as ``tests/con
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,7 @@ from tests.rounding import doubled, no_worse, none_worse
 from tests.tiny import CPU, TOKENS, random_model
 
 HOPPER = 9.0
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_triton = pytest.mark.skipif(
     not language.INTERPRETED, reason="Triton is not installed (make test-programs has it), or compiles for a GPU"
@@ -164,6 +169,65 @@ def test_a_plan_is_given_what_the_operators_give(way: str, dtype: torch.dtype) -
     ]
     for operator, inputs in cases:
         torch.library.opcheck(operator.default, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+class Compiled:
+    """Stands in for a kernel: compiles what would be launched for a card that need not be here, down to its machine code."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+        kinds = [
+            names[one.dtype] if isinstance(one, Tensor) else {int: "i32", float: "fp32"}[type(one)] for one in args
+        ]
+        signature = dict(zip(self.kernel.arg_names, [*kinds, *["constexpr"] * len(constants)], strict=True))
+        source = ASTSource(self.kernel, signature, constexprs=constants)
+        made = compile(source, target=GPUTarget("cuda", self.capability, 32), options={"num_warps": num_warps})
+        print(self.capability, kinds[0], self.kernel.__name__, len(made.asm["cubin"]))
+
+
+def compile_all() -> None:
+    """In a process of its own, without the interpreter."""
+    for module, names in {
+        rms_norm: ("_forward", "_backward"),
+        rotary: ("_rotate",),
+        glu: ("_forward", "_backward"),
+    }.items():
+        kernels = {name: getattr(module, name) for name in names}
+        module.taken = lambda *tensors: True  # type: ignore[attr-defined]
+        for capability, dtype in [
+            (75, torch.float16),
+            (80, torch.bfloat16),
+            (90, torch.float32),
+            (120, torch.bfloat16),
+        ]:
+            for name, kernel in kernels.items():
+                setattr(module, name, Compiled(kernel, capability))
+            for operator, compute, inputs in proof._cases():
+                if operator.startswith(module.__name__.rpartition(".")[2]):
+                    proof._results(compute, [one.to(dtype) for one in inputs])
+
+
+@pytest.mark.skipif(
+    not language.HERE or torch.cuda.is_available(), reason="Triton is not installed, or a card tells more"
+)
+def test_the_kernels_compile_for_cards_that_are_not_here(tmp_path: Path) -> None:
+    """For a T4, an A100, an H100 and an RTX 50, to what the card would run."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "from tests.model.test_kernels import compile_all; compile_all()"]
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 4 * (4 * 2 + 2 + 6 * 2)
+    assert all(int(line.split()[-1]) > 0 for line in lines)
 
 
 # ── a model ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -42,16 +42,16 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad_ptr, x_ptr, weight_ptr, rstd_ptr, to_x_ptr, to_weight_ptr, rows, width, offset, part,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHT: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, to_x_ptr, to_weight_ptr, rows, width, offset,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TO_X: tl.constexpr, TO_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    # a program has ``part`` rows, ROWS of them at a time
+    # a program has ROWS rows at a time, STEPS times
     column = tl.arange(0, COLUMNS)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32) + offset
     to_weight = tl.zeros([COLUMNS], dtype=tl.float32)
-    first = tl.program_id(0).to(tl.int64) * part
-    for start in range(0, part, ROWS):
-        row = first + start + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * STEPS * ROWS
+    for step in range(STEPS):
+        row = first + step * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         at = row[:, None] * width + column[None, :]
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -73,7 +73,7 @@ def _blocks(width: int) -> dict[str, int]:
     return {
         "ROWS": max(1, BLOCK // columns),
         "COLUMNS": columns,
-        "num_warps": 4 if columns < 4096 else 8 if columns < 16384 else 16,
+        "num_warps": min(32, max(8, columns // 512)),  # 16 numbers a thread
     }
 
 
@@ -122,13 +122,14 @@ def _rms_norm_backward(
         return for_x, for_weight
     blocks = _blocks(width)
     pieces = -(-len(x_ND) // blocks["ROWS"])
-    part = blocks["ROWS"] * (-(-pieces // PARTS) if to_weight else 1)
-    programs = -(-len(x_ND) // part)
+    # a power of two, as each other number is compiled anew
+    steps = up_to_power(-(-pieces // PARTS)) if to_weight else 1
+    programs = -(-pieces // steps)
     parts_PD = x.new_empty(programs if to_weight else 0, width, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[(programs,)](
-            grad_ND, x_ND, weight, rstd_N, for_x, parts_PD, len(x_ND), width, offset, part,
-            TO_X=to_x, TO_WEIGHT=to_weight, **blocks,
+            grad_ND, x_ND, weight, rstd_N, for_x, parts_PD, len(x_ND), width, offset,
+            STEPS=steps, TO_X=to_x, TO_WEIGHT=to_weight, **blocks,
         )  # fmt: skip
     if to_weight:
         for_weight.copy_(parts_PD.sum(0))

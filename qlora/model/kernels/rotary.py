@@ -83,13 +83,15 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple
     half = cos.shape[-1] // 2
     q, k, cos, sin = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, cos, sin))
     shared = 0 if len(cos) == 1 else 1  # one table for all rows
+    heads_at_once, half_at_once = up_to_power(q_heads), up_to_power(half)
     with torch.cuda.device_of(q):
         _rotate[(rows * tokens,)](
             q, k, *outputs, cos, sin, tokens, q_heads, k.shape[1], half, size,
             q.stride(0), q.stride(2), q.stride(1), k.stride(0), k.stride(2), k.stride(1),
             shared * cos.stride(0), cos.stride(1), shared * sin.stride(0), sin.stride(1),
-            Q_HEADS=up_to_power(q_heads), K_HEADS=up_to_power(k.shape[1]), HALF=up_to_power(half),
+            Q_HEADS=heads_at_once, K_HEADS=up_to_power(k.shape[1]), HALF=half_at_once,
             REST=up_to_power(size - 2 * half) if size > 2 * half else 0, BACK=back,
+            num_warps=min(16, max(1, heads_at_once * half_at_once // 512)),  # 16 numbers a thread
         )  # fmt: skip
     return outputs
 
