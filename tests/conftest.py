@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+
+if not torch.cuda.is_available():  # before Triton is imported: its interpreter runs the kernels here
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from qlora.data.rendering import one_child
 from tests.tiny import chat_checkpoint, conversations, tiny_values, write_lines

@@ -5,6 +5,7 @@ The tests of the rooms prove the same laws on the CPU; here are those whose kern
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from qlora.machine.cards import workspace_bytes
 from qlora.machine.device import bytes_text, capability
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.attention import VARLEN, PackedMask, attention_of, keep_apart
+from qlora.model.kernels import fuse, fused, language, proof
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.planning.rates import measure
@@ -107,9 +109,11 @@ def gradients_of(model: AdaptedModel, **values: Any) -> tuple[float, dict[str, t
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_logits_are_those_of_transformers(folder: Path, quantization: str) -> None:
+def test_logits_are_those_of_transformers(folder: Path, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, where norms and the rest are transformers' own code too."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    monkeypatch.setattr("qlora.residence.load.fuse", lambda *given: None)
     ours = load_base(ModelSection(name=str(folder), quantization=quantization, compute_dtype="bf16"), DEVICE).model  # type: ignore[arg-type]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -237,6 +241,53 @@ def test_packed_rows_take_the_kernel_for_lengths(dtype: torch.dtype, window: int
     dense = mask.dense(DEVICE)
     for found in zip(taken(VARLEN, dtype, mask), taken("sdpa", dtype, dense), taken("sdpa", torch.float64, dense), strict=True):  # fmt: skip
         no_worse(*found, dtype)
+
+
+@pytest.mark.skipif(not language.HERE, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_operators_err_no_more_than_plain_ones(dtype: torch.dtype) -> None:
+    """Each kernel there and back, and all of them in a model; a loaded one has them."""
+    if dtype == torch.bfloat16 and capability(DEVICE) < 8:
+        pytest.skip("no bf16 in hardware before Ampere")
+    for name, compute, inputs in proof._cases():
+        off = proof._apart(compute, inputs, DEVICE, dtype)
+        print(f"{name}: off by {off / torch.finfo(dtype).eps:.2f} eps of {dtype}")
+        assert off <= proof.WITHIN * torch.finfo(dtype).eps
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=320, intermediate_size=1000, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=80, vocab_size=500, initializer_range=0.05)  # fmt: skip
+    exact = LlamaForCausalLM(config).to(DEVICE, dtype)
+    plain, ours = (copy.deepcopy(exact) for _ in range(2))
+    exact.double()
+    fuse(ours, dtype, capability(DEVICE), DEVICE)
+    assert fused(ours) == {"rms_norm": 5, "rotary": 2, "glu_silu": 2}
+
+    def results(model: Any) -> list[torch.Tensor]:
+        logits = model(input_ids=IDS.to(DEVICE)).logits
+        wanted = [
+            model.model.embed_tokens.weight,
+            model.model.layers[0].input_layernorm.weight,
+            model.model.norm.weight,
+        ]
+        return [logits.detach(), *torch.autograd.grad(logits.square().mean(), wanted)]
+
+    for found in zip(results(ours), results(plain), results(exact), strict=True):
+        no_worse(*found, dtype)
+
+
+@pytest.mark.skipif(not language.HERE, reason="Triton is not installed")
+def test_a_loaded_model_is_fused_and_its_gradients_are_the_same_bits_each_time(folder: Path) -> None:
+    model = adapted(folder)
+    assert fused(model.model) == {"rms_norm": 5, "rotary": 2, "glu_silu": 2}
+    norm = model.model.model.norm
+    norm.weight.requires_grad_()
+    found = []
+    for _ in range(3):
+        norm.weight.grad = None
+        hidden = torch.randn(4, 700, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+        norm(hidden).square().mean().backward()
+        found.append(norm.weight.grad)
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_a_model_that_magnifies_rounding_is_not_refused(tmp_path: Path) -> None:
@@ -403,6 +454,7 @@ def test_planned_memory_is_the_measured_peak(
     empty = skeleton_base(ModelSection(name=str(folder), compute_dtype="bf16"), torch.device("meta"), torch.bfloat16)
     workspace = workspace_bytes(capability(DEVICE))
     keep_apart(empty.model, torch.bfloat16, capability(DEVICE))
+    fuse(empty.model, torch.bfloat16, capability(DEVICE), DEVICE)
     adapted = apply_method(empty, LoRA(r=16, adapter_dtype="bf16"))
     planned = estimate(adapted, training, 1024, DEVICE, packed, section, workspace=workspace)
     total = planned.allocated

@@ -21,6 +21,7 @@ from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import PLAIN, attention_of, keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
+from qlora.model.kernels import fuse
 from qlora.model.load import finish
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import empty_linears, empty_model
@@ -107,6 +108,21 @@ def attend(model: Any, dtype: torch.dtype, device: torch.device, masked: bool = 
     return str(attention_of(model))
 
 
+def operators(model: Any, dtype: torch.dtype, device: torch.device, whose: str = "ours") -> None:
+    """Have norms, rotary positions and SwiGLU computed as ``load_base`` does, by transformers' own code ("plain"), or by
+    Liger's kernels, which stay in transformers' Llama for the rest of the process."""
+    for module in model.modules():
+        if hasattr(vars(module).get("forward"), "operator"):
+            del module.forward
+    if whose == "ours":
+        fuse(model, dtype, capability(device), None if device.type == "meta" else device)
+    elif whose == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        off = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        apply_liger_kernel_to_llama(rope=True, swiglu=True, rms_norm=True, model=model, **off)
+
+
 def _fill(linear: Linear4bit, like: Linear4bit, generator: torch.Generator) -> None:
     """Random 4-bit numbers, with the codes and scales of a matrix that was quantised for real."""
     device = like.weight.device
@@ -134,9 +150,11 @@ def planned(
     dtype: torch.dtype,
     packed: bool = False,
     masked: bool = False,
+    whose: str = "ours",
 ) -> int:
-    """Bytes on the device by the plan: what the allocator gives out. ``masked``: see ``attend``."""
+    """Bytes on the device by the plan: what the allocator gives out. ``masked``: see ``attend``, ``whose``: ``operators``."""
     workspace = workspace_bytes(capability(device)) if device.type == "cuda" else 0
     adapted = apply_method(empty_base(config, torch.device("meta"), dtype), method)
     attend(adapted.model, dtype, device, masked)
+    operators(adapted.model, dtype, device, "plain" if whose == "plain" else "ours")
     return estimate(adapted, training, length, device, packed, memory, workspace=workspace).allocated

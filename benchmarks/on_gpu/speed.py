@@ -16,13 +16,14 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
 
-from benchmarks.on_gpu.shapes import attend, llama, planned, random_base, rows
+from benchmarks.on_gpu.shapes import attend, llama, operators, planned, random_base, rows
 from qlora.data import Row
 from qlora.machine.device import versions
 from qlora.methods import apply_method
@@ -49,14 +50,19 @@ class Case(NamedTuple):
 def ours() -> dict[str, Case]:
     return {
         "plain": Case(4, 2048),
+        "plain, not fused": Case(4, 2048, more={"whose": "plain"}),
         "packed, 4 examples a row": Case(4, 2048, 4),
+        "packed, not fused": Case(4, 2048, 4, more={"whose": "plain"}),
         "packed, with a mask": Case(4, 2048, 4, more={"masked": True}),
         "4 rows at once": Case(4, 2048, at_once=4),
         "plain, micro-batch-major": Case(4, 2048, more={"accumulation": "micro_batch_major"}),
         "no checkpointing": Case(4, 2048, recompute=False),
         "8k": Case(1, 8192),
         "8k packed, 16 examples": Case(1, 8192, 16),
+        "8k packed, not fused": Case(1, 8192, 16, more={"whose": "plain"}),
         "8k packed, with a mask": Case(1, 8192, 16, more={"masked": True}),
+        # last, as Liger's rotary positions stay
+        **({"plain, Liger's kernels": Case(4, 2048, more={"whose": "liger"})} if find_spec("liger_kernel") else {}),
     }
 
 
@@ -151,18 +157,20 @@ def qlora_side(bench: Bench, only: list[str], profile_file: Path | None) -> None
     for name, case in chosen(ours(), only):
         more = dict(case.more)
         masked = more.pop("masked", False)
+        whose = more.pop("whose", "ours")
         attention = attend(model.model, bench.dtype, bench.device, masked)
+        operators(model.model, bench.dtype, bench.device, whose)
         section = TrainingSection(
             batch_size=case.rows, micro_batch_size=case.at_once, steps=1000, optimizer="adamw_8bit",
             recompute="all" if case.recompute else "none", **more,
         )  # fmt: skip
         need = planned(bench.config, LoRA(r=16, adapter_dtype=kept), section, MemorySection(),
-                       case.length // bench.scale, bench.device, bench.dtype, case.examples > 1, masked)  # fmt: skip
+                       case.length // bench.scale, bench.device, bench.dtype, case.examples > 1, masked, whose)  # fmt: skip
         try:
             trainer: Any = Trainer(model, bench.rows(case), section)
             step: Any = partial(next, trainer)
             bench.measure(f"qlora, {name} ({attention})", case, lambda: step().loss, need)  # noqa: B023
-            if profile_file and name in ("plain", "packed, 4 examples a row"):
+            if profile_file and name in ("plain", "plain, not fused", "packed, 4 examples a row"):
                 profile(bench, name, step, profile_file)
         except Exception as error:
             print(f"| qlora, {name} | {type(error).__name__}: {str(error)[:150]!r} |", flush=True)

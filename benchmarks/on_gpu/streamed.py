@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.on_gpu.shapes import llama, planned, random_base, rows
+from benchmarks.on_gpu.shapes import llama, operators, planned, random_base, rows
 from qlora.machine.cards import parse_memory
 from qlora.machine.device import (
     bytes_text,
@@ -67,6 +67,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, steps: int) -> dic
     """One case: its peak, predicted and measured, and its speed."""
     config, recipe = llama(case.model, case.length, case.layers), recipe_of(case)
     model = apply_method(random_base(config, recipe.memory, device, dtype), LoRA(r=16, alpha=32))
+    operators(model.model, dtype, device)
     trainer = Trainer(model, rows(config, case.rows, case.length), recipe.training, memory=recipe.memory)
     next(trainer)
     if device.type == "cuda":

@@ -34,6 +34,7 @@ from qlora.methods.files import portable_bytes
 from qlora.model.attention import keep_apart
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
+from qlora.model.kernels import fuse
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import Account, account_of
 from qlora.planning.continued import Origin, continued
@@ -194,6 +195,7 @@ def _plan(
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
+    fuse(base.model, dtype, target.capability)
     parameters = count_parameters(base.model)
     adapted = apply_method(base, resolved.method)
     if origin is not None:

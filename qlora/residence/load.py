@@ -23,6 +23,7 @@ from qlora.model.attention import keep_apart
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import Scheme, scheme_of
+from qlora.model.kernels import fuse
 from qlora.model.load import end_tokens, fill, finish, progress_of
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import Assembled, assemble
@@ -54,6 +55,7 @@ def load_base(
     empty = assemble(checkpoint, section, resolve_compute_dtype(device, section.compute_dtype))
     if section.attention == "auto":
         keep_apart(empty.model, empty.dtype, capability(device))
+    fuse(empty.model, empty.dtype, capability(device), device)
     model, missing = empty.model, empty.shapes.keys() - set(empty.names.values())
     refuse_half(model, memory.embedding == "host", memory.head == "host")
     placement, left = plan_placement(empty, memory, device, progress)

@@ -24,6 +24,7 @@ from qlora.machine.device import dtype_name, versions
 from qlora.methods import AdaptedModel
 from qlora.model import Base
 from qlora.model.attention import attention_of
+from qlora.model.kernels import fused
 from qlora.recipe import DeviceSection, MemorySection, Recipe, TrainingSection
 
 ENVIRONMENT = "environment.json"
@@ -102,6 +103,7 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
         "versions": versions(),
         "device_name": device_text(base.device),
         "attention": attention_of(base.model),
+        "kernels": fused(base.model),
         "data_fingerprint": data.fingerprint,
         "base_fingerprint": base.checkpoint.fingerprint if base.checkpoint else None,
         "recipe_sha256": digest(recipe.to_yaml().encode()),
@@ -114,9 +116,10 @@ def differences(recipe: Recipe, environment: Mapping[str, object], base: Base) -
     """In what this machine differs from the one that the run began on, as ``torch 2.12.0, now 2.13.0``."""
     known = environment.get("versions")
     before = {"device": recipe.device.name, "hardware": environment.get("device_name")}
-    before |= {"attention": environment.get("attention"), **(known if isinstance(known, dict) else {})}
-    now = {"device": str(base.device), "hardware": device_text(base.device), "attention": attention_of(base.model)}
-    now |= versions()
+    before |= {"attention": environment.get("attention"), "fused kernels": environment.get("kernels") or {}}
+    before |= known if isinstance(known, dict) else {}
+    now: dict[str, object] = {"device": str(base.device), "hardware": device_text(base.device)}
+    now |= {"attention": attention_of(base.model), "fused kernels": fused(base.model), **versions()}
     return [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
 
 

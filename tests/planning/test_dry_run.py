@@ -30,6 +30,7 @@ from qlora.model.attention import keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, quantise
+from qlora.model.kernels import fuse, fused, glu, rms_norm, rotary
 from qlora.model.loss import head_of, hidden_states, summed_loss
 from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning.dry_run import Ledger, Shape, dry_run
@@ -95,6 +96,29 @@ def test_packed_rows_that_are_kept_apart_take_what_was_estimated(family: str, le
     compare(f"{family}, kept apart", model, length, True, batch_size=3, micro_batch_size=1)
 
 
+class Zeros:
+    """Stands in for a kernel: writes zeros into its outputs, and takes no memory, as the kernel does not."""
+
+    def __init__(self, *outputs: int) -> None:
+        self.outputs = outputs
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **sizes: [args[place].zero_() for place in self.outputs] and None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_operators_take_what_was_estimated(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {rms_norm: {"_forward": (2, 3), "_backward": (4, 5)}, rotary: {"_rotate": (2, 3)}, glu: {"_forward": (2,), "_backward": ()}}  # fmt: skip
+    for module, outputs in kernels.items():
+        monkeypatch.setattr(module, "taken", lambda *tensors: True)
+        for name, places in outputs.items():
+            monkeypatch.setattr(module, name, Zeros(*places))
+    packed, settings = WAYS[way]
+    model = small("qwen2", 4)
+    fuse(model.model, torch.float32, 9.0)
+    compare(f"fused, {way}", model, 160, packed, **settings)
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [(0, torch.float32), (7.5, torch.float16), (9.0, torch.bfloat16)])
 def test_a_step_of_packed_rows_makes_no_mask(
     capability: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -119,6 +143,20 @@ def test_a_step_of_packed_rows_makes_no_mask(
     assert masked - plain >= 2**30
     # on a CPU the outputs of the examples beside the whole; nothing grows with pairs of tokens
     assert abs(more) < 8 * 8192 * 4096
+
+
+@pytest.mark.parametrize("recompute", ["all", "none"])
+def test_a_plan_sees_what_fused_operators_keep(recompute: str) -> None:
+    """A layer's backward has fewer tensors at once; where its activations wait, the silu, the norms' fp32 copies and their
+    products are gone: 2 · 11,008 + 4 · 4,096 and more numbers a token."""
+    plain, ours = large("7B", 3), large("7B", 3)
+    fuse(ours.model, torch.bfloat16, 9.0)
+    assert fused(ours.model) == {"rms_norm": 7, "rotary": 3, "glu_silu": 3}
+    training = TrainingSection(batch_size=1, recompute=recompute)
+    steps = [estimate(one, training, 2048, torch.device("cuda"), False).step for one in (plain, ours)]
+    print(recompute, [bytes_text(step) for step in steps])
+    kept = 3 if recompute == "none" else 1
+    assert steps[0] - steps[1] >= kept * 2 * 2048 * 11008
 
 
 def large(kind: str, layers: int) -> AdaptedModel:
