@@ -106,9 +106,11 @@ def chat(words: list[str]) -> None:
 def export(words: list[str]) -> None:
     """RUN merged|adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads.
 
-    Both take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32.
+    Both take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32;
+    adapter takes keys=text, for the class of a multimodal model's language model alone.
     """
     allowed = {"base": ("dequantized", "original"), "dtype": ("bf16", "fp16", "fp32"), "overwrite": ("true", "false")}
+    allowed["keys"] = ("whole", "text")
     options = _taken(words, "out", *allowed)
     target = words.pop(1) if len(words) > 1 else None
     if target not in ("merged", "adapter"):
@@ -118,7 +120,11 @@ def export(words: list[str]) -> None:
     folder = _run("export", words)
     for name, value in options.items():
         if target == "adapter" and name in ("base", "dtype"):
-            raise InputError(f"qlora export RUN adapter takes out and overwrite, but found '{name}={value}'.")
+            raise InputError(f"qlora export RUN adapter takes out, keys and overwrite, but found '{name}={value}'.")
+        if target == "merged" and name == "keys":
+            raise InputError(
+                f"qlora export RUN merged takes out, base, dtype and overwrite, but found '{name}={value}'."
+            )
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
     from qlora.machine.device import bytes_text
@@ -128,7 +134,7 @@ def export(words: list[str]) -> None:
     out = options.pop("out", None)
     if target == "adapter":
         place = out or f"{folder}/portable"
-        why = export_adapter(folder, place, overwrite=overwrite)
+        why = export_adapter(folder, place, overwrite=overwrite, **options)  # type: ignore[arg-type]
         print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
         if ends := foreign_ends(folder):
             print(

@@ -44,9 +44,9 @@ from tests.data.conftest import make_tokenizer
 from tests.rounding import difference
 
 __all__ = [
-    "CPU", "FAMILIES", "SIZES", "SMALL", "TOKENS", "VOCABULARY", "WORDS", "adapter_bytes", "any_checkpoint",
-    "chat_checkpoint", "conversations", "difference", "gradients", "logits_of", "random_model", "random_rows", "small_model",
-    "stir", "tiny_base", "tiny_checkpoint", "tiny_model", "tiny_values", "word_tokenizer", "write_lines",
+    "CPU", "FAMILIES", "SIZES", "SMALL", "TOKENS", "VOCABULARY", "WORDS", "WRAPPERS", "adapter_bytes", "any_checkpoint",
+    "chat_checkpoint", "conversations", "difference", "gradients", "logits_of", "random_model", "random_rows", "random_wrapper", "small_model",
+    "stir", "tiny_base", "tiny_checkpoint", "tiny_model", "tiny_values", "word_tokenizer", "wrapper_checkpoint", "write_lines",
 ]  # fmt: skip
 
 CPU = torch.device("cpu")
@@ -69,6 +69,36 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen": ("CodeGen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+}
+_TEXT = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "initializer_range": 0.2}
+_EYES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 14, "initializer_range": 0.2,
+}  # fmt: skip
+_QWEN = {
+    "depth": 1, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+    "patch_size": 14,
+}  # fmt: skip
+_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+_DELTA = {f"linear_{name}": size for name, size in {
+    "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 8,
+}.items()}  # fmt: skip
+# language models inside of multimodal ones: what is added to the text's sizes, and the tower's own
+WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Gemma3": (_WINDOW, _EYES),
+    "Gemma4": (
+        {**_WINDOW, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+        {**_EYES, "head_dim": 8, "num_key_value_heads": 4},
+    ),
+    "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **_EYES}),
+    "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **_EYES, "head_dim": 8}),
+    "Qwen2_5_VL": (_AXES, _QWEN),
+    "Qwen3VL": (_AXES, {**_QWEN, "deepstack_visual_indexes": [0]}),
+    "Qwen3_5": ({"layer_types": ["linear_attention", "full_attention"], **_DELTA}, _QWEN),
+    "AyaVision": ({"model_type": "cohere2", "logit_scale": 0.25}, {"model_type": "siglip_vision_model", **_EYES}),
+    "PaliGemma": ({"model_type": "gemma"}, {"model_type": "siglip_vision_model", **_EYES}),
+    "Idefics3": ({"model_type": "llama"}, _EYES),
 }
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % VOCABULARY
 WORDS = [
@@ -127,6 +157,29 @@ def any_checkpoint(
             nn.init.normal_(parameter, 0.5, 0.2)
     model.save_pretrained(folder, max_shard_size=shards)
     word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def random_wrapper(family: str, **sizes: Any) -> Any:
+    """A random multimodal model of ``WRAPPERS``, always the same one, its norms and biases not ones and zeros."""
+    text, eyes = WRAPPERS[family]
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**_TEXT, **text, **sizes}, vision_config=eyes, image_token_id=90, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    for name, values in model.named_parameters():
+        if "norm" in name or "bias" in name or not values.any():
+            nn.init.normal_(values, 0.5, 0.2)
+    return model.eval()
+
+
+def wrapper_checkpoint(folder: Path, family: str, **sizes: Any) -> Path:
+    """A checkpoint of ``random_wrapper``, with the files of a tokenizer and of what reads images."""
+    random_wrapper(family, **sizes).save_pretrained(folder)
+    word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (folder / name).write_text('{"image_size":  28}')
     return folder
 
 

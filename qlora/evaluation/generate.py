@@ -104,7 +104,7 @@ def _generate(
 def _end_tokens(model: AdaptedModel | Adapters) -> list[int]:
     """Every token that ends an answer: by the tokenizer, by config.json (one or a list), and by generation_config.json."""
     network: PreTrainedModel = model.model
-    named = network.config.eos_token_id
+    named = anatomy.text_config(network).eos_token_id
     found = [model.tokenizer.eos_token_id, *model.base.end_tokens, *(named if isinstance(named, list) else [named])]
     return sorted({end for end in found if end is not None})
 

@@ -6,16 +6,20 @@ Knows checkpoints' shapes and adapter folders; must not know runs, recipes or a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 
 from qlora.errors import RunError
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, load_adapter, save_portable
+from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
-from qlora.model.skeleton import bare
+from qlora.model.skeleton import bare, language_model
 from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import ModelSection
 
@@ -27,10 +31,12 @@ def export_adapter(
     out: str | Path,
     overwrite: bool = False,
     chat_template: str | None = None,
+    keys: Literal["whole", "text"] = "whole",
 ) -> str | None:
     """Write the adapter in ``adapter_folder`` into the new folder ``out``; return why it is no plain LoRA, or None.
 
-    ``chat_template``: written beside it. Nothing is at ``out`` before everything is written.
+    ``chat_template``: written beside it. ``keys``: of an adapter on the language model inside a wrapper, whether they are those
+    of the ``whole`` class or of the ``text`` model's own; elsewhere these are one. Nothing is at ``out`` before everything is written.
     Raises MethodError for an adapter that does not belong to the base, RunError when ``out`` is taken (``overwrite``
     replaces it, if it is an adapter).
     """
@@ -44,7 +50,22 @@ def export_adapter(
     dtype = resolve_compute_dtype(cpu, section.compute_dtype)
     model = load_adapter(bare(base, section, dtype).base(cpu, base.tokenizer), adapter_folder)
     with folder_written_aside(out, overwrite) as aside:
-        why = save_portable(model, aside)
+        if keys == "text" and model.base.towers:
+            text = language_model(model.model)
+            why = save_portable(model, aside, _renaming(model.model, text), [path for path, _ in text.named_modules()])
+        else:
+            why = save_portable(model, aside)
         if chat_template is not None:
             (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
     return why
+
+
+def _renaming(whole: nn.Module, text: nn.Module) -> Callable[[str], str]:
+    """What gives a module's path in ``whole`` its path in the class of the language model alone."""
+    ends = {anatomy.path_of(whole, anatomy.head(whole)): anatomy.path_of(text, anatomy.head(text))}
+    inside, there = anatomy.path_of(whole, anatomy.decoder(whole)), anatomy.path_of(text, anatomy.decoder(text))
+
+    def renamed(path: str) -> str:
+        return ends.get(path) or f"{there}{path.removeprefix(str(inside))}"
+
+    return renamed

@@ -41,6 +41,7 @@ from qlora.recipe import ModelSection
 BESIDE = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "spiece.model", "tekken.json", "*.tiktoken", "chat_template*", "additional_chat_templates", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+    "*processor_config.json",
 )  # fmt: skip
 
 
@@ -168,6 +169,7 @@ class _Source:
                 raise MethodError(f"{method.section.name} cannot be merged: {why}.")
         self.untied = self._untied()
         """Tensors that the source has under the name of a tied one alone → its name in the checkpoint."""
+        self.left = frozenset(self.empty.left)
         self.carrying: set[str] = set()
         """The tensors that carry something learned, as far as they were asked for."""
 
@@ -211,6 +213,9 @@ class _Source:
             file = "model.safetensors" if single else entry.file.name
             files.setdefault(file, {})[name] = (dtype if plain else entry.dtype, shape)
             files[file] |= {new: files[file][name] for new, source in self.untied.items() if source == name}
+        for name in sorted(self.left):
+            entry = self.checkpoint.entries[name]
+            files.setdefault("model.safetensors" if single else entry.file.name, {})[name] = (entry.dtype, entry.shape)
         last = files[next(reversed(files))]
         for target, values in self._new_tensors().items():
             last[target] = (dtype, tuple(values.shape))
@@ -221,7 +226,9 @@ class _Source:
 
     @torch.no_grad()
     def tensor(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
-        """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device."""
+        """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device; what was not loaded as it is there."""
+        if name in self.left:
+            return self.checkpoint.read(name)
         if name not in self.names and name not in self.untied:
             values = self._new_tensors()[name].to(self.device)
         else:
@@ -275,7 +282,10 @@ class _Source:
         tied = anatomy.tied_names(self.model)
         present = set(self.names.values())
         both = bool(self.untied) or any(target in present and origin in present for target, origin in tied.items())
-        values = {**values, "dtype": name, "tie_word_embeddings": bool(tied) and not both}
+        said = {"dtype": name, "tie_word_embeddings": bool(tied) and not both}
+        values = {**values, **said}
+        if isinstance(inside := values.get("text_config"), dict):  # a wrapper's language model has its own
+            values["text_config"] = {**{key: value for key, value in inside.items() if key != "torch_dtype"}, **said}
         for method in self.adapted.methods:
             values = method.merge.config(values)
         return values

@@ -90,7 +90,8 @@ class AdaptedModel(OnBase):
         self.base = base
         self.section = section
         """The recipe's ``method`` section."""
-        self.paths = [path for path, _ in base.model.named_modules()]
+        # with those of towers that were not loaded: what is to match names will have them
+        self.paths = list(base.paths or [path for path, _ in base.model.named_modules()])
         """Every module path of the untouched model."""
         parts = [METHODS[part.name](part, base, seed, values_follow) for part in parts_of(section)]
         self.methods: list[Method] = sorted(parts, key=_order)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +86,28 @@ def why_not_portable(model: AdaptedModel) -> str | None:
     return whys[0] if whys else None
 
 
-def save_portable(model: AdaptedModel, folder: str | Path) -> str | None:
+def save_portable(
+    model: AdaptedModel, folder: str | Path, renamed: Callable[[str], str] | None = None, paths: Sequence[str] = ()
+) -> str | None:
     """Write the adapter as what every server loads: plain LoRA of one rank, alpha = r, the scaling inside B, no extras.
 
     Smaller ranks are filled up with zeros. Returns None, or, where the method is no LoRA, why it is not and what to do;
-    the adapter is written as ``save_adapter`` does then.
+    the adapter is written as ``save_adapter`` does then. For another class than the base's, ``renamed`` gives a module's path
+    there, and ``paths`` are all of its paths; MethodError where that is no LoRA.
     """
     if (why := why_not_portable(model)) is not None:
+        if renamed is not None:
+            raise MethodError(f"{why}; keys=text is for plain LoRA alone.")
         save_adapter(model, folder)
         return why
     method = model.methods[0]
     pairs = method.layout.pairs()
+    if renamed is not None:
+        pairs = {renamed(path): pair for path, pair in pairs.items()}
     save_pairs(
         folder,
         pairs,
-        target_names(pairs, model.paths),
+        target_names(pairs, paths or model.paths),
         about_base(model),
         known_base(model.base),
         method.section.dropout,

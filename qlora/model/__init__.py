@@ -2,7 +2,7 @@
 
 hub (a name) ─► checkpoint (its files) ─► skeleton (an empty model) ─► load (filled, quantised, frozen) ─► base
                     │    │                    │          │
-                    │    config               names      nf4 (the linears), anatomy (where the family's parts are)
+                    │    config       names, towers      nf4 (the linears), anatomy (where the family's parts are)
                     tokenizer
 a module of yours ─► in_memory (quantised, as it is) ────────────────────────────────────────────────────► base
 

@@ -11,6 +11,7 @@ wrapped around its layers. Knows names and sizes; must not know what is quantise
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -91,19 +92,42 @@ def position_limit(model: nn.Module | PretrainedConfig) -> int | None:
 
 
 def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | None]:
-    """(what logits are multiplied by, the cap of their tanh or None)."""
+    """(what logits are multiplied by, the cap of their tanh or None).
+
+    A wrapper may leave out what its language model would do alone: Aya Vision gives Cohere's logits unscaled.
+    """
     config = text_config(model)
+    done = _fields_of_forward(model) if config is not getattr(model, "config", model) else None
+
+    def named(field: str) -> Any:
+        return getattr(config, field, None) if done is None or field in done else None
+
     multiplier = 1.0
-    if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
+    if scale := named("logit_scale"):  # Cohere multiplies
         multiplier *= scale
-    if scale := getattr(config, "logits_scaling", None):  # Granite divides
+    if scale := named("logits_scaling"):  # Granite divides
         multiplier /= scale
-    return multiplier, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return multiplier, named("final_logit_softcapping")  # Gemma 2
+
+
+def _fields_of_forward(model: Any) -> set[str]:
+    """The names that the forward of ``model``, or of the whole language model that it hands over to, reads."""
+    found: set[str] = set()
+    for module in (model, _asked(model, "get_decoder")):
+        code = inspect.unwrap(type(module).forward).__code__  # type: ignore[union-attr]
+        found |= {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
+    return found
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The module that turns token ids into hidden states; the model itself where it names none, as transformers has it."""
-    return _asked(model, "get_decoder") or model
+    """The module that turns token ids into hidden states; the model itself where it names none, as transformers has it.
+
+    Where a model names a whole causal language model, as Llama 4 does, that one's.
+    """
+    found = _asked(model, "get_decoder") or model
+    while (inner := _asked(found, "get_decoder")) is not None and inner is not found:
+        found = inner
+    return found
 
 
 def embedding(model: nn.Module) -> nn.Module | None:

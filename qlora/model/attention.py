@@ -244,10 +244,10 @@ def keep_apart(model: nn.Module, dtype: torch.dtype, capability: float) -> None:
     FlashAttention could be, by transformers' word: queries, keys, values, causal, a window. Soft caps and sinks, biases by
     position, chunks and layers that are no attention keep transformers' own way and its mask.
     """
-    config = anatomy.text_config(model)
-    plain = attention_of(model) == PLAIN and getattr(model, "_supports_flash_attn", False)
+    config, decoder = anatomy.text_config(model), anatomy.decoder(model)
+    plain = attention_of(model) == PLAIN and getattr(decoder, "_supports_flash_attn", False)
     plain = plain and getattr(
-        model, "_supports_attention_backend", False
+        decoder, "_supports_attention_backend", False
     )  # it asks AttentionInterface for its function
     plain = plain and all(getattr(module, "is_causal", True) for module in model.modules())  # BERT sees what follows
     if plain and set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention"}:

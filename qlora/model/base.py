@@ -5,8 +5,8 @@ Knows what a base is made of; must not know how it was loaded or what will be pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,6 +59,10 @@ class Base:
     """What ends an answer: the checkpoint's end tokens, and the end of a turn of the chat template that it is trained with."""
     names: dict[str, str] | None = None
     """Each weight's name in the model → its name in the checkpoint; None for a model that came from no folder."""
+    paths: tuple[str, ...] | None = None
+    """Every module's path in the checkpoint's class, where that has towers beside its language model."""
+    towers: Mapping[str, int] = field(default_factory=dict)
+    """What of the checkpoint's class was not loaded, by its paths → the numbers in its weights."""
     placement: StreamedLayers | None = None
     """The layers that do not stay on the device; None where all do."""
     checkpoint: Checkpoint | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -38,14 +38,22 @@ def load_config(section: ModelSection) -> PretrainedConfig:
 
 
 def parse_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The configuration of a decoder-only language model.
+    """The configuration of a decoder-only language model, or of a wrapper with one inside.
 
     Raises ModelError for a folder without config.json, a model type that transformers does not know, a checkpoint that
-    needs its own Python code without leave to run it, and anything that is not a decoder-only language model.
+    needs its own Python code without leave to run it, and anything that neither is nor holds a decoder-only language model.
     """
     config, raw = any_config(checkpoint), checkpoint.config
     _refuse_other_kinds(config, raw, checkpoint.name, native=raw.get("model_type") in CONFIG_MAPPING)
     return config
+
+
+def is_wrapper(config: PretrainedConfig) -> bool:
+    """Whether it is of a model that holds more than its language model (Gemma 3 from 4B up, Llama 4, the VL models)."""
+    try:
+        return config.get_text_config(decoder=True) is not config
+    except ValueError:  # several are inside
+        return True
 
 
 def any_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -91,18 +99,21 @@ def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: 
     what = f"'{name}' is a {made[0] if made else config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what}, an encoder-decoder model; expected a decoder-only language model.")
-    # A composite configuration (Gemma 3 from 4B up, Llama 4, the VL models) nests the text model's own inside.
-    if config.get_text_config(decoder=True) is not config:
+    wrapper = is_wrapper(config)
+    if wrapper and not native:
         raise ModelError(
-            f"{what}, which holds more than a text model (images or sound); only text models are supported. Name a "
-            "checkpoint of its language model alone."
+            f"{what}, which holds more than a text model (images or sound) and comes with its own Python code; of such "
+            "models only transformers' own classes are supported. Name a checkpoint of its language model alone."
         )
+    if wrapper and getattr(config.get_text_config(decoder=True), "is_encoder_decoder", False):
+        raise ModelError(f"{what}, whose language model has an encoder; expected a decoder-only language model.")
     if not native:
         return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = MODEL_FOR_MULTIMODAL_LM_MAPPING if wrapper else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
     # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
-    chosen = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    chosen = known[type(config)]
     names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
     if made and not {item.lower() for item in made} & {item.lower() for item in names}:
         raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")

@@ -182,7 +182,11 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     for name in ("config.json", GENERATION):
         if not (folder / name).exists():
             continue
-        found = read_json(folder, name, "a configuration").get("eos_token_id")
+        values = read_json(folder, name, "a configuration")
+        inside = values.get("text_config")
+        found = values.get("eos_token_id")
+        if found is None and isinstance(inside, dict):
+            found = inside.get("eos_token_id")
         named = found if isinstance(found, list) else [found]
         if any(end is not None and type(end) is not int for end in named):
             raise ModelError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +20,7 @@ from qlora.errors import ModelError, listed
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT, Scheme
+from qlora.model.towers import within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,10 @@ FOUR_BIT_PARTS = (
 EIGHT_BIT_PARTS = ("SCB", "weight_format")
 
 
-def match_names(model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str) -> dict[str, str]:
-    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``.
+def match_names(
+    model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
+) -> dict[str, str]:
+    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``, without those of ``towers``.
 
     Follows transformers 5, which renames some old checkpoints on load. The parts of a packed weight (its scales and
     codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
@@ -54,6 +57,8 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, 
         target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and source in expected:
             target, converter = source, None
+        if within(target, towers):
+            continue
         if converter is not None:
             raise ModelError(
                 f"'{name}' (model type '{model.config.model_type}') keeps its weights in another arrangement than "
@@ -88,6 +93,7 @@ def match_names(model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, 
     # of weights that are tied to each other one is enough, whichever it is
     filled = found | {tied[key] for key in found & tied.keys()}
     lacking = [key for key in expected if tied.get(key, key) not in filled and not matches_any(key, allowed)]
+    lacking = [key for key in lacking if not within(key, towers)]
     if lacking:
         raise ModelError(
             f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "

@@ -19,16 +19,24 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
 from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.config import Scheme, any_config, scheme_of
+from qlora.model.config import Scheme, any_config, is_wrapper, scheme_of
 from qlora.model.names import match_names, matches_any, packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.towers import find_towers, take_out
 from qlora.recipe import ModelSection
 
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
@@ -49,6 +57,16 @@ class Assembled:
     """The shape of every tensor of the model, by its name there, before linears were quantised."""
     dtype: torch.dtype
     """What it computes in, and most weights have."""
+    paths: tuple[str, ...]
+    """Every module's path, those of towers that were taken out too."""
+    towers: dict[str, int]
+    """The towers that were taken out, by their paths → the numbers in their weights."""
+
+    @property
+    def left(self) -> list[str]:
+        """The tensors of the checkpoint that are not read: of towers, and what the model's class passes over (``mtp.…``)."""
+        parts = {part for name in self.names for part in packed_parts(name, self.checkpoint)}
+        return [name for name in self.checkpoint.entries if name not in self.names and name not in parts]
 
     def base(
         self,
@@ -71,6 +89,8 @@ class Assembled:
             compute_dtype=self.dtype,
             end_tokens=end_tokens,
             names={target: name for name, target in self.names.items()},
+            paths=self.paths,
+            towers=self.towers,
             placement=placement,
             checkpoint=self.checkpoint,
             section=self.section,
@@ -86,12 +106,16 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     config = checkpoint.model_config()
     scheme = scheme_of(config, section)
     model = empty_model(config, section, dtype)
-    names = match_names(model, checkpoint, scheme, checkpoint.name) if weights else {}
+    paths = tuple(path for path, _ in model.named_modules())
+    towers = find_towers(model) if is_wrapper(config) else []
+    names = match_names(model, checkpoint, scheme, checkpoint.name, towers) if weights else {}
+    sizes = {path: sum(values.numel() for values in model.get_submodule(path).parameters()) for path in towers}
+    take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
-    return Assembled(model, checkpoint, section, scheme, names, shapes, dtype)
+    return Assembled(model, checkpoint, section, scheme, names, shapes, dtype, paths, sizes)
 
 
 def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
@@ -141,9 +165,20 @@ def any_skeleton(model: str | Path | PretrainedConfig) -> nn.Module:
     return _built(maker, config, section, torch.float32).requires_grad_(False)
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The class of the language model inside the wrapper ``model`` alone, on the meta device. Raises ModelError where
+    transformers has none."""
+    config = copy.deepcopy(anatomy.text_config(model))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"transformers has no class for the language model of a {type(model).__name__} alone; leave out keys=text."
+        )
+    return _built(AutoModelForCausalLM, config, ModelSection(name=type(config).__name__), torch.float32)
+
+
 def empty_model(config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
-    return _built(AutoModelForCausalLM, config, section, dtype)
+    return _built(AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM, config, section, dtype)
 
 
 def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:

@@ -102,7 +102,9 @@ def _rows(folder: Path) -> int | None:
     """How many embeddings the model has, where its configuration says so."""
     if not (folder / "config.json").is_file():
         return None
-    size = read_json(folder, "config.json", "a configuration").get("vocab_size")
+    values = read_json(folder, "config.json", "a configuration")
+    inside = values.get("text_config")
+    size = values.get("vocab_size") or (inside.get("vocab_size") if isinstance(inside, dict) else None)
     return size if isinstance(size, int) else None
 
 

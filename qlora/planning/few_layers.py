@@ -44,9 +44,9 @@ def shortened(
     first = {kinds.index(kind) for kind in kinds}
     kept = sorted(first.union([index for index in range(len(layers)) if index not in first][:more]))
     config = copy.deepcopy(model.config)
-    memo: dict[int, Any] = {id(model.config): config}
-    _shorten(config, kept, len(layers))
-    _choose_attention(config, packed)
+    memo: dict[int, Any] = {id(model.config): config, id(anatomy.text_config(model)): anatomy.text_config(config)}
+    _shorten(anatomy.text_config(config), kept, len(layers))
+    _choose_attention(anatomy.text_config(config), packed)
     gone = {id(part) for layer in layers for part in layer.modules()}
     gone -= {id(part) for index in kept for part in layers[index].modules()}  # layers may share a module
     for module in model.modules():

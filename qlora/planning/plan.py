@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, RecipeError
+from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
@@ -197,6 +197,13 @@ def _plan(
         keep_apart(base.model, dtype, target.capability)
     fuse(base.model, dtype, target.capability)
     parameters = count_parameters(base.model)
+    if base.towers:
+        numbers = sum(base.towers.values())
+        why.append(
+            f"Of this {type(base.model).__name__} the language model alone is loaded and trained, on text: "
+            f"{listed(list(base.towers))} ({numbers:,} numbers, {bytes_text(2 * numbers)} in 16 bits) are left in their files, "
+            "and a merge copies them."
+        )
     adapted = apply_method(base, resolved.method)
     if origin is not None:
         origin.check(adapted)

@@ -20,6 +20,7 @@ from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import open_checkpoint
+from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
 from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
@@ -90,8 +91,12 @@ def merge(
         )
 
 
-def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> str | None:
+def export_adapter(
+    folder: str | Path, out: str | Path, *, overwrite: bool = False, keys: Literal["whole", "text"] = "whole"
+) -> str | None:
     """Write a run's adapter, or its newest checkpoint's, into ``out`` as plain LoRA, which every server loads.
+
+    ``keys``: of a multimodal base, for the ``whole`` class or for that of its ``text`` model alone.
 
     Returns None, or why the method is no plain LoRA; its own form is written then.
     """
@@ -101,7 +106,10 @@ def export_adapter(folder: str | Path, out: str | Path, *, overwrite: bool = Fal
     template = template_of(recipe, folder, base)
     with full_disk_said(out, "export it again"):
         return read_adapter(
-            folder, lambda adapter: write_adapter(recipe.model, base, adapter, out, overwrite, chat_template=template)
+            folder,
+            lambda adapter: write_adapter(
+                recipe.model, base, adapter, out, overwrite, chat_template=template, keys=keys
+            ),
         )
 
 
@@ -151,14 +159,14 @@ def _widen(model: nn.Module) -> None:
 
 def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The merged model as anyone would load it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        maker = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
+        model: nn.Module = maker.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise RunError(f"transformers does not load '{folder}': {error}") from error
     return model

@@ -406,7 +406,8 @@ def test_what_is_no_linear_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM and not a BertLMHeadModel"),
-        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "only text models"),
+        ({"model_type": "florence2", "architectures": ["Florence2ForConditionalGeneration"]}, "encoder"),
+        ({"model_type": "gemma3", "architectures": ["ShieldGemma2ForImageClassification"]}, "not a Gemma3ForCond"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "no causal language model"),
         ({"model_type": "newer"}, "model type 'newer', which transformers"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "model.trust_remote_code=true"),
