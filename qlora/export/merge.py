@@ -30,7 +30,8 @@ from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
 from qlora.model.config import FOUR_BIT
-from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names
+from qlora.model.experts import PackedExperts
+from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names, read_expert, split_expert
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
@@ -160,6 +161,9 @@ class _Source:
         self.checkpoint, self.device, self.compute_dtype = checkpoint, device, compute_dtype
         self.empty = assemble(checkpoint, section, compute_dtype)
         self.model, self.names, self.shapes = self.empty.model, self.empty.names, self.empty.shapes
+        self.stacks = self.empty.stacks
+        self.split: dict[str, Tensor] = {}
+        """What else the expert's matrix was split into that was merged last."""
         self._untie()
         self.quantised = quantised_names(self.model)
         # the model stays on meta, the adapter is on the device
@@ -201,7 +205,8 @@ class _Source:
         for name, target in self.names.items():
             entry = self.checkpoint.entries[name]
             plain = entry.dtype.is_floating_point or target in self.quantised
-            shape = self.shapes[target]
+            # the part of an expert, or of all in another arrangement, is checked when it is read
+            shape = entry.shape if target in self.stacks else self.shapes[target]
             if entry.shape != shape and not packed_parts(name, self.checkpoint):
                 raise ModelError(
                     f"'{name}' in '{self.checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
@@ -229,6 +234,16 @@ class _Source:
         """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device; what was not loaded as it is there."""
         if name in self.left:
             return self.checkpoint.read(name)
+        if self.names.get(name) in self.stacks:
+            rounded = self._of_experts(name, dtype, requantise)
+        else:
+            rounded = self._whole(name, requantise).to(dtype)
+        if dtype == torch.float16 and not torch.isfinite(rounded).all():
+            raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
+        return rounded
+
+    def _whole(self, name: str, requantise: bool) -> Tensor:
+        """The merged tensor called ``name``, one that holds no experts, before it is rounded."""
         if name not in self.names and name not in self.untied:
             values = self._new_tensors()[name].to(self.device)
         else:
@@ -243,10 +258,36 @@ class _Source:
                     values = method.merge.merged(target, values)
                     if values is not before or values._version != version:
                         self.carrying.add(target)
-        rounded = values.to(dtype)
-        if dtype == torch.float16 and not torch.isfinite(rounded).all():
-            raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
-        return rounded
+        return values
+
+    def _of_experts(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
+        """The merged tensor ``name`` that holds one expert's matrix, a part of it, or those of all."""
+        target = self.names[name]
+        stack = self.stacks[target]
+        own = next(names for names in stack.parts.values() if name in names)
+        if len(own) > 1:
+            if name not in self.split:  # an expert's gate and its up are halves of one matrix, and mostly neighbours
+                self.split = split_expert(stack, own.index(name), self._expert(target, own.index(name), requantise))
+            return self.split.pop(name).to(dtype)
+        entry = self.checkpoint.entries[name]
+        whole = torch.empty(entry.shape, dtype=dtype, device=self.device)
+        for expert in range(len(whole)):
+            whole[expert] = split_expert(stack, expert, self._expert(target, expert, requantise))[name]
+            trim_heap()
+        return whole
+
+    def _expert(self, target: str, expert: int, requantise: bool) -> Tensor:
+        """One expert's merged matrix in fp32."""
+        packed = unplanted(getattr(self.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]))
+        values = read_expert(self.checkpoint, self.stacks[target], expert).to(self.device)
+        if requantise and isinstance(packed, PackedExperts):
+            values = packed.stands_for(values.to(self.compute_dtype))
+        values = values.to(torch.float32).clone()
+        for method in self.adapted.methods:
+            values, before = method.merge.merged_expert(target, expert, values), values.clone()
+            if not torch.equal(values, before):
+                self.carrying.add(target)
+        return values
 
     def _plain(self, name: str) -> Tensor:
         """The checkpoint's own values, to be changed in place."""

@@ -31,7 +31,7 @@ from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.model import anatomy
 from qlora.model.base import Base
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.nf4 import Packed
 from qlora.recipe.methods import Full
 from qlora.residence.ends import held_on_host
 
@@ -118,7 +118,7 @@ class FullMethod(Method):
                 f"Full fine-tuning trains every weight, but layers of '{name}' are streamed (memory.layers), so that they are "
                 "not on the device to be trained; set memory.layers=resident, or method.name=lora."
             )
-        if self.base.quantization != "none" or any(isinstance(module, FrozenLinear) for module in model.modules()):
+        if self.base.quantization != "none" or any(isinstance(module, Packed) for module in model.modules()):
             raise MethodError(
                 f"Full fine-tuning changes the weights themselves, but those of '{name}' are packed ({self.base.quantization}) "
                 "and get no gradient; set model.quantization=none, or method.name=lora, which trains beside packed weights."

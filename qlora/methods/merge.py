@@ -35,6 +35,10 @@ class Merge:
         layer, inside = self.layer_of(name)
         return values if layer is None else layer.merged(inside, values)
 
+    def merged_expert(self, name: str, expert: int, values: Tensor) -> Tensor:
+        """The same of one expert's matrix in the parameter ``name``, as ``model.layers.0.mlp.experts.down_proj``."""
+        return values
+
     def before_quantising(self, name: str, weight: Tensor) -> Tensor:
         """What the frozen weight ``name`` was quantised from, given the checkpoint's own values."""
         layer, _ = self.layer_of(name)

@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.model.anatomy import fused_experts
+from qlora.model.anatomy import fused_experts, is_router
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
 
@@ -20,7 +20,7 @@ Number = TypeVar("Number", int, float)
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear below the layers, by module path: attention and MLP, not the head or the embeddings.
+    """Every linear below the layers, by module path: attention and MLP, not the head, the embeddings or a mixture's routers.
 
     A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
     Example: ``{"model.layers.0.self_attn.q_proj": Linear4bit(…), …}``
@@ -34,6 +34,8 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, _ in module.named_children()
     ]
     linears = {path: module for path, module in modules_unplanted(model) if is_linear(unplanted(module))}
+    paths = {path for path, _ in modules_unplanted(model)}
+    linears = {path: module for path, module in linears.items() if not is_router(path, paths)}
     below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
     return below or dict(list(linears.items())[:-1])
 

@@ -12,6 +12,7 @@ wrapped around its layers. Knows names and sizes; must not know what is quantise
 from __future__ import annotations
 
 import inspect
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -31,6 +32,12 @@ MLP_OUTPUT = ("output.dense", *MLP, "fc2")
 LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
 """The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
 """Norms of the MLP's output: with one, the output is read again before it is added (Gemma 2 and 3, GLM-4)."""
+EXPERTS = "experts"
+"""A mixture's experts, in the layer's MLP or in the layer itself."""
+ROUTERS = ("router", "gate", "shared_expert_gate")
+"""Beside them, what says how much each of them counts."""
+VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+"""What a configuration calls the number of experts that a token visits."""
 POSITION_TABLES = ("wpe", "embed_positions")
 """Learned positions, by the last part of their path."""
 
@@ -227,6 +234,21 @@ def fused_experts(model: nn.Module) -> list[str]:
         for name, values in module.named_parameters(recurse=False)
         if values.dim() == 3 and min(values.shape) > 1
     ]
+
+
+def experts_visited(model: nn.Module | PretrainedConfig, count: int) -> int:
+    """How many of ``count`` experts a token visits; all where the configuration does not say."""
+    config = text_config(model)
+    return next((int(value) for name in VISITED if (value := getattr(config, name, None))), count)
+
+
+def is_router(path: str, paths: Container[str]) -> bool:
+    """Whether what stands at ``path`` belongs to a mixture's router; ``paths`` are all of the model's.
+
+    Example: ``model.layers.0.mlp.gate``, and not ``model.layers.0.self_attn.gate``
+    """
+    parts = path.split(".")
+    return any(part in ROUTERS and ".".join([*parts[:place], EXPERTS]) in paths for place, part in enumerate(parts))
 
 
 def path_of(model: nn.Module, module: nn.Module | None) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qlora.machine.device import bytes_text, dtype_name
-from qlora.model.nf4 import FrozenLinear, away_of
+from qlora.model.nf4 import Packed, away_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class Base:
 
 def counted(model: nn.Module) -> tuple[int, int]:
     """(parameters, a packed weight's numbers counted one by one; bytes of what stays where it is)."""
-    packed = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
     count = sum(values.numel() for values in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
     staying = [module for module in model.modules() if away_of(module) is None]
     tensors = {

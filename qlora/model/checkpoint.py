@@ -121,9 +121,12 @@ class Checkpoint:
         self.entries  # noqa: B018 (read now, so that what is wrong is said now)
         return self
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in memory of its own. Raises ModelError when its file changed or went away."""
-        entry = self.entries[name]
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """One tensor, or the ``part`` of it along its first dimension, on the CPU, in memory of its own.
+
+        Raises ModelError when its file changed or went away.
+        """
+        entry = self.entries[name] if part is None else self.entries[name].part(part)
         try:
             return read_tensor(entry)
         except OSError as error:

@@ -20,7 +20,7 @@ from qlora.machine.device import DTYPES
 from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.config import FOUR_BIT, Scheme
-from qlora.model.nf4 import FrozenLinear, Linear4bit
+from qlora.model.nf4 import Linear4bit, Packed
 from qlora.model.skeleton import empty_linear, matches
 
 QUANTISED = (*FOUR_BIT, "int8")
@@ -85,7 +85,7 @@ def as_base(model: nn.Module, name: str | None = None) -> Base:
     or not. Raises ModelError for a module that is on several devices.
     """
     device, dtype = _device(model), main_dtype(model)
-    packed = next((module for module in model.modules() if isinstance(module, FrozenLinear)), None)
+    packed = next((module for module in model.modules() if isinstance(module, Packed)), None)
     kind = "none" if packed is None else str(getattr(packed, "quant_type", "int8"))
     double = isinstance(packed, Linear4bit) and packed.double_quant
     _call_every_linear(model)
@@ -105,7 +105,7 @@ def main_dtype(module: nn.Module) -> torch.dtype:
     """What ``module`` computes in: what its quantised linears say, or the floating dtype that most of its numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for part in module.modules():
-        if isinstance(part, FrozenLinear):
+        if isinstance(part, Packed):
             counts[part.compute_dtype] += part.in_features * part.out_features
     for values in module.parameters():
         if values.is_floating_point():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from qlora.errors import ModelError, listed
 from qlora.machine.device import bytes_text, trim_heap
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
-from qlora.model.names import packed_parts
-from qlora.model.nf4 import FrozenLinear, away_of, dense_weight
+from qlora.model.experts import PackedExperts, is_packed
+from qlora.model.names import Stack, packed_parts
+from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight
 from qlora.model.skeleton import Assembled
 
 GENERATION = "generation_config.json"
@@ -40,8 +42,15 @@ def fill(
 ) -> None:
     """Read, place and drop one tensor of the checkpoint after the other, on ``device``; those of modules ``on_host`` in host
     memory. ``advance`` is told the bytes of each. Raises ModelError where a tensor is not what the model expects."""
+    done: set[str] = set()
     for name in names:
-        owner, _, key = empty.names[name].rpartition(".")
+        target = empty.names[name]
+        if target in empty.stacks:
+            if target not in done:  # with its first part come all others, wherever in the files they are
+                advance(_fill_stack(empty, target, device))
+            done.add(target)
+            continue
+        owner, _, key = target.rpartition(".")
         module = empty.model.get_submodule(owner)
         if isinstance(module, FrozenLinear) and key == "weight":
             advance(read_packed(empty.checkpoint, name, module, device, empty.dtype))
@@ -53,6 +62,61 @@ def fill(
             away.keep()
         trim_heap()
         advance(empty.checkpoint.entries[name].bytes)
+
+
+def _fill_stack(empty: Assembled, target: str, device: torch.device) -> int:
+    """Read the matrices of several experts one after the other, packed where they are to be; the bytes read."""
+    stack, checkpoint, shape = empty.stacks[target], empty.checkpoint, empty.shapes[target]
+    owner, _, key = target.rpartition(".")
+    holder = getattr(empty.model.get_submodule(owner), key)
+    whole = None if isinstance(holder, PackedExperts) else torch.empty(shape, dtype=holder.dtype, device=device)
+    for expert in range(shape[0]):
+        matrix = read_expert(checkpoint, stack, expert)
+        if tuple(matrix.shape) != shape[1:]:
+            raise ModelError(
+                f"'{stack.sources[0]}' in '{checkpoint.folder}' gives expert {expert} of '{target}' the shape "
+                f"{list(matrix.shape)}; its config.json asks for {list(shape[1:])}."
+            )
+        if whole is None:
+            holder.place(expert, matrix.to(device, empty.dtype), device)
+        else:
+            whole[expert] = matrix.to(device, whole.dtype)
+        trim_heap()
+    if whole is not None:
+        _put(empty.model.get_submodule(owner), key, whole)
+    elif holder.away is not None:
+        holder.away.keep()
+    return sum(checkpoint.entries[one].bytes for one in stack.sources)
+
+
+def read_expert(checkpoint: Checkpoint, stack: Stack, expert: int) -> Tensor:
+    """The matrix of one expert as the model has it."""
+    several = {pattern: len(names) > 1 for pattern, names in stack.parts.items()}
+    tensors: dict[str, Any] = {
+        pattern: [checkpoint.read(names[expert]) if several[pattern] else checkpoint.read(names[0], expert)[None]]
+        for pattern, names in stack.parts.items()
+    }
+    for operation in stack.operations:
+        tensors = operation.convert(tensors, source_patterns=list(stack.parts), target_patterns=[stack.pattern])
+    (made,) = tensors.values()
+    matrix: Tensor = made[0] if isinstance(made, list) else made
+    return matrix[0]
+
+
+def split_expert(stack: Stack, expert: int, matrix: Tensor) -> dict[str, Tensor]:
+    """What ``read_expert`` made ``matrix`` from, by the names in the checkpoint; where one tensor holds all experts, its part."""
+    tensors: dict[str, Any] = {stack.pattern: matrix[None]}
+    patterns = list(stack.parts)
+    for operation in reversed(stack.operations):
+        tensors = operation.reverse_op.convert(tensors, source_patterns=[stack.pattern], target_patterns=patterns)
+    if not stack.operations:
+        tensors = {patterns[0]: matrix}
+    found = {}
+    for pattern, names in stack.parts.items():
+        values = tensors.get(pattern.replace("*", "0"), tensors.get(pattern))
+        assert isinstance(values, Tensor)
+        found[names[expert] if len(names) > 1 else names[0]] = values[0] if values.dim() > matrix.dim() else values
+    return found
 
 
 def read_packed(
@@ -116,7 +180,7 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device, name
                 setattr(module, key, nn.Parameter(poison, False) if isinstance(value, nn.Parameter) else poison)
                 blank.append((f"{owner}.{key}", module, key))
     for module in model.modules():
-        if isinstance(module, FrozenLinear) or away_of(module) is not None:
+        if isinstance(module, Packed) or away_of(module) is not None or is_packed(module):
             setattr(module, INITIALISED, True)
     model.initialize_weights()
     empty = [name for name, module, key in blank if _is_poison(getattr(module, key))]
@@ -171,8 +235,13 @@ def checkpoint_weight(base: Base, path: str, linear: nn.Module | None = None) ->
 
 
 def quantised_names(model: nn.Module) -> set[str]:
-    """The names of the weights that are held quantised, as ``model.layers.0.mlp.up_proj.weight``."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    """The names of the weights that are held quantised, as ``model.layers.0.mlp.up_proj.weight``, or of a mixture's experts
+    ``model.layers.0.mlp.experts.down_proj``."""
+    return {
+        f"{name}.weight" if isinstance(module, FrozenLinear) else name
+        for name, module in model.named_modules()
+        if isinstance(module, Packed)
+    }
 
 
 def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:

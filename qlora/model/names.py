@@ -2,6 +2,7 @@
 
     model.layers.0.mlp.up_proj.weight          in the file  ─►  the parameter of that name, or one that transformers 5 renamed
     model.layers.0.mlp.up_proj.weight.absmax                ─►  goes with its weight
+    model.layers.0.mlp.experts.7.up_proj.weight             ─►  with others the matrix of expert 7 in one parameter for all of them
 
 Knows how transformers names the weights of a checkpoint; must not read a tensor or know where weights go.
 """
@@ -11,10 +12,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qlora.errors import ModelError, listed
 from qlora.model import anatomy
@@ -33,38 +44,60 @@ FOUR_BIT_PARTS = (
 EIGHT_BIT_PARTS = ("SCB", "weight_format")
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A parameter [E, …] that holds a matrix of each of E experts, and where a checkpoint keeps these."""
+
+    parts: dict[str, list[str]]
+    """What one matrix is made of, by transformers' pattern of their names: E tensors, or one [E, …] for all experts."""
+    operations: list[Any]
+    """Transformers' own, which make the parameter from its parts; each does the same to every expert."""
+    pattern: str
+    """Transformers' pattern of the parameter's name."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Every tensor that it is made from."""
+        return [name for names in self.parts.values() for name in names]
+
+
 def match_names(
     model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
-) -> dict[str, str]:
-    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``, without those of ``towers``.
+) -> tuple[dict[str, str], dict[str, Stack]]:
+    """(each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``, without those of
+    ``towers``; the parameters of several experts by their names there).
 
-    Follows transformers 5, which renames some old checkpoints on load. The parts of a packed weight (its scales and
-    codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
-    several tensors (experts fused into one parameter), for tensors that have no place in the model, and for integers
+    Follows transformers 5, which renames some old checkpoints on load and fuses experts. The parts of a packed weight (its
+    scales and codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
+    several tensors otherwise than expert by expert, for tensors that have no place in the model, and for integers
     that nobody could scale back to weights.
     """
     expected = model.state_dict()
+    stacked = set(anatomy.fused_experts(model))
     transforms = get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     names: dict[str, str] = {}
+    matrices: dict[str, dict[str, list[str]]] = {}
     unexpected: list[str] = []
     kinds = EIGHT_BIT_PARTS if scheme.quantization == "int8" else FOUR_BIT_PARTS
     parts = tuple(f".{part}" for part in kinds) if scheme.prequantised else ()
     for source in checkpoint.entries:
         if source.endswith(parts):
             continue
-        target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
+        target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and source in expected:
-            target, converter = source, None
+            target, pattern = source, None
         if within(target, towers):
             continue
-        if converter is not None:
+        if pattern is not None and target not in stacked and target in expected:
             raise ModelError(
                 f"'{name}' (model type '{model.config.model_type}') keeps its weights in another arrangement than "
-                f"transformers computes with: '{source}' is fused with or split from others on load, as in mixtures of "
-                "experts. That cannot be loaded one tensor at a time; take a model without experts."
+                f"transformers computes with: '{source}' is fused with or split from others on load. That cannot be "
+                "loaded one tensor at a time; take another model."
             )
+        if target in stacked:
+            matrices.setdefault(target, {}).setdefault(pattern or target, []).append(source)
         if target in expected:
             names[source] = target
         elif not _ignored(model, target):
@@ -74,7 +107,8 @@ def match_names(
             f"'{name}' has {len(unexpected)} tensors that its {type(model).__name__} has no place for: "
             f"{listed(unexpected)}; its config.json and its weights do not belong together."
         )
-    if doubled := [target for target, count in Counter(names.values()).items() if count > 1]:
+    stacks = {target: _stack(model, checkpoint, target, found, converters, name) for target, found in matrices.items()}
+    if doubled := [target for target, count in Counter(names.values()).items() if count > 1 and target not in stacks]:
         raise ModelError(f"'{name}' holds several tensors for {listed(doubled)}; fetch the checkpoint again.")
     if whole := [
         source
@@ -99,7 +133,60 @@ def match_names(
             f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "
             "incomplete, fetch it again."
         )
-    return names
+    return names, stacks
+
+
+def _stack(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    target: str,
+    parts: dict[str, list[str]],
+    converters: list[WeightConverter],
+    name: str,
+) -> Stack:
+    """How the parameter ``target`` of several experts is made from its ``parts``. Raises ModelError where that is not known, or
+    parts are missing."""
+    count = model.get_parameter(target).shape[0]
+    converter = next((item for item in converters if set(parts) <= set(item.source_patterns)), None)
+    operations = [] if converter is None else list(converter.operations)
+    several = bool(operations) and isinstance(operations[0], MergeModulelist)
+    for number, operation in enumerate(operations):
+        if isinstance(operation, Transpose) and operation.check_dims:
+            same = checkpoint.entries[next(iter(parts.values()))[0]].shape == model.get_parameter(target).shape
+            operations[number] = None if same else Transpose(operation.dim0, operation.dim1)
+    operations = [operation for operation in operations if operation is not None]
+    if not all(_by_expert(operation, first=number == 0) for number, operation in enumerate(operations)):
+        raise ModelError(
+            f"'{name}' (model type '{model.config.model_type}') arranges its experts as transformers computes '{target}' by "
+            f"{listed([type(operation).__name__ for operation in operations])}, which is not known to go expert by expert; "
+            "take another model."
+        )
+    if prequantised := [source for names in parts.values() for source in names if packed_parts(source, checkpoint)]:
+        raise ModelError(
+            f"'{name}' holds experts that bitsandbytes packed one by one ({listed(prequantised, 2)}), and transformers computes "
+            "with all of them as one; name the 16-bit checkpoint that it was made from."
+        )
+    ordered = {pattern: sorted(parts.get(pattern, []), key=dot_natural_key) for pattern in _patterns(converter, parts)}
+    wanted = count if several else 1
+    if lacking := [pattern for pattern, names in ordered.items() if len(names) != wanted]:
+        raise ModelError(
+            f"'{name}' holds {len(ordered[lacking[0]])} tensors '{lacking[0]}' for '{target}'; its config.json asks for "
+            f"{wanted}. The checkpoint is incomplete, fetch it again."
+        )
+    return Stack(ordered, operations, target if converter is None else converter.target_patterns[0])
+
+
+def _patterns(converter: WeightConverter | None, parts: dict[str, list[str]]) -> list[str]:
+    return list(parts) if converter is None else list(converter.source_patterns)
+
+
+def _by_expert(operation: Any, first: bool) -> bool:
+    """Whether one of transformers' conversions does the same to each of the experts, which are the first dimension."""
+    if isinstance(operation, MergeModulelist):
+        return first and operation.dim == 0
+    if isinstance(operation, Transpose):
+        return operation.dim0 > 0 and operation.dim1 > 0
+    return isinstance(operation, Concatenate | Chunk) and operation.dim > 0
 
 
 def matches_any(name: str, patterns: Iterable[str] | None) -> bool:

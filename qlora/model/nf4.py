@@ -60,21 +60,39 @@ class Away(Protocol):
         """Leave the linear without weights again."""
 
 
-class FrozenLinear(nn.Module):
+class Packed(nn.Module):
+    """What holds a frozen weight in few bits, in buffers that may wait elsewhere: a linear, or the experts of a mixture.
+
+    It stands for ``out_features`` · ``in_features`` numbers, and computes in ``compute_dtype``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        self.away: Away | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # model.to(torch.bfloat16) is for dense weights; rounding the scales would change what the packed bits mean
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class FrozenLinear(Packed):
     """What the quantised linears share: y = x Wᵀ + b with a W that never trains and is never kept dense.
 
     ``forward`` takes [..., in_features] to [..., out_features], computes in ``compute_dtype`` and answers in x's dtype.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, compute_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.compute_dtype = compute_dtype
+        super().__init__(in_features, out_features, compute_dtype=compute_dtype)
         values = torch.empty(out_features, dtype=compute_dtype, device="meta")
         self.bias = nn.Parameter(values, requires_grad=False) if bias else None
         self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
-        self.away: Away | None = None
         self.unread = False  # on while nobody reads the product but its gradient is wanted (layers.py)
 
     def place(self, weight: Tensor, device: torch.device) -> None:
@@ -104,14 +122,6 @@ class FrozenLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # model.to(torch.bfloat16) is for dense weights; rounding the scales would change what the packed bits mean
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
 
 class _Product(torch.autograd.Function):
@@ -178,7 +188,7 @@ class Linear4bit(FrozenLinear):
     block: int
 
     def place(self, weight: Tensor, device: torch.device) -> None:
-        self._keep(*_quantised(weight.to(device).contiguous(), self.quant_type, self.double_quant))
+        self._keep(*quantised(weight.to(device).contiguous(), self.quant_type, self.double_quant))
 
     def place_quantised(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Take over a weight that bitsandbytes quantised before.
@@ -248,19 +258,7 @@ class Linear4bit(FrozenLinear):
         )
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        state = self.quant_state(dtype)
-        if not self.weight.is_cpu or self.in_features % self.block == 0:
-            return dequantize_4bit(self.weight.view(-1, 1), state)
-        # bitsandbytes 0.50.2 on a CPU with AVX-512 takes the wrong scale, and says nothing, where a block reaches over the
-        # end of a row whose length is a multiple of 16 (96, say, in blocks of 64). So here a row is a block, and the last
-        # one is filled up. CUDA's kernel does not look at rows; no such fault of it is known.
-        count = self.out_features * self.in_features
-        state.shape = torch.Size((state.absmax.numel(), self.block))
-        packed = self.weight.view(-1)
-        missing = state.shape.numel() // 2 - packed.numel()
-        if missing:  # F.pad copies even where there is nothing to add
-            packed = F.pad(packed, (0, missing))
-        return dequantize_4bit(packed.view(-1, 1), state).view(-1)[:count].view(self.out_features, self.in_features)
+        return dequantised(self.weight, self.quant_state(dtype))
 
     def product(self, x: Tensor) -> Tensor:
         if self._fused(x):
@@ -282,7 +280,7 @@ class Linear4bit(FrozenLinear):
         return f"{super().extra_repr()}, {self.quant_type}{', double_quant' if self.double_quant else ''}"
 
 
-def _quantised(weight: Tensor, quant_type: str, double_quant: bool) -> tuple[Tensor, QuantState]:
+def quantised(weight: Tensor, quant_type: str, double_quant: bool) -> tuple[Tensor, QuantState]:
     """bitsandbytes' packed bytes of a dense ``weight`` and their state.
 
     Its CPU code works with some ten tensors of the weight's size at once: 2 GB for one of a 7B model's. So on a CPU it gets
@@ -302,6 +300,22 @@ def _quantised(weight: Tensor, quant_type: str, double_quant: bool) -> tuple[Ten
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=NESTED_BLOCK)
         state.nested = True
     return torch.cat([packed for packed, _ in pieces]), state
+
+
+def dequantised(packed: Tensor, state: QuantState) -> Tensor:
+    """The dense matrix that bitsandbytes' ``packed`` bytes stand for, in the shape and dtype of ``state``, made anew."""
+    rows, columns = state.shape
+    if not packed.is_cpu or columns % state.blocksize == 0:
+        return dequantize_4bit(packed.view(-1, 1), state)
+    # bitsandbytes 0.50.2 on a CPU with AVX-512 takes the wrong scale, and says nothing, where a block reaches over the
+    # end of a row whose length is a multiple of 16 (96, say, in blocks of 64). So here a row is a block, and the last
+    # one is filled up. CUDA's kernel does not look at rows; no such fault of it is known.
+    state.shape = torch.Size((state.absmax.numel(), state.blocksize))
+    packed = packed.view(-1)
+    missing = state.shape.numel() // 2 - packed.numel()
+    if missing:  # F.pad copies even where there is nothing to add
+        packed = F.pad(packed, (0, missing))
+    return dequantize_4bit(packed.view(-1, 1), state).view(-1)[: rows * columns].view(rows, columns)
 
 
 class Linear8bit(FrozenLinear):

@@ -33,9 +33,10 @@ from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
 from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.config import Scheme, any_config, is_wrapper, scheme_of
-from qlora.model.names import match_names, matches_any, packed_parts
-from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.config import FOUR_BIT, Scheme, any_config, is_wrapper, scheme_of
+from qlora.model.experts import empty_experts, matrices
+from qlora.model.names import Stack, match_names, matches_any, packed_parts
+from qlora.model.nf4 import Linear4bit, Linear8bit, Packed
 from qlora.model.towers import find_towers, take_out
 from qlora.recipe import ModelSection
 
@@ -53,6 +54,8 @@ class Assembled:
     scheme: Scheme
     names: dict[str, str]
     """Each tensor's name in the checkpoint → its name in the model; empty without the weights."""
+    stacks: dict[str, Stack]
+    """Those of the model's tensors that hold a matrix of several experts each, and where these are in the checkpoint."""
     shapes: dict[str, tuple[int, ...]]
     """The shape of every tensor of the model, by its name there, before linears were quantised."""
     dtype: torch.dtype
@@ -108,14 +111,14 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     model = empty_model(config, section, dtype)
     paths = tuple(path for path, _ in model.named_modules())
     towers = find_towers(model) if is_wrapper(config) else []
-    names = match_names(model, checkpoint, scheme, checkpoint.name, towers) if weights else {}
+    names, stacks = match_names(model, checkpoint, scheme, checkpoint.name, towers) if weights else ({}, {})
     sizes = {path: sum(values.numel() for values in model.get_submodule(path).parameters()) for path in towers}
     take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
-    return Assembled(model, checkpoint, section, scheme, names, shapes, dtype, paths, sizes)
+    return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes)
 
 
 def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
@@ -199,7 +202,8 @@ def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: t
 
 
 def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, prequantised: set[str]) -> None:
-    """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers.
+    """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers, and
+    packed matrices in the place of a mixture's experts.
 
     ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced.
     Raises ModelError when it holds none, and when much of a 4-bit model would stay in 16 bits (experts in 3-D
@@ -218,6 +222,9 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
         if type(module) is not nn.Linear or not wanted:
             continue
         model.set_submodule(name, empty_linear(module, scheme, dtype))
+    for name, module in model.named_modules():
+        if scheme.quantization in FOUR_BIT and not scheme.prequantised and matrices(module) and not matches(name, kept):
+            empty_experts(module, scheme.quantization, scheme.double_quant, dtype)
     _refuse_mostly_dense(model, scheme.quantization)
 
 
@@ -253,10 +260,12 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
-    """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
+    """What is never quantised: the head, what is tied to another weight, a mixture's routers, and what transformers keeps in fp32."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
+    paths = {path for path, _ in model.named_modules()}
+    names += [path for path in paths if anatomy.is_router(path, paths)]
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
 
@@ -267,7 +276,7 @@ def matches(name: str, patterns: list[str]) -> bool:
 
 def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Packed))
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
     outside.add(id(anatomy.head(model)))
     dense = {
@@ -277,6 +286,11 @@ def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
         for key, weight in module.named_parameters(recurse=False)
     }
     total = packed + sum(dense.values())
+    if quantization == "int8" and any(matrices(module) for module in model.modules()):
+        raise ModelError(
+            f"The experts of this {model.config.model_type} model can be held in nf4 or fp4, not in int8; set "
+            "model.quantization=nf4."
+        )
     if sum(dense.values()) > MOST_UNQUANTISED * total:
         largest = sorted(dense, key=lambda name: -dense[name])
         raise ModelError(

@@ -44,6 +44,11 @@ class Entry(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def part(self, number: int) -> Entry:
+        """One of the tensors that lie in it along its first dimension."""
+        inside = self._replace(shape=self.shape[1:])
+        return inside._replace(start=self.start + number * inside.bytes)
+
 
 class Header(NamedTuple):
     """What a file says of itself."""

@@ -22,7 +22,7 @@ from qlora.machine.cards import WORKSPACE
 from qlora.machine.device import GIB, bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
 from qlora.planning.few_layers import kinds_of, layers_of
 from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
@@ -258,7 +258,7 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
     if not away:
         return 0, 0, 0, {}, {}
     pieces = [piece for number in away for piece in image_pieces(layers[number])]
-    packed = sum(piece.bytes for piece in pieces if isinstance(piece.linear, FrozenLinear))
+    packed = sum(piece.bytes for piece in pieces if isinstance(piece.linear, Packed))
     plain = sum(piece.bytes for piece in pieces) - packed
     images = [image_bytes(layers[number]) for number in away]
     slots = min(memory.slots, len(away)) * max(images)
@@ -298,7 +298,7 @@ def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
                 continue
             seen.add(id(tensor))
             size = tensor.numel() * tensor.dtype.itemsize
-            if isinstance(module, FrozenLinear):
+            if isinstance(module, Packed):
                 quantised += size
             else:
                 other += size

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.nf4 import FrozenLinear, features, is_linear
+from qlora.model.experts import PackedExperts
+from qlora.model.nf4 import Packed, features, is_linear
 from qlora.residence.image import ALIGNMENT, Image, Piece
 
 
@@ -23,7 +24,7 @@ class Shapes:
     """Counts of numbers, in all decoder layers together where nothing else is said."""
 
     blocks: int
-    """N, in the frozen linears."""
+    """N, in the frozen linears; of experts those that a token visits."""
     packed: int
     """How many of them are quantised."""
     trained: int
@@ -53,9 +54,13 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
     linears = [module for layer in layers for module in layer.modules() if is_frozen_linear(module)]
     counts = [math.prod(features(linear)) for linear in linears]
     head = anatomy.head(model)
+    experts = [
+        (linear, count) for linear, count in zip(linears, counts, strict=True) if isinstance(linear, PackedExperts)
+    ]
+    unvisited = sum(count - count * anatomy.experts_visited(model, one.count) // one.count for one, count in experts)
     return Shapes(
-        blocks=sum(counts),
-        packed=sum(count for count, linear in zip(counts, linears, strict=True) if isinstance(linear, FrozenLinear)),
+        blocks=sum(counts) - unvisited,
+        packed=sum(count for count, linear in zip(counts, linears, strict=True) if isinstance(linear, Packed)),
         trained=sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad and p.dim() > 1),
         head=math.prod(features(head)) if head is not None and is_linear(head) else sizes.vocabulary * sizes.hidden,
         head_trains=head is not None and trains(head),
@@ -95,7 +100,7 @@ def image_pieces(layer: nn.Module) -> list[Piece]:
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether it is a linear whose weight stays as it is; a bias of it may train."""
-    return isinstance(module, FrozenLinear) or (is_linear(module) and not module.weight.requires_grad)
+    return isinstance(module, Packed) or (is_linear(module) and not module.weight.requires_grad)
 
 
 def trains(module: nn.Module) -> bool:
@@ -105,7 +110,7 @@ def trains(module: nn.Module) -> bool:
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in the model, packed ones counted one by one, shared ones once."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Packed))
     return packed + sum(p.numel() for p in model.parameters())
 
 

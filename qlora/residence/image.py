@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora.model.nf4 import FrozenLinear, is_linear
+from qlora.model.nf4 import Packed, is_linear
 
 ALIGNMENT = 256  # bytes; what CUDA's allocator gives, and more than any kernel asks for
 
@@ -36,7 +36,7 @@ class Image:
         self.pieces: list[Piece] = []
         self.bytes = 0
         for linear in layer.modules():
-            if is_linear(linear):
+            if _travels(linear):
                 for name, values in _weights(linear).items():
                     size = values.numel() * values.dtype.itemsize
                     piece = Piece(linear, name, values.dtype, tuple(values.shape), self.bytes, size)
@@ -69,14 +69,18 @@ def view_of(memory: Tensor, piece: Piece, start: int) -> Tensor:
 
 
 def frozen_linears(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Every linear that has an image in its layer."""
+    """Every linear that has an image in its layer, and the experts' matrices as if they were some."""
     for layer in layers:
-        yield from (linear for linear in layer.modules() if is_linear(linear))
+        yield from (linear for linear in layer.modules() if _travels(linear))
+
+
+def _travels(module: nn.Module) -> bool:
+    return is_linear(module) or isinstance(module, Packed)
 
 
 def _weights(linear: nn.Module) -> dict[str, Tensor]:
     """What of a linear travels: a quantised one's weight, scales and codes; a plain one's weight. Biases stay."""
-    if isinstance(linear, FrozenLinear):
+    if isinstance(linear, Packed):
         return dict(linear.named_buffers(recurse=False))
     weight = linear.weight
     assert isinstance(weight, Tensor)

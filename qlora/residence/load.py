@@ -144,8 +144,15 @@ def _names_inside(empty: Assembled, layers: nn.ModuleList) -> set[str]:
     return {
         name
         for name, target in empty.names.items()
-        if target.endswith(".weight") and id(empty.model.get_submodule(target.removesuffix(".weight"))) in owners
+        if (target.endswith(".weight") or target in empty.stacks)
+        and id(_at(empty.model, target.removesuffix(".weight"))) in owners
     }
+
+
+def _at(model: nn.Module, path: str) -> object:
+    """The module, or the parameter of several experts that nothing packed, at ``path``."""
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
 
 
 def _shared(model: nn.Module, layers: nn.ModuleList) -> list[str]:

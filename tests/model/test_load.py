@@ -376,20 +376,16 @@ MOE = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32, "n
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
-def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
+def test_experts_load_unquantised_as_they_are_stored_and_fused(family: str, tmp_path: Path) -> None:
     any_checkpoint(tmp_path, family, **MOE)
-    for quantization in ("nf4", "none"):
-        with pytest.raises(ModelError, match=r"model type '\w+'.*experts\.0\..*without experts"):
-            ours(tmp_path, quantization=quantization)
-
-
-def test_experts_that_are_stored_fused_are_not_left_in_16_bits(tmp_path: Path) -> None:
-    any_checkpoint(tmp_path, "Mixtral", **MOE)
-    fused = theirs(tmp_path, "none")
-    save_file({name: tensor.clone() for name, tensor in fused.state_dict().items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"stay in 16 bits: .*experts\.gate_up_proj"):
-        ours(tmp_path)
-    assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(fused))
+    plain = theirs(tmp_path, "none")
+    assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(plain))
+    packed = logits(ours(tmp_path))
+    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "model.safetensors")
+    assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(plain))
+    assert torch.equal(logits(ours(tmp_path)), packed)
+    with pytest.raises(ModelError, match=r"not in int8; set model\.quantization=nf4"):
+        ours(tmp_path, quantization="int8")
 
 
 def test_what_is_no_linear_is_refused(tmp_path: Path) -> None:
