@@ -285,10 +285,19 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1) * self.up_proj(x))
 
-    model = random_model("Llama")
-    model.model.norm.__class__, model.model.layers[1].mlp.__class__ = Deep, Capped
+    class Gated(type(random_model("Llama").model.norm)):  # type: ignore[misc]
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x if gate is None else x * gate)
+
+    class Dropping(type(random_model("Llama").model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x), 0.1, self.training)
+
+    model = random_model("Llama", num_hidden_layers=3)
+    model.model.norm.__class__, model.model.layers[0].input_layernorm.__class__ = Deep, Gated
+    model.model.layers[1].mlp.__class__, model.model.layers[2].mlp.__class__ = Capped, Dropping
     fuse(model, torch.float32, HOPPER)
-    assert fused(model) == {"rms_norm": 4, "rotary": 2, "glu_silu": 1}
+    assert fused(model) == {"rms_norm": 5, "rotary": 3, "glu_silu": 1}
 
 
 def test_nothing_is_fused_on_a_cpu_or_an_old_card() -> None:
