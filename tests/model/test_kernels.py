@@ -145,6 +145,23 @@ def test_whoever_else_reads_what_backward_writes_over_fails(way: str) -> None:
         value.backward()
 
 
+@pytest.mark.parametrize("trained", [0, 1])
+def test_a_norm_gives_the_gradient_that_is_asked_for(way: str, trained: int) -> None:
+    """Of its weight alone, in fp32 while the rest is in bf16, as where modules are saved whole; or of its input alone."""
+    inputs = [normal(40, 96).bfloat16(), normal(96)]
+    inputs[trained].requires_grad_()
+    answers = []
+    for compute in (rms_norm.rms_norm, plain_norm):
+        value = compute(inputs[0], inputs[1], *([1e-6] if compute is rms_norm.rms_norm else [0.0, False]))
+        assert value.dtype == torch.float32
+        answers.append(torch.autograd.grad(value.square().sum(), inputs[trained])[0])
+    assert answers[0].dtype == inputs[trained].dtype
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    no_worse(
+        *answers, torch.autograd.grad(plain_norm(*exact, 0.0, False).square().sum(), exact[trained])[0], torch.bfloat16
+    )
+
+
 def test_a_norm_keeps_its_input_and_a_number_a_row(way: str) -> None:
     kept: list[Tensor] = []
     x, weight = normal(6, 64).requires_grad_(), normal(64)
