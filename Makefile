@@ -37,7 +37,7 @@ test: lint  ## lint, then every law, in as many processes as there are cores, at
 test-all: test  ## make test, then what is slow: real processes, notebooks, every kill, every shape
 	$(PYTEST) -m slow
 
-test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, of .ci/oldest.txt, and the kernels in Triton's interpreter
+test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, of .ci/oldest.txt
 	@$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|accelerate|huggingface_hub) '
 	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%)
 
@@ -73,5 +73,5 @@ $(OLDEST)/installed: pyproject.toml constraints.txt .ci/oldest.txt
 	@grep -vF "$$(sed -n 's/==.*/==/p' .ci/oldest.txt)" constraints.txt | cat - .ci/oldest.txt >$(OLDEST)/constraints.txt
 	@echo "Installing qlora and the oldest releases that it admits into $(OLDEST) (some minutes the first time) …"
 	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt setuptools
-	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]' 'triton; sys_platform == "linux"'
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c $(OLDEST)/constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@

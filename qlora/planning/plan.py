@@ -195,7 +195,8 @@ def _plan(
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
-    fuse(base.model, dtype, target.capability)
+    # kernels that do not run on this machine are not planned for another one either
+    fuse(base.model, dtype, target.capability, target.device if torch.cuda.is_available() else None)
     parameters = count_parameters(base.model)
     if base.towers:
         numbers = sum(base.towers.values())

@@ -351,12 +351,13 @@ def test_a_run_from_elsewhere_goes_on_and_says_that_it_is_another(
     text = text.replace(f"CPU ({INSTRUCTIONS}), 1 threads", "NVIDIA T4").replace(
         f'"torch": "{torch.__version__}"', '"torch": "2.0.1"'
     )
-    text = text.replace('"qlora_each_example"', '"sdpa"')
+    text = text.replace('"qlora_each_example"', '"sdpa"').replace('"kernels": {}', '"kernels": {"rotary": 2}')
     (folder / "environment.json").write_text(text)
     assert resume(folder).steps == 10
     said = capsys.readouterr().err
     assert f"torch 2.0.1, now {torch.__version__}" in said
     assert "attention sdpa, now qlora_each_example" in said
+    assert "fused kernels {'rotary': 2}, now {}" in said
     assert f"NVIDIA T4, now CPU ({INSTRUCTIONS}), 1 threads" in said
     assert "not bit for bit any more" in said
     assert nn.functional.cosine_similarity(adapter(folder), adapter(finished), 0) > 0.999

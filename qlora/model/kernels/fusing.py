@@ -6,8 +6,9 @@
 
 A module is known by what it computes; names say only where to look. The kernels then have to prove themselves on the
 device (``proof.py``) before one of them is taken. transformers' own way in (``use_kernel_forward_from_hub``) does nothing
-unless another package is installed, and takes a class by its name; here nothing of transformers is changed: a module gets a ``forward`` of its
-own, attention the same code with another ``apply_rotary_pos_emb`` in sight. What methods plant finds all its places.
+unless another package is installed, and takes a class by its name; here nothing of transformers is changed: a module gets a
+``forward`` of its own, attention the same code with another ``apply_rotary_pos_emb`` in sight. What methods plant finds all
+its places.
 
 Knows modules and the operators; must not know what is quantised, trained, or behind a boundary.
 """
@@ -15,6 +16,7 @@ Knows modules and the operators; must not know what is quantised, trained, or be
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
@@ -32,7 +34,7 @@ from qlora.model.kernels.rotary import rotary
 OLDEST = 7.5  # the compute capability that Triton's kernels are tried on
 ROTARY = "apply_rotary_pos_emb"
 PAIRS, JOINED = ("gate_proj", "up_proj"), ("gate_up_proj",)
-CLOSE = 64 * torch.finfo(torch.float32).eps  # of the largest: two orders of computing the same, with sums of 48
+CLOSE = 64 * torch.finfo(torch.float32).eps  # of the largest number: two orders of computing the same
 
 Forward = Callable[..., Any]
 
@@ -82,7 +84,7 @@ def _norm(module: nn.Module) -> Forward | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if len(module._parameters) != 1 or module._buffers or module._modules or weight is None or weight.dim() != 1:
         return None
-    if not isinstance(eps, float):
+    if not isinstance(eps, float) or not _takes_one(module):
         return None
     # of such a size that the second row is as small as eps: it has to stand inside the root
     x = torch.randn(2, len(weight)) * torch.tensor([[1.0], [eps**0.5]])
@@ -102,8 +104,9 @@ def _norm(module: nn.Module) -> Forward | None:
 
 
 def _norm_forward(eps: float, offset: float, narrow: bool) -> Forward:
-    def forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, module.weight, eps, offset, narrow)  # type: ignore[arg-type]
+    def forward(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())
+        return rms_norm(x, module.weight, eps, offset, narrow)
 
     return forward
 
@@ -149,7 +152,8 @@ def _turns(plain: Callable[..., Any], rest: int) -> bool:
 
 def _mlp(module: nn.Module) -> Forward | None:
     inputs = next((names for names in (PAIRS, JOINED) if module._modules.keys() >= {*names, "down_proj"}), None)
-    if inputs is None:
+    # beside these the activation, and no dropout, which tells nothing while a model is not training
+    if inputs is None or len(module._modules) > len(inputs) + 2 or not _takes_one(module):
         return None
     small = {name: nn.Linear(6, 10 * (3 - len(inputs))) for name in inputs} | {"down_proj": nn.Linear(10, 6)}
     stand_in = _standing_in(module, _modules={**module._modules, **small})
@@ -169,8 +173,9 @@ def _mlp_forward(inputs: Sequence[str], act: str) -> Forward:
         products = [getattr(module, name)(x) for name in inputs]
         return glu(products[0], products[1] if len(products) > 1 else None, act)
 
-    def forward(module: Any, x: Tensor) -> Any:
-        return module.down_proj(gated(module, x))  # which nothing but its input is there for
+    def forward(module: Any, *given: Tensor, **named: Tensor) -> Any:
+        (x,) = (*given, *named.values())
+        return module.down_proj(gated(module, x))  # gate and up are not held meanwhile, unless for backward
 
     return forward
 
@@ -178,10 +183,15 @@ def _mlp_forward(inputs: Sequence[str], act: str) -> Forward:
 # ── looking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Whether its ``forward`` takes one tensor and nothing else: not a gate that a norm may have, for one."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
 def _standing_in(module: nn.Module, **parts: Any) -> Any:
-    """A module of the same class and settings with other ``parts``; the module itself may be empty, and is left alone."""
+    """One of the same class and settings with other ``parts``, in training; the module may be empty, and is left alone."""
     made = copy.copy(module)
-    vars(made).update(parts)
+    vars(made).update(parts, training=True)
     return made
 
 
