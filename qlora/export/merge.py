@@ -31,7 +31,7 @@ from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
 from qlora.model.config import FOUR_BIT
 from qlora.model.experts import PackedExperts
-from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names, read_expert, split_expert
+from qlora.model.load import GENERATION, end_tokens, packed_tensors, quantised_names, read_expert, split_expert, turned
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
@@ -299,7 +299,7 @@ class _Source:
         assert isinstance(linear, FrozenLinear)
         if parts := packed_parts(name, self.checkpoint):
             linear.place_quantised(packed_tensors(self.checkpoint, name), self.device)
-            whole = dense_weight(linear, self.compute_dtype)
+            whole = turned(linear, dense_weight(linear, self.compute_dtype))
         else:
             # cast before quantising, as the loader does: the scales depend on the dtype they came from
             whole = self.checkpoint.read(name).to(self.device).to(self.compute_dtype)
@@ -307,8 +307,8 @@ class _Source:
         for method in self.adapted.methods:
             weight = method.merge.before_quantising(target, weight)
         if not parts or weight is not whole:
-            linear.place(weight, self.device)
-            whole = dense_weight(linear, self.compute_dtype)
+            linear.place(turned(linear, weight), self.device)
+            whole = turned(linear, dense_weight(linear, self.compute_dtype))
         linear.to("meta")  # drops the packed copy
         return whole
 

@@ -20,7 +20,8 @@ from qlora.machine.device import DTYPES
 from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.config import FOUR_BIT, Scheme
-from qlora.model.nf4 import Linear4bit, Packed
+from qlora.model.load import turned
+from qlora.model.nf4 import Linear4bit, Packed, is_plain_linear
 from qlora.model.skeleton import empty_linear, matches
 
 QUANTISED = (*FOUR_BIT, "int8")
@@ -47,7 +48,7 @@ def quantise(
     device, dtype = _device(module), DTYPES.get(str(compute_dtype), compute_dtype) or main_dtype(module)
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"compute_dtype is '{compute_dtype}'; expected one of {', '.join(DTYPES)}.")
-    linears = {path: linear for path, linear in module.named_modules() if type(linear) is nn.Linear and path}
+    linears = {path: linear for path, linear in module.named_modules() if is_plain_linear(linear) and path}
     for name in skip:
         if not any(matches(path, [name]) for path in linears):
             leaves = sorted({path.rpartition(".")[2] for path in linears})
@@ -70,7 +71,7 @@ def quantise(
     for path, linear in chosen.items():
         empty = empty_linear(linear, scheme, dtype)
         if device.type != "meta":
-            empty.place(linear.weight.detach(), device)
+            empty.place(turned(linear, linear.weight.detach()), device)
             if linear.bias is not None:
                 empty.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
         module.set_submodule(path, empty.train(linear.training))

@@ -26,7 +26,7 @@ from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora.model.experts import PackedExperts, is_packed
 from qlora.model.names import Stack, packed_parts
-from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight
+from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight, is_transposed
 from qlora.model.skeleton import Assembled
 
 GENERATION = "generation_config.json"
@@ -131,11 +131,17 @@ def read_packed(
             raise ModelError(f"'{name}' in '{checkpoint.folder}': {error}") from None
     else:
         every = [name]
-        _refuse_shape(checkpoint, name, (linear.out_features, linear.in_features))
+        shape = (linear.out_features, linear.in_features)
+        _refuse_shape(checkpoint, name, shape[::-1] if linear.transposed else shape)
         # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
-        linear.place(checkpoint.read(name).to(device, dtype), device)
+        linear.place(turned(linear, checkpoint.read(name).to(device, dtype)), device)
         trim_heap()
     return sum(checkpoint.entries[one].bytes for one in every)
+
+
+def turned(linear: nn.Module, weight: Tensor) -> Tensor:
+    """``weight`` from the checkpoint's layout to [out, in] or back: two names of one, but for GPT-2's."""
+    return weight.t() if is_transposed(linear) else weight
 
 
 def packed_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
@@ -182,6 +188,9 @@ def finish(model: PreTrainedModel, missing: set[str], device: torch.device, name
     for module in model.modules():
         if isinstance(module, Packed) or away_of(module) is not None or is_packed(module):
             setattr(module, INITIALISED, True)
+            # what stands around a linear may begin its weight too, as Mamba 2's mixer does, and that looks at tensors
+            for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                setattr(value, INITIALISED, True)
     model.initialize_weights()
     empty = [name for name, module, key in blank if _is_poison(getattr(module, key))]
     if empty:
@@ -231,7 +240,7 @@ def checkpoint_weight(base: Base, path: str, linear: nn.Module | None = None) ->
     checkpoint = base.checkpoint or (open_checkpoint(base.folder) if name else None)
     if checkpoint is None or name is None or packed_parts(name, checkpoint) or not isinstance(linear, FrozenLinear):
         return dense_weight(linear, base.compute_dtype)
-    return checkpoint.read(name).to(base.device, base.compute_dtype)
+    return turned(linear, checkpoint.read(name).to(base.device, base.compute_dtype))
 
 
 def quantised_names(model: nn.Module) -> set[str]:

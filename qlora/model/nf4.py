@@ -94,6 +94,8 @@ class FrozenLinear(Packed):
         self.bias = nn.Parameter(values, requires_grad=False) if bias else None
         self.kept: dict[torch.dtype, Tensor] | None = None  # filled inside dense_cached, None outside
         self.unread = False  # on while nobody reads the product but its gradient is wanted (layers.py)
+        self.transposed = False
+        """Whether a checkpoint has the weight as [in, out], as GPT-2's does; here it is [out, in] all the same."""
 
     def place(self, weight: Tensor, device: torch.device) -> None:
         """Quantise a dense [out, in] tensor (fp32, fp16 or bf16) on ``device`` and keep the result there."""
@@ -496,9 +498,17 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes x Wᵀ + b and nothing else, so that a quantised linear may take its place.
+
+    A class of its own may do more, as a router does; Falcon's adds its bias after the product, which is all.
+    """
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
 def is_transposed(linear: nn.Module) -> bool:
-    """Whether the weight is stored as [in, out], as GPT-2's Conv1D has it; every other linear's is [out, in]."""
-    return isinstance(linear, Conv1D)
+    """Whether checkpoints store the weight as [in, out], as GPT-2's Conv1D has it; every other linear's is [out, in]."""
+    return isinstance(linear, Conv1D) or getattr(linear, "transposed", False)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

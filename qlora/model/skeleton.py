@@ -36,7 +36,7 @@ from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import FOUR_BIT, Scheme, any_config, is_wrapper, scheme_of
 from qlora.model.experts import empty_experts, matrices
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
-from qlora.model.nf4 import Linear4bit, Linear8bit, Packed
+from qlora.model.nf4 import Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
 from qlora.model.towers import find_towers, take_out
 from qlora.recipe import ModelSection
 
@@ -207,7 +207,7 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
 
     ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced.
     Raises ModelError when it holds none, and when much of a 4-bit model would stay in 16 bits (experts in 3-D
-    parameters, GPT-2's Conv1D).
+    parameters).
     """
     if scheme.quantization == "none":
         return
@@ -219,7 +219,7 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
     kept = dense_modules(model)
     for name, module in list(model.named_modules()):
         wanted = name in prequantised if scheme.prequantised else not matches(name, kept)
-        if type(module) is not nn.Linear or not wanted:
+        if not is_plain_linear(module) or not wanted:
             continue
         model.set_submodule(name, empty_linear(module, scheme, dtype))
     for name, module in model.named_modules():
@@ -228,19 +228,23 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
     _refuse_mostly_dense(model, scheme.quantization)
 
 
-def empty_linear(linear: nn.Linear, scheme: Scheme, dtype: torch.dtype) -> Linear4bit | Linear8bit:
+def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> Linear4bit | Linear8bit:
     """A quantised linear on the meta device in the shapes of a plain one."""
-    inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias is not None
+    (outputs, inputs), bias = features(linear), linear.bias is not None
+    empty: Linear4bit | Linear8bit
     if scheme.quantization == "int8":
-        return Linear8bit.empty(inputs, outputs, bias=bias, compute_dtype=dtype)
-    return Linear4bit.empty(
-        inputs,
-        outputs,
-        bias=bias,
-        quant_type=scheme.quantization,
-        double_quant=scheme.double_quant,
-        compute_dtype=dtype,
-    )
+        empty = Linear8bit.empty(inputs, outputs, bias=bias, compute_dtype=dtype)
+    else:
+        empty = Linear4bit.empty(
+            inputs,
+            outputs,
+            bias=bias,
+            quant_type=scheme.quantization,
+            double_quant=scheme.double_quant,
+            compute_dtype=dtype,
+        )
+    empty.transposed = is_transposed(linear)
+    return empty
 
 
 def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -46,7 +46,8 @@ def shortened(
     config = copy.deepcopy(model.config)
     memo: dict[int, Any] = {id(model.config): config, id(anatomy.text_config(model)): anatomy.text_config(config)}
     _shorten(anatomy.text_config(config), kept, len(layers))
-    _choose_attention(anatomy.text_config(config), packed)
+    if getattr(model, "_supports_attention_backend", True):  # else its attention knows no name but transformers' own
+        _choose_attention(anatomy.text_config(config), packed)
     gone = {id(part) for layer in layers for part in layer.modules()}
     gone -= {id(part) for index in kept for part in layers[index].modules()}  # layers may share a module
     for module in model.modules():

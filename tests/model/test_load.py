@@ -388,12 +388,14 @@ def test_experts_load_unquantised_as_they_are_stored_and_fused(family: str, tmp_
         ours(tmp_path, quantization="int8")
 
 
-def test_what_is_no_linear_is_refused(tmp_path: Path) -> None:
+def test_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2's [in, out]: turned before they are quantised, as transformers does it."""
     any_checkpoint(
         tmp_path, "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
     )
-    with pytest.raises(ModelError, match=r"stay in 16 bits: transformer\.h\.\d\.mlp\.c_"):
-        ours(tmp_path)
+    model = ours(tmp_path)
+    assert isinstance(model.get_submodule("transformer.h.0.mlp.c_fc"), Linear4bit)
+    assert torch.equal(logits(model), logits(theirs(tmp_path)))
     assert torch.equal(logits(ours(tmp_path, quantization="none")), logits(theirs(tmp_path, "none")))
 
 
