@@ -143,7 +143,7 @@ def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "expected 'merged'" in refused(capfd, "export", str(tmp_path))
     assert "expected 'merged'" in refused(capfd, "export", str(tmp_path), "gguf")
     assert "dtype is 'int3'" in refused(capfd, "export", str(tmp_path), "merged", "dtype=int3")
-    assert "takes out and overwrite" in refused(capfd, "export", str(tmp_path), "adapter", "--dtype=fp16")
+    assert "takes out, keys and overwrite" in refused(capfd, "export", str(tmp_path), "adapter", "--dtype=fp16")
     assert "no run folder" in refused(capfd, "export", str(tmp_path), "merged")
     assert "nothing more" in refused(capfd, "doctor", "now")
 

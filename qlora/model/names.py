@@ -36,7 +36,7 @@ EIGHT_BIT_PARTS = ("SCB", "weight_format")
 def match_names(
     model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
 ) -> dict[str, str]:
-    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``, without those of ``towers``.
+    """Each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``; of ``towers`` any part.
 
     Follows transformers 5, which renames some old checkpoints on load. The parts of a packed weight (its scales and
     codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
@@ -57,7 +57,8 @@ def match_names(
         target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and source in expected:
             target, converter = source, None
-        if within(target, towers):
+        if within(target, towers):  # copied as it is, so that nothing has to be computed from it
+            names |= {source: target} if target in expected else {}
             continue
         if converter is not None:
             raise ModelError(
