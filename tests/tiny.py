@@ -70,16 +70,16 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
 }
-_TEXT = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "initializer_range": 0.2}
+_TEXT = {**SIZES, "initializer_range": 0.2}
 _EYES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
     "patch_size": 14, "initializer_range": 0.2,
 }  # fmt: skip
 _QWEN = {
-    "depth": 1, "embed_dim": 32, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4,
+    "depth": 1, "embed_dim": 64, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 4,
     "patch_size": 14,
 }  # fmt: skip
-_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 _DELTA = {f"linear_{name}": size for name, size in {
     "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 8,
@@ -88,11 +88,17 @@ _DELTA = {f"linear_{name}": size for name, size in {
 WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Gemma3": (_WINDOW, _EYES),
     "Gemma4": (
-        {**_WINDOW, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
-        {**_EYES, "head_dim": 8, "num_key_value_heads": 4},
+        {
+            **_WINDOW,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "num_kv_shared_layers": 0,
+        },
+        {**_EYES, "head_dim": 16, "num_key_value_heads": 4},
     ),
     "Llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", **_EYES}),
-    "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **_EYES, "head_dim": 8}),
+    "Mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral", **_EYES, "head_dim": 16}),
     "Qwen2_5_VL": (_AXES, _QWEN),
     "Qwen3VL": (_AXES, {**_QWEN, "deepstack_visual_indexes": [0]}),
     "Qwen3_5": ({"layer_types": ["linear_attention", "full_attention"], **_DELTA}, _QWEN),

@@ -219,8 +219,9 @@ class _Source:
             files.setdefault(file, {})[name] = (dtype if plain else entry.dtype, shape)
             files[file] |= {new: files[file][name] for new, source in self.untied.items() if source == name}
         for name in sorted(self.left):
-            entry = self.checkpoint.entries[name]
-            files.setdefault("model.safetensors" if single else entry.file.name, {})[name] = (entry.dtype, entry.shape)
+            entry, packed = self.checkpoint.entries[name], self.empty.packed_aside.get(name)
+            kept = (entry.dtype, entry.shape) if packed is None else (dtype, (packed.out_features, packed.in_features))
+            files.setdefault("model.safetensors" if single else entry.file.name, {})[name] = kept
         last = files[next(reversed(files))]
         for target, values in self._new_tensors().items():
             last[target] = (dtype, tuple(values.shape))
@@ -233,7 +234,7 @@ class _Source:
     def tensor(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
         """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device; what was not loaded as it is there."""
         if name in self.left:
-            return self.checkpoint.read(name)
+            return self._left(name, dtype)
         if self.names.get(name) in self.stacks:
             rounded = self._of_experts(name, dtype, requantise)
         else:
@@ -292,6 +293,15 @@ class _Source:
     def _plain(self, name: str) -> Tensor:
         """The checkpoint's own values, to be changed in place."""
         return self.checkpoint.read(name).to(self.device).clone()
+
+    def _left(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What was not loaded: as it is there, or dense where bitsandbytes packed it."""
+        if (linear := self.empty.packed_aside.get(name)) is None:
+            return self.checkpoint.read(name)
+        linear.place_quantised(packed_tensors(self.checkpoint, name), self.device)
+        dense = dense_weight(linear, self.compute_dtype).to(dtype)
+        linear.to("meta")
+        return dense
 
     def _requantised(self, name: str, target: str) -> Tensor:
         """The dense values that the quantised linear stood for while the adapter was trained."""

@@ -64,8 +64,8 @@ class Stack:
 def match_names(
     model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, Stack]]:
-    """(each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``, without those of
-    ``towers``; the parameters of several experts by their names there).
+    """(each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``; of ``towers`` any part;
+    the parameters of several experts by their names there).
 
     Follows transformers 5, which renames some old checkpoints on load and fuses experts. The parts of a packed weight (its
     scales and codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
@@ -88,7 +88,8 @@ def match_names(
         target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
         if target not in expected and source in expected:
             target, pattern = source, None
-        if within(target, towers):
+        if within(target, towers):  # copied as it is, so that nothing has to be computed from it
+            names |= {source: target} if target in expected and pattern is None else {}
             continue
         if pattern is not None and target not in stacked and target in expected:
             raise ModelError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import FOUR_BIT, Scheme, any_config, is_wrapper, scheme_of
 from qlora.model.experts import empty_experts, matrices
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
-from qlora.model.nf4 import Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
-from qlora.model.towers import find_towers, take_out
+from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
+from qlora.model.towers import find_towers, take_out, within
 from qlora.recipe import ModelSection
 
 # More than norms, biases and routers ever take; what is above it is a matrix that was passed over.
@@ -65,10 +66,14 @@ class Assembled:
     towers: dict[str, int]
     """The towers that were taken out, by their paths → the numbers in their weights."""
 
+    packed_aside: Mapping[str, FrozenLinear]
+    """The weights of towers that the checkpoint holds packed, by their names there → an empty linear of that shape."""
+
     @property
     def left(self) -> list[str]:
         """The tensors of the checkpoint that are not read: of towers, and what the model's class passes over (``mtp.…``)."""
-        parts = {part for name in self.names for part in packed_parts(name, self.checkpoint)}
+        whole = (*self.names, *self.packed_aside)
+        parts = {part for name in whole for part in packed_parts(name, self.checkpoint)}
         return [name for name in self.checkpoint.entries if name not in self.names and name not in parts]
 
     def base(
@@ -112,13 +117,19 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     paths = tuple(path for path, _ in model.named_modules())
     towers = find_towers(model) if is_wrapper(config) else []
     names, stacks = match_names(model, checkpoint, scheme, checkpoint.name, towers) if weights else ({}, {})
+    packed_aside = {
+        name: empty_linear(model.get_submodule(target.removesuffix(".weight")), scheme, dtype)
+        for name, target in names.items()
+        if within(target, towers) and packed_parts(name, checkpoint)
+    }
+    names = {name: target for name, target in names.items() if not within(target, towers)}
     sizes = {path: sum(values.numel() for values in model.get_submodule(path).parameters()) for path in towers}
     take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
-    return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes)
+    return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes, packed_aside)
 
 
 def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError
@@ -24,7 +24,7 @@ from qlora.model.loss import batch_loss
 from qlora.model.skeleton import assemble
 from qlora.recipe import LoRA, ModelSection
 from tests.rounding import difference
-from tests.tiny import TOKENS, WRAPPERS, logits_of, random_wrapper, stir, tiny_base, wrapper_checkpoint
+from tests.tiny import TOKENS, WRAPPERS, logits_of, random_wrapper, stir, tiny_base, word_tokenizer, wrapper_checkpoint
 
 IDS = TOKENS % 89 + 1  # below the image's token
 HYBRIDS = ("Qwen3_5",)  # packing leaks through their state, which is refused before a run
@@ -154,13 +154,49 @@ def test_a_merge_brings_along_what_was_not_loaded(family: str, folder: Path, tmp
         assert (folder / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
 
+def test_a_merge_keeps_what_the_class_passes_over(tmp_path: Path) -> None:
+    weights = wrapper_checkpoint(tmp_path / "base", "Qwen3_5") / "model.safetensors"
+    extra = torch.randn(3, 5, dtype=torch.float64).to(torch.float8_e4m3fn)
+    save_file({**load_file(weights), "mtp.fc.weight": extra}, weights, {"format": "pt"})
+    save_adapter(apply_method(tiny_base(tmp_path / "base"), LoRA(r=4)), tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32")
+    kept = load_file(tmp_path / "merged" / "model.safetensors")["mtp.fc.weight"]
+    assert kept.dtype == extra.dtype
+    assert torch.equal(kept.view(torch.uint8), extra.view(torch.uint8))
+
+
+def test_a_prequantised_wrapper_becomes_plain_with_its_towers(tmp_path: Path) -> None:
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    wrapper_checkpoint(tmp_path / "whole", "Llava")
+    packed = AutoModelForMultimodalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=four, dtype=torch.float32
+    ).train()
+    packed.save_pretrained(tmp_path / "packed")
+    word_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "packed")
+    base = tiny_base(tmp_path / "packed")
+    ids, image = with_image()
+    with torch.no_grad():
+        assert difference(base.model.train()(input_ids=IDS).logits, packed(input_ids=IDS).logits) < 1e-5
+        expected = packed(input_ids=ids, pixel_values=image).logits
+    save_adapter(apply_method(base, LoRA(r=4)), tmp_path / "adapter")
+    merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32", dtype="fp32")
+    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert difference(merged(input_ids=ids, pixel_values=image).logits, expected) < 1e-4
+
+
+def with_image() -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of a text with an image of four places, and the image."""
+    image = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return torch.tensor([[1, *[90] * 4, 5, 6, 7]]), image
+
+
 @pytest.mark.parametrize("family", ["Llava", "Gemma3"], scope="module")
 def test_an_unchanged_merge_sees_images_as_before(folder: Path, family: str, tmp_path: Path) -> None:
     save_adapter(apply_method(tiny_base(folder, "none"), LoRA(r=4)), tmp_path / "adapter")
     merge(folder, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32", quantization="none", dtype="fp32")
     models = [AutoModelForMultimodalLM.from_pretrained(place).eval() for place in (folder, tmp_path / "merged")]
-    ids = torch.tensor([[1, *[90] * 4, 5, 6, 7]])
-    image = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    ids, image = with_image()
     with torch.no_grad():
         before, after = (model(input_ids=ids, pixel_values=image).logits for model in models)
         blind = models[0](input_ids=ids, pixel_values=torch.zeros_like(image)).logits
