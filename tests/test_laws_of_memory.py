@@ -95,6 +95,7 @@ FAMILY_CASES: dict[str, tuple[str, list[Row]]] = {
     "llama, unpacked": ("llama", random_rows(5, packing=False, seed=4)),
     "qwen2": ("qwen2", ROWS),
     "gemma2": ("gemma2", ROWS),
+    "qwen3 with experts": ("qwen3_moe", ROWS),
 }
 
 

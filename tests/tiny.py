@@ -12,6 +12,7 @@ Knows models, methods and rows; must not know a trainer or what a test is about.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from qlora.data import Row
@@ -60,6 +63,12 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),  # biases on q, k and v
     "gemma2": (Gemma2Config, Gemma2ForCausalLM),  # tied head, soft-capped logits
+}
+MIXTURES: dict[str, tuple[Any, Any]] = {
+    "qwen3_moe": (
+        partial(Qwen3MoeConfig, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64),
+        Qwen3MoeForCausalLM,
+    ),
 }
 # families whose layers answer with a tuple, and sizes by their own names
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -135,8 +144,8 @@ def word_tokenizer(
 def tiny_checkpoint(
     folder: Path, family: str = "llama", shard: str = "5GB", dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> Path:
-    """Write a checkpoint of one of ``FAMILIES`` with weights large enough that quantisation and adapters show."""
-    config_class, model_class = FAMILIES[family]
+    """Write a checkpoint of one of ``FAMILIES`` or ``MIXTURES`` with weights large enough that quantisation and adapters show."""
+    config_class, model_class = (FAMILIES | MIXTURES)[family]
     torch.manual_seed(0)
     model = model_class(config_class(**{**SIZES, **sizes}, initializer_range=0.08))
     for name, values in model.named_parameters():

@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+PASSED_ON = ("AddBackward0", "ViewBackward0", "UnsafeViewBackward0")
+"""Nodes of a graph that pass a gradient on whatever the values were."""
+
 
 class Boundary(nn.Module):
     """Stands around the module that its attribute ``inside`` names, and answers to that module's names.
@@ -51,19 +54,16 @@ def unread_linears(output: Tensor) -> list[nn.Module]:
     """The linears whose products are ``output``, or are added to something to give it, and are read nowhere else.
 
     For a recompute that is after gradients alone, whose output nobody reads. Most families end a layer in ``residual +
-    down_proj(…)``. No gradient depends on the values of a sum's terms, so the product need not be multiplied out: a twelfth
+    down_proj(…)``, or in the answer of experts. No gradient depends on the values of a sum's terms, so the product need not be multiplied out: a twelfth
     of a step's arithmetic in Llama. The autograd graph is the proof: the product's node is the output's own or a direct
     term of the sum and has no other reader, and its linear is used once. A family that normalises after it (Gemma 2 and 3)
     has another node between, so nothing is left out. A linear takes part by having a flag ``unread`` and by being
     ``ctx.linear`` of its autograd function; so does a whole MLP behind its own boundary.
     """
     total: Any = output.grad_fn
-    terms = [total] if hasattr(total, "linear") else []
-    if type(total).__name__ == "AddBackward0":
-        terms = [node for node, _ in total.next_functions]
-    if not terms:
+    if total is None:
         return []
-    readers: dict[Any, int] = {total: 1 if terms == [total] else 0}  # whoever asks for the gradient
+    readers: dict[Any, int] = {total: 1}  # whoever asks for the gradient
     waiting = [total]
     while waiting:
         for node, _ in waiting.pop().next_functions:
@@ -74,14 +74,14 @@ def unread_linears(output: Tensor) -> list[nn.Module]:
                 readers[node] += 1
     uses = [getattr(node, "linear", None) for node in readers]
     found: list[nn.Module] = []
-    for node in terms:
+    terms = [total]
+    for node in terms:  # grows: sums of sums, and views of them, are sums
         linear = getattr(node, "linear", None)
-        if (
-            isinstance(linear, nn.Module)
-            and hasattr(linear, "unread")
-            and readers[node] == 1
-            and sum(use is linear for use in uses) == 1
-        ):
+        if readers.get(node) != 1:
+            continue
+        if type(node).__name__ in PASSED_ON:
+            terms += [inner for inner, _ in node.next_functions]
+        elif isinstance(linear, nn.Module) and hasattr(linear, "unread") and sum(use is linear for use in uses) == 1:
             found.append(linear)
     return found
 
