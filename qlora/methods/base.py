@@ -33,8 +33,9 @@ from qlora.methods.prefix import PrefixMethod
 from qlora.methods.prompt import PromptTuningMethod, PTuningMethod
 from qlora.methods.targets import leaf
 from qlora.model.base import Base
+from qlora.model.experts import PackedExperts
 from qlora.model.in_memory import as_base
-from qlora.model.nf4 import features, is_linear
+from qlora.model.nf4 import Packed, features, is_linear
 from qlora.recipe import parts_of
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ class AdaptedModel(OnBase):
         self.base = base
         self.section = section
         """The recipe's ``method`` section."""
+        here = [path for path, part in base.model.named_modules() if not isinstance(part, PackedExperts)]
         # with those of towers that were not loaded: what is to match names will have them
-        self.paths = list(base.paths or [path for path, _ in base.model.named_modules()])
-        """Every module path of the untouched model."""
+        self.paths = list(base.paths or here)
+        """Every module path of the untouched model, in which experts' matrices are parameters."""
         parts = [METHODS[part.name](part, base, seed, values_follow) for part in parts_of(section)]
         self.methods: list[Method] = sorted(parts, key=_order)
         """From the inside out."""
@@ -295,7 +297,7 @@ def _numbers_in(adapted: AdaptedModel) -> int:
         for name, values in module.named_parameters(recurse=False):
             if not (name == "weight" and is_linear(module)):
                 found[id(values)] = values.numel()
-        if is_linear(module):
+        if is_linear(module) or isinstance(module, Packed):
             size, weight = math.prod(features(module)), module.weight
             shared = isinstance(weight, Tensor) and weight.numel() == size  # with an embedding, perhaps
             found[id(weight) if shared else id(module)] = size

@@ -20,12 +20,14 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import MethodError, listed
 from qlora.methods.beginning import Beginning, Beginnings, first_A
 from qlora.methods.layout import PREFIX, Fields, Layout, whole
+from qlora.methods.lora_experts import LoraExperts, experts_key, experts_named, packed_experts, parameter_names
 from qlora.methods.lora_layers import KINDS, LoraConv2d, LoraEmbedding, is_adaptable, sides, why_not
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, sorted_pattern, target_names
 from qlora.model.base import Base
+from qlora.model.experts import PackedExperts
 from qlora.model.loss import fp32_product
 from qlora.model.nf4 import add_product, dense_weight, is_linear, is_transposed
 from qlora.recipe.methods import LowRankSection
@@ -228,6 +230,7 @@ class LoraLayout(Layout):
             "rank_pattern",
             "alpha_pattern",
             "fan_in_fan_out",
+            "target_parameters",
         ]
     )
 
@@ -239,7 +242,10 @@ class LoraLayout(Layout):
             self.peft_type, self.needs_state = None, True
 
     def key(self, name: str) -> str:
-        return f"{PREFIX}{name}" if leaf(name) in BARE else f"{PREFIX}{name}.weight"
+        path, _, own = name.rpartition(".")
+        if isinstance(self.method.planted.get(path), LoraExperts):
+            return f"{PREFIX}{experts_key(path, own, self.method.planted)}"
+        return f"{PREFIX}{name}" if own in BARE else f"{PREFIX}{name}.weight"
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -248,8 +254,12 @@ class LoraLayout(Layout):
 
     def peft_config(self, every_path: list[str]) -> Fields:
         section, planted = self.method.section, self.method.planted
+        experts = [path for path, layer in planted.items() if isinstance(layer, LoraExperts)]
+        linears = {path: layer for path, layer in planted.items() if path not in experts}
+        named = parameter_names(experts, packed_experts(self.method.base.model))
         return {
-            **plain_config(section.r, target_names(planted, every_path), section.dropout, any_transposed(planted)),
+            **plain_config(section.r, target_names(linears, every_path), section.dropout, any_transposed(linears)),
+            **({"target_parameters": named} if experts else {}),
             "lora_alpha": whole(section.alpha),
             "use_rslora": section.rslora,
             "rank_pattern": sorted_pattern(section.rank_pattern, planted),
@@ -268,6 +278,7 @@ class LoraLayout(Layout):
             "alpha": values.get("lora_alpha"),
             "dropout": values.get("lora_dropout", 0.0),
             "target_modules": values.get("target_modules"),
+            **({"target_parameters": named} if (named := values.get("target_parameters")) else {}),
             "rslora": bool(values.get("use_rslora")),
             "rank_pattern": values.get("rank_pattern") or {},
             "alpha_pattern": values.get("alpha_pattern") or {},
@@ -303,11 +314,15 @@ class LoraMerge(Merge):
         """An adapter on a tied embedding or head changes that alone, as PEFT's does."""
         return any(name.removesuffix(".weight") in self.method.planted for name in (one, other))
 
+    def merged_expert(self, name: str, expert: int, values: Tensor) -> Tensor:
+        layer = self.method.planted.get(name)
+        return layer.merged_expert(expert, values) if isinstance(layer, LoraExperts) else values
+
 
 class LoraMethod(Method):
     """How LoRA is planted; nothing happens in the loss or between steps."""
 
-    by_rows = True
+    by_rows: bool = True  # type: ignore[misc]
     layout_class = LoraLayout
     merge_class = LoraMerge
     section: LowRankSection
@@ -325,22 +340,32 @@ class LoraMethod(Method):
     def inject(self, model: nn.Module) -> None:
         """Raises MethodError before anything is replaced: a name that matches nothing, a rank above a target's sides."""
         targets = choose_targets(model, self.section.target_modules, self.fits, self.kinds)
-        self.check(targets)
+        experts = experts_named(model, getattr(self.section, "target_parameters", ()))
+        self.check(targets, experts)
         self.beginnings.refuse(targets)
         for path, linear in targets.items():
             # remembered before its frozen weight changes, so that ``detach`` undoes this too
             self.planted[path] = self.new_layer(path, linear)
             self.begin(path, self.planted[path])
+        for path, packed in experts.items():
+            self.planted[path] = self.new_experts(path, packed)
+        self.by_rows = not experts  # in a mixture rows cannot be told apart
         super().attach(model)
 
     def begin(self, path: str, layer: Planted) -> None:
         """Give a new ``layer`` the first values that its weight decides."""
         self.beginnings.begin(path, layer)
 
-    def check(self, targets: Mapping[str, nn.Module]) -> None:
+    def check(self, targets: Mapping[str, nn.Module], experts: Mapping[str, PackedExperts]) -> None:
         """Raise MethodError for targets, ranks and patterns that cannot be."""
-        check_pattern("rank_pattern", self.section.rank_pattern, targets)
-        check_pattern("alpha_pattern", self.section.alpha_pattern, targets)
+        check_pattern("rank_pattern", self.section.rank_pattern, [*targets, *experts])
+        check_pattern("alpha_pattern", self.section.alpha_pattern, [*targets, *experts])
+        if experts and (self.section.dropout or self.section.init not in ("kaiming", "gaussian")):
+            field = "dropout" if self.section.dropout else "init"
+            raise MethodError(
+                f"method.{field} is {getattr(self.section, field)}, which PEFT has not for experts (target_parameters "
+                f"{listed(experts, 2)}); expected {'0' if field == 'dropout' else 'kaiming or gaussian'}."
+            )
         if odd := [f"{path} {why}" for path, module in targets.items() if (why := why_not(module)) is not None]:
             raise MethodError(
                 f"LoRA has no form that could be merged where a target {listed(odd, 3)}; leave it out of "
@@ -352,13 +377,16 @@ class LoraMethod(Method):
                 f"method.init is {self.section.init}, which begins adapters on linears only, but the targets "
                 f"{listed(others, 3)} are none; use method.init=kaiming or leave them out of method.target_modules."
             )
-        ranks = {path: rank_of(self.section, path) for path in targets}
-        if thin := [path for path, module in targets.items() if ranks[path] > min(sides(module))]:
+        both = {path: sides(module) for path, module in targets.items()} | {
+            path: e.sides for path, e in experts.items()
+        }
+        ranks = {path: rank_of(self.section, path) for path in both}
+        if thin := [path for path, size in both.items() if ranks[path] > min(size)]:
             field = f"method.r is {self.section.r}"
             if {ranks[path] for path in thin} != {self.section.r}:
                 field = f"method.rank_pattern gives {max(ranks[path] for path in thin)}"
             raise MethodError(
-                f"{field}, more than the smaller side of {listed([f'{p} {list(sides(targets[p]))}' for p in thin], 3)}; "
+                f"{field}, more than the smaller side of {listed([f'{p} {list(both[p])}' for p in thin], 3)}; "
                 "lower it or leave these out of method.target_modules."
             )
 
@@ -383,6 +411,18 @@ class LoraMethod(Method):
             lora_A, lora_B = lora_A.view(rank, -1, *linear.kernel_size), lora_B.view(outputs, rank, 1, 1)
             return LoraConv2d(linear, lora_A, lora_B, scaling, self.section.dropout)
         return self.layer(linear, lora_A, lora_B, scaling, self.section.dropout)
+
+    def new_experts(self, path: str, packed: PackedExperts) -> LoraExperts:
+        """New adapters on the matrices of several experts: every A random, every B zero."""
+        (outputs, inputs), rank, generator = packed.sides, rank_of(self.section, path), self.generator(path)
+        device = torch.device("meta") if self.device.type == "meta" else None
+        lora_A = torch.zeros(packed.count * rank, inputs, device=device)
+        if device is None:
+            for expert in range(packed.count):
+                lora_A[expert * rank : (expert + 1) * rank] = first_A(self.section.init, rank, inputs, generator)
+        lora_B = torch.zeros(outputs, rank * packed.count, device=device)
+        scaling = scaling_of(self.section, path)
+        return LoraExperts(packed, lora_A.to(self.device, self.dtype), lora_B.to(self.device, self.dtype), scaling)
 
     def prepare(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """EVA takes A from the inputs that the targets get."""

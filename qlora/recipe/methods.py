@@ -99,6 +99,9 @@ class LoRA(LowRankSection):
     target_modules: Targets = "all-linear"
     """`all-linear` (every linear of attention and MLP, not the head), or names such as `[q_proj, v_proj]`; by name also the
     head, embeddings and 2-D convolutions, as `[embed_tokens, lm_head]`."""
+    target_parameters: tuple[str, ...] = ()
+    """Experts of a mixture to adapt as well, by PEFT's names, as `[mlp.experts.gate_up_proj, mlp.experts.down_proj]`. By default none: a pair
+    for every expert takes more memory than the rest of the run, and a token trains only those of the few that it visits."""
 
 
 class DoRA(LowRankSection):

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qlora.errors import MethodError
 from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, save_adapter
+from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model.experts import PackedExperts
 from qlora.model.nf4 import FrozenLinear, Linear4bit
 from qlora.recipe import LoRA, MemorySection, ModelSection
+from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
 from tests.rounding import GRADIENT, difference, rounding
 from tests.steps import close
@@ -168,3 +171,79 @@ def test_the_merged_model_is_the_trained_one_in_the_layout_of_its_checkpoint(
     else:
         for name, values in source.items():
             assert "experts" not in name or "shared" in name or torch.equal(found[name], values.float()), name
+
+
+# --- trained ------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
+SOME = pytest.mark.parametrize(
+    ("family", "parameters"), [("Qwen3Moe", PARAMETERS), ("GptOss", PARAMETERS), ("GptOss", PARAMETERS[1:])]
+)
+
+
+def of_peft(folder: Path, adapter: Path, packed: nn.Module) -> PeftModel:
+    """Our adapter in PEFT, on transformers' model with what the packed weights stand for."""
+    return PeftModel.from_pretrained(dense_of(folder, packed), adapter, is_trainable=True)  # type: ignore[arg-type]
+
+
+@SOME
+def test_peft_reads_adapters_on_experts_and_has_our_logits_and_gradients(
+    family: str, parameters: tuple[str, ...], checkpoint: Any, tmp_path: Path
+) -> None:
+    folder = checkpoint(family)
+    model = adapted(folder, target_parameters=parameters)
+    save_adapter(model, tmp_path / "adapter")
+    peft = of_peft(folder, tmp_path / "adapter", model.model)
+    assert difference(logits_of(model.model), logits_of(peft)) <= rounding()
+    peft(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    theirs = {
+        name.replace(".default", ""): values.grad for name, values in peft.named_parameters() if values.requires_grad
+    }
+    (layout,) = (method.layout for method in model.methods)
+    found = {layout.key(name): grad for name, grad in backward(model).items()}
+    assert sum(".experts." in key for key in found) == 4 * len(parameters)
+    close(found, theirs, rounding(GRADIENT))  # type: ignore[arg-type]
+    again = load_adapter(tiny_base(folder), tmp_path / "adapter")
+    assert torch.equal(logits_of(again.model), logits_of(model.model))
+
+
+@SOME
+def test_adapters_on_experts_begin_as_nothing_are_merged_and_streamed(
+    family: str, parameters: tuple[str, ...], checkpoint: Any, tmp_path: Path
+) -> None:
+    folder = checkpoint(family)
+    base = tiny_base(folder)
+    before = logits_of(base.model)
+    model = apply_method(base, LoRA(r=4, target_parameters=parameters))
+    assert torch.equal(logits_of(model.model), before)
+    stir(model, 0.05)
+    after = logits_of(model.model)
+    assert difference(after, before) > 1e-2
+    with model.disabled():
+        assert torch.equal(logits_of(model.model), before)
+    streamed = adapted(folder, memory=MemorySection(layers="streamed"), target_parameters=parameters)
+    assert torch.equal(logits_of(streamed.model), after)
+    wrap_layers(streamed.model, rows=1)
+    streamed.model.train()
+    close(backward(streamed), backward(model), rounding(GRADIENT))
+    save_adapter(model, tmp_path / "adapter")
+    merge(folder, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32", dtype="fp32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert difference(logits_of(merged), after) <= rounding()
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ({"target_parameters": ("experts.middle",)}, "The names there are .*experts.down_proj"),
+        ({"target_parameters": PARAMETERS, "dropout": 0.1}, "method.dropout is 0.1, .*expected 0"),
+        ({"target_parameters": PARAMETERS, "init": "pissa"}, "method.init is pissa, .*expected kaiming or gaussian"),
+        ({"target_parameters": PARAMETERS, "r": 65, "target_modules": ["q_proj"]}, "more than the smaller side"),
+    ],
+)
+def test_what_cannot_be_on_experts_is_said(method: dict[str, Any], sentence: str, checkpoint: Any) -> None:
+    with pytest.raises(MethodError, match=sentence):
+        apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(**method))
+    dense = tiny_base(checkpoint("Qwen3Moe"), "none")
+    with pytest.raises(MethodError, match="not quantised, and experts are adapted"):
+        apply_method(dense, LoRA(r=4, target_modules=("q_proj",), target_parameters=PARAMETERS))
