@@ -142,7 +142,9 @@ class AdaLoraLayout(Layout):
         section, planted, total = self.method.section, self.method.planted, self.method.total or NOMINAL_STEPS
         first, last = self.method.turns(total)
         # with PEFT's default of r, which AdaLoRA does not use
-        plain = plain_config(8, target_names(planted, every_path), section.dropout, any_transposed(planted))
+        plain = plain_config(
+            8, {"target_modules": target_names(planted, every_path)}, section.dropout, any_transposed(planted)
+        )
         return {
             **plain,
             "lora_alpha": whole(section.alpha),

@@ -111,7 +111,7 @@ def save_combined(
     # what the adapters' own names reach together are their paths together
     names = set(pairs) if None in known else {name for names in known for name in names or ()}
     recorded = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
-    save_pairs(folder, pairs, sorted(names), parts[0].about, recorded)
+    save_pairs(folder, pairs, {"target_modules": sorted(names)}, parts[0].about, recorded)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from qlora.methods.layout import PREFIX, Fields, Layout, padded, same_weight
 from qlora.methods.lora import any_transposed, plain_config
 from qlora.methods.new_tokens import DELTA, NewTokensLayout
 from qlora.methods.planted import unplanted
-from qlora.methods.targets import matches, pattern_value, target_names
+from qlora.methods.targets import matches, pattern_value, peft_targets, target_names
 from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.tensor_file import Header, read_header, read_tensors
@@ -107,7 +107,7 @@ def save_portable(
     save_pairs(
         folder,
         pairs,
-        target_names(pairs, paths or model.paths),
+        peft_targets(pairs, paths or model.paths, mixture=anatomy.is_mixture(model.base.model)),
         about_base(model),
         known_base(model.base),
         method.section.dropout,
@@ -129,7 +129,7 @@ def portable_bytes(model: AdaptedModel) -> int:
 def save_pairs(
     folder: str | Path,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
-    targets: list[str],
+    targets: Fields,
     about: Fields,
     base_fingerprint: str | None,
     dropout: float = 0.0,
@@ -137,7 +137,7 @@ def save_pairs(
 ) -> None:
     """Write ``pairs`` (A [r, in], B [out, r] by module path; ΔW = B A) as one plain LoRA of their largest rank.
 
-    ``targets`` are the names that reach exactly these paths; ``about`` are the config's fields that name the base,
+    ``targets`` are PEFT's fields whose names reach exactly these paths; ``about`` are the config's fields that name the base,
     ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, and ``transposed`` says that some of the base's
     weights are stored as [in, out] (GPT-2).
     """

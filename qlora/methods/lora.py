@@ -25,7 +25,8 @@ from qlora.methods.lora_layers import KINDS, LoraConv2d, LoraEmbedding, is_adapt
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, sorted_pattern, target_names
+from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, peft_targets, sorted_pattern
+from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.experts import PackedExperts
 from qlora.model.loss import fp32_product
@@ -256,10 +257,12 @@ class LoraLayout(Layout):
         section, planted = self.method.section, self.method.planted
         experts = [path for path, layer in planted.items() if isinstance(layer, LoraExperts)]
         linears = {path: layer for path, layer in planted.items() if path not in experts}
-        named = parameter_names(experts, packed_experts(self.method.base.model))
+        every = packed_experts(self.method.base.model)
+        targets = peft_targets(linears, every_path, mixture=anatomy.is_mixture(self.method.base.model))
+        if experts:
+            targets["target_parameters"] = [*parameter_names(experts, every), *targets.get("target_parameters", ())]
         return {
-            **plain_config(section.r, target_names(linears, every_path), section.dropout, any_transposed(linears)),
-            **({"target_parameters": named} if experts else {}),
+            **plain_config(section.r, targets, section.dropout, any_transposed(linears)),
             "lora_alpha": whole(section.alpha),
             "use_rslora": section.rslora,
             "rank_pattern": sorted_pattern(section.rank_pattern, planted),
@@ -272,13 +275,16 @@ class LoraLayout(Layout):
 
     @classmethod
     def section_of(cls, values: Fields, folder: Path) -> Fields:
+        modules, parameters = values.get("target_modules"), values.get("target_parameters") or []
+        experts = [name for name in parameters if not str(name).endswith(".weight")]
+        linears = [str(name).removesuffix(".weight") for name in parameters if name not in experts]  # see peft_targets
         return {
             "name": "lora",
             "r": values.get("r"),
             "alpha": values.get("lora_alpha"),
             "dropout": values.get("lora_dropout", 0.0),
-            "target_modules": values.get("target_modules"),
-            **({"target_parameters": named} if (named := values.get("target_parameters")) else {}),
+            "target_modules": [*modules, *linears] if linears and isinstance(modules, list) else modules,
+            **({"target_parameters": experts} if experts else {}),
             "rslora": bool(values.get("use_rslora")),
             "rank_pattern": values.get("rank_pattern") or {},
             "alpha_pattern": values.get("alpha_pattern") or {},
@@ -450,13 +456,16 @@ class LoraMethod(Method):
         return float(self.section.learning_rate_ratio) if leaf(name) == "lora_B" else 1.0
 
 
-def plain_config(r: int, targets: list[str], dropout: float = 0.0, transposed: bool = False) -> Fields:
-    """PEFT's LoraConfig of a plain adapter with alpha = r; ``transposed`` for GPT-2's Conv1D."""
+def plain_config(r: int, targets: Fields, dropout: float = 0.0, transposed: bool = False) -> Fields:
+    """PEFT's LoraConfig of a plain adapter with alpha = r; ``transposed`` for GPT-2's Conv1D.
+
+    Beside ``target_parameters`` PEFT takes no dropout, which matters in training alone; our own section still says it.
+    """
     return {
         "r": r,
         "lora_alpha": r,
-        "lora_dropout": dropout,
-        "target_modules": targets,
+        "lora_dropout": 0.0 if targets.get("target_parameters") else dropout,
+        **targets,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,

@@ -6,7 +6,7 @@ Knows module paths and PEFT's matching rule; must not know what is planted there
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -97,6 +97,27 @@ def target_names(planted: Iterable[str], every_path: Iterable[str]) -> list[str]
     leaves = sorted({leaf(path) for path in chosen})
     matched = {path for path in every_path if any(matches(name, path) for name in leaves)}
     return leaves if matched == chosen else sorted(chosen)
+
+
+EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""In a mixture of experts PEFT's LoRA takes these names of linears for experts that transformers has fused since."""
+
+
+def peft_targets(planted: Iterable[str], every_path: Iterable[str], mixture: bool) -> dict[str, Any]:
+    """PEFT's ``target_modules`` that reach ``planted`` and nothing else.
+
+    In a ``mixture`` of experts the linears of shared experts and dense layers are no modules to PEFT, which turns their names
+    into those of fused experts (peft 0.21, utils/transformers_weight_conversion.py), so their weights are ``target_parameters``:
+    PEFT keeps those beside the same tensors, under the same keys.
+    """
+    chosen, every = set(planted), list(every_path)
+    hidden = {path for path in chosen if mixture and leaf(path) in EXPERTS}
+    fields: dict[str, Any] = {"target_modules": target_names(chosen - hidden, every)}
+    if hidden:
+        short = sorted({".".join(path.split(".")[-2:]) for path in hidden})
+        reached = {path for path in every if any(matches(name, path) for name in short)}
+        fields["target_parameters"] = [f"{name}.weight" for name in (short if reached == hidden else sorted(hidden))]
+    return fields
 
 
 def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:

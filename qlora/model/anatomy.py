@@ -225,6 +225,13 @@ def gives_positions(path: str, module: nn.Module) -> bool:
     return "RotaryEmbedding" in type(innermost(module)).__name__ or path.rpartition(".")[2] in POSITION_TABLES
 
 
+def is_mixture(model: nn.Module | PretrainedConfig) -> bool:
+    """Whether its configuration names experts; a small one of the family may have dense layers alone all the same."""
+    config = text_config(model)
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(getattr(config, name, None) not in (None, 0, 1) for name in counts)
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them."""
     return [
