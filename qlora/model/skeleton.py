@@ -27,6 +27,7 @@ from qlora.model import anatomy
 from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import Scheme, any_config, scheme_of
+from qlora.model.mixers import begin_anew
 from qlora.model.names import match_names, matches_any, packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
@@ -91,6 +92,7 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
+    begin_anew(model)
     return Assembled(model, checkpoint, section, scheme, names, shapes, dtype)
 
 
