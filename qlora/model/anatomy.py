@@ -205,6 +205,15 @@ def fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
+def read_as_weights(model: nn.Module) -> list[str]:
+    """Linears that are never called: Mamba-1 reads the weight of its time steps itself (Mamba, Falcon Mamba, Jamba)."""
+    return [
+        f"{path}.dt_proj"
+        for path, module in model.named_modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children()) and at(module, "dt_proj") is not None
+    ]
+
+
 def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
     """The path at which ``module`` stands in ``model``; None where it does not."""
     return next((path for path, part in model.named_modules() if part is module), None)

@@ -44,6 +44,13 @@ def begins_anew(model: nn.Module) -> bool:
 class _Apart(nn.Module):
     """What a mixer's class gets in front of its own forward."""
 
+    def train(self, mode: bool = True) -> Any:
+        """The mixer itself is never in training, what it holds is: a fused kernel, taken in training alone, would read the
+        weights of its linears, packed and without adapters, instead of calling them."""
+        super().train(mode)
+        self.training = False
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mask = packed_now()
         if mask is None or not mask.packed:

@@ -220,10 +220,12 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
-    """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
+    """What is never quantised: the head, what is tied to another weight, what is read without being called, and what
+    transformers keeps in fp32."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
+    names += anatomy.read_as_weights(model)
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
 
