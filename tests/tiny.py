@@ -47,7 +47,7 @@ from tests.data.conftest import make_tokenizer
 from tests.rounding import difference
 
 __all__ = [
-    "CPU", "FAMILIES", "SIZES", "SMALL", "TOKENS", "VOCABULARY", "WORDS", "WRAPPERS", "adapter_bytes", "any_checkpoint",
+    "CPU", "FAMILIES", "HYBRIDS", "SIZES", "SMALL", "TOKENS", "VOCABULARY", "WORDS", "WRAPPERS", "adapter_bytes", "any_checkpoint",
     "chat_checkpoint", "conversations", "difference", "gradients", "logits_of", "random_model", "random_rows", "random_wrapper", "small_model",
     "stir", "tiny_base", "tiny_checkpoint", "tiny_model", "tiny_values", "word_tokenizer", "wrapper_checkpoint", "write_lines",
 ]  # fmt: skip
@@ -115,6 +115,58 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "PaliGemma": ({"model_type": "gemma"}, {"model_type": "siglip_vision_model", **_EYES}),
     "Idefics3": ({"model_type": "llama"}, _EYES),
 }
+_GATED: dict[str, Any] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
+# families whose layers pass on a state, three layers each: (transformers' name, sizes, model_type)
+HYBRIDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3.5": ("Qwen3_5Text", _GATED, "qwen3_5_text"),
+    "qwen3-next": ("Qwen3Next", {**_GATED, "num_experts": 0, "mlp_only_layers": [0, 1, 2]}, "qwen3_next"),
+    "olmo-hybrid": ("OlmoHybrid", {**_GATED, "linear_num_key_heads": 4, "num_key_value_heads": 4}, "olmo_hybrid"),
+    "granite-4": (
+        "GraniteMoeHybrid",
+        {**_MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0, "shared_intermediate_size": 48},
+        "granitemoehybrid",
+    ),
+    "bamba": ("Bamba", {**_MAMBA, "attn_layer_indices": [1]}, "bamba"),
+    "falcon-h1": ("FalconH1", {**_MAMBA, "mamba_d_ssm": 64}, "falcon_h1"),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}, "lfm2"),
+    "nemotron-h": (
+        "NemotronH",
+        {
+            "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1,
+            "ssm_state_size": 8, "chunk_size": 8,
+        },
+        "nemotron_h",
+    ),
+    "zamba-2": (
+        "Zamba2",
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_d_state": 8,
+            "mamba_headdim": 8, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 4, "num_key_value_heads": 4,
+            "attention_head_dim": 16, "attention_hidden_size": 64,
+        },
+        "zamba2",
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 3, "attn_layer_offset": 1,
+            "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        },
+        "jamba",
+    ),
+    "mamba-2": ("Mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}, "mamba2"),
+    "falcon-mamba": ("FalconMamba", {"state_size": 8}, "falcon_mamba"),
+    "recurrent-gemma": (
+        "RecurrentGemma", {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 64},
+        "recurrent_gemma",
+    ),
+}  # fmt: skip
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % VOCABULARY
 WORDS = [
     "what", "does", "copytree", "do", "it", "copies", "a", "whole", "folder", "hello", "there", "how", "are", "you",

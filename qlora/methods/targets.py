@@ -12,9 +12,12 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.model.anatomy import fused_experts, is_router
+from qlora.model.anatomy import fused_experts, is_router, kind, read_as_weights
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
+
+WITHOUT_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Types for which PEFT refuses adapters on ``out_proj``, a mixer's: kernels of others read its weight without calling it."""
 
 Number = TypeVar("Number", int, float)
 
@@ -34,8 +37,10 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, _ in module.named_children()
     ]
     linears = {path: module for path, module in modules_unplanted(model) if is_linear(unplanted(module))}
-    paths = {path for path, _ in modules_unplanted(model)}
-    linears = {path: module for path, module in linears.items() if not is_router(path, paths)}
+    paths, never_called = {path for path, _ in modules_unplanted(model)}, set(read_as_weights(model))
+    linears = {
+        path: module for path, module in linears.items() if not is_router(path, paths) and path not in never_called
+    }
     below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
     return below or dict(list(linears.items())[:-1])
 
@@ -50,7 +55,8 @@ def choose_targets(
     """
     fused = fused_experts(model)
     if wanted == "all-linear":
-        chosen = find_linears(model)
+        without = _peft_refuses(model)
+        chosen = {path: module for path, module in find_linears(model).items() if path not in without}
         if fused:
             raise MethodError(
                 f"method.target_modules is 'all-linear', but the experts of {type(model).__name__} are no linears: they are "
@@ -78,6 +84,23 @@ def choose_targets(
             f"Two methods want to change {listed(taken, 3)}; give each other method.target_modules, or leave one out."
         )
     return chosen
+
+
+def left_out(model: nn.Module, wanted: Targets) -> str | None:
+    """A sentence where ``all-linear`` leaves out what PEFT could not load."""
+    without = _peft_refuses(model) if wanted == "all-linear" else []
+    return (
+        f"method.target_modules is all-linear without {listed(sorted({leaf(path) for path in without}))}: PEFT loads no "
+        f"adapter there in {kind(model)} models. Name it to adapt it all the same."
+        if without
+        else None
+    )
+
+
+def _peft_refuses(model: nn.Module) -> list[str]:
+    if getattr(getattr(model, "config", None), "model_type", None) not in WITHOUT_OUT_PROJ:
+        return []
+    return [path for path in find_linears(model) if leaf(path) == "out_proj"]
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:

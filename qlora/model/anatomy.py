@@ -258,6 +258,15 @@ def is_router(path: str, paths: Container[str]) -> bool:
     return any(part in ROUTERS and ".".join([*parts[:place], EXPERTS]) in paths for place, part in enumerate(parts))
 
 
+def read_as_weights(model: nn.Module) -> list[str]:
+    """Linears that are never called: Mamba-1 reads the weight of its time steps itself (Mamba, Falcon Mamba, Jamba)."""
+    return [
+        f"{path}.dt_proj"
+        for path, module in model.named_modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children()) and at(module, "dt_proj") is not None
+    ]
+
+
 def path_of(model: nn.Module, module: nn.Module | None) -> str | None:
     """The path at which ``module`` stands in ``model``; None where it does not."""
     return next((path for path, part in model.named_modules() if part is module), None)

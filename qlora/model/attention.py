@@ -40,6 +40,8 @@ from qlora.model import anatomy
 
 EACH, VARLEN = "qlora_each_example", "qlora_varlen"
 """By what name transformers knows them."""
+RECURRENT = ("linear_attention", "conv", "hybrid")
+"""Kinds of layers that are no attention, or hold some beside another mixer (``mixers.py``)."""
 PLAIN = "sdpa"  # transformers' own, and ours where rows are not packed
 SHARES_HEADS = (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -61,6 +63,7 @@ class PackedMask:
         """Tokens of each example, row after row; padding belongs to the example before it."""
         self._rows: dict[tuple[int, int], PackedMask] = {}
         self._bounds: dict[torch.device, Tensor] = {}
+        self._groups: dict[torch.device, tuple[list[tuple[Tensor, Tensor, tuple[int, int]]], Tensor]] = {}
 
     @classmethod
     def of(cls, positions_RT: Any) -> PackedMask:
@@ -103,6 +106,38 @@ class PackedMask:
             self._bounds[device] = places.to(device, non_blocking=True)
         return self._bounds[device]
 
+    def groups(self, device: torch.device) -> list[tuple[Tensor, Tensor, tuple[int, int]]]:
+        """The examples as rows of their own, those of like length together: (tokens among those of all rows, their places
+        among those of E · L padded ones, (E, L)), the longest first. An example is more than half as long as its group's
+        longest, so less than half of what goes through is padding, and there are at most log2 of the width of them.
+
+        Example, lengths 4, 2, 2 → [0 1 2 3], [0 1 2 3], (1, 4) and [4 5 6 7], [0 1 2 3], (2, 2)
+        """
+        if device not in self._groups:
+            begins = numpy.cumsum([0, *self.lengths[:-1]])
+            order = numpy.argsort([-length for length in self.lengths], kind="stable").tolist()
+            gathered: list[list[int]] = []
+            for example in order:
+                if not gathered or 2 * self.lengths[example] <= self.lengths[gathered[-1][0]]:
+                    gathered.append([])
+                gathered[-1].append(example)
+            found, tokens_of_all = [], []
+            for group in gathered:
+                longest = self.lengths[group[0]]
+                spans = [numpy.arange(self.lengths[example]) for example in group]
+                tokens = numpy.concatenate([begins[example] + span for example, span in zip(group, spans, strict=True)])
+                places = numpy.concatenate([row * longest + span for row, span in enumerate(spans)])
+                tokens_of_all.append(tokens)
+                found.append((_sent(tokens, device), _sent(places, device), (len(group), longest)))
+            back = numpy.argsort(numpy.concatenate(tokens_of_all))
+            self._groups[device] = (found, _sent(back, device))
+        return self._groups[device][0]
+
+    def back(self, device: torch.device) -> Tensor:
+        """[R · T], where each token stands among those of ``groups``, one group behind the other."""
+        self.groups(device)
+        return self._groups[device][1]
+
     def dense(self, device: torch.device) -> Tensor:
         """It as pairs, bool [R, 1, T, T]: for whoever has more to put into it, as a prefix."""
         starts = [start for row in self.starts for start in row]
@@ -118,8 +153,18 @@ _CURRENT: ContextVar[PackedMask | None] = ContextVar("packed rows", default=None
 """Of the rows that go through a decoder now: what transformers asks a mask of is told everything but this."""
 
 
+def _sent(values: Any, device: torch.device) -> Tensor:
+    """Indices on a device, without waiting for it."""
+    return torch.from_numpy(numpy.ascontiguousarray(values, dtype=numpy.int64)).to(device, non_blocking=True)
+
+
+def packed_now() -> PackedMask | None:
+    """Of the rows that go through a decoder, or through one of its layers, now; None where it was not said."""
+    return _CURRENT.get()
+
+
 @contextmanager
-def packed_rows(mask: PackedMask) -> Iterator[None]:
+def packed_rows(mask: PackedMask | None) -> Iterator[None]:
     """Inside, ``mask`` is what a model that keeps examples apart gets in the place of a mask."""
     token = _CURRENT.set(mask)
     try:
@@ -250,7 +295,7 @@ def keep_apart(model: nn.Module, dtype: torch.dtype, capability: float) -> None:
         decoder, "_supports_attention_backend", False
     )  # it asks AttentionInterface for its function
     plain = plain and all(getattr(module, "is_causal", True) for module in model.modules())  # BERT sees what follows
-    if plain and set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention"}:
+    if plain and set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention", *RECURRENT}:
         half = dtype in (torch.float16, torch.bfloat16)
         config._attn_implementation = VARLEN if half and capability >= AMPERE else EACH
 

@@ -2,6 +2,7 @@
 
     its own logits      against   hidden states times its head
     packed examples     against   each of them alone
+    a padded row        against   the same row alone
     rows to read        against   its embeddings and positions
 
 A family may do something that this package does not know; without a check the run would go wrong in silence. Knows a
@@ -92,7 +93,8 @@ def check_packing(model: nn.Module, ids: list[int], rows: int = 1) -> None:
 
     ``rows`` is how many rows go through a layer at once in training. How far rounding alone may part them is measured: an
     example at the front of the same rows sees nothing of what follows in any causal model, yet goes through the same
-    kernels. In bf16 that is much in a model whose states hang on small differences, and nearly nothing in fp32.
+    kernels. In bf16 that is much in a model whose states hang on small differences, and nearly nothing in fp32. The same
+    example behind another neighbour goes through the same kernels, so there a leak that is less than bf16 rounds shows.
     """
     half = max(2, len(ids[:16]) // 2)
     first, second = ids[:half], ids[half : 2 * half]
@@ -110,12 +112,65 @@ def check_packing(model: nn.Module, ids: list[int], rows: int = 1) -> None:
 
     alone = states(second, times=1)
     behind, in_front = states(first, second)[:, half:], states(second, first)[:, : len(second)]
-    difference, rounding = ((found.float() - alone.float()).abs().max().item() for found in (behind, in_front))
-    least = 16 * torch.finfo(alone.dtype).eps * max(1.0, alone.abs().max().item())
-    if not difference <= max(4 * rounding, least):
+    difference, rounding = _apart(behind, alone), _apart(in_front, alone)
+    other = first[::-1] if first != first[::-1] else second
+    by_neighbour = _apart(behind, states(other, second)[:, half:])
+    beside = _apart(in_front, states(second, other)[:, : len(second)])
+    allowed, allowed_by_neighbour = _allowed(alone, rounding, beside)
+    if not (difference <= allowed and by_neighbour <= allowed_by_neighbour):
         raise ModelError(
             f"Packed examples see each other in this {anatomy.kind(model)} model (hidden states differ by "
-            f"{difference:.3g} from the example alone, {rows} rows at once, where rounding gives {rounding:.1g}); "
+            f"{max(difference, by_neighbour):.3g} from the example alone, {rows} rows at once, where rounding gives {rounding:.1g}); "
             "set data.packing=false"
             + (" or training.micro_batch_size=1." if rows > 1 and packs_one_row(model) else ".")
         )
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, ids: list[int]) -> None:
+    """Raise ModelError unless a short row beside a longer one, padded on the right, has the hidden states it has alone.
+
+    There is no mask of padding, since in a causal model no token sees what follows it; where one does, the loss would be
+    wrong in silence. Measured as in ``check_packing``: rounding by the same row in a batch of other rows of its own length.
+    """
+    length = len(ids := ids[:16])
+    short = length // 2
+    if short < 2:
+        return
+    device, row = next(model.parameters()).device, ids[:short]
+
+    def states(*rows: list[int]) -> torch.Tensor:
+        places = [list(range(len(row))) for row in rows]
+        batch = {"input_ids": list(rows), "position_ids": places}
+        return hidden_states(model, {key: torch.tensor(value, device=device) for key, value in batch.items()})
+
+    alone = states(row)[0]
+    rounding = _apart(states(row, ids[short : 2 * short], row)[2], alone)
+    filled, otherwise = row + ids[:1] * (length - short), row + ids[: short - 1 : -1]
+    padded = states(ids, filled)[1, :short]
+    beside = _apart(padded, states(ids[::-1], filled)[1, :short])
+    allowed, allowed_otherwise = _allowed(alone, rounding, beside)
+    difference, by_filling = _apart(padded, alone), _apart(padded, states(ids, otherwise)[1, :short])
+    if not (difference <= allowed and by_filling <= allowed_otherwise):
+        raise ModelError(
+            f"In this {anatomy.kind(model)} model a row sees the padding that follows it (hidden states differ by "
+            f"{max(difference, by_filling):.3g} from the row alone, where rounding gives {rounding:.1g}), so its loss would "
+            "be wrong beside longer rows; set training.micro_batch_size=1 training.accumulation=micro_batch_major."
+        )
+
+
+def _apart(found: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference; NaN, which no bound holds, where there is one."""
+    return (found.float() - other.float()).abs().max().item()
+
+
+def _allowed(states: torch.Tensor, rounding: float, beside: float) -> tuple[float, float]:
+    """(how far rounding may take states from those of another shape, and from those of the same shape beside other tokens).
+
+    Both by what was measured: ``rounding`` between shapes, ``beside`` between neighbours that cannot be seen. Where that is
+    nothing, other shapes may still go through other kernels, whose results part by some of the dtype's eps; what stands
+    beside an example changes no kernel, but in a mixture of experts, and mostly no bit.
+    """
+    eps = torch.finfo(states.dtype).eps
+    largest = max(1.0, states.abs().max().item())
+    return max(4 * rounding, 16 * eps * largest), max(4 * beside, 2 * eps * largest)

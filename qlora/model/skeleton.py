@@ -36,6 +36,7 @@ from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import FOUR_BIT, Scheme, any_config, is_wrapper, scheme_of
 from qlora.model.experts import empty_experts, matrices
+from qlora.model.mixers import begin_anew
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
 from qlora.model.towers import find_towers, take_out, within
@@ -129,6 +130,7 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
+    begin_anew(model)
     return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes, packed_aside)
 
 
@@ -275,12 +277,13 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
-    """What is never quantised: the head, what is tied to another weight, a mixture's routers, and what transformers keeps in fp32."""
+    """What is never quantised: the head, what is tied to another weight, a mixture's routers, what is read without being called,
+    and what transformers keeps in fp32."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
     paths = {path for path, _ in model.named_modules()}
-    names += [path for path in paths if anatomy.is_router(path, paths)]
+    names += [path for path in paths if anatomy.is_router(path, paths)] + anatomy.read_as_weights(model)
     return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
 
 

@@ -31,6 +31,7 @@ from qlora.machine.device import (
 )
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
+from qlora.methods.targets import left_out
 from qlora.model.attention import keep_apart
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
@@ -208,6 +209,8 @@ def _plan(
     adapted = apply_method(base, resolved.method)
     if origin is not None:
         origin.check(adapted)
+    for wanted in {getattr(part, "target_modules", ()) for part in parts_of(resolved.method)}:
+        why += filter(None, [left_out(adapted.model, wanted)])
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
     if resolved.training.recompute == "auto":

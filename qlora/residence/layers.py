@@ -49,7 +49,7 @@ from torch.autograd.graph import get_gradient_edge
 from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
 from qlora.model import anatomy
-from qlora.model.attention import PackedMask
+from qlora.model.attention import PackedMask, packed_now, packed_rows
 from qlora.model.nf4 import dense_cached
 from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
@@ -103,7 +103,7 @@ class _Recompute(torch.autograd.Function):
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> Tensor | tuple[Tensor | None, ...]:
-        ctx.boundary, ctx.args, ctx.kwargs = boundary, args, kwargs
+        ctx.boundary, ctx.args, ctx.kwargs, ctx.packed = boundary, args, kwargs, packed_now()
         ctx.parts = list(boundary.micro_batches(len(hidden)))
         ctx.graphs = [] if boundary.keeps and any(ctx.needs_input_grad) else None
         ctx.random = [] if ctx.graphs is None and draws(boundary.layer) else None
@@ -123,7 +123,7 @@ class _Recompute(torch.autograd.Function):
                 if ctx.graphs is not None:
                     inputs = inputs.detach().requires_grad_(ctx.needs_input_grad[0])
                 with torch.set_grad_enabled(ctx.graphs is not None):
-                    answer, others = _run(boundary.layer, inputs, part, len(hidden), args, kwargs)
+                    answer, others = _run(boundary.layer, inputs, part, len(hidden), args, kwargs, ctx.packed)
                 if ctx.graphs is not None:
                     ctx.graphs.append((inputs, get_gradient_edge(answer) if answer.requires_grad else None))
                 del inputs
@@ -158,7 +158,7 @@ class _Recompute(torch.autograd.Function):
                     rows = hidden[part] if hidden is not None else kept.rows(number)  # type: ignore[union-attr]
                     inputs = rows.detach().requires_grad_(needed)
                     del rows
-                    edge = _recomputed(boundary, inputs, part, grad, ctx.args, ctx.kwargs)
+                    edge = _recomputed(boundary, inputs, part, grad, ctx.args, ctx.kwargs, ctx.packed)
                 if edge is not None:  # else what trains here is switched off, and nothing below asks
                     torch.autograd.backward(edge, grad[part])
                     del edge
@@ -184,10 +184,11 @@ def _recomputed(
     grad: Tensor,
     args: tuple[object, ...],
     kwargs: dict[str, object],
+    packed: PackedMask | None,
 ) -> Any:
     """Where backward begins in the graph of rows ``part``, computed again; None where no gradient is asked for."""
     with left_out(boundary.unread or []):
-        output = _run(boundary.layer, inputs, part, len(grad), args, kwargs)[0]
+        output = _run(boundary.layer, inputs, part, len(grad), args, kwargs, packed)[0]
     if not output.requires_grad:
         return None
     if boundary.unread is None:
@@ -277,15 +278,23 @@ def _drew_after(linear: nn.Module, grad: Tensor) -> bool:
 
 
 def _run(
-    layer: nn.Module, inputs: Tensor, part: slice, count: int, args: tuple[object, ...], kwargs: dict[str, object]
+    layer: nn.Module,
+    inputs: Tensor,
+    part: slice,
+    count: int,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    packed: PackedMask | None = None,
 ) -> tuple[Tensor, tuple[None, ...] | None]:
-    """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``.
+    """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``. ``packed``
+    says where the examples of all of these begin, as it did in the forward, whose word is gone when backward comes.
 
     The second is None where the layer gives a bare tensor. In a tuple the others stand empty: attention weights would be
     those of one micro-batch, and without a cache there is nothing else.
     """
     tokens = inputs.shape[1]
-    output = layer(inputs, *_cut(args, part, count, tokens), **_cut(kwargs, part, count, tokens))
+    with packed_rows(_cut(packed, part, count, tokens)):
+        output = layer(inputs, *_cut(args, part, count, tokens), **_cut(kwargs, part, count, tokens))
     if not isinstance(output, tuple):
         return output, None
     return output[0], (None,) * (len(output) - 1)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from qlora.errors import ModelError
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.anatomy import position_limit
-from qlora.model.checks import check_loss_path, check_packing, packs_one_row
+from qlora.model.checks import check_loss_path, check_packing, check_padding, packs_one_row
 from qlora.model.loss import hidden_states
 from qlora.residence import layers
 from qlora.residence.checks import check_boundary
@@ -110,6 +110,24 @@ def test_check_packing_refuses_flash_attention_with_several_rows() -> None:
     check_packing(model, IDS)
     with pytest.raises(ModelError, match="2 rows at once"):
         check_packing(model, IDS, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_check_padding_accepts_what_is_causal(family: str, dtype: torch.dtype) -> None:
+    check_padding(random_model(family).to(dtype), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("check", "seen"), [(check_padding, -1), (check_packing, 0)], ids=["padding", "packing"])
+@pytest.mark.parametrize("share", [0.03, 0.3])
+def test_a_leak_of_three_percent_is_told_from_rounding(check: Any, seen: int, share: float, dtype: torch.dtype) -> None:
+    """Of the row's last token into all before it, or of its first into all behind: in bf16 16 eps would be 12 %."""
+    model = random_model("Llama").to(dtype)
+    check(model, IDS)
+    model.model.norm.register_forward_hook(lambda _, __, states: states + share * states[:, seen, None])
+    with pytest.raises(ModelError, match=r"see each other|sees the padding"):
+        check(model, IDS)
 
 
 @pytest.mark.parametrize("packed", [False, True])
