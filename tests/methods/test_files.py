@@ -267,7 +267,6 @@ def test_section_and_values_go_round(tmp_path: Path) -> None:
         ("alpha_pattern", {"q_proj": "much"}),
         ("bias", "all"),
         ("lora_bias", True),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("use_qalora", True),
         ("alora_invocation_tokens", [5, 6]),
