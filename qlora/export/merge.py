@@ -164,6 +164,8 @@ class _Source:
         self.stacks = self.empty.stacks
         self.split: dict[str, Tensor] = {}
         """What else the expert's matrix was split into that was merged last."""
+        self.unpacked: dict[str, str] = {}
+        """Tensors that stand for two of MXFP4 → their names in the model."""
         self._untie()
         self.quantised = quantised_names(self.model)
         # the model stays on meta, the adapter is on the device
@@ -205,6 +207,13 @@ class _Source:
         for name, target in self.names.items():
             entry = self.checkpoint.entries[name]
             plain = entry.dtype.is_floating_point or target in self.quantised
+            stack = self.stacks.get(target)
+            written = None if stack is None else stack.unpacked
+            if written is not None:  # two tensors of MXFP4 become one in 16 bits
+                if name != stack.sources[0]:  # type: ignore[union-attr]
+                    continue
+                self.unpacked[written] = target
+                entry = entry._replace(shape=self.shapes[target], dtype=dtype)
             # the part of an expert, or of all in another arrangement, is checked when it is read
             shape = entry.shape if target in self.stacks else self.shapes[target]
             if entry.shape != shape and not packed_parts(name, self.checkpoint):
@@ -216,7 +225,7 @@ class _Source:
                 shape = method.merge.shape(target, shape)
             # transformers looks for model.safetensors where there is no index
             file = "model.safetensors" if single else entry.file.name
-            files.setdefault(file, {})[name] = (dtype if plain else entry.dtype, shape)
+            files.setdefault(file, {})[written or name] = (dtype if plain else entry.dtype, shape)
             files[file] |= {new: files[file][name] for new, source in self.untied.items() if source == name}
         for name in sorted(self.left):
             entry, packed = self.checkpoint.entries[name], self.empty.packed_aside.get(name)
@@ -235,7 +244,7 @@ class _Source:
         """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device; what was not loaded as it is there."""
         if name in self.left:
             return self._left(name, dtype)
-        if self.names.get(name) in self.stacks:
+        if name in self.unpacked or self.names.get(name) in self.stacks:
             rounded = self._of_experts(name, dtype, requantise)
         else:
             rounded = self._whole(name, requantise).to(dtype)
@@ -263,17 +272,18 @@ class _Source:
 
     def _of_experts(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
         """The merged tensor ``name`` that holds one expert's matrix, a part of it, or those of all."""
-        target = self.names[name]
+        target = self.unpacked.get(name) or self.names[name]
         stack = self.stacks[target]
-        own = next(names for names in stack.parts.values() if name in names)
+        own = next((names for names in stack.parts.values() if name in names), [])
         if len(own) > 1:
             if name not in self.split:  # an expert's gate and its up are halves of one matrix, and mostly neighbours
                 self.split = split_expert(stack, own.index(name), self._expert(target, own.index(name), requantise))
             return self.split.pop(name).to(dtype)
-        entry = self.checkpoint.entries[name]
-        whole = torch.empty(entry.shape, dtype=dtype, device=self.device)
+        shape = self.checkpoint.entries[name].shape if own else self.shapes[target]
+        whole = torch.empty(shape, dtype=dtype, device=self.device)
         for expert in range(len(whole)):
-            whole[expert] = split_expert(stack, expert, self._expert(target, expert, requantise))[name]
+            matrix = self._expert(target, expert, requantise)
+            whole[expert] = split_expert(stack, expert, matrix)[name] if own else matrix
             trim_heap()
         return whole
 

@@ -149,9 +149,11 @@ def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     # the oldest 8-bit checkpoints do not name their method
     named = values.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
     method = str(named).rpartition(".")[2].lower()
+    if method == "mxfp4":  # of experts, which are dequantised exactly while they are read
+        return Scheme(section.quantization, section.double_quant, prequantised=False)
     if method != "bitsandbytes" or not (four or eight):
         raise ModelError(
-            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints and "
+            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints, MXFP4 and "
             "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
         )
     kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"

@@ -257,11 +257,10 @@ class _Answer(torch.autograd.Function):
         flat = scores.reshape(-1, 1)
         for expert, places in _visits(order, counts):
             tokens = places // ctx.some
-            hidden = up.product(expert, x[tokens], up.weight(expert, x.dtype))
-            hidden = _gate(experts, hidden)
-            hidden = down.product(expert, hidden, down.weight(expert, x.dtype))
+            given = _answer_of(experts, up, down, expert, x[tokens]) * flat[places]
             # no token stands in it twice, so the sum is always the same one
-            answer.index_add_(0, tokens, (hidden * flat[places]).to(answer.dtype))
+            answer.index_add_(0, tokens, given.to(answer.dtype))
+            del given  # before the next expert is asked
         return answer.to(x.dtype)
 
     @staticmethod
@@ -278,23 +277,12 @@ class _Answer(torch.autograd.Function):
         with at_hand(up.packed), at_hand(down.packed):
             for expert, places in _visits(order, ctx.counts):
                 tokens = places // ctx.some
-                inputs, outer, score = x[tokens], grad[tokens], flat[places]
-                weight = up.weight(expert, x.dtype)
-                with torch.enable_grad():
-                    between = up.product(expert, inputs, weight).detach().requires_grad_()
-                    hidden = _gate(experts, between)
-                inner = down.back(expert, outer, down.weight(expert, x.dtype))  # of an answer that counts whole
+                found = _gradients_of(experts, up, down, expert, x[tokens], grad[tokens], flat[places], grads)
                 if grad_scores is not None:
-                    part = (inner * hidden.detach()).sum(-1, keepdim=True, dtype=grad_scores.dtype)
-                    if down.bias is not None:
-                        part = part + (outer @ down.bias[expert].to(outer.dtype)).unsqueeze(-1)
-                    grad_scores[places] = part
-                scored = (outer * score).to(x.dtype)
-                down.learn(expert, hidden.detach(), scored, *grads[2:])
-                (through,) = torch.autograd.grad(hidden, between, (inner * score).to(x.dtype))
-                up.learn(expert, inputs, through, *grads[:2])
+                    grad_scores[places] = found[1].to(grad_scores.dtype)
                 if grad_x is not None:
-                    grad_x.index_add_(0, tokens, up.back(expert, through, weight).to(grad_x.dtype))
+                    grad_x.index_add_(0, tokens, found[0].to(grad_x.dtype))
+                del found
         return (
             None if grad_x is None else grad_x.to(x.dtype),
             None if grad_scores is None else grad_scores.view(scores.shape).to(scores.dtype),
@@ -317,6 +305,39 @@ def answer(experts: Any, x: Tensor, index: Tensor, scores: Tensor) -> Tensor:
 
 
 ALL_EXPERTS_FUNCTIONS.register(PACKED, answer)
+
+
+def _answer_of(experts: Any, up: _Side, down: _Side, expert: int, x: Tensor) -> Tensor:
+    """What one expert answers for x [n, H], before it is weighed."""
+    hidden = _gate(experts, up.product(expert, x, up.weight(expert, x.dtype)))
+    return down.product(expert, hidden, down.weight(expert, x.dtype))
+
+
+def _gradients_of(
+    experts: Any,
+    up: _Side,
+    down: _Side,
+    expert: int,
+    x: Tensor,
+    grad: Tensor,
+    score: Tensor,
+    grads: list[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """(of x [n, H], of the scores [n, 1]) for ``grad`` of one expert's weighed answer; those of its A and B go into ``grads``."""
+    weight = up.weight(expert, x.dtype)
+    with torch.enable_grad():
+        between = up.product(expert, x, weight).detach().requires_grad_()
+        gated = _gate(experts, between)
+    hidden = gated.detach()
+    inner = down.back(expert, grad, down.weight(expert, x.dtype))  # of an answer that counts whole
+    grad_score = (inner * hidden).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+    if down.bias is not None:
+        grad_score = grad_score + (grad @ down.bias[expert].to(grad.dtype)).unsqueeze(-1)
+    down.learn(expert, hidden, (grad * score).to(x.dtype), *grads[2:])
+    (through,) = torch.autograd.grad(gated, between, (inner * score).to(x.dtype))
+    del gated, hidden, inner
+    up.learn(expert, x, through, *grads[:2])
+    return up.back(expert, through, weight), grad_score
 
 
 def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:

@@ -31,6 +31,7 @@ from qlora.errors import ModelError, listed
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT, Scheme
+from qlora.model.mxfp4 import BLOCKS, SCALES, FromMxfp4
 from qlora.model.towers import within
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class Stack:
     """Transformers' own, which make the parameter from its parts; each does the same to every expert."""
     pattern: str
     """Transformers' pattern of the parameter's name."""
+
+    @property
+    def unpacked(self) -> str | None:
+        """What it is called in a checkpoint of 16 bits, where this one holds it in MXFP4; None elsewhere."""
+        if not any(isinstance(operation, FromMxfp4) for operation in self.operations):
+            return None
+        return self.sources[0].removesuffix(BLOCKS)
 
     @property
     def sources(self) -> list[str]:
@@ -85,7 +93,10 @@ def match_names(
     for source in checkpoint.entries:
         if source.endswith(parts):
             continue
-        target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, expected)
+        stem = source.removesuffix(BLOCKS).removesuffix(SCALES)
+        target, pattern = rename_source_key(stem, renamings, converters, model.base_model_prefix, expected)
+        if stem != source:
+            target, pattern = (target, source[len(stem) :]) if target in stacked else (source, None)
         if target not in expected and source in expected:
             target, pattern = source, None
         if within(target, towers):  # copied as it is, so that nothing has to be computed from it
@@ -117,6 +128,7 @@ def match_names(
         if expected[target].is_floating_point()
         and not checkpoint.entries[source].dtype.is_floating_point
         and not packed_parts(source, checkpoint)
+        and not (target in stacks and stacks[target].unpacked)
     ]:
         raise ModelError(
             f"'{name}' holds whole numbers without their scales in {listed(whole)}; expected floating-point weights, or "
@@ -147,6 +159,8 @@ def _stack(
 ) -> Stack:
     """How the parameter ``target`` of several experts is made from its ``parts``. Raises ModelError where that is not known, or
     parts are missing."""
+    if parts.keys() == {BLOCKS, SCALES} and all(len(names) == 1 for names in parts.values()):
+        return Stack({end: parts[end] for end in (BLOCKS, SCALES)}, [FromMxfp4()], target)
     count = model.get_parameter(target).shape[0]
     converter = next((item for item in converters if set(parts) <= set(item.source_patterns)), None)
     operations = [] if converter is None else list(converter.operations)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora.errors import MethodError
 from qlora.export import merge
@@ -171,6 +174,34 @@ def test_the_merged_model_is_the_trained_one_in_the_layout_of_its_checkpoint(
     else:
         for name, values in source.items():
             assert "experts" not in name or "shared" in name or torch.equal(found[name], values.float()), name
+
+
+def test_mxfp4_is_dequantised_and_merged_in_16_bits(checkpoint: Any, tmp_path: Path) -> None:
+    """Every byte, and scales of many sizes, as transformers has them; packed anew, and merged as the 16-bit checkpoint is."""
+    folder = Path(shutil.copytree(checkpoint("GptOss"), tmp_path / "mxfp4"))
+    tensors = load_file(folder / "model.safetensors")
+    plain = dict(tensors)
+    for name in [name for name in tensors if "experts" in name and not name.endswith("bias")]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 124, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    other = Path(shutil.copytree(checkpoint("GptOss"), tmp_path / "plain"))
+    save_file({name: values.contiguous() for name, values in plain.items()}, other / "model.safetensors")
+    for quantization in ("none", "nf4"):
+        assert torch.equal(
+            logits_of(tiny_base(folder, quantization).model), logits_of(tiny_base(other, quantization).model)
+        )
+    model = adapted(folder, target_parameters=("experts.down_proj",))
+    save_adapter(model, tmp_path / "adapter")
+    merge(folder, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32", dtype="fp32")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == plain.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert difference(logits_of(merged), logits_of(model.model)) <= rounding()
 
 
 # --- trained ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from qlora.training import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.test_laws import CASES as CASES_OF_METHODS
 from tests.steps import peak_of
-from tests.tiny import chat_checkpoint
+from tests.tiny import any_checkpoint, chat_checkpoint
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NEAR = 0.05  # of what is measured
@@ -318,3 +318,17 @@ def test_paged_moments_are_in_host_memory(models: dict[str, Path]) -> None:
     largest = max(p.numel() for p in model.trainable_parameters().values())
     assert found.host["paged_optimizer"] == 8 * model.count_trainable()
     assert found.device["optimizer"] == 8 * largest
+
+
+@pytest.mark.parametrize("parameters", [(), ("experts.down_proj",)])
+def test_experts_that_all_tokens_visit_take_what_was_estimated(parameters: tuple[str, ...], tmp_path: Path) -> None:
+    """The worst case, which a dry run takes: a router that tells no token from another. Any other takes less."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "hidden_size": 128}
+    folder = any_checkpoint(tmp_path / "model", "Qwen3Moe", **sizes)
+    method = LoRA(r=4, target_parameters=parameters)
+    model = adapted_model(folder, method, compute_dtype="fp32")
+    planned = skeleton_of(folder, method)
+    assert weight_bytes(model.model, set()) == weight_bytes(planned.model, set())
+    for layer in layers_of(model.model):
+        layer.mlp.gate.weight.zero_()  # type: ignore[operator, union-attr]
+    compare(f"experts {parameters}", model, 128, planned_from=planned, batch_size=2, micro_batch_size=1)
