@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.model.anatomy import fused_experts
+from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
 
@@ -22,7 +22,7 @@ Number = TypeVar("Number", int, float)
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear below the layers, by module path: attention and MLP, not the head or the embeddings.
 
-    A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
+    Left out is what could not train: attention to an encoder, and linears whose weights a family uses by itself. A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
     Example: ``{"model.layers.0.self_attn.q_proj": Linear4bit(…), …}``
     """
     # Layers are the members of a ModuleList; the output head and the embeddings stand outside of them. A number alone
@@ -34,7 +34,11 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, _ in module.named_children()
     ]
     linears = {path: module for path, module in modules_unplanted(model) if is_linear(unplanted(module))}
-    below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
+    below = {
+        path: module
+        for path, module in linears.items()
+        if path.startswith(tuple(layers)) and leaf(path) not in OWN_USE and not set(path.split(".")) & {*TO_ENCODER}
+    }
     return below or dict(list(linears.items())[:-1])
 
 

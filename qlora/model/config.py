@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from qlora.errors import ModelError, first_line
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -84,13 +84,20 @@ def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: 
         )
     if not native:
         return
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = classes_of(config)
+    if type(config) not in known:
         raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
     # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
-    chosen = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    chosen = known[type(config)]
     names = [cls.__name__ for cls in (chosen if isinstance(chosen, tuple) else (chosen,))]
     if made and not {item.lower() for item in made} & {item.lower() for item in names}:
         raise ModelError(f"{what} and not a {names[0]}; expected a decoder-only language model.")
+
+
+def classes_of(config: PretrainedConfig) -> Any:
+    """transformers' table that has the class of such a model: Mistral 4's is among those of images and text."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
@@ -107,10 +114,12 @@ def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     # the oldest 8-bit checkpoints do not name their method
     named = values.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
     method = str(named).rpartition(".")[2].lower()
+    if method == "fp8" and values.get("activation_scheme", "dynamic") == "dynamic":
+        return Scheme(section.quantization, section.double_quant, prequantised=False)  # read as what it stands for
     if method != "bitsandbytes" or not (four or eight):
         raise ModelError(
-            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints and "
-            "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
+            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints, FP8 with a "
+            "scale for each block, and unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
         )
     kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
     if section.quantization != kind:

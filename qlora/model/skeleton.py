@@ -19,8 +19,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
@@ -143,13 +150,20 @@ def any_skeleton(model: str | Path | PretrainedConfig) -> nn.Module:
 
 def empty_model(config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
-    return _built(AutoModelForCausalLM, config, section, dtype)
+    listed_elsewhere = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return _built(AutoModelForImageTextToText if listed_elsewhere else AutoModelForCausalLM, config, section, dtype)
 
 
 def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
+    if getattr(
+        config, "rescale_every", 0
+    ):  # RWKV halves weights and states alike for the range of fp16: not packed bytes
+        config.rescale_every = 0
     try:
         with torch.device("meta"):
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
@@ -222,11 +236,12 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
-    """What is never quantised: the head, what is tied to another weight, and what transformers keeps in fp32."""
+    """What is never quantised: the head, what is tied to another weight, what a family changes by itself, and what transformers
+    keeps in fp32."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
-    return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return [*names, *anatomy.OWN_USE, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, RecipeError
+from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
@@ -190,6 +190,8 @@ def _plan(
     adapted = apply_method(base, resolved.method)
     if origin is not None:
         origin.check(adapted)
+    if left := [path for method in adapted.methods for path in method.left_out]:
+        why.append(f"Left out of all-linear, since they are narrower than method.r: {listed(left, 3)}.")
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
     if resolved.training.recompute == "auto":
