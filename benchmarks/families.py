@@ -92,9 +92,15 @@ class Sentences:
         self.numbers: dict[str, int] = {}
 
     def number(self, sentence: str, row: dict[str, Any]) -> int:
-        for word, sign in ((str(row.get("class")), "CLASS"), (rf"\b{re.escape(row['type'])}\b", "TYPE")):
-            sentence = re.sub(word, sign, sentence)
-        sentence = re.sub(r"/[\w./-]*/model", "MODEL", sentence)
+        for words, sign in (
+            (str(row.get("class")), "CLASS"),
+            (rf" \(model type '{re.escape(row['type'])}'\)", ""),
+            (rf"this {re.escape(row['type'])} model", "this model"),
+            (r"(16 bits: ).*?\. Set", r"\1…. Set"),
+            (r"'[\w.]+weight'", "'…'"),
+            (r"\d+\.\d+|\d+e-\d+|\d+(?=%| from the example)|(?<=rounding gives )\d+", "N"),
+        ):
+            sentence = re.sub(words, sign, sentence)
         return self.numbers.setdefault(sentence, len(self.numbers) + 1)
 
 
@@ -109,7 +115,7 @@ def cell(row: dict[str, Any], key: str, sentences: Sentences) -> str:
         return "0" if value == 0 else f"{value:.0e}"
     if isinstance(value, list):
         return " ".join(f"`{one}`" for one in value)
-    if value is None or key in ("type", "class", "packing") or value in ("works", "trains"):
+    if value is None or key in ("type", "class", "packing") or value == "works" or str(value).startswith("trains"):
         return str(value or "")
     head, _, _ = str(value).partition(":")
     return f"{'fails' if head == 'fails' or key in ('peft', 'plan') else head}, {sentences.number(str(value), row)}"

@@ -56,7 +56,7 @@ def judge(kind: str, folder: Path, whole: bool = True) -> dict[str, Any]:
     try:
         _judge(row, kind, folder, whole)
     except QloraError as error:
-        row |= {"outcome": REFUSED, "why": str(error)}
+        row |= {"outcome": REFUSED, "why": _said(error, folder)}
     except Exception as error:
         row |= {"outcome": CRASHES, "why": f"{_line(error)} ({_place(error)})"}
     row["seconds"] = round(time.perf_counter() - begun, 1)
@@ -169,7 +169,7 @@ def train(row: dict[str, Any], checkpoint: Path, folder: Path) -> bool:
             if not asked:
                 raise
             row["asked for"] += asked
-            row.setdefault("sentences", []).append(str(error))
+            row.setdefault("sentences", []).append(_said(error, folder))
             for section, changes in (ADVICE[key] for key in asked):
                 values[section] |= changes
 
@@ -285,6 +285,11 @@ def plain_peft(kind: str, checkpoint: Path) -> str:
         return "trains" if not lacking else f"trains, {lacking} of {len(trained)} tensors without gradient"
     except Exception as error:
         return f"fails: {_line(error)}"
+
+
+def _said(error: BaseException, folder: Path) -> str:
+    """The whole sentence, without the folder that is another one each time."""
+    return str(error).replace(f"{folder}/", "")
 
 
 def _line(error: BaseException) -> str:
