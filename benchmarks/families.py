@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "2026-11-26-families.jsonl"
 SECONDS = 60.0
 OUTCOMES = ("works", "works, packing off", "refused", "crashes", "silently wrong", "not judged")
 COLUMNS = {
-    "type": "type", "class": "class", "outcome": "outcome", "logits": "logits", "packing": "packing", "padding": "padding",
+    "type": "type", "class": "class", "outcome": "outcome", "logits": "logits", "gradients": "gradients", "packing": "packing", "padding": "padding",
     "targets": "LoRA on", "without gradient": "no gradient", "dense": "in 16 bits", "merged": "merged", "peft": "PEFT",
     "plan": "plan", "plain": "transformers + PEFT",
 }  # fmt: skip
@@ -92,25 +92,30 @@ class Sentences:
         self.numbers: dict[str, int] = {}
 
     def number(self, sentence: str, row: dict[str, Any]) -> int:
-        for word, sign in ((str(row.get("class")), "CLASS"), (rf"\b{re.escape(row['type'])}\b", "TYPE")):
-            sentence = re.sub(word, sign, sentence)
-        sentence = re.sub(r"/[\w./-]*/model", "MODEL", sentence)
+        for words, sign in (
+            (str(row.get("class")), "CLASS"),
+            (rf" \(model type '{re.escape(row['type'])}'\)", ""),
+            (rf"this {re.escape(row['type'])} model", "this model"),
+            (r"(16 bits: ).*?\. Set", r"\1…. Set"),
+            (r"'[\w.]+weight'", "'…'"),
+            (r"\d+\.\d+|\d+e-\d+|\d+(?=%| from the example)|(?<=rounding gives )\d+", "N"),
+        ):
+            sentence = re.sub(words, sign, sentence)
         return self.numbers.setdefault(sentence, len(self.numbers) + 1)
 
 
 def cell(row: dict[str, Any], key: str, sentences: Sentences) -> str:
     value = row.get(key)
     if key == "outcome":
-        return f"{value}, {sentences.number(row['why'], row)}" if row.get("why") else str(value)
+        said = [*row.get("sentences", []), *([row["why"]] if row.get("why") else [])]
+        return ", ".join([str(value), " ".join(str(sentences.number(one, row)) for one in said)]).removesuffix(", ")
     if key == "dense" and value is not None:
         return f"{value:.1%}"
     if isinstance(value, float):
         return "0" if value == 0 else f"{value:.0e}"
     if isinstance(value, list):
         return " ".join(f"`{one}`" for one in value)
-    if key == "packing" and value not in (None, "on"):
-        return f"off, {sentences.number(value, row)}"
-    if value is None or key in ("type", "class", "packing") or value in ("works", "trains"):
+    if value is None or key in ("type", "class", "packing") or value == "works" or str(value).startswith("trains"):
         return str(value or "")
     head, _, _ = str(value).partition(":")
     return f"{'fails' if head == 'fails' or key in ('peft', 'plan') else head}, {sentences.number(str(value), row)}"
@@ -139,7 +144,7 @@ def table_page(about: dict[str, str], rows: dict[str, dict[str, Any]], day: str)
             "",
             "A tiny random checkpoint of each causal language model and each model of images and text: loaded in NF4, planned, trained",
             "for two steps, merged, exported. Differences are the largest of a logit (or hidden state), by the largest: *logits*: the base",
-            "against plain transformers with the dequantised weights; *padding*: a row beside a longer one against it alone; *merged*: the",
+            "against plain transformers with the dequantised weights; *gradients*: behind the recompute boundary against without; *padding*: a row beside a longer one against it alone; *merged*: the",
             "merged checkpoint in plain transformers against the trained model; *PEFT*: PEFT with the exported adapter against it. *in 16",
             "bits*: of the bytes beside embeddings and head, what is not packed (tiny layers have more than real ones). A number behind a",
             "word is that of a sentence at the end. *not judged*: transformers itself cannot be given text alone, or needs a package that",
@@ -181,6 +186,13 @@ def models_page(about: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
         f"- **Trained, with packing** ({len(by['works'])}): {named(by['works'])}.",
         f"- **Trained with `data.packing=false`** ({len(by['works, packing off'])}): {named(by['works, packing off'])}.",
     ]
+    whole = [
+        row for row in rows.values() if "recompute=none" in row.get("asked for", []) and row["outcome"] in OUTCOMES[:2]
+    ]
+    if whole:
+        lines.append(
+            f"- Of these with `training.recompute=none training.accumulation=micro_batch_major` ({len(whole)}): {named(whole)}."
+        )
     for outcome, said in (("crashes", "Known to fail"), ("silently wrong", "Known to be wrong: do not use")):
         if by[outcome]:
             lines.append(f"- **{said}** ({len(by[outcome])}): {named(by[outcome])}.")

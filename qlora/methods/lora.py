@@ -33,6 +33,8 @@ from qlora.model.loss import fp32_product
 from qlora.model.nf4 import add_product, dense_weight, is_linear, is_transposed
 from qlora.recipe.methods import LowRankSection
 
+NARROW = 32
+"""Gates of a few numbers (Doge's ``dt_proj``, Gemma 3n's router) hold no adapter of a higher rank, and are no layer's matrices."""
 BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 """Parameters whose keys on disk end with their own name, where PEFT has no module that holds a ``weight``."""
 
@@ -347,6 +349,15 @@ class LoraMethod(Method):
         """Raises MethodError before anything is replaced: a name that matches nothing, a rank above a target's sides."""
         targets = choose_targets(model, self.section.target_modules, self.fits, self.kinds)
         experts = experts_named(model, getattr(self.section, "target_parameters", ()))
+        if self.section.target_modules == "all-linear":
+            narrow = [
+                path
+                for path, linear in targets.items()
+                if min(sides(linear)) < min(rank_of(self.section, path), NARROW)
+            ]
+            if len(narrow) < len(targets):
+                self.left_out = narrow
+                targets = {path: linear for path, linear in targets.items() if path not in narrow}
         self.check(targets, experts)
         self.beginnings.refuse(targets)
         for path, linear in targets.items():

@@ -50,6 +50,8 @@ class Method:
         self.dtype = self.trained_dtype(section.adapter_dtype, base.device, base.compute_dtype)
         self.planted: dict[str, Planted] = {}
         """What ``inject`` planted, by the module path of the untouched model."""
+        self.left_out: list[str] = []
+        """What the recipe's targets would take and cannot hold an adapter of its size, by path."""
         self.layout = self.layout_class(self)
         self.merge = self.merge_class(self)
 

@@ -389,6 +389,10 @@ def find_positions(model: nn.Module) -> dict[str, nn.Module]:
 def heads_of(model: nn.Module) -> tuple[int, int]:
     """(key-value heads, size of a head) by the model's configuration, as PEFT reads it."""
     sizes = anatomy.sizes(model)
+    if not sizes.kv_heads:
+        raise MethodError(
+            f"Prefixes stand before attention's keys, and this {anatomy.kind(model)} model has no attention."
+        )
     return sizes.kv_heads, sizes.head_dim
 
 

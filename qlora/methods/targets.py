@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.model.anatomy import fused_experts, is_router, kind, read_as_weights
+from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts, is_router, kind, read_as_weights
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
 
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear below the layers, by module path: attention and MLP, not the head, the embeddings or a mixture's routers.
 
-    A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
+    Left out is what could not train: attention to an encoder, and linears whose weights a family uses by itself. A model without such layers, as an ``nn.Sequential``, gives all its linears but the last, which is its head.
     Example: ``{"model.layers.0.self_attn.q_proj": Linear4bit(…), …}``
     """
     # Layers are the members of a ModuleList; the output head and the embeddings stand outside of them. A number alone
@@ -37,11 +37,13 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         for name, _ in module.named_children()
     ]
     linears = {path: module for path, module in modules_unplanted(model) if is_linear(unplanted(module))}
-    paths, never_called = {path for path, _ in modules_unplanted(model)}, set(read_as_weights(model))
-    linears = {
-        path: module for path, module in linears.items() if not is_router(path, paths) and path not in never_called
+    paths, unused = {path for path, _ in modules_unplanted(model)}, set(read_as_weights(model))
+    unused |= {path for path in linears if leaf(path) in OWN_USE or set(path.split(".")) & {*TO_ENCODER}}
+    below = {
+        path: module
+        for path, module in linears.items()
+        if path.startswith(tuple(layers)) and not is_router(path, paths) and path not in unused
     }
-    below = {path: module for path, module in linears.items() if path.startswith(tuple(layers))}
     return below or dict(list(linears.items())[:-1])
 
 

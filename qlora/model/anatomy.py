@@ -38,6 +38,14 @@ ROUTERS = ("router", "gate", "shared_expert_gate")
 """Beside them, what says how much each of them counts."""
 VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 """What a configuration calls the number of experts that a token visits."""
+BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
+"""By family, what stands between the decoder and the head, where that is a module: a dense layer and a norm."""
+TRANSFORM = "cls.predictions.transform"
+"""The same in BERT and its kin."""
+OWN_USE = ("prediction_coefs", "correction_coefs")
+"""Linears whose weight a family's code changes by itself, by the last part of their path: Gemma 3n clamps it."""
+TO_ENCODER = ("encoder_attn", "crossattention")
+"""Attention to an encoder, which text alone never goes through, as parts of paths: of BART's decoder taken alone, for example."""
 POSITION_TABLES = ("wpe", "embed_positions")
 """Learned positions, by the last part of their path."""
 
@@ -63,14 +71,19 @@ def text_config(model: Any) -> Any:
 def sizes(model: nn.Module | PretrainedConfig) -> Sizes:
     """The sizes that a configuration names, with transformers' defaults for those that it leaves out."""
     config = text_config(model)
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    if missing := [name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if not hasattr(config, name)]:
+        raise ModelError(
+            f"The configuration of this {config.model_type} model names no {' or '.join(missing)}, so that nobody could say what "
+            "it needs; take another model, or report the model type."
+        )
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 0  # Mamba has none
     return Sizes(
         layers=config.num_hidden_layers,
         hidden=hidden,
         intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        kv_heads=(heads and getattr(config, "num_key_value_heads", None)) or heads,
+        head_dim=heads and (getattr(config, "head_dim", None) or hidden // heads),
         vocabulary=config.vocab_size,
     )
 
@@ -134,7 +147,15 @@ def decoder(model: nn.Module) -> nn.Module:
     found = _asked(model, "get_decoder") or model
     while (inner := _asked(found, "get_decoder")) is not None and inner is not found:
         found = inner
+    if isinstance(found, nn.Linear):  # ModernBERT calls its head so
+        found = getattr(model, str(model.base_model_prefix))
     return found
+
+
+def before_head(model: nn.Module) -> nn.Module | None:
+    """What hidden states go through before the head; None for most families."""
+    path = BEFORE_HEAD.get(str(getattr(getattr(model, "config", None), "model_type", "")), TRANSFORM)
+    return None if at(model, path) is None else model.get_submodule(path)
 
 
 def embedding(model: nn.Module) -> nn.Module | None:
@@ -163,7 +184,7 @@ def _asked(model: Any, name: str) -> nn.Module | None:
 
 def layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal language model. Raises ModelError when it has no such list."""
-    depth = text_config(model).num_hidden_layers
+    depth = getattr(text_config(model), "num_hidden_layers", None)
     # the outermost of that length: the network of a P-tuning may have one too
     found = [
         (path.count("."), module)
@@ -173,7 +194,7 @@ def layers(model: nn.Module) -> nn.ModuleList:
     if found:
         return min(found, key=lambda place: place[0])[1]
     raise ModelError(
-        f"No list of {depth} decoder layers was found in this {kind(model)} model; set training.recompute=none."
+        f"No list of {depth or 'its'} decoder layers was found in this {kind(model)} model; set training.recompute=none."
     )
 
 
@@ -233,11 +254,14 @@ def is_mixture(model: nn.Module | PretrainedConfig) -> bool:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them."""
+    """The parameters that hold the matrices of several experts in one tensor [experts, …, …], as transformers 5 has them.
+
+    Griffin's gates are such tensors too, of one matrix by head.
+    """
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d)
+        if "expert" in f"{path} {type(module).__name__}".lower()
         for name, values in module.named_parameters(recurse=False)
         if values.dim() == 3 and min(values.shape) > 1
     ]

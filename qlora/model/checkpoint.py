@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from qlora.errors import ModelError, listed
@@ -31,6 +32,7 @@ from qlora.recipe import ModelSection
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+SCALES, BLOCK = "_scale_inv", (128, 128)  # of a weight in FP8, and what they are of where config.json does not say
 INDEX = "model.safetensors.index.json"
 MERGE = "qlora_merge.json"
 """What a merged model's folder says of how it was made."""
@@ -121,11 +123,40 @@ class Checkpoint:
         self.entries  # noqa: B018 (read now, so that what is wrong is said now)
         return self
 
+    @cached_property
+    def scales(self) -> dict[str, str]:
+        """Of each weight that is stored in FP8, the name of the tensor with a scale for each of its blocks."""
+        return {
+            name: f"{name}{SCALES}"
+            for name, entry in self.entries.items()
+            if entry.dtype == torch.float8_e4m3fn and f"{name}{SCALES}" in self.entries
+        }
+
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """One tensor, or the ``part`` of it along its first dimension, on the CPU, in memory of its own.
+        """One tensor, or the ``part`` of it along its first dimension, on the CPU, in memory of its own; of FP8 in blocks what it
+        stands for, in fp32.
 
         Raises ModelError when its file changed or went away.
         """
+        tensor = self._stored(name, part)
+        if name not in self.scales:
+            return tensor
+        return self._scaled(name, tensor, self._stored(self.scales[name], part))
+
+    def _scaled(self, name: str, weight: Tensor, scales: Tensor) -> Tensor:
+        """W · s, block by block: the weights of a block of ``weight_block_size`` share a scale (DeepSeek-V3, section 3.3)."""
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or BLOCK
+        if tuple(scales.shape) != tuple(-(-side // size) for side, size in zip(weight.shape, block, strict=True)):
+            raise ModelError(
+                f"'{name}' in '{self.folder}' has the shape {list(weight.shape)} and scales {list(scales.shape)}; in blocks of "
+                f"{list(block)} they do not fit together. Fetch the checkpoint again."
+            )
+        whole = weight.float()
+        for rows, scale in zip(whole.split(block[0]), scales.float(), strict=True):
+            rows.mul_(scale.repeat_interleave(block[1])[: rows.shape[1]])
+        return whole
+
+    def _stored(self, name: str, part: int | None) -> Tensor:
         entry = self.entries[name] if part is None else self.entries[name].part(part)
         try:
             return read_tensor(entry)

@@ -109,7 +109,7 @@ def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: 
         raise ModelError(f"{what}, whose language model has an encoder; expected a decoder-only language model.")
     if not native:
         return
-    known = MODEL_FOR_MULTIMODAL_LM_MAPPING if wrapper else MODEL_FOR_CAUSAL_LM_MAPPING
+    known = classes_of(config)
     if type(config) not in known:
         raise ModelError(f"{what}, for which transformers has no causal language model; expected one.")
     # BERT has a causal class too, but a checkpoint made as BertForMaskedLM would not generate a word with it.
@@ -135,6 +135,12 @@ def quantised_again(checkpoint: Checkpoint, section: ModelSection) -> str | None
     )
 
 
+def classes_of(config: PretrainedConfig) -> Any:
+    """transformers' table that has the class of such a model: Mistral 4's is among the multimodal ones."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not is_wrapper(config)
+    return MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
 def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     """Decide how the linears are stored. Raises ModelError where the recipe contradicts a prequantised checkpoint.
 
@@ -151,10 +157,12 @@ def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     method = str(named).rpartition(".")[2].lower()
     if method == "mxfp4":  # of experts, which are dequantised exactly while they are read
         return Scheme(section.quantization, section.double_quant, prequantised=False)
+    if method == "fp8" and values.get("activation_scheme", "dynamic") == "dynamic":
+        return Scheme(section.quantization, section.double_quant, prequantised=False)  # read as what it stands for
     if method != "bitsandbytes" or not (four or eight):
         raise ModelError(
-            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints, MXFP4 and "
-            "unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
+            f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints, MXFP4, FP8 with a "
+            "scale for each block, and unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
         )
     kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
     if section.quantization != kind:

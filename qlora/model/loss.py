@@ -122,7 +122,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     with packed:
         output = anatomy.decoder(model)(**given, use_cache=False, return_dict=True)
     hidden_BTD: Tensor = output.last_hidden_state
-    return hidden_BTD
+    transform = anatomy.before_head(model)
+    return hidden_BTD if transform is None else transform(hidden_BTD)
 
 
 def batch_loss(model: nn.Module, batch: Mapping[str, Any], chunk: int = 256) -> tuple[Tensor, int]:

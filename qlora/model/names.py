@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -43,6 +44,7 @@ FOUR_BIT_PARTS = (
     *(f"weight.quant_state.bitsandbytes__{kind}" for kind in FOUR_BIT),
 )  # fmt: skip
 EIGHT_BIT_PARTS = ("SCB", "weight_format")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def match_names(
     unexpected: list[str] = []
     kinds = EIGHT_BIT_PARTS if scheme.quantization == "int8" else FOUR_BIT_PARTS
     parts = tuple(f".{part}" for part in kinds) if scheme.prequantised else ()
+    scales = set(checkpoint.scales.values())
     for source in checkpoint.entries:
-        if source.endswith(parts):
+        if source.endswith(parts) or source in scales:
             continue
         stem = source.removesuffix(BLOCKS).removesuffix(SCALES)
         target, pattern = rename_source_key(stem, renamings, converters, model.base_model_prefix, expected)
@@ -122,6 +125,11 @@ def match_names(
     stacks = {target: _stack(model, checkpoint, target, found, converters, name) for target, found in matrices.items()}
     if doubled := [target for target, count in Counter(names.values()).items() if count > 1 and target not in stacks]:
         raise ModelError(f"'{name}' holds several tensors for {listed(doubled)}; fetch the checkpoint again.")
+    if bare := [one for one in names if checkpoint.entries[one].dtype in FP8 and one not in checkpoint.scales]:
+        raise ModelError(
+            f"'{name}' holds FP8 without a scale for each block in {listed(bare)}; expected weights of 16 bits, or FP8 with "
+            "weight_scale_inv beside it. Name the 16-bit checkpoint that it was made from."
+        )
     if whole := [
         source
         for source, target in names.items()

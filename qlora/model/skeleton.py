@@ -34,7 +34,7 @@ from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
 from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.config import FOUR_BIT, Scheme, any_config, is_wrapper, scheme_of
+from qlora.model.config import FOUR_BIT, Scheme, any_config, classes_of, is_wrapper, scheme_of
 from qlora.model.experts import empty_experts, matrices
 from qlora.model.mixers import begin_anew
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
@@ -194,13 +194,20 @@ def language_model(model: nn.Module) -> nn.Module:
 
 def empty_model(config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, every weight in ``dtype`` but those that transformers insists to keep in fp32."""
-    return _built(AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM, config, section, dtype)
+    multimodal = classes_of(config) is not MODEL_FOR_CAUSAL_LM_MAPPING
+    # what comes with its own code stands in no table
+    multimodal = multimodal and type(config) in classes_of(config)
+    return _built(AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM, config, section, dtype)
 
 
 def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
+    if getattr(
+        config, "rescale_every", 0
+    ):  # RWKV halves weights and states alike for the range of fp16: not packed bytes
+        config.rescale_every = 0
     try:
         with torch.device("meta"):
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
@@ -278,13 +285,13 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
     """What is never quantised: the head, what is tied to another weight, a mixture's routers, what is read without being called,
-    and what transformers keeps in fp32."""
+    what a family changes by itself, and what transformers keeps in fp32."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
     paths = {path for path, _ in model.named_modules()}
     names += [path for path in paths if anatomy.is_router(path, paths)] + anatomy.read_as_weights(model)
-    return names + list(getattr(model, "_keep_in_fp32_modules", None) or [])
+    return [*names, *anatomy.OWN_USE, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
 
 def matches(name: str, patterns: list[str]) -> bool:

@@ -185,9 +185,13 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
             keep = {place[layer] for layer in shape.kept or ()}
             passes = [_pass(model, shape, keep, ledger, graph) for _ in range(min(shape.passes, ROUNDS))]
         except RuntimeError as error:  # Bloom's biases have no row for each row, and cannot be cut with them
+            what = f"this {anatomy.kind(model)} model"
+            if shape.at_once < shape.rows:
+                what = f"The layers of {what} do not take {shape.at_once} of {shape.rows} rows at once ({first_line(error)})"
+                raise ModelError(f"{what}; set training.accumulation=micro_batch_major.") from error
             raise ModelError(
-                f"The layers of this {model.config.model_type} model do not take {shape.at_once} of {shape.rows} rows at once "
-                f"({first_line(error)}); set training.accumulation=micro_batch_major."
+                f"A step of {what} cannot be gone through without its weights ({first_line(error)}), so that nobody could say "
+                "what it needs; take another model, or report the model type."
             ) from error
         penalty = _penalty(short, ledger)
         whole, part = (sum(p.numel() for p in one.trainable_parameters().values()) for one in (adapted, short))

@@ -117,7 +117,10 @@ def _shorten(config: PretrainedConfig, kept: list[int], count: int) -> None:
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count and key.startswith(("layer", "no_rope", "attention")):
             setattr(config, key, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
+    try:
+        config.num_hidden_layers = len(kept)
+    except NotImplementedError:  # ProphetNet counts two halves
+        config.num_decoder_layers = len(kept)
 
 
 def _choose_attention(config: PretrainedConfig, packed: bool) -> None:

@@ -37,7 +37,7 @@ Knows modules and tensors; must not know what is quantised, what is adapted, or 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,16 +73,22 @@ class RecomputedLayer(Boundary):
         self.unread: list[nn.Module] | None = None
         """Linears whose products the recompute may leave out; None until the first recompute has found them."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
         if not (torch.is_grad_enabled() and self.training):
-            return self.layer(hidden, *args, **kwargs)
-        if _wants_gradient((args, kwargs)):
+            return self.layer(*args, **kwargs)
+        if not args:
+            raise ModelError(
+                f"A {type(self.layer).__name__} takes its hidden states by name, which the recompute boundary does not know; "
+                "set training.recompute=none training.accumulation=micro_batch_major."
+            )
+        hidden, others = args[0], args[1:]
+        if _wants_gradient((others, kwargs)):
             raise ModelError(
                 f"A {type(self.layer).__name__} takes more than its hidden states from layers that train, and the recompute "
                 "boundary would lose those gradients; set training.recompute=none training.accumulation=micro_batch_major."
             )
-        return _Recompute.apply(hidden, self.anchor(hidden.device), self, args, kwargs)
+        return _Recompute.apply(hidden, self.anchor(hidden.device), self, others, kwargs)
 
     def micro_batches(self, count: int) -> Iterator[slice]:
         """Row slices that cover ``count`` rows; the last may be short."""
@@ -293,9 +299,16 @@ def _run(
     those of one micro-batch, and without a cache there is nothing else.
     """
     tokens = inputs.shape[1]
+    given = _cut(kwargs, part, count, tokens)
+    written = {key: len(value) for key, value in given.items() if isinstance(value, MutableMapping)}
     with packed_rows(_cut(packed, part, count, tokens)):
-        output = layer(inputs, *_cut(args, part, count, tokens), **_cut(kwargs, part, count, tokens))
-    if not isinstance(output, tuple):
+        output = layer(inputs, *_cut(args, part, count, tokens), **given)
+    if any(len(given[key]) != count for key, count in written.items()):
+        raise ModelError(
+            f"A {type(layer).__name__} hands keys and values on to later layers, and the recompute boundary would lose their "
+            "gradients; set training.recompute=none training.accumulation=micro_batch_major."
+        )
+    if not isinstance(output, tuple | list):
         return output, None
     return output[0], (None,) * (len(output) - 1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -115,6 +116,8 @@ class Trainer:
         rate = learning_rate(self.training, state.step, self.total_steps)
         outcome = self.recovery.step(rows, places)
         if not outcome.skipped:
+            unreached = "" if state.step else self._unreached()
+            outcome = replace(outcome, note=" ".join(filter(None, [outcome.note, unreached])))
             self._update(rate, outcome.norm)
         state.step += 1
         if not outcome.skipped:
@@ -139,6 +142,16 @@ class Trainer:
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.rewind(self.step_number)  # lines of steps that are taken again
+
+    def _unreached(self) -> str:
+        """A sentence that names the parameters that got no gradient; empty where all did."""
+        without = [name for name, values in self.state.parameters.items() if values.grad is None]
+        if not without:
+            return ""
+        return (
+            f"No gradient reached {len(without)} of {len(self.state.parameters)} trainable parameters, {listed(without, 3)}: the "
+            "model computes without them, so they stay as they began; leave them out of method.target_modules."
+        )
 
     def _update(self, rate: float, norm: float) -> None:
         self.state.torn = True

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from qlora.data import Row
+from qlora.errors import ModelError
+from qlora.model import anatomy
 from qlora.training.objectives import Objective
 from qlora.training.state import TrainState
 
@@ -35,6 +37,11 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> f
         with random_draws(state):
             for micro_batch in state.way.micro_batches(rows):
                 loss = objective.loss(micro_batch, state.way.loss_chunk)
+                if not loss.requires_grad:
+                    raise ModelError(
+                        f"The loss of this {anatomy.kind(model.model)} model does not reach what trains: its layers compute without "
+                        "a gradient. Take another model, or another method."
+                    )
                 (loss * (state.loss_scale / denominator)).backward()  # type: ignore[no-untyped-call]
                 total += loss.item()
             penalty = model.penalty()

@@ -9,24 +9,26 @@ Knows transformers' configurations and how their sizes are called; must not know
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from tests.tiny import word_tokenizer
-
 VOCABULARY = 128
+LETTERS = string.ascii_letters + string.digits
 SPECIAL = 100
-"""Words from here on are a configuration's own tokens, of images and the like, and stand in no text."""
+"""Tokens from here on are a configuration's own tokens, of images and the like, and stand in no text."""
 LAYERS, HYBRID_LAYERS = 2, 4
 LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers", "depth", "layers",
@@ -56,7 +58,7 @@ SIZES: dict[str, int] = {
         "num_sliding_attention_heads zero_expert_num resampler_n_heads": 4,
         "num_key_value_heads num_experts_per_tok num_experts_per_token n_shared_experts moe_topk moe_k swa_num_key_value_heads num_query_groups num_kv_heads "
         "linear_num_key_heads n_groups": 2,
-        "n_group topk_group num_expert_group mamba_n_groups mamba_ngroups num_group": 1,
+        "first_k_dense_replace num_dense_layers n_group topk_group num_expert_group mamba_n_groups mamba_ngroups num_group": 1,
         "mamba_n_heads mamba_num_heads n_mamba_heads": 8,
         "head_dim d_kv d_head kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim swa_head_dim "
         "linear_key_head_dim linear_value_head_dim attention_head_dim global_head_dim mamba_d_head mamba_head_dim "
@@ -254,10 +256,15 @@ def tiny_family(kind: str) -> nn.Module:
 
 
 def save_family(folder: Path, kind: str) -> Path:
-    """Write a checkpoint of ``kind`` with a tokenizer of words."""
+    """Write a checkpoint of ``kind`` with a tokenizer of letters."""
     model: Any = tiny_family(kind)
     model.save_pretrained(folder)
-    word_tokenizer(VOCABULARY, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    names = [*("<pad>", "<s>", "</s>"), *LETTERS, "▁", "Ġ"]
+    names += [f"<{number}>" for number in range(len(names), VOCABULARY)]
+    # letter by letter, which every family's own tokenizer class leaves as it is
+    core = Tokenizer(BPE({name: number for number, name in enumerate(names)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
     return folder
 
 

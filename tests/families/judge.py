@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from qlora.model.checks import check_packing
 from qlora.model.loss import batch_loss, hidden_states
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import ModelSection
+from qlora.residence.layers import recomputing, unwrap_layers, wrap_layers
 from qlora.residence.load import load_base
-from tests.families.checkpoints import SPECIAL, model_class, save_family, takes_text
+from tests.families.checkpoints import LETTERS, SPECIAL, model_class, save_family, takes_text
 from tests.rounding import MODEL, difference, rounding
 from tests.tiny import random_rows, stir, write_lines
 
@@ -34,7 +36,7 @@ WORKS, UNPACKED, REFUSED, CRASHES, WRONG = "works", "works, packing off", "refus
 NOT_JUDGED = "not judged"
 OUTCOMES = (WORKS, UNPACKED, REFUSED, CRASHES, WRONG, NOT_JUDGED)
 SAME = rounding(4 * MODEL)  # up to four layers, of which the parts are as deep as two of a plain model
-LAWS = ("logits", "padding", "leak", "merged", "peft")
+LAWS = ("logits", "gradients", "padding", "leak", "merged", "peft")
 RANK = 4
 
 
@@ -54,7 +56,7 @@ def judge(kind: str, folder: Path, whole: bool = True) -> dict[str, Any]:
     try:
         _judge(row, kind, folder, whole)
     except QloraError as error:
-        row |= {"outcome": REFUSED, "why": str(error)}
+        row |= {"outcome": REFUSED, "why": _said(error, folder)}
     except Exception as error:
         row |= {"outcome": CRASHES, "why": f"{_line(error)} ({_place(error)})"}
     row["seconds"] = round(time.perf_counter() - begun, 1)
@@ -63,8 +65,9 @@ def judge(kind: str, folder: Path, whole: bool = True) -> dict[str, Any]:
 
 def _judge(row: dict[str, Any], kind: str, folder: Path, whole: bool) -> None:
     checkpoint, ids = folder / "model", tokens()
-    model = qlora.apply_method(load_base(section_of(checkpoint)), qlora.LoRA(r=RANK, alpha=2 * RANK))
-    row["dense"] = dense_share(model.model)
+    base = load_base(section_of(checkpoint))
+    row["dense"] = dense_share(base.model)
+    model = qlora.apply_method(base, qlora.LoRA(r=RANK, alpha=2 * RANK))
     row["targets"] = sorted({path.rpartition(".")[2] for path in model.planted})
     save_adapter(model, folder / "untrained")
     plain = merged_plain(kind, checkpoint, folder / "untrained", folder / "base")
@@ -74,7 +77,11 @@ def _judge(row: dict[str, Any], kind: str, folder: Path, whole: bool) -> None:
     stir(model)
     expected = logits(model, ids)
     row["moved"] = difference(expected, before)
-    row["without gradient"] = untrained(model)
+    plainly = gradients(model)
+    row["without gradient"] = sorted(
+        {".".join(name.split(".")[-3:-1]) for name, values in plainly.items() if values is None or not values.any()}
+    )
+    row["gradients"] = recomputed(model, plainly)
     row["padding"] = padding(model)
     if packing:
         row["leak"] = leak(model)
@@ -84,8 +91,11 @@ def _judge(row: dict[str, Any], kind: str, folder: Path, whole: bool) -> None:
     )
     row["peft"] = peft_difference(plain, folder / "adapter", ids, expected)
     wrong = [f"{name}: {row[name]}" for name in LAWS if not _holds(row.get(name))]
+    if isinstance(row["gradients"], str):  # training is refused then, or goes without the boundary
+        wrong = [one for one in wrong if not one.startswith("gradients")]
     if row["moved"] < SAME:
         wrong.append("the adapter changes nothing")
+    row["packing"] = "on" if packing else "off"
     row["outcome"] = WRONG if wrong else WORKS if packing else UNPACKED
     if wrong:
         row["why"] = "; ".join(wrong)
@@ -113,48 +123,55 @@ def packs(model: AdaptedModel) -> bool:
     return True
 
 
-def recipe(checkpoint: Path, run: Path, packing: bool) -> dict[str, Any]:
+def recipe(checkpoint: Path, run: Path) -> dict[str, Any]:
     """Two steps on raw text."""
     data = run.parent / "data.jsonl"
     if not data.exists():
         lengths = (5, 14, 9, 21, 7, 11, 6, 17, 8, 12, 10, 5)
         texts = [
-            " ".join(f"w{3 + (line * 13 + word * 5) % (SPECIAL - 3)}" for word in range(n))
-            for line, n in enumerate(lengths)
+            "".join(LETTERS[(line * 13 + at * 5) % len(LETTERS)] for at in range(n)) for line, n in enumerate(lengths)
         ]
         write_lines(data, [{"text": text} for text in texts])
     return {
         "model": {"name": str(checkpoint), "compute_dtype": "fp32"},
         "method": {"r": RANK, "alpha": 2 * RANK},
-        "data": {"train": str(data), "max_length": 32, "packing": packing},
+        "data": {"train": str(data), "max_length": 32, "packing": True},
         "training": {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "save_every": 0},
         "evaluation": {"prompts": 0},
         "device": {"name": "cpu", "threads": 1},
         "folder": str(run),
+        "overwrite": True,
     }  # fmt: skip
 
 
+ADVICE = {
+    "packing=false": ("data", {"packing": False}),
+    "recompute=none": ("training", {"recompute": "none", "accumulation": "micro_batch_major"}),
+}
+"""What a refusal may ask for, and where it belongs."""
+
+
 def train(row: dict[str, Any], checkpoint: Path, folder: Path) -> bool:
-    """Plan and train; whether with packing. What is refused with packing alone is trained without."""
-    wanted = qlora.Recipe.model_validate(recipe(checkpoint, folder / "run", True))
+    """Plan and train, doing as refusals say; whether it was with packing."""
+    values = recipe(checkpoint, folder / "run")
     try:
-        qlora.plan(wanted)
+        qlora.plan(qlora.Recipe.model_validate(values))
         row["plan"] = "works"
     except Exception as error:
         row["plan"] = _line(error)
-    try:
-        qlora.train(wanted, quiet=True)
-    except QloraError as error:
-        if "packing=false" not in str(error):
-            raise
-        row["packing"] = str(error)
-    else:
-        row["packing"] = "on"
-        return True
-    qlora.train(
-        qlora.Recipe.model_validate(recipe(checkpoint, folder / "run", False) | {"overwrite": True}), quiet=True
-    )
-    return False
+    row["asked for"] = []
+    while True:
+        try:
+            qlora.train(qlora.Recipe.model_validate(values), quiet=True)
+            return bool(values["data"]["packing"])
+        except QloraError as error:
+            asked = [key for key in ADVICE if key in str(error) and key not in row["asked for"]]
+            if not asked:
+                raise
+            row["asked for"] += asked
+            row.setdefault("sentences", []).append(_said(error, folder))
+            for section, changes in (ADVICE[key] for key in asked):
+                values[section] |= changes
 
 
 @torch.no_grad()
@@ -184,18 +201,38 @@ def peft_difference(plain: Any, adapter: Path, ids: Tensor, expected: Tensor) ->
         return _line(error)
 
 
-def untrained(model: AdaptedModel) -> list[str]:
-    """The names of the parameters that a step gives no gradient."""
-    rows = random_rows(2, packing=False)
-    loss, _ = batch_loss(model.model, collate(rows, 0))
+def gradients(model: AdaptedModel) -> dict[str, Tensor | None]:
+    """Of the loss of three rows, by parameter; None where there is none."""
+    loss, _ = batch_loss(model.model, collate(random_rows(3, packing=False), 0))
     loss.backward()
-    return sorted(
-        {
-            name.rpartition(".")[0].rpartition(".")[2]
-            for name, values in model.trainable_parameters().items()
-            if values.grad is None or not values.grad.any()
-        }
+    found = {name: values.grad for name, values in model.trainable_parameters().items()}
+    for values in model.trainable_parameters().values():
+        values.grad = None
+    return found
+
+
+def recomputed(model: AdaptedModel, expected: Mapping[str, Tensor | None]) -> float | str:
+    """How far gradients through the recompute boundary, two of three rows at once, are from those without it."""
+    found: dict[str, Tensor | None] = {}
+    for at_once in (2, 3):  # a family whose rows cannot be cut says so, and takes all at once
+        try:
+            wrap_layers(model.model, at_once)
+            with recomputing(model.model):
+                found = gradients(model)
+            break
+        except Exception as error:
+            why = _line(error)
+        finally:
+            unwrap_layers(model.model)
+    if not found:
+        return why
+    largest = max(values.abs().max().item() for values in expected.values() if values is not None)
+    zero = torch.zeros(())
+    apart = (
+        (zero if found[name] is None else found[name]) - (zero if one is None else one)
+        for name, one in expected.items()
     )
+    return max(values.abs().max().item() for values in apart) / largest
 
 
 @torch.no_grad()
@@ -248,6 +285,11 @@ def plain_peft(kind: str, checkpoint: Path) -> str:
         return "trains" if not lacking else f"trains, {lacking} of {len(trained)} tensors without gradient"
     except Exception as error:
         return f"fails: {_line(error)}"
+
+
+def _said(error: BaseException, folder: Path) -> str:
+    """The whole sentence, without the folder that is another one each time."""
+    return str(error).replace(f"{folder}/", "")
 
 
 def _line(error: BaseException) -> str:

@@ -1,15 +1,29 @@
-"""The laws of loading, training and exporting over families: those that people use most."""
+"""The laws of loading, training and exporting over families: those that people use most always, a sample of all when there is time."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
-from tests.families.judge import WORKS, judge
+from tests.families.checkpoints import types
+from tests.families.judge import OUTCOMES, WORKS, judge
 
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "benchmarks/results/2026-11-26-families.jsonl"
 MOST_USED = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "granite", "olmo2", "smollm3", "gpt2", "glm4",
+)  # fmt: skip
+SAMPLE = (
+    "apertus", "bamba", "bart", "bert", "bloom", "cohere2", "deepseek_v3", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1",
+    "gemma3", "gpt_bigcode", "gpt_neox", "gpt_oss", "lfm2", "mamba2", "mixtral", "nemotron", "opt", "phi", "qwen2_5_vl",
+    "qwen3_moe", "recurrent_gemma",
 )  # fmt: skip
 
 
@@ -18,3 +32,38 @@ def test_what_people_use_most(kind: str, tmp_path: Path) -> None:
     row = judge(kind, tmp_path, whole=False)
     assert row["outcome"] == WORKS, row
     assert not row["without gradient"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_a_sample_is_as_the_results_say(kind: str, tmp_path: Path) -> None:
+    about, kept = rows()
+    if about["transformers"] != transformers.__version__:
+        pytest.skip(f"the results are of transformers {about['transformers']}")
+    row, kept = judge(kind, tmp_path), kept[kind]
+    assert (row["outcome"], row.get("targets"), row.get("without gradient")) == (
+        kept["outcome"], kept.get("targets"), kept.get("without gradient"),
+    ), row.get("why")  # fmt: skip
+
+
+def rows() -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    about, *kept = map(json.loads, ROWS.read_text(encoding="utf-8").splitlines())
+    return about, {row["type"]: row for row in kept}
+
+
+def test_results_are_of_every_type() -> None:
+    about, kept = rows()
+    if about["transformers"] == transformers.__version__:
+        assert kept.keys() == types().keys()
+    assert {row["outcome"] for row in kept.values()} <= set(OUTCOMES)
+
+
+def test_pages_are_made_from_the_rows(tmp_path: Path) -> None:
+    shutil.copy(ROWS, tmp_path)
+    made = [tmp_path / ROWS.with_suffix(".md").name, tmp_path / "models.md"]
+    options = ["--pages", "--rows", tmp_path / ROWS.name, "--docs", made[1]]
+    subprocess.run([sys.executable, ROOT / "benchmarks/families.py", *options], check=True)
+    for page, kept in zip(made, [ROWS.with_suffix(".md"), ROOT / "docs/models.md"], strict=True):
+        assert page.read_text(encoding="utf-8") == kept.read_text(encoding="utf-8"), (
+            f"run python benchmarks/families.py --pages: {kept}"
+        )

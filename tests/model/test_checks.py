@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, ModernBertDecoderConfig
 
 from qlora.errors import ModelError
 from qlora.model.anatomy import layers as decoder_layers
@@ -34,6 +34,18 @@ def test_check_loss_path_accepts_what_head_of_knows(family: str, options: dict[s
     if "head_dim" in options:
         options = {}
     check_loss_path(random_model(family, **options), IDS)
+
+
+def test_what_stands_before_the_head_is_known() -> None:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    for config in (BertConfig(**sizes, is_decoder=True), ModernBertDecoderConfig(**sizes, pad_token_id=0)):
+        check_loss_path(AutoModelForCausalLM.from_config(config).eval(), IDS)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,32 @@ def test_prequantised_checkpoint_is_taken_as_it_is(
         ours(tmp_path, quantization="int8")
 
 
+def test_fp8_in_blocks_is_read_as_what_it_stands_for(copy: Path) -> None:
+    """DeepSeek's layout, which Qwen3-FP8 and others have: blocks at the edges are narrower."""
+    exact: dict[str, Tensor] = {}
+
+    def to_fp8(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "proj" in name]:
+            weight = tensors[name].float()
+            scales = torch.rand(-(-weight.shape[0] // 48), -(-weight.shape[1] // 40)) + 0.5
+            spread = scales.repeat_interleave(48, 0)[: weight.shape[0]].repeat_interleave(40, 1)[:, : weight.shape[1]]
+            tensors[name] = (weight / spread).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scales
+            exact[name] = tensors[name].float() * spread
+
+    change(copy, to_fp8)
+    edit(
+        copy, quantization_config={"quant_method": "fp8", "weight_block_size": [48, 40], "activation_scheme": "dynamic"}
+    )
+    found = logits(ours(copy))
+    edit(copy, quantization_config=None)
+    change(copy, lambda tensors: [tensors.pop(f"{name}_scale_inv") for name in exact] and tensors.update(exact))
+    assert torch.equal(found, logits(ours(copy)))
+    change(copy, lambda tensors: tensors.update({f"{PROJECTION}.weight": torch.ones(192, 64).to(torch.float8_e4m3fn)}))
+    with pytest.raises(ModelError, match=rf"holds FP8 without a scale for each block in {PROJECTION}\.weight;"):
+        ours(copy)
+
+
 def test_other_prequantised_checkpoints_are_refused(copy: Path) -> None:
     edit(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):

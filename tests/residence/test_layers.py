@@ -5,7 +5,7 @@ That its gradients are the resident model's, in every arrangement, is tests/test
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, UserDict
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,26 @@ def test_a_gradient_that_the_boundary_would_lose_is_refused() -> None:
         model(hidden)
     model.layers[0].layer.linear.requires_grad_(False)
     assert model(hidden).requires_grad
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_states_that_layers_hand_on_are_refused(kind: Any) -> None:
+    """Gemma 3n's and 4's later layers read the keys and values of earlier ones out of a dictionary."""
+
+    class Handing(nn.Linear):
+        def forward(self, hidden: Tensor, handed: Any) -> Tensor:
+            handed["keys"] = super().forward(hidden)
+            return hidden + handed["keys"]
+
+    boundary = RecomputedLayer(Handing(4, 4), rows=2).train()
+    with pytest.raises(ModelError, match=r"hands keys and values on to later layers.* set training\.recompute=none"):
+        boundary(torch.ones(2, 3, 4), handed=kind())
+
+
+def test_states_given_by_name_are_refused() -> None:
+    boundary = RecomputedLayer(nn.Linear(4, 4), rows=2).train()
+    with pytest.raises(ModelError, match=r"takes its hidden states by name.* set training\.recompute=none"):
+        boundary(input=torch.ones(2, 3, 4))
 
 
 def test_recomputing_is_training_without_dropout(dropping: AdaptedModel) -> None:

@@ -13,13 +13,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans, integers, sampled_from
+from transformers import BartConfig, BartForCausalLM
 
 from qlora.data import IGNORE_INDEX, Data, Row, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation import answers, score
-from qlora.methods import AdaptedModel
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
-from qlora.recipe import TrainingSection
+from qlora.recipe import LoRA, TrainingSection
 from qlora.residence import layers
 from qlora.residence.layers import RecomputedLayer, unwrap_layers
 from qlora.training import Trainer, learning_rate, recover
@@ -32,6 +34,25 @@ from tests.tiny import VOCABULARY, adapter_bytes, gradients, random_rows, small_
 ROWS = random_rows(80, seed=1)[:19]
 NORM = rounding(terms=4096, sums=2)  # a sum of that many squares at most, and one over the parameters
 WAYS = [(size, way) for size in (1, 2, 4, 8) for way in ("layer_major", "micro_batch_major", "resident")]
+
+
+def test_what_no_gradient_reaches_is_named_once(tmp_path: Path) -> None:
+    bare = BartForCausalLM(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=64,
+        )
+    )
+    base = Base(bare.eval(), None, tmp_path, "bart", None, "none", False, torch.device("cpu"), torch.float32)
+    model = apply_method(base, LoRA(r=2, target_modules=("q_proj", "fc1")))  # of attention to an encoder too
+    notes = [step.note for step in Trainer(model, random_rows(8, packing=False), section(steps=2))]
+    assert notes[0].startswith("No gradient reached 2 of 6 trainable parameters, ")
+    assert "encoder_attn.q_proj.lora_A" in notes[0]
+    assert not notes[1]
 
 
 def section(**values: Any) -> TrainingSection:
