@@ -104,31 +104,38 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads.
+    """RUN merged|adapter|gguf|gguf-adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads; or as GGUF.
 
-    Both take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32;
-    adapter takes keys=text, for the class of a multimodal model's language model alone.
+    All take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32; adapter
+    takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
+    f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
     """
-    allowed = {"base": ("dequantized", "original"), "dtype": ("bf16", "fp16", "fp32"), "overwrite": ("true", "false")}
-    allowed["keys"] = ("whole", "text")
+    from qlora.export import BY_QUANTISER, TYPES
+
+    allowed = {
+        "base": ("dequantized", "original"),
+        "dtype": ("bf16", "fp16", "fp32"),
+        "overwrite": ("true", "false"),
+        "keys": ("whole", "text"),
+        "type": (*TYPES, *BY_QUANTISER),
+    }
+    takes = {"merged": ("base", "dtype"), "adapter": ("keys",), "gguf": ("base", "type"), "gguf-adapter": ()}
     options = _taken(words, "out", *allowed)
     target = words.pop(1) if len(words) > 1 else None
-    if target not in ("merged", "adapter"):
+    if target not in takes:
         raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, or 'adapter', a plain LoRA adapter."
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'adapter', a plain LoRA adapter, 'gguf', "
+            "the merged model for llama.cpp and Ollama, or 'gguf-adapter', the adapter for them."
         )
     folder = _run("export", words)
     for name, value in options.items():
-        if target == "adapter" and name in ("base", "dtype"):
-            raise InputError(f"qlora export RUN adapter takes out, keys and overwrite, but found '{name}={value}'.")
-        if target == "merged" and name == "keys":
-            raise InputError(
-                f"qlora export RUN merged takes out, base, dtype and overwrite, but found '{name}={value}'."
-            )
+        if name not in ("out", "overwrite", *takes[target]):
+            known = ", ".join((*takes[target], "out"))
+            raise InputError(f"qlora export RUN {target} takes {known} and overwrite, but found '{name}={value}'.")
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, foreign_ends, merge
+    from qlora.runs.export import compare_merged, export_adapter, export_gguf, foreign_ends, merge
 
     overwrite = options.pop("overwrite", "false") == "true"
     out = options.pop("out", None)
@@ -140,6 +147,14 @@ def export(words: list[str]) -> None:
             print(
                 f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "
                 "with it has to be told (eos_token_id, or stop_token_ids)."
+            )
+        return
+    if target in ("gguf", "gguf-adapter"):
+        written = export_gguf(folder, out, adapter=target == "gguf-adapter", overwrite=overwrite, **options)  # type: ignore[arg-type]
+        print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
+        if written.command:
+            print(
+                f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
             )
         return
     merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ def merge(
         trust_remote_code=checkpoint.trust_remote_code,
     )
     device = torch.device("cpu") if device is None else device
-    source = _Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, compute_dtype))
+    source = Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, compute_dtype))
     if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
             f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized'."
@@ -147,7 +147,7 @@ def merge(
     )
 
 
-class _Source:
+class Source:
     """The base's tensors as they were trained on, one at a time, and the adapter that belongs to them."""
 
     def __init__(

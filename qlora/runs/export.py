@@ -1,7 +1,8 @@
 """Export: a run's adapter merged into its base, or alone, and how far what was exported is from what was trained.
 
 run folder ─► adapter + base ─► merged (plain safetensors)  ─► compared with the trained model on held-out text
-                            └─► the adapter as plain LoRA
+                            ├─► the adapter as plain LoRA
+                            └─► either as a GGUF file
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import RunError
-from qlora.export import Merged
+from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
+from qlora.export import export_gguf as write_gguf
 from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
@@ -109,6 +111,46 @@ def export_adapter(
             folder,
             lambda adapter: write_adapter(
                 recipe.model, base, adapter, out, overwrite, chat_template=template, keys=keys
+            ),
+        )
+
+
+def export_gguf(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    type: str = "q8_0",
+    base: Literal["dequantized", "original"] = "dequantized",
+    adapter: bool = False,
+    overwrite: bool = False,
+) -> Written:
+    """Write a run's merged model, or with ``adapter`` its adapter alone, as GGUF into ``out``.
+
+    ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
+    """
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    source = open_base(recipe, environment, folder)
+    place = expanded(out) if out is not None else folder / ("gguf-adapter" if adapter else f"gguf-{type}")
+    with full_disk_said(place, "export it again"):
+        if adapter:
+            return read_adapter(
+                folder, lambda found: export_gguf_adapter(recipe.model, source, found, place, overwrite)
+            )
+        template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
+        return read_adapter(
+            folder,
+            lambda found: write_gguf(
+                source.folder,
+                found,
+                place,
+                section=recipe.model,
+                type=type,
+                base=base,
+                overwrite=overwrite,
+                chat_template=template,
+                ends=ends,
+                checkpoint=source,
             ),
         )
 

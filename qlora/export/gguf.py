@@ -1,0 +1,289 @@
+"""A merged model, or an adapter, as one GGUF file, which llama.cpp and Ollama open.
+
+    for each tensor:  merged in fp32 → llama.cpp's order → quantised → write
+
+The tensors come from where a merge takes them, one in memory at a time, and go to the file without a 16-bit copy between.
+Knows checkpoints, adapters and the gguf library; how a model or a tokenizer looks there is in gguf_models and gguf_tokenizer.
+Must not know runs, recipes or a loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qlora.errors import MethodError, ModelError, RunError
+from qlora.export.adapter import export_adapter
+from qlora.export.gguf_models import Converted
+from qlora.export.gguf_tokenizer import add_tokenizer
+from qlora.export.merge import Source
+from qlora.files.durable import folder_written_aside
+from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
+from qlora.methods.files import keep_apart
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.load import end_tokens
+from qlora.model.skeleton import bare
+from qlora.recipe import ModelSection
+
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+# what only llama.cpp's own program writes, out of a 16-bit file
+QUANTISER = "llama-quantize"
+BY_QUANTISER = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+# small and decisive, or read as fp32 by llama.cpp's kernels, like all vectors
+ALWAYS_F32 = ("ssm_conv1d.weight", "_norm.weight")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A GGUF file: where, how large, of how many tensors, and how it was made."""
+
+    file: Path
+    tensors: int
+    bytes: int
+    type: str
+    command: str | None = None
+    """What makes the type that was asked for out of this file, where llama.cpp's quantiser was not found."""
+
+
+def export_gguf(
+    base_folder: str | Path,
+    adapter_folder: str | Path,
+    out: str | Path,
+    *,
+    section: ModelSection,
+    type: str = "q8_0",
+    base: Literal["dequantized", "original"] = "dequantized",
+    device: torch.device | None = None,
+    overwrite: bool = False,
+    chat_template: str | None = None,
+    ends: Sequence[int] = (),
+    checkpoint: Checkpoint | None = None,
+) -> Written:
+    """Write base + adapter into the new folder ``out`` as ``model-TYPE.gguf``, with a Modelfile for Ollama beside it.
+
+    ``section`` says what the adapter was trained on, ``base`` is as in ``merge``. ``type`` is one of ``TYPES``, or of
+    ``BY_QUANTISER``, for which llama.cpp's ``llama-quantize`` is called on a bf16 file where it is found; elsewhere that
+    file is what is written. Matrices whose rows are no whole blocks stay f16, vectors and norms f32; in q4_0 embedding
+    and head are q8_0. Nothing is at ``out`` before everything is written.
+
+    Raises ModelError for an architecture or a tokenizer that llama.cpp does not have, MethodError for a method that
+    cannot be merged, RunError when ``out`` is taken, DoesNotFitError when the disk is too small.
+    """
+    import gguf
+
+    base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
+    keep_apart(out, base_folder, adapter_folder)
+    _check_taken(out, overwrite)
+    if checkpoint is None:
+        checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=section.trust_remote_code)
+    device = torch.device("cpu") if device is None else device
+    source = Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, section.compute_dtype))
+    if base == "original" and source.empty.scheme.prequantised:
+        raise ModelError(
+            f"'{base_folder}' is itself quantised and does not hold the original weights; use base=dequantized."
+        )
+    converted = Converted(source.model.config.get_text_config())
+    later, type = (type, "bf16") if type in BY_QUANTISER else (None, type)
+    entries = _entries(source, converted, type)
+    factors = converted.factors()
+    total = sum(gguf.quant_shape_to_byte_shape(shape, kind)[-1] * _rows(shape) for _, shape, kind in entries.values())
+    require_disk(out, total * (2 if later else 1) + 64 * 1024**2, "The GGUF file")
+    template = chat_template if chat_template is not None else _own_template(checkpoint.tokenizer)
+    stops = sorted({*ends, *end_tokens(checkpoint)})
+    with folder_written_aside(out, overwrite) as aside:
+        file = aside / f"model-{type}.gguf"
+        writer = gguf.GGUFWriter(file, converted.family.arch)
+        writer.add_name(Path(checkpoint.name).name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(gguf.LlamaFileType[TYPES[type]])
+        rows = _vocabulary(entries)
+        converted.describe(writer, rows)
+        add_tokenizer(writer, checkpoint.tokenizer, rows, stops, template)
+        for name in factors:
+            _promise(writer, name, tuple(factors[name].shape), gguf.GGMLQuantizationType.F32)
+        for name, shape, kind in entries.values():
+            _promise(writer, name, shape, kind)
+        _write_head(writer)
+        for values in factors.values():
+            writer.write_tensor_data(values.numpy())
+        for stored, (_, _, kind) in entries.items():
+            target = source.names.get(stored, stored)
+            values = converted.values(target, source.tensor(stored, torch.float32, requantise=base == "dequantized"))
+            writer.write_tensor_data(_quantised(values, kind, stored))
+            del values
+            trim_heap()
+        writer.close()
+        command = None
+        if later is not None:
+            file, type, command = _by_quantiser(file, later, out)
+        _write_modelfile(aside, file.name, checkpoint.tokenizer.convert_ids_to_tokens(stops))
+        size = file.stat().st_size
+    return Written(out / file.name, len(entries) + len(factors), size, type, command)
+
+
+def _entries(source: Source, converted: Converted, type: str) -> dict[str, tuple[str, tuple[int, ...], Any]]:
+    """For each tensor of the merge its GGUF name, shape and type, in order."""
+    entries = {}
+    for promised in source.promise(torch.float32).values():
+        for stored, (_, shape) in promised.items():
+            target = source.names.get(stored, stored)
+            name = converted.name(target)
+            if name is None:
+                raise ModelError(
+                    f"llama.cpp's '{converted.family.arch}' has no place for '{target}', so there is no GGUF of it."
+                )
+            if name == "output.weight" and not converted.family.own_head:
+                raise MethodError(
+                    f"llama.cpp's '{converted.family.arch}' reads the embedding as its head, but this model's head was "
+                    "trained apart from it; export it merged instead."
+                )
+            shape = converted.shape(target, shape)
+            entries[stored] = (name, shape, _type(name, shape, type))
+    return entries
+
+
+def _type(name: str, shape: tuple[int, ...], type: str) -> Any:
+    """The type in which one tensor is stored in a file of ``type``."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) == 1 or name.endswith(ALWAYS_F32) or not name.endswith(".weight"):
+        return GGMLQuantizationType.F32
+    if type == "q4_0" and name in ("token_embd.weight", "output.weight"):
+        type = "q8_0"
+    kind = GGMLQuantizationType[type.upper()]
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
+
+
+def _vocabulary(entries: dict[str, tuple[str, tuple[int, ...], Any]]) -> int:
+    return next(shape[0] for name, shape, _ in entries.values() if name == "token_embd.weight")
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
+    import gguf
+    import numpy
+
+    stored = gguf.quant_shape_to_byte_shape(shape, kind)
+    writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), stored[-1] * _rows(shape), raw_dtype=kind)
+
+
+def _write_head(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _quantised(values: Tensor, kind: Any, name: str) -> Any:
+    """A tensor in fp32 as the bytes of a GGUF type. Raises MethodError for values that fp16 does not have."""
+    import gguf
+
+    if kind == gguf.GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
+        raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; export it with type=bf16.")
+    return gguf.quants.quantize(values.cpu().contiguous().numpy(), kind)
+
+
+def _by_quantiser(file: Path, type: str, out: Path) -> tuple[Path, str, str | None]:
+    """``file`` in one of llama.cpp's K types; or as it is, with the command that makes it one."""
+    made = file.with_name(f"model-{type}.gguf")
+    program = shutil.which(QUANTISER)
+    if program is None:
+        return file, "bf16", f"{QUANTISER} {out / file.name} {out / made.name} {type.upper()}"
+    done = subprocess.run(
+        [program, str(file), str(made), type.upper()], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode != 0 or not made.is_file():
+        lines = done.stderr.strip().splitlines() or ["it gave no reason"]
+        raise RunError(f"{program} did not quantise '{file}' to {type} (status {done.returncode}: {lines[-1]}).")
+    file.unlink()
+    return made, type, None
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
+
+
+def _write_modelfile(folder: Path, file: str, stops: Sequence[str]) -> None:
+    """Ollama reads the template out of the GGUF file; the stops it is told."""
+    lines = [f"FROM ./{file}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _check_taken(out: Path, overwrite: bool) -> None:
+    if overwrite and out.is_dir() and any(out.iterdir()) and not any(out.glob("*.gguf")):
+        raise RunError(f"'{out}' holds no GGUF file, so it is not overwritten; choose another folder.")
+
+
+def export_gguf_adapter(
+    section: ModelSection,
+    base: Checkpoint,
+    adapter_folder: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+) -> Written:
+    """Write the adapter alone into the new folder ``out`` as ``adapter.gguf``, in fp32, for llama.cpp's ``--lora``.
+
+    Raises MethodError for what llama.cpp does not take: anything but LoRA, and LoRA on an embedding or a tied head.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    out = Path(out)
+    keep_apart(out, base.folder, Path(adapter_folder))
+    _check_taken(out, overwrite)
+    model = bare(base, section, resolve_compute_dtype(torch.device("cpu"), section.compute_dtype)).model
+    converted = Converted(model.config.get_text_config())
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain"
+        if why := export_adapter(section, base, adapter_folder, plain):
+            raise MethodError(
+                f"llama.cpp takes plain LoRA alone, and this is none: {why} Export it merged, or as gguf."
+            )
+        pairs = load_file(plain / "adapter_model.safetensors")
+        alpha = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    tensors: dict[str, Tensor] = {}
+    for key, values in pairs.items():
+        target, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        name = converted.name(f"{target}.weight") if part in ("A.weight", "B.weight") else None
+        if name is None or (name == "output.weight" and (tied or not converted.family.own_head)):
+            raise MethodError(f"llama.cpp takes no LoRA on '{target}' of this model; export it merged, or as gguf.")
+        ordered = converted.order(f"{target}.weight", partial(_size, pairs, target))
+        if ordered is not None and (ordered[0] == 0) == (part == "B.weight"):
+            values = values.index_select(ordered[0], ordered[1])
+        tensors[f"{name}.lora_{part[0].lower()}"] = values.float().contiguous()
+    require_disk(out, sum(values.nbytes for values in tensors.values()) + 1024**2, "The GGUF file")
+    with folder_written_aside(out, overwrite) as aside:
+        writer = gguf.GGUFWriter(aside / "adapter.gguf", converted.family.arch)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        for name, values in tensors.items():
+            _promise(writer, name, tuple(values.shape), gguf.GGMLQuantizationType.F32)
+        _write_head(writer)
+        for values in tensors.values():
+            writer.write_tensor_data(values.numpy())
+        writer.close()
+        size = (aside / "adapter.gguf").stat().st_size
+    return Written(out / "adapter.gguf", len(tensors), size, "f32")
+
+
+def _size(pairs: dict[str, Tensor], target: str, dim: int) -> int:
+    part = "B" if dim == 0 else "A"
+    return pairs[f"base_model.model.{target}.lora_{part}.weight"].shape[dim]

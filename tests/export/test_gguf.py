@@ -1,0 +1,187 @@
+"""A GGUF file holds the merged model: read back with the gguf library, its tensors and keys are the merge's and the config's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora import recipe as config
+from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
+from qlora.export import export_gguf, export_gguf_adapter, gguf_tokenizer, merge
+from qlora.export.gguf_models import Converted
+from qlora.model.checkpoint import Checkpoint
+from qlora.recipe import ModelSection
+from tests.export.gguf_models import FAMILIES, checkpoint, trained
+from tests.tiny import chat_checkpoint, tiny_checkpoint
+
+# the largest error of a block, as a share of its largest value: half a step of 127, and of 8
+STEP = {"q8_0": 0.5 / 127, "q4_0": 1 / 8}
+
+
+def section(base: Path) -> ModelSection:
+    return ModelSection(name=str(base), quantization="none", compute_dtype="fp32")
+
+
+def field(reader: Any, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+@pytest.fixture
+def any_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes byte-level tokenizers of some families' files, whose rules for text llama.cpp has not."""
+    monkeypatch.setattr(gguf_tokenizer, "_kind", lambda tokenizer, described: None)
+
+
+@pytest.mark.usefixtures("any_rules")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_the_merged_models(tmp_path: Path, family: str) -> None:
+    base = checkpoint(tmp_path / "base", family)
+    trained(base, tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "merged", quantization="none", compute_dtype="fp32", dtype="fp32")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    read = Checkpoint(base, "base")
+    converted = Converted(config_of(base))
+    files = {}
+    for kind in ("f32", "f16", "bf16", "q8_0", "q4_0"):
+        written = export_gguf(
+            base, tmp_path / "adapter", tmp_path / kind, section=section(base), type=kind, checkpoint=read
+        )
+        files[kind] = gguf.GGUFReader(written.file)
+        assert written.bytes == written.file.stat().st_size
+        assert (tmp_path / kind / "Modelfile").read_text().startswith(f"FROM ./model-{kind}.gguf\n")
+    expected = {
+        converted.name(name): converted.values(name, values) for name, values in merged.items()
+    } | converted.factors()
+    for kind, reader in files.items():
+        assert {tensor.name for tensor in reader.tensors} == set(expected)
+        for tensor in reader.tensors:
+            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+            wanted = expected[tensor.name].numpy()
+            stored = tensor.tensor_type.name.lower()
+            assert stored == ("f32" if wanted.ndim == 1 or "norm" in tensor.name or "conv1d" in tensor.name else stored)
+            if stored in STEP:
+                blocks = np.abs(wanted.reshape(-1, 32)).max(1)
+                # the step itself is rounded to fp16
+                bound = blocks * STEP[stored] * (1 + 2**-9) + np.finfo(np.float32).tiny
+                assert (np.abs(found - wanted).reshape(-1, 32).max(1) <= bound + blocks * 2**-10).all(), tensor.name
+            else:
+                dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[stored]
+                assert np.array_equal(found, expected[tensor.name].to(dtype).float().numpy()), tensor.name
+        assert {tensor.tensor_type.name.lower() for tensor in reader.tensors} >= {kind}
+    reader, text = files["f32"], config_of(base)
+    arch = field(reader, "general.architecture")
+    for key, value in {
+        "context_length": min(text.max_position_embeddings, 32) if family == "mistral" else text.max_position_embeddings,
+        "embedding_length": text.hidden_size, "block_count": text.num_hidden_layers, "feed_forward_length": text.intermediate_size,
+        "attention.head_count": text.num_attention_heads, "attention.head_count_kv": text.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": np.float32(text.rms_norm_eps), "vocab_size": text.vocab_size,
+    }.items():  # fmt: skip
+        assert field(reader, f"{arch}.{key}") == value, key
+    assert (
+        len(field(reader, "tokenizer.ggml.tokens"))
+        == len(field(reader, "tokenizer.ggml.token_type"))
+        == text.vocab_size
+    )
+    assert field(reader, "tokenizer.chat_template") == read.tokenizer.chat_template
+    assert field(reader, "tokenizer.ggml.eos_token_id") == read.tokenizer.eos_token_id
+
+
+def config_of(base: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base).get_text_config()
+
+
+def test_an_adapter_is_the_portable_one(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", "llama")
+    model = trained(base, tmp_path / "adapter", config.LoRA(r=4, alpha=12))
+    written = export_gguf_adapter(section(base), Checkpoint(base, "base"), tmp_path / "adapter", tmp_path / "out")
+    reader = gguf.GGUFReader(written.file)
+    assert (field(reader, "general.type"), field(reader, "adapter.type")) == ("adapter", "lora")
+    parts = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    converted, scale = Converted(config_of(base)), field(reader, "adapter.lora.alpha") / 4
+    for path, layer in model.planted.items():
+        name = converted.name(f"{path}.weight")
+        expected = converted.values(f"{path}.weight", layer.scaling * (layer.lora_B @ layer.lora_A).detach())
+        torch.testing.assert_close(scale * (parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"]), expected)
+    assert len(parts) == 2 * len(model.planted)
+
+
+def test_ends_and_template_of_the_run(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", "llama")
+    trained(base, tmp_path / "adapter")
+    written = export_gguf(
+        base,
+        tmp_path / "adapter",
+        tmp_path / "out",
+        section=section(base),
+        chat_template="mine",
+        ends=(2, 263),
+        type="f16",
+    )
+    reader = gguf.GGUFReader(written.file)
+    assert (field(reader, "tokenizer.ggml.eos_token_id"), field(reader, "tokenizer.ggml.eot_token_id")) == (2, 263)
+    assert field(reader, "tokenizer.chat_template") == "mine"
+    assert field(reader, "tokenizer.ggml.add_bos_token") is True
+    stops = [
+        json.loads(line.split(" ", 2)[2]) for line in (tmp_path / "out" / "Modelfile").read_text().splitlines()[1:]
+    ]
+    assert stops == ["</s>", Checkpoint(base, "base").tokenizer.convert_ids_to_tokens(263)]
+
+
+def test_k_types_are_the_quantisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = checkpoint(tmp_path / "base", "llama")
+    trained(base, tmp_path / "adapter")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    written = export_gguf(base, tmp_path / "adapter", tmp_path / "out", section=section(base), type="q4_k_m")
+    assert written.type == "bf16"
+    assert written.command == f"llama-quantize {written.file} {written.file.with_name('model-q4_k_m.gguf')} Q4_K_M"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "llama-quantize"
+    program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] || { echo "type?" >&2; exit 3; }\necho "made of $1" > "$2"\n')
+    program.chmod(0o755)
+    written = export_gguf(
+        base, tmp_path / "adapter", tmp_path / "out", section=section(base), type="q4_k_m", overwrite=True
+    )
+    assert (written.type, written.command) == ("q4_k_m", None)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
+    with pytest.raises(RunError, match=r"status 3: type\?"):
+        export_gguf(base, tmp_path / "adapter", tmp_path / "other", section=section(base), type="q6_k")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(base: Path, error: type[Exception], match: str, type: str = "q8_0") -> None:
+        if not (base / "adapter").exists():
+            trained(base, base / "adapter")
+        with pytest.raises(error, match=match):
+            export_gguf(base, base / "adapter", tmp_path / "out", section=section(base), type=type)
+        assert not (tmp_path / "out").exists()
+
+    refused(tiny_checkpoint(tmp_path / "words"), ModelError, "is a WordLevel of tokenizers")
+    refused(
+        chat_checkpoint(tmp_path / "unknown"),
+        ModelError,
+        r"rules for this tokenizer are not known .* hash [0-9a-f]{12}",
+    )
+    base = checkpoint(tmp_path / "base", "llama")
+    FAMILIES_TOO = {"falcon": "not for 'falcon'"}
+    for kind, match in FAMILIES_TOO.items():
+        with pytest.raises(ModelError, match=match):
+            Converted(type("Config", (), {"model_type": kind}))
+    windows = checkpoint(tmp_path / "windows", "gemma2")
+    values = json.loads((windows / "config.json").read_text())
+    (windows / "config.json").write_text(json.dumps({**values, "layer_types": ["full_attention"] * 2}))
+    refused(windows, ModelError, "window in each layer but every 2th")
+    trained(base, base / "adapter", config.LoRA(r=4, target_modules=("embed_tokens",)))
+    with pytest.raises(MethodError, match=r"no LoRA on|plain LoRA alone"):
+        export_gguf_adapter(section(base), Checkpoint(base, "base"), base / "adapter", tmp_path / "out")
+    monkeypatch.setattr("qlora.machine.device.free_disk", lambda folder: 1000)
+    refused(base, DoesNotFitError, "The GGUF file needs")
