@@ -214,17 +214,17 @@ class _Side(NamedTuple):
 
     def product(self, expert: int, x: Tensor, weight: Tensor) -> Tensor:
         """x Wᵀ + b + scaling · (x Aᵀ) Bᵀ"""
-        y = F.linear(x, weight, None if self.bias is None else self.bias[expert].to(x.dtype))
-        if (pair := self.pair(expert, x.dtype)) is not None:
-            y = torch.addmm(y, x @ pair[0].t(), pair[1].t(), alpha=self.scaling)
-        return y
+        bias = None if self.bias is None else self.bias[expert].to(x.dtype)
+        if (pair := self.pair(expert, x.dtype)) is None:
+            return F.linear(x, weight, bias)
+        y = (x @ pair[0].t() @ pair[1].t()).mul_(self.scaling)  # the small part first: see nf4.add_product
+        return (y if bias is None else y.add_(bias)).addmm_(x, weight.t())
 
     def back(self, expert: int, grad: Tensor, weight: Tensor) -> Tensor:
         """What ``grad`` of the product means for its x."""
-        grad_x = grad @ weight
-        if (pair := self.pair(expert, grad.dtype)) is not None:
-            grad_x = torch.addmm(grad_x, grad @ pair[1], pair[0], alpha=self.scaling)
-        return grad_x
+        if (pair := self.pair(expert, grad.dtype)) is None:
+            return grad @ weight
+        return (grad @ pair[1] @ pair[0]).mul_(self.scaling).addmm_(grad, weight)
 
     def learn(self, expert: int, x: Tensor, grad: Tensor, grad_A: Tensor | None, grad_B: Tensor | None) -> None:
         """Write the gradients of one expert's A and B into those of all."""
