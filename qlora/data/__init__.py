@@ -32,7 +32,7 @@ from qlora.data.packing import Row, make_rows
 from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
-from qlora.data.sources import data_files, read_records
+from qlora.data.sources import data_files, not_read, read_records
 from qlora.data.split import Seen, needs_pieces, seen_note, split_pieces, split_records
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
@@ -197,6 +197,10 @@ def load_data(
         notes = template.notes
     apart = parts[1].bad is not parts[0].bad
     told = [[*(part.bad.notes if part is parts[0] or apart else []), *part.notes] for part in parts]
+    train = (section.train,) if isinstance(section.train, str) else section.train
+    for source in (*train, *([section.held_out] if section.held_out else [])):
+        if others := not_read(source):
+            told[0].append(f"not read in the folder '{source}': {listed(others)}")
     notes = [*told[0], *(f"held-out data: {note}" for note in told[1]), *notes]
     if in_pieces:
         examples = split_pieces(examples[0], section.held_out_fraction, seed)

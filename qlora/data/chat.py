@@ -60,7 +60,7 @@ DEFAULT_TEMPLATE = """\
 
 _GROUP = 64  # conversations rendered and tokenised at once: no more texts than theirs are in memory
 _PROMPT_END = 16  # characters by which the end of a prompt is found again: more than a generation prompt's last word
-_ANSWER = "qlora-answer"
+_ANSWER, _THOUGHTS = "qlora-answer", "qlora-thoughts"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.
@@ -103,6 +103,7 @@ class ChatTemplate:
                 self._ends, self._closing = self._turn_ends()
                 self._call_ends = self._ends_of_calls()
                 self._always_asks = self._asks_behind_answers()
+                self._thoughts_end_alike = self._ends_thoughts_alike()
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
         self.end_tokens = tuple(map(int, tokenizer.convert_tokens_to_ids([*self._ends[:1], *self._call_ends])))
@@ -117,6 +118,7 @@ class ChatTemplate:
         )
         if self._for_tools:
             self._for_tools.dialect.notes, self._for_tools.dialect.records = self.dialect.notes, self.dialect.records
+            self.end_tokens = tuple(dict.fromkeys((*self.end_tokens, *self._for_tools.end_tokens)))
 
     @property
     def notes(self) -> list[str]:
@@ -226,6 +228,9 @@ class ChatTemplate:
                 if len(fewer := self._lost(spoken, apart, train_on)) < len(lost):
                     made, lost = apart, fewer
             self._tell(lost)
+            if self._thoughts_end_alike and any(given.get("reasoning_content") for given, _ in spoken):
+                sentence = f"{self._ends[0]} ends the reasoning as well as the answer, so that generation stops behind the reasoning"
+                self.dialect.records[sentence] += 1
             yield made
 
     def _made(self, place: str, job: Job, found: list[int], rendered: list[Rendered]) -> list[_Text]:
@@ -327,13 +332,13 @@ class ChatTemplate:
         least = len(asked.rpartition(question.strip())[2]) + 1 if question.strip() in asked else _PROMPT_END
         ends = (asked[-length:] for length in range(max(least, _PROMPT_END), least - 1, -1))
         alike = _alike(upto, other)
-        end = next((end for end in ends if end in upto[:alike]), "")
-        if not end:
+        found = max((_last_end(end, upto[:alike]) for end in ends), default=-1)
+        if found < 0:
             raise Mistake(
                 f"cannot be masked: the chat template ({self.name}) renders the turns before answer {at + 1} differently once "
                 "the answer follows. Give a data.chat_template with {% generation %} blocks, or set data.train_on=all"
             )
-        return upto.rfind(end, 0, alike) + len(end)
+        return found
 
     def _end(self, text: str) -> int:
         """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""
@@ -445,6 +450,14 @@ class ChatTemplate:
         plain = self._text([user, {"role": "assistant", "content": _ANSWER}]).removeprefix(asked)
         other = token and token not in self._ends and called.count(token) == 1 and token not in plain
         return (token,) if other else ()
+
+    def _ends_thoughts_alike(self) -> bool:
+        """Whether the token that ends an answer ends its reasoning too (Solar Open): no stop token can tell the two apart."""
+        if not (self._ends and self.dialect.reasoning):
+            return False
+        answer = {"role": "assistant", "content": _ANSWER, self.dialect.reasoning: _THOUGHTS}
+        thought, found, _ = self._text([{"role": "user", "content": "Hi"}, answer]).partition(_ANSWER)
+        return bool(found) and self._ends[0] in thought.rpartition(_THOUGHTS)[2] and _THOUGHTS in thought
 
     def _asks_behind_answers(self) -> bool:
         """Whether the template begins a next answer behind a finished one too, asked or not (Command R7B)."""
@@ -590,6 +603,14 @@ def _end_of(words: str, text: str, begin: int) -> int:
         if (found := text.find(bare, begin)) >= 0:
             return found + len(bare)
     return -1
+
+
+def _last_end(words: str, text: str) -> int:
+    """Where ``words`` end for the last time in ``text``, white space inside them aside (Hermes has less of it behind the last
+    result); -1 where they are not."""
+    bare = words.rstrip()
+    spaced = r"\s*".join(map(re.escape, "".join(bare.split()))) + re.escape(words[len(bare) :])
+    return max((found.end() for found in re.finditer(spaced, text)), default=-1)
 
 
 def _values(arguments: object) -> Iterator[str]:

@@ -166,13 +166,13 @@ class Dialect:
 
     def _kept(self, message: Message, told: set[str]) -> Message:
         """An answer that the template renders whole; ``told`` takes what was done for it."""
-        changed = dict(message)
+        changed, as_text = dict(message), False
         if thoughts := changed.pop("reasoning_content", ""):
             if self.reasoning or not self.keep:
                 changed[self.reasoning or "reasoning_content"] = thoughts
             else:
                 changed["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
-                told.add("reasoning stands as text in the answer, since the chat template has no place for it")
+                as_text = True
         content, calls = str(changed["content"]), message.get("tool_calls")
         if (
             self.hides
@@ -184,9 +184,13 @@ class Dialect:
         ):
             changed = {"role": "assistant", "content": hidden(f"{content}\n\n{written}")}
             told.add("text stands before the function calls, since the chat template has no place for it")
+        elif calls and not self.beside:  # chat.py tells what the template leaves out
+            as_text = False
         elif self.hides and not self.thoughts and _THOUGHTS.match(content):
             changed["content"] = hidden(content)
             told.add("reasoning stays in the answer, from which the chat template would take it")
+        if as_text:
+            told.add("reasoning stands as text in the answer, since the chat template has no place for it")
         return cast(Message, changed)
 
     def _written(self, calls: list[JsonObject]) -> str:

@@ -17,6 +17,7 @@ tokenizer or a template. *New data format* → one function here and one line in
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,19 +25,21 @@ from dataclasses import dataclass, field, replace
 
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
-from qlora.data.suggestions import NOTHING, columns_of, guess, inside, suggested
+from qlora.data.suggestions import NOTHING, OTHERS, columns_of, guess, inside, looks_note, suggested
+from qlora.data.turns import SEEN, UNSEEN, Turn, filled, is_spoken, is_turn, read_turn, read_turns, spoken_in, tools_of
 from qlora.data.turns import Message as Message
-from qlora.data.turns import Turn, filled, is_turn, read_turn, read_turns
-from qlora.data.values import Mistake, capital, json_inside, kind, objects, text, yes_or_no
+from qlora.data.values import Mistake, capital, json_inside, kind, text, yes_or_no
 from qlora.errors import DataError, listed, nearest
 from qlora.files.strangers import JsonObject
 
+_PLACEHOLDER = re.compile(
+    r"\A\s*<(?:image|video|audio)>|<(?:image|video|audio)>\s*\Z|<img>[^<\s]+</img>|<\|(?:image(?:_\d+|_pad)?|vision_start)\|>"
+)
+"""Where a question has its picture or sound, as LLaVA, Qwen-VL, Phi and Llama write it."""
 Fields = Mapping[str, object]
 """What a record holds."""
 
 _BESIDE = ("system", "history", "tools", "functions")
-_SEEN = ("image", "images", "video", "videos", "audio", "audios")
-"""What a text model can't see; an answer about it would be made up."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,13 @@ def parse(
             if record.fault is not None:
                 raise Mistake(record.fault)
             _require_form(record, form, first.place)
+            _require_trained(record.fields)
             read = wanted.read(record.fields)
             one = read.conversation(record.place) if isinstance(read, _Talk) else read
         except Mistake as mistake:
             bad.add(record.place, mistake)
             continue
+        unread.update(f"'{name}' beside the records" for name in before.beside)
         unread.update(f"'{name}'" for name, value in before.fields.items() if name not in known and filled(value))
         if isinstance(read, _Talk):
             others_marked += read.marks_others
@@ -127,7 +132,7 @@ def parse(
         else:
             parsed.append(one)
     bad.settle()
-    notes = []
+    notes = [] if form != "text" else looks_note([one for one in parsed if isinstance(one, str)])
     if count := sum(record.filled_in for record in records):
         notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
     if form == "preference":
@@ -173,13 +178,21 @@ def _found_form(records: Sequence[Record]) -> str:
             f"objective learns from the two yet. Set data.form=preference{columns} to train the chosen answers alone{other}."
         )
     if plain in _JUDGED:
-        labels = [label for record in records if (label := record.fields.get("label")) is not None]
-        if labels and all(yes_or_no(label) is not None for label in labels):
-            raise DataError(
-                f"{capital(first.place)} has the form kto, {plain} with a label that says whether the answer is desirable, and no "
-                "objective learns from undesirable ones yet. Set data.form=kto to train the desirable answers alone, or "
-                f"data.form={plain} if the label says something else, and is not to be read."
-            )
+        for name in ("label", *OTHERS["label"]):
+            labels = [label for record in records if (label := record.fields.get(name)) is not None]
+            if labels and all(_desirable(label) is not None for label in labels):
+                columns = f" {columns_of({'label': name})}" if name != "label" else ""
+                raise DataError(
+                    f"{capital(first.place)} has the form kto, {plain} with a {name} that says whether the answer is desirable, and "
+                    f"no objective learns from undesirable ones yet. Set data.form=kto{columns} to train the desirable answers "
+                    f"alone, or data.form={plain} if the {name} says something else, and is not to be read."
+                )
+    if plain in (None, "text") and is_spoken(first.fields):
+        raise DataError(
+            f"{capital(first.place)} is one turn of a conversation ({listed(first.fields, 12)}); expected all turns of a conversation in one record, "
+            'as in {"messages": [{"role": …, "content": …}, …]}. To learn each as a text of its own, set data.form=text'
+            f"{'' if plain else ' ' + columns_of({'text': spoken_in(first.fields)})}."
+        )
     nearest_form = suggested(first.fields, _FORMS)
     if plain == "text" and nearest_form and nearest_form[0] != "text":
         name, theirs = nearest_form
@@ -188,6 +201,7 @@ def _found_form(records: Sequence[Record]) -> str:
             f"data.form=text to learn the text alone, or {columns_of(theirs)} to read the records as {name}."
         )
     if plain:
+        _require_all_read(records, plain)
         return plain
     heads = ", by the file's first row" if first.unit == "row" else ""
     found = (
@@ -196,8 +210,38 @@ def _found_form(records: Sequence[Record]) -> str:
     if nearest_form:
         name, theirs = nearest_form
         raise DataError(f"{found} As {name} they are read with {columns_of(theirs)}.")
+    for outer, value in first.fields.items():
+        if isinstance(value, dict) and (within := detect_form(value)):
+            theirs = {
+                name: f"{outer}.{name}" for name in (*_FORMS[within].needs, *_FORMS[within].takes) if name in value
+            }
+            raise DataError(
+                f"{capital(first.place)} has the form {within} inside its field {outer}; set {columns_of(theirs)}."
+            )
     forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
     raise DataError(f"{found} {guess(first.fields)} The forms are {forms}.")
+
+
+def _require_all_read(records: Sequence[Record], form: str) -> None:
+    """Refuse records of a form in which a text stands that the form has a place for, by another name."""
+    known, seen = {*_FORMS[form].needs, *_FORMS[form].takes}, set[str]()
+    for record in records:
+        new = {name for name, value in record.fields.items() if isinstance(value, str) and value.strip()} - known - seen
+        seen |= new
+        said = {name: value for name, value in record.fields.items() if filled(value)}
+        best = suggested(said, _FORMS) if new else None
+        if best is None or not set(best[1].values()) >= set(_FORMS[form].needs):
+            continue
+        name, theirs = best
+        read = json.dumps([record.fields[one] for one in known if one in record.fields], default=str)
+        more = [
+            one for one in theirs.values() if one in new and json.dumps(record.fields[one].strip())[1:-1] not in read
+        ]
+        if more:
+            raise DataError(
+                f"{capital(record.place)} has the form {form}, and beside it {listed(more)}. Set {columns_of(theirs)} to read that "
+                f"as well (as {name}), or data.form={form} to leave it out."
+            )
 
 
 def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
@@ -237,6 +281,15 @@ def _require_form(record: Record, form: str, first: str) -> None:
     if not missing or (wanted.turns and wanted.needs[0] in fields):
         raise Mistake(f"has {kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected a list of turns")
     raise Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")
+
+
+def _require_trained(fields: Fields) -> None:
+    """Refuse a record that says of all of itself that it is not to be trained."""
+    for name in ("weight", "train", "trainable", "training"):
+        if yes_or_no(value := fields.get(name)) is False or (isinstance(value, int | float) and value < 0):
+            raise Mistake(
+                f"has the {name} {value} for all of it, and would be learnt all the same; leave the record out"
+            )
 
 
 # --- one function a form ---------------------------------------------------------------------------------------------
@@ -279,12 +332,22 @@ def _sharegpt(fields: Fields) -> _Talk:
 
 
 def _alpaca(fields: Fields) -> _Talk:
-    return _talk(fields, [_instruction(fields), *_said(text(fields["output"], "'output'"), "assistant", "output")])
+    answer = _said(text(fields["output"], "'output'"), "assistant", "output")
+    return _talk(fields, [_instruction(fields), *_thought(fields, answer)])
 
 
 def _prompt_completion(fields: Fields) -> _Talk:
     asked = _said(fields["prompt"], "user", "prompt")
-    return _talk(fields, [*asked, *_said(fields["completion"], "assistant", "completion")])
+    return _talk(fields, [*asked, *_thought(fields, _said(fields["completion"], "assistant", "completion"))])
+
+
+def _thought(fields: Fields, answer: list[Turn]) -> list[Turn]:
+    """An answer with the reasoning that stands beside it."""
+    if not (reasoning := _optional(fields, "reasoning")).strip() or answer[-1].message["role"] != "assistant":
+        return answer
+    last = answer[-1]
+    message: Message = {**last.message, "reasoning_content": reasoning}
+    return [*answer[:-1], last._replace(message=message)]
 
 
 def _text(fields: Fields) -> str:
@@ -296,11 +359,15 @@ def _text(fields: Fields) -> str:
 def _preference(fields: Fields) -> _Talk:
     """The chosen answer, behind what it answers."""
     chosen, prompt = fields["chosen"], fields.get("prompt")
+    if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's input has the tools as well
+        fields = {**{name: prompt[name] for name in _BESIDE if name in prompt}, **fields}
     if isinstance(chosen, str) and (told := _transcript(f"{prompt}{chosen}" if isinstance(prompt, str) else chosen)):
         return _talk(fields, told)
     said = _said(chosen, "assistant", "chosen")
-    if said[0].message["role"] in ("system", "user"):
-        return _talk(fields, said)  # the whole conversation, the prompt in it
+    if said[0].message["role"] in ("system", "user"):  # the whole conversation, the prompt in it
+        if isinstance(prompt, str) and not any(prompt.strip() in turn.message["content"] for turn in said):
+            raise Mistake("has a 'prompt' and another question in 'chosen'; keep one of them")
+        return _talk(fields, said)
     if prompt is not None:
         asked = _said(prompt, "user", "prompt")
     elif "instruction" in fields:
@@ -316,13 +383,20 @@ def _preference(fields: Fields) -> _Talk:
 
 def _kto(fields: Fields) -> _Talk | None:
     """None when the answer is not desirable."""
-    if (desirable := yes_or_no(fields["label"])) is None:
+    if (desirable := _desirable(fields["label"])) is None:
         raise Mistake(f"has {kind(fields['label'])} in 'label'; expected true or false")
     form = next((name for name in _JUDGED if _FORMS[name].matches(fields)), None)
     if form is None:
         raise Mistake(f"has a label and none of the forms {listed(_JUDGED)}; its fields are {listed(fields, 12)}")
     talk = _FORMS[form].read(fields)
     return talk if desirable and isinstance(talk, _Talk) else None
+
+
+def _desirable(label: object) -> bool | None:
+    """What a label says: true or false, 1 and -1, or a word for one of them; None for anything else."""
+    if isinstance(label, str) and label.strip().lower() in _VERDICTS:
+        return _VERDICTS[label.strip().lower()]
+    return False if label == -1 else yes_or_no(label)
 
 
 def _instruction(fields: Fields) -> Turn:
@@ -363,23 +437,21 @@ def _transcript(told: str) -> list[Turn]:
 
 def _talk(fields: Fields, turns: Iterable[Turn]) -> _Talk:
     """The turns, with what stands beside them in the record."""
-    for name in _SEEN:
-        if filled(fields.get(name)):
-            raise Mistake(
-                f"has '{name}', which a text model can't see, and would learn to make up answers about; leave the record out, "
-                "or take the field out if the answers don't need it"
-            )
-    weight = fields.get("weight")
-    if yes_or_no(weight) is False or (isinstance(weight, int | float) and weight < 0):
-        raise Mistake(f"has the weight {weight} for all of it, and would be learnt all the same; leave the record out")
+    if seen := next((name for name in SEEN if filled(fields.get(name))), None):
+        raise Mistake(f"has '{seen}', {UNSEEN}")
+    turns = list(turns)
+    asked = (turn.message["content"] for turn in turns if turn.message["role"] == "user")
+    if shown := next((found for content in asked if (found := _PLACEHOLDER.search(content))), None):
+        raise Mistake(f"has {shown[0].strip()} in a question, {UNSEEN}")
+    tools = _tools(fields, "tools") or _tools(fields, "functions") or tuple(one for turn in turns for one in turn.tools)
     turns = [turn for turn in turns if turn.message["role"] != "system" or turn.message["content"].strip()]
     at = 1 if turns and turns[0].message["role"] == "system" else 0
     turns[at:at] = _history(fields.get("history"))
-    if (system := _optional(fields, "system")).strip():
+    if (system := _system(fields)).strip():
         if at and turns[0].message["content"].strip() != system.strip():
             raise Mistake("has a 'system' text and another one in its turns; keep one of them")
         turns[:at] = [Turn({"role": "system", "content": system})]
-    return _Talk(turns, _tools(fields, "tools") or _tools(fields, "functions"))
+    return _Talk(turns, tools)
 
 
 def _history(value: object) -> list[Turn]:
@@ -403,12 +475,15 @@ def _history(value: object) -> list[Turn]:
 
 
 def _tools(fields: Fields, name: str) -> tuple[JsonObject, ...]:
-    """The functions a conversation may call: a list of JSON schemas, or that list as a JSON string."""
-    tools = objects(fields.get(name), f"'{name}'")
-    for tool in tools:
-        if not isinstance(tool.get("function", {}), dict):
-            raise Mistake(f"has a tool with {kind(tool['function'])} as its 'function'; expected an object")
-    return tuple(tools)
+    return tuple(tools_of(fields.get(name), f"'{name}'"))
+
+
+def _system(fields: Fields) -> str:
+    """A system text, also in parts, as Bedrock and Anthropic have it."""
+    value = fields.get("system")
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        return read_turn({"role": "system", "content": value}, 0).message["content"]
+    return _optional(fields, "system")
 
 
 def _optional(fields: Fields, name: str) -> str:
@@ -419,7 +494,7 @@ def _optional(fields: Fields, name: str) -> str:
 class _Form:
     needs: tuple[str, ...]
     read: Callable[[Fields], _Talk | str | None]
-    takes: tuple[str, ...] = (*_BESIDE, *_SEEN)
+    takes: tuple[str, ...] = (*_BESIDE, *SEEN)
     trains: str = "assistant"
     """What carries loss where the recipe leaves it open."""
     turns: bool = False
@@ -432,17 +507,23 @@ class _Form:
         return not self.turns or isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
+_VERDICTS = {
+    **dict.fromkeys(("desirable", "good", "chosen", "accepted"), True),
+    **dict.fromkeys(("undesirable", "bad", "rejected"), False),
+}
 _JUDGED = ("messages", "sharegpt", "alpaca", "prompt_completion")
 _FORMS = {
     "messages": _Form(("messages",), _messages, turns=True),
     "sharegpt": _Form(("conversations",), _sharegpt, turns=True),
-    "alpaca": _Form(("instruction", "output"), _alpaca, ("input", *_BESIDE, *_SEEN), trains="completion"),
-    "prompt_completion": _Form(("prompt", "completion"), _prompt_completion, trains="completion"),
+    "alpaca": _Form(("instruction", "output"), _alpaca, ("input", "reasoning", *_BESIDE, *SEEN), trains="completion"),
+    "prompt_completion": _Form(
+        ("prompt", "completion"), _prompt_completion, ("reasoning", *_BESIDE, *SEEN), trains="completion"
+    ),
     "text": _Form(("text",), _text, (), trains="all"),
     "preference": _Form(
         ("chosen", "rejected"),
         _preference,
-        ("prompt", "instruction", "input", "messages", "conversations", *_BESIDE, *_SEEN),
+        ("prompt", "instruction", "input", "messages", "conversations", *_BESIDE, *SEEN),
         trains="completion",
     ),
 }

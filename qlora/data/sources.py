@@ -27,7 +27,7 @@ from typing import Any
 from qlora.data.encoding import decoded
 from qlora.data.files import content, ending, refuse_pointer, unpacker
 from qlora.data.filled import filled_in_file, filled_in_table, without
-from qlora.data.values import json_fault, kind
+from qlora.data.values import json_fault, kind, once, read_json
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded
 from qlora.files.strangers import JsonObject
@@ -43,6 +43,8 @@ class Record:
     number: int
     filled_in: bool = False
     """Whether nulls that Arrow filled in were taken out of it."""
+    beside: tuple[str, ...] = ()
+    """What its file holds beside the list that it stands in, and nobody reads: ``{"data": [...], "version": 1}``."""
     fault: str | None = None
     """Why there are no fields, as the end of a sentence that begins with ``place``; the records around it can be read."""
 
@@ -124,6 +126,15 @@ def _folder(path: Path, source: str) -> list[str]:
     return names
 
 
+def not_read(source: str) -> list[str]:
+    """What else is in a folder, by name: files of other kinds, folders, and nothing that is hidden."""
+    path = expanded(source)
+    if not path.is_dir():
+        return []
+    others = (inside for inside in path.iterdir() if not inside.name.startswith(".") and not _is_data(inside))
+    return sorted(f"{inside.name}/" if inside.is_dir() else inside.name for inside in others)
+
+
 def _is_data(path: Path) -> bool:
     return path.is_file() and not path.name.startswith(".") and _is_known(path)
 
@@ -182,15 +193,14 @@ def _lines(text: str, source: str) -> Iterator[Record]:
 def _value(line: str) -> object:
     """What a line's JSON holds, or the exception that it raised."""
     try:
-        value: object = json.loads(line)
-        return value
+        return read_json(line)
     except (ValueError, RecursionError) as error:
         return error
 
 
 def _objects(text: str) -> list[tuple[int, object]]:
     """(line, JSON value) one after the other; nothing where the text is not that from its beginning to its end."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=once)
     found: list[tuple[int, object]] = []
     end = len(text.rstrip())
     at, line = len(text) - len(text.lstrip()), 1 + text.count("\n", 0, len(text) - len(text.lstrip()))
@@ -212,13 +222,14 @@ def _json(text: str, source: str) -> Iterator[Record]:
     if not text.strip():
         return
     try:
-        values = json.loads(text)
+        values = read_json(text)
     except (ValueError, RecursionError) as error:
         first = text[: error.pos] if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" else ""
         if "\n" in first and ("\n" not in first.strip() or first.lstrip().startswith("{")):
             yield from _lines(text, source)
             return
         raise _broken(error, text, source) from None
+    beside: tuple[str, ...] = ()
     if isinstance(values, dict):
         inner = [values] if any(map(_are_turns, values.values())) else values.get("data")
         if not isinstance(inner, list):
@@ -231,15 +242,28 @@ def _json(text: str, source: str) -> Iterator[Record]:
             )
             raise DataError(
                 f"'{source}' is one JSON object with the fields {listed(values)}; expected a list of records, "
-                f'or {{"data": [...]}}{write}.'
+                f'or {{"data": [...]}}{write or _by_columns(values, source)}.'
             )
+        if inner is values.get("data"):
+            beside = tuple(name for name, value in values.items() if name != "data" and value not in (None, "", [], {}))
         values = inner
     if not isinstance(values, list):
         raise DataError(f"'{source}' holds {kind(values)}; expected a list of records.")
     if _are_turns(values):
         values = [values]  # one conversation
     for number, value in enumerate(values, start=1):
-        yield _record(value, source, "record", number)
+        yield replace(_record(value, source, "record", number), beside=beside)
+
+
+def _by_columns(values: JsonObject, source: str) -> str:
+    """What to do with a table that pandas wrote a column at a time; nothing for another object."""
+    if (
+        len(values) < 2
+        or len({len(column) if isinstance(column, list | dict) else -1 for column in values.values()} - {-1, 0}) != 1
+    ):
+        return ""
+    command = f"import pandas; pandas.read_json({source!r}).to_json({source + 'l'!r}, orient='records', lines=True)"
+    return f"; it looks like a table by columns, which this writes by rows: python -c {shlex.quote(command)}"
 
 
 def _are_turns(value: object) -> bool:
@@ -278,8 +302,21 @@ def _plain_text(text: str, source: str) -> Iterator[Record]:
     this name are read as such."""
     if _begins_with_an_object(text):
         yield from _lines(text, source)
+    elif _holds_records(text):
+        yield from _json(text, source)
     elif text.strip():
         yield Record({"text": text}, source, "document", 1)
+
+
+def _holds_records(text: str) -> bool:
+    """Whether it is one JSON value: a list of objects, or a conversation."""
+    try:
+        value = read_json(text) if text.lstrip()[:1] in ("[", "{") else None
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, dict):
+        return any(map(_are_turns, value.values()))
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _begins_with_an_object(text: str) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from qlora.data.values import Mistake
+from qlora.errors import listed
 
 Fields = Mapping[str, object]
 """What a record holds."""
@@ -20,11 +22,12 @@ NOTHING = object()
 """What is found where there is no field."""
 
 _ANSWERS = (
-    "answer", "response", "reply", "solution", "canonical_solution", "assistant", "gpt", "target", "a", "code",
+    "answer", "response", "reply", "solution", "canonical_solution", "assistant", "gpt", "target", "a", "code", "summary",
+    "highlights", "answers", "targets",
 )  # fmt: skip
-_QUESTIONS = ("question", "query", "problem", "task", "user", "human")
-_OTHERS = {
-    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "history"),
+_QUESTIONS = ("question", "query", "problem", "task", "user", "human", "inputs")
+OTHERS = {
+    "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "contents", "history"),
     "chosen": ("chosen_response", "chosen_messages", "response_j", "preferred_output", "preferred", "accepted"),
     "rejected": (
         "rejected_response", "rejected_messages", "response_k", "non_preferred_output", "dispreferred", "non_preferred",
@@ -34,10 +37,23 @@ _OTHERS = {
     "completion": ("output", *_ANSWERS),
     "output": ("completion", *_ANSWERS),
     "input": ("context", "passage", "background"),
-    "system": ("system_prompt", "system_message"),
+    "system": ("system_prompt", "system_message", "system_instruction"),
+    "reasoning": ("reasoning_content", "thinking", "complex_cot", "chain_of_thought", "cot", "thoughts"),
+    "label": ("kto_tag", "desirable", "is_desirable"),
     "text": ("content", "document", "body"),
 }  # fmt: skip
 """What people call a form's fields, likeliest first."""
+
+
+_LOOKED_AT = 20_000  # characters of a text
+_MARKS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>"
+)
+_ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
+_REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
+_CODE = re.compile(
+    r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
+)
 
 
 class Form(Protocol):
@@ -58,8 +74,8 @@ def suggested(fields: Fields, forms: Mapping[str, Form]) -> tuple[str, dict[str,
     for name in ("messages", "preference", "prompt_completion", "alpaca", "text"):
         form = forms[name]
         found: dict[str, str] = {}
-        for ours in (*form.needs, *(optional for optional in form.takes if optional in _OTHERS)):
-            names = (lower[other] for other in (ours, *_OTHERS[ours]) if other in lower)
+        for ours in (*form.needs, *(optional for optional in form.takes if optional in OTHERS)):
+            names = (lower[other] for other in (ours, *OTHERS[ours]) if other in lower)
             if (theirs := next((column for column in names if column not in found.values()), None)) is not None:
                 found[ours] = theirs
         renamed = {ours: fields[theirs] for ours, theirs in found.items()}
@@ -81,6 +97,7 @@ def guess(fields: Fields) -> str:
     flat = {name: value for name, value in fields.items() if not isinstance(value, dict)}
     for outer, value in fields.items():
         flat |= {f"{outer}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {}
+    flat = {name: value for name, value in flat.items() if name not in ("system", "tools", "functions", "history")}
     texts = {name: value for name, value in flat.items() if isinstance(value, str) and re.search(r"[^\W\d_]", value)}
     longest = sorted(texts, key=lambda name: -len(texts[name]))[:2]
     theirs = [name for name in texts if name in longest]
@@ -93,6 +110,24 @@ def guess(fields: Fields) -> str:
         f"If '{answered}' answers '{asked}', set {columns_of({'prompt': asked, 'completion': answered})}; if others do, write "
         "their names there."
     )
+
+
+def looks_note(texts: Sequence[str]) -> list[str]:
+    """For the report: which texts look like something else than running text. They are learnt as text all the same."""
+    found = Counter(kind for text in texts if (kind := _looks_like(text[:_LOOKED_AT])))
+    what = listed([f"{count:,} look{'s' * (count == 1)} like {kind}" for kind, count in found.most_common()])
+    of = "the one text" if len(texts) == 1 else f"{len(texts):,} texts"
+    return [f"of {of}, {what}; read as plain text, every word is learnt, and no chat template is used"] if found else []
+
+
+def _looks_like(text: str) -> str | None:
+    if _MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
+        return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
+    lines = [line for line in text.split("\n")[:50] if line.strip()]
+    for sign in "\t;|,":
+        if len(lines) > 2 and lines[0].count(sign) and len({line.count(sign) for line in lines}) == 1:
+            return "a table (name the file .csv, so that its columns are read)"
+    return "code" if len(lines) > 2 and 2 * sum(map(bool, map(_CODE.search, lines))) > len(lines) else None
 
 
 def columns_of(theirs: Mapping[str, str]) -> str:

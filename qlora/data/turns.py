@@ -1,9 +1,12 @@
 """Turns: one turn of a conversation, by whatever names the tool that wrote it has for who, what and whether.
 
     who       role, from, speaker, sender, author      user is also human; assistant also gpt, model, bot; tool also observation …
-    what      content, value, text, message            text, or a list of parts: texts are joined, reasoning and calls taken
-    whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss (ms-swift, XTuner), loss_mask,
-              trainable, loss_weight; masked (torchtune), which says the opposite
+    what      content, value, text, message, parts            text, or a list of parts: texts are joined, reasoning and calls taken
+    whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss and loss_scale (ms-swift, XTuner),
+              loss_mask, trainable, loss_weight; masked (torchtune), which says the opposite; a number or truth value by
+              another name that speaks of the same (``ignore``, ``train_on_turn``) is asked about
+
+A list of tools in a turn (GLM, Kimi) is the conversation's; pictures and sounds in one are refused.
 
 Firefly and ms-swift write a question and its answer as one turn, ``{"human": "Hi", "assistant": "Hello"}``: these are two.
 
@@ -13,11 +16,12 @@ Knows a turn; must not know a form, a record's place, or a template.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Required, TypedDict, cast
 
-from qlora.data.values import Mistake, function_calls, json_inside, kind, text, yes_or_no
+from qlora.data.values import Mistake, function_calls, json_inside, kind, objects, text, yes_or_no
 from qlora.errors import listed, nearest
 from qlora.files.strangers import JsonObject
 
@@ -30,17 +34,21 @@ _ROLES = {
 }
 _EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
 _WHO = ("role", "from", "speaker", "sender", "author")
-_WHAT = ("content", "value", "text", "message")
-_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
+_WHAT = ("content", "value", "text", "message", "parts")
+_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight")
 _MASKED = ("masked",)
+_LIKE_A_FLAG = re.compile(r"train|loss|mask|ignore|weight|learn|supervis", re.IGNORECASE)
 _DETAILS = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
 _TEXTS = {
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning_content"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts", "thought"), "reasoning_content"),
     "name": "name",
     "tool_call_id": "tool_call_id",
 }
 """What else a turn may hold, as text, for the template to use."""
+_TOOLS = ("tools", "functions")
+SEEN = ("image", "images", "video", "videos", "audio", "audios")
+"""What a text model can't see; an answer about it would be made up."""
 _PARTS = {
     **dict.fromkeys(("text", "input_text", "output_text"), "text"),
     **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
@@ -72,11 +80,25 @@ class Turn(NamedTuple):
     """What its flag says; None without one."""
     unread: tuple[str, ...] = ()
     """Its fields that have a value and no meaning here."""
+    tools: tuple[JsonObject, ...] = ()
+    """The functions that it says may be called."""
 
 
 def is_turn(value: object) -> bool:
     """Whether it names who speaks."""
     return isinstance(value, dict) and any(isinstance(value.get(name), str) for name in _WHO)
+
+
+def is_spoken(fields: Mapping[str, object]) -> bool:
+    """Whether a record is a turn: a known role, and beside it what was said."""
+    roles = (fields.get(name) for name in ("role", "from", "speaker"))
+    known = any(isinstance(role, str) and (role.lower() in _ROLES or role == "prompter") for role in roles)
+    return known and any(isinstance(fields.get(name), str) for name in _WHAT)
+
+
+def spoken_in(fields: Mapping[str, object]) -> str:
+    """The field of a turn that holds what was said."""
+    return next(name for name in _WHAT if isinstance(fields.get(name), str))
 
 
 def read_turns(turns: Iterable[object]) -> list[Turn]:
@@ -117,14 +139,39 @@ def read_turn(turn: object, number: int) -> Turn:
         if role != "assistant":
             raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
         message["tool_calls"] = calls
+    if seen := next((name for name in SEEN if filled(fields.get(name))), None):
+        raise Mistake(f"has '{seen}' in turn {number}, {UNSEEN}")
     if not content.strip() and not calls and role not in ("system", "tool"):
         raise Mistake(f"has an empty turn (turn {number}, {message['role']})")
+    unread = {name for name in _CALLS if fields.get("tool_calls") and fields.get(name)} - {"tool_calls"}
     for theirs, name in _TEXTS.items():
         if fields.get(theirs) is not None and (value := text(fields[theirs], f"'{theirs}' of turn {number}")):
-            message.setdefault(name, value)
-    known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS}
-    unread = tuple(name for name, value in fields.items() if name not in known and filled(value))
-    return Turn(cast(Message, message), _trained(fields, number), unread)
+            spoken = name != "reasoning_content" or message["role"] == "assistant"
+            if not spoken or message.setdefault(name, value) != value:
+                unread.add(theirs)
+    known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS, *_TOOLS}
+    unread |= {name for name, value in fields.items() if name not in known and filled(value)}
+    if role == "assistant" and (flag := next((name for name in sorted(unread) if _is_flag(name, fields[name])), None)):
+        raise Mistake(
+            f"has '{flag}' in turn {number}, which may say whether the turn is trained, and by that name is not known here; "
+            "call it 'train' (false: the turn is not trained), or take it out"
+        )
+    tools = [tool for name in _TOOLS for tool in tools_of(fields.get(name), f"'{name}' of turn {number}")]
+    return Turn(cast(Message, message), _trained(fields, number), tuple(sorted(unread)), tuple(tools))
+
+
+def _is_flag(name: str, value: object) -> bool:
+    """Whether a field that is not known looks as if it decided what is trained."""
+    return _LIKE_A_FLAG.search(name) is not None and (isinstance(value, float) or yes_or_no(value) is not None)
+
+
+def tools_of(value: object, where: str) -> list[JsonObject]:
+    """The functions that may be called: a list of JSON schemas, or that list as JSON text."""
+    tools = objects(value, where)
+    for tool in tools:
+        if not isinstance(tool.get("function", {}), dict):
+            raise Mistake(f"has a tool with {kind(tool['function'])} as its 'function'; expected an object")
+    return tools
 
 
 def _role(role: object, number: int) -> str:
@@ -150,6 +197,11 @@ def _part(part: object, number: int) -> tuple[str, str]:
     if not isinstance(part, dict):
         raise Mistake(f"has a list with {kind(part)} in the content of turn {number}; expected parts of type text")
     what = _PARTS.get(str(part.get("type", "text")))
+    if flag := next((name for name in (*_TRAINED, *_MASKED) if part.get(name) is not None), None):
+        raise Mistake(
+            f"has '{flag}' in a part of turn {number}'s content; here a turn is trained whole or not at all, so give it to the "
+            "turn, or make turns of the parts"
+        )
     if what == "call" and "input" in part:  # Anthropic's
         return "call", json.dumps({"id": part.get("id"), "name": part.get("name"), "arguments": part["input"]})
     said = next((part[name] for name in ("text", "value", "thinking", "content") if part.get(name) is not None), None)
@@ -195,6 +247,12 @@ def _trained(fields: Mapping[str, object], number: int) -> bool | None:
 def filled(value: object) -> bool:
     """Whether a field says anything: neither null nor empty."""
     return value is not None and value not in ("", [], {})
+
+
+UNSEEN = (
+    "which a text model can't see, and would learn to make up answers about; leave the record out, or take the field out if "
+    "the answers don't need it"
+)
 
 
 def shown(value: object) -> str:

@@ -11,6 +11,7 @@ with that place.
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 from qlora.files.strangers import JsonObject
@@ -22,6 +23,10 @@ up, which moves with the caller and with the version."""
 
 class Mistake(Exception):
     """What is wrong with one record, as the end of a sentence that begins with its place."""
+
+
+class KeyTwice(ValueError):
+    """A JSON object that has a key twice."""
 
 
 def capital(place: str) -> str:
@@ -60,16 +65,34 @@ def text(value: object, where: str) -> str:
 def json_fault(error: ValueError | RecursionError) -> str:
     """Why ``json.loads`` failed. It raises JSONDecodeError, and also what Python's own limits raise."""
     if isinstance(error, json.JSONDecodeError):
-        return error.msg
+        python = re.match(r"\s*\[?\s*\{'", error.doc)
+        return "it is as Python prints it, not JSON; write it with json.dumps" if python else error.msg
+    if isinstance(error, KeyTwice):
+        return str(error)
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"it has an integer of more than {sys.get_int_max_str_digits():,} digits"
 
 
+def read_json(text: str) -> object:
+    """``json.loads``, except that an object with a key twice is broken: Python would keep the second and say nothing."""
+    found: object = json.loads(text, object_pairs_hook=once)
+    return found
+
+
+def once(pairs: list[tuple[str, object]]) -> JsonObject:
+    """The object of these keys and values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise KeyTwice(f"it names '{twice[:40]}' twice in one object")
+    return found
+
+
 def json_inside(value: str, where: str) -> object:
     """What the JSON text in a field holds."""
     try:
-        found: object = json.loads(value)
+        found = read_json(value)
     except (ValueError, RecursionError) as error:
         raise Mistake(f"has broken JSON in {where} ({json_fault(error)})") from None
     _check(found, where)  # the escape \ud83d is text that UTF-8 can hold; what it stands for is not

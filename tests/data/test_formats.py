@@ -82,6 +82,25 @@ MISTAKES = [
      "has 'train_detail' in turn 2, which trains a part of it"),
     ([{**MESSAGES, "weight": 0}], "has the weight 0 for all of it"),
     ([{**MESSAGES, "weight": "0"}], "has the weight 0 for all of it"),
+    ([{"text": "Hi", "weight": 0}], "has the weight 0 for all of it"),
+    ([{**MESSAGES, "train": False}], "has the train False for all of it"),
+    ([{"messages": [HI, {**YO, "ignore": True}]}], "has 'ignore' in turn 2, which may say whether the turn is trained"),
+    ([{"messages": [HI, {**YO, "loss_factor": 0.5}]}], "has 'loss_factor' in turn 2, which may say whether"),
+    ([{"messages": [HI, {"role": "assistant", "content": [{"type": "text", "text": "Yo", "train": False}]}]}],
+     "has 'train' in a part of turn 2's content; here a turn is trained whole"),
+    ([{"messages": [{**HI, "images": ["b64"]}, YO]}], "has 'images' in turn 1, which a text model can't see"),
+    ([{"messages": [{"role": "user", "content": "<image>\nWhat?"}, YO]}], "has <image> in a question, which a text model"),
+    ([{"messages": [{"role": "user", "content": "Picture 1: <img>a.jpg</img> What?"}, YO]}], "has <img>a.jpg</img> in a"),
+    ([{**MESSAGES, "system_prompt": "Be kind"}],
+     r"has the form messages, and beside it system_prompt. Set data.columns='\{system: system_prompt\}' to read that"),
+    ([ALPACA, {**ALPACA, "context": "C"}], r"Line 2 .* beside it context. Set data.columns='\{input: context\}'"),
+    ([{**PAIR, "context": "C"}], r"Set data.columns='\{instruction: prompt, output: completion, input: context\}'"),
+    ([HI, YO], "Line 1 of 'a.jsonl' is one turn of a conversation .* data.form=text data.columns='{text: content}'"),
+    ([{"text": "Hi", "role": "prompter"}], "is one turn of a conversation .* set data.form=text."),
+    ([{"data": MESSAGES}], r"has the form messages inside its field data; set data.columns='\{messages: data.messages\}'"),
+    ([{**MESSAGES, "kto_tag": False}], r"has the form kto, .* Set data.form=kto data.columns='\{label: kto_tag\}'"),
+    ([{**MESSAGES, "label": -1}, {**MESSAGES, "label": 1}], "has the form kto, messages with a label"),
+    ([{**MESSAGES, "label": "good"}, {**MESSAGES, "label": "bad"}], "has the form kto, messages with a label"),
     ([{**MESSAGES, "history": "Hi"}], "has broken JSON in 'history'"),
     ([{**ALPACA, "history": [["q"]]}], r"has a list in the list of 'history'; expected \[question, answer\]"),
     ([{"messages": [{"role": "system", "content": "S"}, HI, YO], "system": "T"}], "has a 'system' text and another one"),
@@ -489,3 +508,41 @@ def test_parts_of_a_content_by_their_types() -> None:
     for part in ({"type": "image", "text": "a.png"}, {"type": "tool_call", "value": "f(1)"}, {"type": "text"}):
         with pytest.raises(DataError, match=r"part of type '(image|text)'|broken JSON in a call of turn 2"):
             parsed({"messages": [turns[0], {"role": "assistant", "content": [part]}]})
+
+
+def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
+    tool = {"name": "f", "parameters": {}}
+    (one,) = parsed({"messages": [{**HI, "tools": [tool]}, YO]}).conversations
+    assert one.tools == (tool,)
+    openai = {"input": {"messages": [HI], "tools": [tool]}, "preferred_output": [YO], "non_preferred_output": [HI]}
+    columns = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    (one,) = parsed(openai, form="preference", columns=columns).conversations
+    assert (one.messages, one.tools) == ((HI, YO), (tool,))
+    with pytest.raises(DataError, match="As preference they are read"):
+        parsed(openai)
+    (one,) = parsed({**PAIR, "reasoning": "Hm"}).conversations
+    assert one.messages == (HI, {**YO, "reasoning_content": "Hm"})
+    (one,) = parsed({**MESSAGES, "system": [{"text": "Be kind"}]}).conversations
+    assert one.messages[0] == {"role": "system", "content": "Be kind"}
+    result = parsed({"messages": [{**HI, "thinking": "Hm"}, {**YO, "reasoning": "Well", "thinking": "Other"}]})
+    assert result.conversations[0].messages == (HI, {**YO, "reasoning_content": "Well"})
+    assert result.notes == ("fields that are not read: 'thinking' of turns (1 record)",)
+    with pytest.raises(DataError, match="has a 'prompt' and another question in 'chosen'"):
+        parsed({"prompt": "Bye", "chosen": [HI, YO], "rejected": [HI, YO]}, form="preference")
+    parsed({**MESSAGES, "system_prompt": "Hi"})  # said in the turns already
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Q: What?\nA: That.", "questions with their answers"),
+        ("### Human: Hi### Assistant: Yo", "questions with their answers"),
+        ("<|im_start|>user\nHi<|im_end|>", "questions with their answers"),
+        ("a\tb\nc\td\ne\tf\n", "a table"),
+        ("import os\n\n\ndef f(x):\n    return x\n", "code"),
+        ("He said: hello.\nThen she left;\nand it rained, as usual.\nNobody came.", None),
+    ],
+)
+def test_a_text_that_looks_like_something_else_is_told(text: str, kind: str | None) -> None:
+    (note,) = parsed({"text": text}).notes or ("",)
+    assert (f"of the one text, 1 looks like {kind}" in note) if kind else not note

@@ -18,7 +18,7 @@ import pytest
 
 from qlora.data import files
 from qlora.data.formats import parse
-from qlora.data.sources import read_records
+from qlora.data.sources import not_read, read_records
 from qlora.errors import DataError, DoesNotFitError
 
 PAIRS = [{"prompt": "null", "completion": "007"}, {"prompt": 'b\u2028, "c"\nd', "completion": ""}]
@@ -435,6 +435,24 @@ def write_table(table: Any, path: Path) -> None:
         table.to_parquet(path)
     else:
         table.to_json(path, lines=path.suffix == ".jsonl")
+
+
+def test_what_a_file_holds_is_told_or_read(write: Any, tmp_path: Path) -> None:
+    records = [{"prompt": "Hi", "completion": "Yo"}]
+    (one,) = read_records(write("a.json", json.dumps({"data": records, "version": 1, "note": None})))
+    assert (one.fields, one.beside) == (records[0], ("version",))
+    assert [one.fields for one in read_records(write("b.txt", json.dumps(records, indent=1)))] == records
+    for twice in ('{"prompt": "a", "prompt": "b"}', '{"c": {"x": 1, "x": 2}}'):
+        (one,) = read_records(write("c.jsonl", twice))
+        assert "twice in one object" in str(one.fault)
+    with pytest.raises(DataError, match="a table by columns, which this writes by rows: python -c 'import pandas"):
+        read_records(write("d.json", json.dumps({"prompt": {"0": "Hi"}, "completion": {"0": "Yo"}})))
+    (one,) = read_records(write("e.jsonl", "{'prompt': 'Hi'}"))
+    assert "it is as Python prints it, not JSON" in str(one.fault)
+    (tmp_path / "more").mkdir()
+    for name in ("more/a.txt", "more/b.pdf", "more/.c"):
+        write(name, "Hi")
+    assert not_read(str(tmp_path / "more")) == ["b.pdf"]
 
 
 def test_records_without_names_and_over_several_lines(write: Any) -> None:
