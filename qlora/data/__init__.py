@@ -197,8 +197,8 @@ def load_data(
         notes = template.notes
     apart = parts[1].bad is not parts[0].bad
     told = [[*(part.bad.notes if part is parts[0] or apart else []), *part.notes] for part in parts]
-    train = (section.train,) if isinstance(section.train, str) else section.train
-    for source in (*train, *([section.held_out] if section.held_out else [])):
+    sources = (section.train,) if isinstance(section.train, str) else section.train
+    for source in (*sources, *([section.held_out] if section.held_out else [])):
         if others := not_read(source):
             told[0].append(f"not read in the folder '{source}': {listed(others)}")
     notes = [*told[0], *(f"held-out data: {note}" for note in told[1]), *notes]
