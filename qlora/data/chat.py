@@ -72,7 +72,7 @@ class ChatTemplate:
     """A tokenizer's chat template, or the one that stands in for it.
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_tokens`` the ids of the tokens that end an answer, and
-    one that calls functions (none where the template has none). ``named``: which one of a tokenizer that has several; the one for tools is used
+    one that calls functions (none where the template has none), of the template for tools as well. ``named``: which one of a tokenizer that has several; the one for tools is used
     for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be
     read or is not Jinja, and when the template is cut off: it loops, or asks for too much memory.
     """

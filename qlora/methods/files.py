@@ -228,9 +228,16 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
     section, found, state = read_adapter_config(folder), read_adapter_tensors(folder), read_method_state(folder)
     base = model if isinstance(model, Base) else model.base
     _check_base(base, folder)
+    recorded = section
     section, tensors = _with_embeddings(base, section, found, folder)
     what = f"The adapter in '{folder}'"
     if isinstance(model, AdaptedModel):
+        if section != recorded and len(config.parts_of(section)) > len(config.parts_of(model.section)):
+            raise MethodError(
+                f"{what} brings along a changed embedding or head, or new rows of one, of which its {CONFIG} says nothing, so that "
+                "no run can be planned that goes on from it. Merge it into its base (PEFT: merge_and_unload, then "
+                "save_pretrained), and begin from that model without method.from."
+            )
         _check_same(model.section, section, model.planted, folder)
         _load(model, tensors, state, what)
         return model

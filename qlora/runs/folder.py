@@ -156,7 +156,9 @@ def end_tokens(recipe: Recipe, folder: Path, base: Checkpoint) -> tuple[int, ...
     if text is None:
         return ()
     tokenizer = copy.copy(base.tokenizer)  # a run's template is not the checkpoint's
-    tokenizer.chat_template = text
+    several = tokenizer.chat_template
+    if not (isinstance(several, dict) and several.get("default") == text):  # else calls may end by the one for tools
+        tokenizer.chat_template = text
     return ChatTemplate(tokenizer).end_tokens
 
 

@@ -620,3 +620,48 @@ def test_a_block_that_leaves_out_the_end_of_calls_is_told() -> None:
     chat = ChatTemplate(make_tokenizer(families.CALL_ENDS.replace(call, block)))
     chat.encode(conversations(CALLING[:2], tools=[{"name": "tip"}]), "assistant")
     assert "the chat template leaves </s>, which ends function calls, untrained (1 records)" in chat.notes
+
+
+def test_less_white_space_behind_the_last_result_is_no_other_prompt() -> None:
+    """As in Hermes' tool_use; a system text that moves would be another prompt, and is made one example an answer."""
+    template = families.TOOLS.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] }}{% if message['role'] == 'tool' %}{{ '</r>' if loop.last else '</r>\n' }}{% endif %}",
+    )
+    tokenizer = make_tokenizer(template)
+    examples = encode(tokenizer, CALLING, tools=[{"name": "tip"}])
+    assert [run for one in examples for run in trained_runs(tokenizer, one)][-1] == "In Oslo 12, in Bergen 2.5.<|end|>"
+    assert tokenizer.decode(examples[-1].ids).endswith(
+        "</r><|end|>\n<|start|>assistant\nIn Oslo 12, in Bergen 2.5.<|end|>\n"
+    )
+
+
+def test_an_end_that_reasoning_shares_is_told_where_there_is_reasoning() -> None:
+    """As Solar Open's <|end|>: no stop token can tell the two apart."""
+    template = families.CHATML.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% if message.reasoning %}{{ '<|start|>think\n' + message.reasoning + '<|end|>\n' }}{% endif %}",
+    )
+    chat = ChatTemplate(make_tokenizer(template))
+    told = "<|end|> ends the reasoning as well as the answer, so that generation stops behind the reasoning"
+    chat.encode(conversations(TALK), "assistant")
+    assert not [note for note in chat.notes if told in note]
+    chat.encode(conversations([TALK[0], {**TALK[1], "reasoning_content": "Well."}]), "assistant")
+    assert f"{told} (1 records)" in chat.notes
+
+
+def test_reasoning_that_goes_with_the_text_beside_calls_is_told_once() -> None:
+    chat = ChatTemplate(make_tokenizer(families.RESULT_AFTER_CALLS))
+    talk = [BESIDE[0], {**BESIDE[1], "content": "", "reasoning_content": "Well."}]
+    chat.encode(conversations(talk, tools=[{"name": "tip"}]), "assistant")
+    assert chat.notes == ["the chat template leaves out reasoning of answers (1 records)"]
+
+
+def test_answers_stop_at_the_ends_of_every_named_template() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {
+        "default": families.CHATML,
+        "tool_use": families.TWO_ENDS.replace("<|end|></s>", "[INST]"),
+    }
+    ends = tokenizer.convert_ids_to_tokens(ChatTemplate(tokenizer).end_tokens)
+    assert ends == ["<|end|>", "[INST]"]

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.errors import MethodError, QloraError, RunError
 from qlora.files.durable import sha256_of
@@ -117,6 +117,30 @@ def test_a_run_goes_on_from_pefts_adapter(tiny_model: Path, new_data: Path, tmp_
     # its own recipe says the same again
     again = Recipe.from_yaml(run.folder / "recipe.yaml", f"folder={tmp_path / 'again'}")
     assert train(again, quiet=True).steps == run.steps
+
+
+@pytest.mark.parametrize("how", ["changed", "resized"])
+def test_an_adapter_with_embeddings_of_its_own_is_refused_in_a_true_sentence(
+    how: str, tiny_model: Path, new_data: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    if how == "resized":
+        base.resize_token_embeddings(base.config.vocab_size + 2)
+    else:
+        base.get_input_embeddings().weight.data += 0.01
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    if how == "resized":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.add_tokens(["<one>", "<two>"])
+        tokenizer.save_pretrained(tmp_path / "peft")
+    recipe = recipe_from(
+        tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "peft"), "adapter_dtype": "fp32"}
+    )
+    with pytest.raises(
+        MethodError, match=r"brings along a changed embedding or head, or new rows of one.*Merge it into"
+    ):
+        train(recipe, quiet=True)
 
 
 @pytest.mark.parametrize(
