@@ -238,6 +238,7 @@ def main() -> None:
             rows[kind] = row = judged(kind, options.seconds)
             print(f"{kind}: {row['outcome']}{': ' + row['why'][:200] if 'why' in row else ''}", flush=True)
             write_rows(options.rows, about, rows.values())
+    rows = dict(sorted(rows.items()))
     options.rows.with_suffix(".md").write_text(table_page(about, rows, options.rows.name[:10]), encoding="utf-8")
     options.docs.write_text(models_page(about, rows), encoding="utf-8")
 
