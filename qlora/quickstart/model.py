@@ -90,6 +90,7 @@ def _reason(complaint: str) -> str:
 def _convert(gguf: Path, folder: Path) -> None:
     """Read the GGUF file through transformers and write it to ``folder`` in bf16, with tokenizer and chat template."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -106,6 +107,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     fresh.load_state_dict(read.state_dict())
     fresh.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(**place)
+    # transformers reads a GGUF file's merges, but not the name of its rule for cutting text; SmolLM's keeps digits apart
+    rest = tokenizer.backend_tokenizer.pre_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.model_max_length = fresh.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
     write_json(folder / "config.json", both_spellings(read_json(folder, "config.json", "a configuration")))

@@ -58,6 +58,7 @@ def _library() -> Any:
         ("llama_decode", ctypes.c_int32, [pointer, _Batch]), ("llama_free", None, [pointer]), ("llama_model_free", None, [pointer]),
         ("llama_log_set", None, [_LOG, pointer]), ("llama_adapter_lora_init", pointer, [pointer, ctypes.c_char_p]),
         ("llama_set_adapters_lora", ctypes.c_int32, [pointer, pointer, ctypes.c_size_t, pointer]),
+        ("llama_get_memory", pointer, [pointer]), ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
     ):  # fmt: skip
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
@@ -125,6 +126,11 @@ class LlamaCpp:
         found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (len(ids), width)).copy()
         self.lib.llama_batch_free(batch)
         return found
+
+    def begin(self) -> None:
+        """Forget what was read."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        self.place = 0
 
     def close(self) -> None:
         self.lib.llama_free(self.context)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.export import gguf_tokenizer
+from qlora.export import gguf_tokenizer, merge
 from qlora.export.gguf import export_gguf, export_gguf_adapter
-from qlora.methods import save_adapter
+from qlora.machine.device import cache_folder
+from qlora.methods import apply_method, save_adapter
 from qlora.model.checkpoint import Checkpoint
-from qlora.recipe import ModelSection
+from qlora.recipe import DEFAULT_MODEL, LoRA, ModelSection
+from qlora.residence.load import load_base
 from tests.export.gguf_models import FAMILIES, checkpoint, sentencepiece_like, trained
 from tests.programs import llama_cpp
 from tests.rounding import difference
+from tests.tiny import WORDS, stir
 
 pytestmark = pytest.mark.skipif(bool(llama_cpp.MISSING), reason=llama_cpp.MISSING)
 
@@ -73,3 +79,110 @@ def test_sentencepiece_tokens(tmp_path: Path) -> None:
     assert not opened.ends(1)
     assert np.isfinite(opened.logits([1, 2])).all()
     opened.close()
+
+
+# ── a real model ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PIECES = ["🚀", "😶\u200d🌫️", "日本語", "한국어", "naïve", "Български", "  ", "\n", "\n\n", "\t", "def f(x):", "    return x", "3.14", "12345",
+          "I've", "WE'LL", "…", "<|im_start|>", "<|im_end|>", "the", " the", "a+b", "!=", "'''", "é", "ﬁ", "\u202e", "العربية"]  # fmt: skip
+NEW = 24  # tokens of an answer
+
+
+class Real(NamedTuple):
+    """The quickstart's model with an adapter: merged, in plain transformers and in GGUF."""
+
+    model: Any
+    tokenizer: Any
+    files: dict[str, Path]
+    answers: dict[str, list[int]]
+    """Prompts' ids and what the merged model says to them, by prompt."""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
+    base = cache_folder() / "models" / DEFAULT_MODEL
+    if not base.is_dir():
+        pytest.skip("the quickstart's model is not in the cache (python -m qlora.quickstart makes it)")
+    section = ModelSection(name=str(base), compute_dtype="fp32")
+    adapted = apply_method(load_base(section, torch.device("cpu")), LoRA(r=4))
+    stir(adapted, 0.01)
+    work = tmp_path_factory.mktemp("smollm")
+    save_adapter(adapted, work / "adapter")
+    adapted.remove()
+    merge(base, work / "adapter", work / "merged", compute_dtype="fp32", dtype="fp16")
+    files = {
+        kind: export_gguf(base, work / "adapter", work / kind, section=section, type=kind).file
+        for kind in ("f32", "f16", "q8_0", "q4_0")
+    }
+    model = AutoModelForCausalLM.from_pretrained(work / "merged", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(work / "merged")
+    answers = {}
+    for word in WORDS:
+        turns = [{"role": "user", "content": f"What does Python's {word} do?"}]
+        ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+        with torch.no_grad():
+            said = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        answers[word] = said[0].tolist()
+    assert len(answers) == 20
+    return Real(model, tokenizer, files, answers)
+
+
+@pytest.mark.slow
+def test_a_real_tokenizer(real: Real) -> None:
+    opened = llama_cpp.LlamaCpp(real.files["q8_0"])
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 12))) for _ in range(1000)]
+    assert [text for text in texts if opened.tokens(text) != real.tokenizer(text)["input_ids"]] == []
+    assert opened.ends(real.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "nats"), [("f32", 1e-6), ("f16", 1e-4), ("q8_0", 2e-2), ("q4_0", 1.0)])
+def test_a_real_model(real: Real, kind: str, nats: float) -> None:
+    """Bounds for nats a token: rounding in fp32 and fp16, and what 8 and 4 bits are known to cost; a wrong layout costs several."""
+    opened = llama_cpp.LlamaCpp(real.files[kind])
+    divergence, worst, same, positions = 0.0, 0.0, 0, 0
+    for ids in real.answers.values():
+        opened.begin()
+        theirs = torch.from_numpy(opened.logits(ids)).double()
+        with torch.no_grad():
+            ours = real.model(torch.tensor([ids])).logits[0].double()
+        divergence += (ours.softmax(1) * (ours.log_softmax(1) - theirs.log_softmax(1))).sum().item()
+        worst, same = max(worst, difference(theirs, ours)), same + int((ours.argmax(1) == theirs.argmax(1)).sum())
+        positions += len(ids)
+    opened.close()
+    print(
+        f"{kind}: {real.files[kind].stat().st_size / 1e6:.0f} MB, {divergence / positions:.1e} nats a token, logits within "
+        f"{worst:.1e}, the same next token at {same} of {positions} positions"
+    )
+    assert divergence / positions < nats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_a_real_answer(real: Real, kind: str) -> None:
+    """Greedy answers word for word, to where they end; in fp16 they may part where two tokens are as likely as it can tell."""
+    opened = llama_cpp.LlamaCpp(real.files[kind])
+    ended = parted = 0
+    for word, expected in real.answers.items():
+        turns = [{"role": "user", "content": f"What does Python's {word} do?"}]
+        found = opened.tokens(real.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        assert found == expected[: len(found)]
+        opened.begin()
+        logits = opened.logits(found)
+        while found == expected[: len(found)] and len(found) < len(expected):
+            found.append(int(logits[-1].argmax()))
+            logits = opened.logits(found[-1:])
+        if found == expected:
+            ended += opened.ends(found[-1])
+            continue
+        parted += 1
+        with torch.no_grad():
+            ours = real.model(torch.tensor([expected])).logits[0, len(found) - 2]
+        # each product of a layer's seven, and the head's, rounds what it reads to fp16
+        rounded = torch.finfo(torch.float16).eps * (7 * real.model.config.num_hidden_layers + 1) ** 0.5
+        assert kind == "f16", word
+        assert ours.max() - ours[found[-1]] < rounded * ours.abs().max(), word
+    opened.close()
+    print(f"{kind}: {len(real.answers) - parted} of {len(real.answers)} answers equal, {ended} ended by themselves")
