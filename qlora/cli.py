@@ -134,8 +134,9 @@ def export(words: list[str]) -> None:
             raise InputError(f"qlora export RUN {target} takes {known} and overwrite, but found '{name}={value}'.")
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
+    from qlora.export.programs import told
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, export_gguf, foreign_ends, merge
+    from qlora.runs.export import compare_merged, export_adapter, export_gguf, foreign_ends, loaded_by, merge
 
     overwrite = options.pop("overwrite", "false") == "true"
     out = options.pop("out", None)
@@ -143,6 +144,7 @@ def export(words: list[str]) -> None:
         place = out or f"{folder}/portable"
         why = export_adapter(folder, place, overwrite=overwrite, **options)  # type: ignore[arg-type]
         print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
+        print(told(loaded_by(folder, place)))
         if ends := foreign_ends(folder):
             print(
                 f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "

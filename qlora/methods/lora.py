@@ -296,7 +296,7 @@ class LoraLayout(Layout):
         others = [path for path, layer in self.method.planted.items() if not isinstance(layer, LoraLinear)]
         if not others:
             return None
-        return f"LoRA on {listed(others, 3)} is on no linear, and servers load it on linears only; export it merged"
+        return f"LoRA on {listed(others, 3)} is on no linear, which few servers load; export it merged"
 
     @torch.no_grad()
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:

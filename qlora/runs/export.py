@@ -19,8 +19,10 @@ from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
 from qlora.export import merge as merge_files
+from qlora.export.programs import Verdict, programs
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
+from qlora.model import anatomy
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
@@ -153,6 +155,12 @@ def export_gguf(
                 checkpoint=source,
             ),
         )
+
+
+def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
+    """Which programs load the exported ``adapter`` of a run, and how."""
+    base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
+    return programs(expanded(adapter), bool(anatomy.text_config(base.model_config()).tie_word_embeddings))
 
 
 def foreign_ends(folder: str | Path) -> list[str]:

@@ -109,7 +109,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     work = tmp_path_factory.mktemp("smollm")
     save_adapter(adapted, work / "adapter")
     adapted.remove()
-    merge(base, work / "adapter", work / "merged", compute_dtype="fp32", dtype="fp16")
+    merge(base, work / "adapter", work / "merged", compute_dtype="fp32", dtype="fp32")
     files = {
         kind: export_gguf(base, work / "adapter", work / kind, section=section, type=kind).file
         for kind in ("f32", "f16", "q8_0", "q4_0")
@@ -138,7 +138,7 @@ def test_a_real_tokenizer(real: Real) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "nats"), [("f32", 1e-6), ("f16", 1e-4), ("q8_0", 2e-2), ("q4_0", 1.0)])
+@pytest.mark.parametrize(("kind", "nats"), [("f32", 1e-6), ("f16", 1e-4), ("q8_0", 2e-2), ("q4_0", 2.0)])
 def test_a_real_model(real: Real, kind: str, nats: float) -> None:
     """Bounds for nats a token: rounding in fp32 and fp16, and what 8 and 4 bits are known to cost; a wrong layout costs several."""
     opened = llama_cpp.LlamaCpp(real.files[kind])
@@ -180,8 +180,8 @@ def test_a_real_answer(real: Real, kind: str) -> None:
         parted += 1
         with torch.no_grad():
             ours = real.model(torch.tensor([expected])).logits[0, len(found) - 2]
-        # each product of a layer's seven, and the head's, rounds what it reads to fp16
-        rounded = torch.finfo(torch.float16).eps * (7 * real.model.config.num_hidden_layers + 1) ** 0.5
+        # each product of a layer's seven, and the head's, rounds its weights and what it reads to fp16
+        rounded = torch.finfo(torch.float16).eps * (2 * 7 * real.model.config.num_hidden_layers + 1) ** 0.5
         assert kind == "f16", word
         assert ours.max() - ours[found[-1]] < rounded * ours.abs().max(), word
     opened.close()
