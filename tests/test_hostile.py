@@ -20,7 +20,8 @@ from qlora.errors import DoesNotFitError, MethodError, ModelError, QloraError, R
 from qlora.files.strangers import MAX_JSON, Fault
 from qlora.machine.cards import parse_memory
 from qlora.methods import files
-from qlora.methods.files import read_adapter_config, read_adapter_tensors, read_method_state, recorded_base
+from qlora.methods.files import read_adapter_tensors, read_method_state, recorded_base
+from qlora.methods.peft_config import read_adapter_config
 from qlora.model import tensor_file, tokenizer
 from qlora.model.checkpoint import (
     INDEX,

@@ -16,7 +16,8 @@ from torch import nn
 from qlora.errors import RunError
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
-from qlora.methods.files import keep_apart, load_adapter, save_portable
+from qlora.methods.files import keep_apart, save_portable
+from qlora.methods.loading import load_adapter
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.skeleton import bare, language_model

@@ -25,7 +25,8 @@ from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
-from qlora.methods.files import keep_apart, load_adapter
+from qlora.methods.files import keep_apart
+from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json

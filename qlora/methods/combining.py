@@ -28,18 +28,11 @@ from torch import Tensor
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel
-from qlora.methods.files import (
-    about_base,
-    known_base,
-    read_about_base,
-    read_adapter_config,
-    read_adapter_tensors,
-    recorded_base,
-    save_pairs,
-)
+from qlora.methods.files import about_base, known_base, read_about_base, read_adapter_tensors, recorded_base, save_pairs
 from qlora.methods.layout import PREFIX, Fields
 from qlora.methods.lora import LoraMethod, rank_of, scaling_of
 from qlora.methods.method import generator_of
+from qlora.methods.peft_config import read_adapter_config
 from qlora.methods.targets import target_names
 from qlora.recipe import Combined
 

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel, OnBase, apply_method, refuse_adapted
 from qlora.methods.beginning import gives_up
-from qlora.methods.files import load_adapter, read_adapter_config
+from qlora.methods.loading import load_adapter
 from qlora.methods.lora import LoraLinear
+from qlora.methods.peft_config import read_adapter_config
 from qlora.methods.planted import Planted
 from qlora.model.base import Base
 from qlora.model.in_memory import as_base

@@ -17,7 +17,9 @@ from qlora.errors import MethodError, listed
 from qlora.files.durable import expanded, sha256_of
 from qlora.files.strangers import shown
 from qlora.methods import AdaptedModel
-from qlora.methods.files import CONFIG, WEIGHTS, kind_of, load_adapter, read_adapter_config, recorded_base
+from qlora.methods.files import CONFIG, WEIGHTS, recorded_base
+from qlora.methods.loading import kind_of, load_adapter
+from qlora.methods.peft_config import read_adapter_config
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.tensor_file import read_header
 from qlora.recipe import Combined, Recipe, parts_of

@@ -16,7 +16,7 @@ from qlora.errors import RunError
 from qlora.evaluation import answers, score
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel
-from qlora.methods.files import load_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.continued import continued

@@ -29,11 +29,11 @@ from qlora.methods.files import (
     METHOD_STATE,
     WEIGHTS,
     read_about_base,
-    read_adapter_config,
     read_adapter_tensors,
     read_method_state,
     recorded_base,
 )
+from qlora.methods.peft_config import read_adapter_config
 from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from qlora.model.config import load_config
 from qlora.model.skeleton import skeleton_base

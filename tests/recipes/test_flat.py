@@ -52,7 +52,7 @@ def test_it_leaves_an_adapter_and_a_plain_model_with_the_same_logits(done: tuple
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qlora.methods.files import load_adapter
+    from qlora.methods.loading import load_adapter
     from qlora.recipe import ModelSection
     from qlora.residence.load import load_base
 
