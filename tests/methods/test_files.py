@@ -22,7 +22,7 @@ from qlora.data import Row
 from qlora.errors import MethodError, RunError
 from qlora.export import merge
 from qlora.files.durable import clear_leftovers, folder_written_aside
-from qlora.methods import LoraLinear, apply_method, files, load_adapter, read_adapter_config, save_adapter
+from qlora.methods import LoraLinear, apply_method, load_adapter, peft_config, read_adapter_config, save_adapter
 from qlora.methods.files import save_portable
 from qlora.methods.lora import LoraLayout
 from qlora.recipe import TrainingSection
@@ -215,7 +215,7 @@ def test_a_hostile_pattern_ends_in_a_sentence(
     adapter = saved_elsewhere(tmp_path, recorded=True)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": pattern}))
-    monkeypatch.setattr(files, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(peft_config, "MOST_SECONDS", 0.2)
     with pytest.raises(MethodError, match=said):
         read_adapter_config(adapter)
 
