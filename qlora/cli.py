@@ -104,11 +104,12 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|adapter|gguf|gguf-adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads; or as GGUF.
+    """RUN merged|adapter|gguf|gguf-adapter|hub: a plain 16-bit model, or the adapter as plain LoRA; either as GGUF; to the hub.
 
     All take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32; adapter
     takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
-    f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
+    f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m. hub repo=NAME sends what was exported, with its card, to a private
+    repository: from=FOLDER says which, private=false opens it to all, and dry_run=true only lists the files.
     """
     from qlora.export import BY_QUANTISER, TYPES
 
@@ -118,25 +119,47 @@ def export(words: list[str]) -> None:
         "overwrite": ("true", "false"),
         "keys": ("whole", "text"),
         "type": (*TYPES, *BY_QUANTISER),
+        "private": ("true", "false"),
+        "dry_run": ("true", "false"),
     }
-    takes = {"merged": ("base", "dtype"), "adapter": ("keys",), "gguf": ("base", "type"), "gguf-adapter": ()}
-    options = _taken(words, "out", *allowed)
+    common = ("out", "overwrite")
+    takes = {
+        "merged": ("base", "dtype", *common),
+        "adapter": ("keys", *common),
+        "gguf": ("base", "type", *common),
+        "gguf-adapter": common,
+        "hub": ("repo", "from", "private", "dry_run"),
+    }
+    options = _taken(words, "out", "repo", "from", *allowed)
     target = words.pop(1) if len(words) > 1 else None
     if target not in takes:
         raise InputError(
             f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'adapter', a plain LoRA adapter, 'gguf', "
-            "the merged model for llama.cpp and Ollama, or 'gguf-adapter', the adapter for them."
+            "the merged model for llama.cpp and Ollama, 'gguf-adapter', the adapter for them, or 'hub', any of these to the hub."
         )
     folder = _run("export", words)
     for name, value in options.items():
-        if name not in ("out", "overwrite", *takes[target]):
-            known = ", ".join((*takes[target], "out"))
-            raise InputError(f"qlora export RUN {target} takes {known} and overwrite, but found '{name}={value}'.")
+        if name not in takes[target]:
+            *known, last = takes[target]
+            raise InputError(
+                f"qlora export RUN {target} takes {', '.join(known)} and {last}, but found '{name}={value}'."
+            )
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
+    if target == "hub":
+        _publish(folder, options)
+        return
     from qlora.export.programs import told
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, export_gguf, foreign_ends, loaded_by, merge
+    from qlora.runs.export import (
+        compare_merged,
+        export_adapter,
+        export_gguf,
+        foreign_ends,
+        loaded_by,
+        merge,
+        write_card_of,
+    )
 
     overwrite = options.pop("overwrite", "false") == "true"
     out = options.pop("out", None)
@@ -144,12 +167,14 @@ def export(words: list[str]) -> None:
         place = out or f"{folder}/portable"
         why = export_adapter(folder, place, overwrite=overwrite, **options)  # type: ignore[arg-type]
         print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
-        print(told(loaded_by(folder, place)))
+        said = [told(loaded_by(folder, place))]
         if ends := foreign_ends(folder):
-            print(
+            said.append(
                 f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "
                 "with it has to be told (eos_token_id, or stop_token_ids)."
             )
+        print(*said, sep="\n")
+        write_card_of(folder, place, "adapter", said)
         return
     if target in ("gguf", "gguf-adapter"):
         written = export_gguf(folder, out, adapter=target == "gguf-adapter", overwrite=overwrite, **options)  # type: ignore[arg-type]
@@ -158,6 +183,7 @@ def export(words: list[str]) -> None:
             print(
                 f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
             )
+        write_card_of(folder, written.file.parent, target)
         return
     merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
     size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"
@@ -175,12 +201,32 @@ def export(words: list[str]) -> None:
         difference = compare_merged(folder, merged)
     except QloraError as error:  # the export is done and whole; only the comparison is not
         print(f"Its logits were not compared with the adapter model's: {error}")
+        write_card_of(folder, merged.folder, "merged")
         return
-    print(
+    compared = (
         f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
         f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats per token, "
         f"the same next token at {difference.same_choice:.1%} of the positions."
     )
+    print(compared)
+    write_card_of(folder, merged.folder, "merged", [compared])
+
+
+def _publish(folder: Path, options: dict[str, str]) -> None:
+    if "repo" not in options:
+        raise InputError("qlora export RUN hub expects repo=NAME or repo=OWNER/NAME, the repository on the hub.")
+    from qlora.export.hub import publish
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import to_publish
+
+    source, dry_run = to_publish(folder, options.get("from")), options.get("dry_run") == "true"
+    private = options.get("private", "true") == "true"
+    found = publish(source, options["repo"], private=private, dry_run=dry_run)
+    for name, size in found.files.items():
+        print(f"{bytes_text(size):>10}  {name}")
+    total = f"{len(found.files)} files, {bytes_text(sum(found.files.values()))}"
+    where = f"the {'private' if private else 'public'} repository '{found.repo}'"
+    print(f"{total}, would go to {where}; nothing was sent." if found.url is None else f"{total}, are in {found.url}")
 
 
 def report(words: list[str]) -> None:

@@ -30,11 +30,11 @@ OWNERS = {
     },
     "datasets": {"qlora/data/sources.py"},
     "accelerate": {"qlora/training/"},
-    "huggingface_hub": {"qlora/model/"},
+    "huggingface_hub": {"qlora/model/", "qlora/export/hub.py"},
     "jinja2": {"qlora/data/", "qlora/reporting/page.py"},
     "peft": set(),
     "pickle": set(),
-    "yaml": {"qlora/recipe/config.py", "qlora/files/strangers.py"},
+    "yaml": {"qlora/reporting/card.py", "qlora/recipe/config.py", "qlora/files/strangers.py"},
 }
 
 

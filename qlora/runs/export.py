@@ -7,6 +7,7 @@ run folder ─► adapter + base ─► merged (plain safetensors)  ─► compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import RunError
+from qlora.errors import RunError, listed
 from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
@@ -28,6 +29,7 @@ from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
 from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
+from qlora.reporting.card import write_card
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
     check_data,
@@ -37,6 +39,7 @@ from qlora.runs.folder import (
     open_base,
     open_run,
     read_adapter,
+    shown,
     template_of,
 )
 
@@ -161,6 +164,37 @@ def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
     """Which programs load the exported ``adapter`` of a run, and how."""
     base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
     return programs(expanded(adapter), bool(anatomy.text_config(base.model_config()).tie_word_embeddings))
+
+
+EXPORTS = ("merged", "nf4", "portable", "gguf-*")
+"""The folders in a run's that exports go into."""
+
+
+def to_publish(folder: str | Path, source: str | None) -> Path:
+    """The folder to publish of a run: ``source``, in the run or anywhere, or the one that was exported."""
+    folder = Path(folder)
+    if source is not None:
+        return folder / source if (folder / source).is_dir() else expanded(source)
+    found = sorted(path for name in EXPORTS for path in folder.glob(name) if path.is_dir())
+    if len(found) == 1:
+        return found[0]
+    there = (
+        f"Of '{folder}' {listed([path.name for path in found])} were exported"
+        if found
+        else f"Nothing of '{folder}' was exported yet"
+    )
+    advice = (
+        f"say which of them: from={found[0].name}"
+        if found
+        else f"do that first, as in: qlora export {shown(folder)} merged"
+    )
+    raise RunError(f"{there}; {advice}")
+
+
+def write_card_of(folder: str | Path, out: str | Path, form: str, told: Sequence[str] = ()) -> Path:
+    """Write the model card of what a run exported as ``form`` into ``out``."""
+    base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
+    return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told)
 
 
 def foreign_ends(folder: str | Path) -> list[str]:
