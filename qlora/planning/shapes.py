@@ -67,7 +67,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         layers=depth,
         with_graph=depth - _without_graph(model, layers) * depth // len(layers),
         width=sizes.hidden,
-        attention=sizes.heads * sizes.head_dim,
+        attention=sizes.attention,
         layer_bytes=tuple(image_bytes(layer) * len(layers) // depth for layer in layers) * (depth // len(layers)),
     )
 
