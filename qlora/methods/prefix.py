@@ -348,6 +348,8 @@ def refuse_other_attention(model: nn.Module) -> None:
         raise _no_place(model, "its positions are biases of the attention (ALiBi)")
     if getattr(anatomy.text_config(model), "num_kv_shared_layers", None):  # Gemma 3n, Gemma 4
         raise _no_place(model, "some of its layers read the keys of others")
+    if anatomy.differs_by_layer(model):  # Gemma 4
+        raise _no_place(model, "its layers have heads of several sizes")
 
 
 def find_attentions(model: nn.Module) -> dict[str, nn.Module]:

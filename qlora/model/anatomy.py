@@ -55,10 +55,12 @@ class Sizes(NamedTuple):
 
     layers: int
     hidden: int
-    intermediate: int
-    heads: int
+    attention: int
+    """Of all query heads together; on average, where layers differ."""
     kv_heads: int
+    """The most that a layer has."""
     head_dim: int
+    """The largest."""
     vocabulary: int
 
 
@@ -76,22 +78,38 @@ def sizes(model: nn.Module | PretrainedConfig) -> Sizes:
             f"The configuration of this {config.model_type} model names no {' or '.join(missing)}, so that nobody could say what "
             "it needs; take another model, or report the model type."
         )
-    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 0  # Mamba has none
+    by_layer = [_heads(one) for one in (config.per_layer_config if differs_by_layer(config) else [config])]
     return Sizes(
         layers=config.num_hidden_layers,
-        hidden=hidden,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
-        heads=heads,
-        kv_heads=(heads and getattr(config, "num_key_value_heads", None)) or heads,
-        head_dim=heads and (getattr(config, "head_dim", None) or hidden // heads),
+        hidden=config.hidden_size,
+        attention=sum(heads * head_dim for heads, _, head_dim in by_layer) // len(by_layer),
+        kv_heads=max(kv_heads for _, kv_heads, _ in by_layer),
+        head_dim=max(head_dim for _, _, head_dim in by_layer),
         vocabulary=config.vocab_size,
     )
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """(query heads, key-value heads, size of a head) of a layer."""
+    heads = getattr(config, "num_attention_heads", None) or 0  # Mamba has none
+    kv_heads = (heads and getattr(config, "num_key_value_heads", None)) or heads
+    return heads, kv_heads, heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def differs_by_layer(model: nn.Module | PretrainedConfig) -> bool:
+    """Whether sizes are a layer's and not the model's (Gemma 4's heads); transformers then refuses to name the model's."""
+    return bool(getattr(text_config(model), "is_heterogeneous", False))
 
 
 def layer_kinds(model: nn.Module | PretrainedConfig) -> list[str | None]:
     """For each layer what a hybrid calls it, as ``sliding_attention`` or ``full_attention``; None where all are alike."""
     config = text_config(model)
     return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
+
+
+def embeds_by_layer(model: nn.Module | PretrainedConfig) -> bool:
+    """Whether a token has an embedding for each layer beside the usual one, all of them in one table (Gemma 3n, Gemma 4)."""
+    return bool(getattr(text_config(model), "hidden_size_per_layer_input", None))
 
 
 def position_limit(model: nn.Module | PretrainedConfig) -> int | None:

@@ -88,8 +88,15 @@ class PackedMask:
         """The same for layers that see so many tokens."""
         return self if window is None else PackedMask(self.starts, self.width, window)
 
-    def __getitem__(self, rows: slice) -> PackedMask:
-        """The mask of some rows; the same object each time, so that its bounds are made once for all layers."""
+    def __getitem__(self, rows: slice | tuple[slice, ...]) -> PackedMask:
+        """The mask of some rows; the same object each time, so that its bounds are made once for all layers.
+
+        As a mask [R, 1, T, T] it may be cut as a whole, where all tokens are asked for (Gemma 4 with shared keys).
+        """
+        if isinstance(rows, tuple):
+            if any(part.indices(self.width) != (0, self.width, 1) for part in rows[1:]):
+                raise IndexError("The mask of packed rows is cut by rows alone.")
+            rows = rows[0]
         first, last, _ = rows.indices(len(self.starts))
         if (first, last) not in self._rows:
             self._rows[first, last] = PackedMask(self.starts[first:last], self.width, self.window)

@@ -22,7 +22,7 @@ from qlora.model.base import Base
 from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.load import turned
 from qlora.model.nf4 import Linear4bit, Packed, is_plain_linear
-from qlora.model.skeleton import empty_linear, matches
+from qlora.model.skeleton import empty_linear, matches, read_otherwise
 
 QUANTISED = (*FOUR_BIT, "int8")
 
@@ -57,7 +57,7 @@ def quantise(
                 f"The names there are {listed(leaves, 12)}."
             )
     heads, owners = _heads(module), _owners(module)
-    named = [*skip, *(getattr(module, "_keep_in_fp32_modules", None) or [])]
+    named = [*skip, *read_otherwise(module)]
     chosen = {
         path: linear
         for path, linear in linears.items()

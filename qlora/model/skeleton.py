@@ -284,13 +284,18 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def dense_modules(model: PreTrainedModel) -> list[str]:
-    """What is never quantised: the head, what is tied to another weight, a mixture's routers, what is read without being called,
-    what a family changes by itself, and what transformers keeps in fp32."""
+    """What is never quantised: the head, what is tied to another weight, and ``read_otherwise``."""
     names = [path for path in (anatomy.path_of(model, anatomy.head(model)),) if path is not None]
     for target, source in anatomy.tied_names(model).items():
         names += [target.removesuffix(".weight"), source.removesuffix(".weight")]
+    return [*names, *read_otherwise(model)]
+
+
+def read_otherwise(model: nn.Module) -> list[str]:
+    """Linears that more than a product asks for: a mixture's routers, what is read without being called, what a family changes by
+    itself, and what transformers keeps in fp32."""
     paths = {path for path, _ in model.named_modules()}
-    names += [path for path in paths if anatomy.is_router(path, paths)] + anatomy.read_as_weights(model)
+    names = [path for path in paths if anatomy.is_router(path, paths)] + anatomy.read_as_weights(model)
     return [*names, *anatomy.OWN_USE, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ from qlora.training.masters import wide_gradients
 
 ROUNDS = 2  # micro-batches after which each further one finds the memory as the one before
 BLOCK = {"cpu": 1, "cuda": 512}  # bytes that an allocation is rounded up to
+
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails here is said below
 
 
 class Phase(StrEnum):
@@ -189,6 +193,11 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
             if shape.at_once < shape.rows:
                 what = f"The layers of {what} do not take {shape.at_once} of {shape.rows} rows at once ({first_line(error)})"
                 raise ModelError(f"{what}; set training.accumulation=micro_batch_major.") from error
+            if shape.kept is not None:  # Gemma 3n's have four states a token, and so no row where others have it
+                raise ModelError(
+                    f"The layers of {what} do not take rows behind their recompute boundary ({first_line(error)}); set "
+                    "training.recompute=none training.accumulation=micro_batch_major."
+                ) from error
             raise ModelError(
                 f"A step of {what} cannot be gone through without its weights ({first_line(error)}), so that nobody could say "
                 "what it needs; take another model, or report the model type."

@@ -61,6 +61,10 @@ def shortened(
     short.methods = [_of_copy(method, base, memo) for method in adapted.methods]
     if len(kept) < len(layers) and anatomy.layers(base.model) is not memo[id(layers)]:
         return shortened(adapted, packed, keep, more + 1)  # another list in it has as many entries: P-tuning's network
+    if anatomy.embeds_by_layer(config):  # its decoder cuts them by the number of all layers
+        decoder: Any = anatomy.decoder(base.model)
+        decoder.config = copy.copy(decoder.config)
+        decoder.config.num_hidden_layers = len(layers)
     unwrap_layers(base.model)
     return short, [kept.index(kinds.index(kind)) for kind in kinds]
 
@@ -111,16 +115,21 @@ def _structure(layer: nn.Module) -> Hashable:
 
 
 def _shorten(config: PretrainedConfig, kept: list[int], count: int) -> None:
-    """Let the copy's configuration be one of the kept layers: their number, and every list with an entry for each layer."""
+    """Let the copy's configuration be one of the kept layers: their number, and whatever has an entry for each layer."""
     if not count:
         return
+    by_layer = config.to_dict().get("per_layer_config") or {}
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count and key.startswith(("layer", "no_rope", "attention")):
+        if isinstance(value, list) and len(value) == count and not key.endswith("_id") and key != "architectures":
             setattr(config, key, [value[index] for index in kept])
     try:
         config.num_hidden_layers = len(kept)
     except NotImplementedError:  # ProphetNet counts two halves
         config.num_decoder_layers = len(kept)
+    if by_layer:
+        config.per_layer_config = {
+            kept.index(int(index)): sizes for index, sizes in by_layer.items() if int(index) in kept
+        }
 
 
 def _choose_attention(config: PretrainedConfig, packed: bool) -> None:

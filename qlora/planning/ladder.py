@@ -137,6 +137,15 @@ class Arranger:
         """As it was asked for, with ``training.recompute`` and ``accumulation`` decided."""
 
     @functools.cached_property
+    def kept_whole(self) -> str | None:
+        """Why layers cannot stand behind their boundary, so that nothing can be recomputed, streamed or cut; None where they can."""
+        try:
+            self.look(self._decided(self.depth, self.recipe.training.accumulation == "layer_major"))
+        except ModelError as error:
+            return str(error).partition("; set ")[0]
+        return None
+
+    @functools.cached_property
     def shapes(self) -> Shapes:
         """The model's."""
         return shapes_of(self.adapted)
@@ -164,6 +173,9 @@ class Arranger:
         training, memory = self.recipe.training, self.recipe.memory
         if not self.keeps:
             return changed(self.recipe, self._decided(training.recompute, training.layer_major))
+        if training.accumulation != "layer_major" and self.kept_whole:
+            self.keeps = False
+            return changed(self.recipe, self._decided(0, False))
         lowest = self.depth - len(resident_layers(memory.layers, self.depth))
         if memory.layer_inputs != "device" or memory.mlp_tile is not None:  # which is done at the boundary
             lowest = max(1, lowest)
@@ -220,6 +232,8 @@ class Arranger:
         return next((one for one in rungs if not self.target.lacking(one.needed)), None)
 
     def _orders(self) -> list[str]:
+        if self.depth and self.kept_whole:
+            return ["micro_batch_major"]
         if self.recipe.training.batch_size == 1:
             return ["layer_major"]
         try:
@@ -243,11 +257,13 @@ class Arranger:
         }
         if self.keeps and (accumulation == "micro_batch_major" or training.batch_size == 1):
             yield from self._keeping(now, [rows, *fewer])
+        whole = bool(self.depth) and self.kept_whole is not None
+        inputs: Changes = {} if whole else {"memory.layer_inputs": "host"}
         now["training.recompute"] = "all" if self.keeps else training.recompute
         table: list[tuple[bool, Changes]] = [
             (True, {}),
-            (training.recompute != "all", {"training.recompute": "all"}),
-            (gpu, {"memory.layer_inputs": "host", **embedding}),
+            (not whole and training.recompute != "all", {"training.recompute": "all"}),
+            (gpu, {**inputs, **embedding}),
             *((True, {"training.micro_batch_size": number}) for number in fewer),
             self._cut(64, 1024),
             # slices of the vocabulary are cut already, and each goes through all chunks
@@ -261,7 +277,7 @@ class Arranger:
             if possible:
                 now |= changes
                 yield self.look(now)
-        if self.layers:
+        if self.layers and not whole:
             yield from self._streamed(now, ("host", "disk") if gpu else ("disk",))
 
     def _keeping(self, now: Changes, sizes: list[int]) -> Iterator[Arrangement]:
@@ -275,7 +291,7 @@ class Arranger:
     def _cut(self, chunk: int, tile: int) -> tuple[bool, Changes]:
         """Whether ``chunk`` positions that have logits at once, or ``tile`` tokens in an MLP, are fewer; and the changes."""
         before, length = self.recipe.training.loss_chunk, self.recipe.data.max_length
-        tiles = tile if self.tiles and length > tile else None
+        tiles = tile if self.tiles and length > tile and not self.kept_whole else None
         changes: Changes = {"training.loss_chunk": min(chunk, before), "memory.mlp_tile": tiles}
         return before > chunk or length > tile, changes
 

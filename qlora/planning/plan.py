@@ -43,7 +43,7 @@ from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
 from qlora.planning.rows import Reading, read
-from qlora.planning.shapes import count_parameters
+from qlora.planning.shapes import Dense, count_parameters, dense_of
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes
@@ -61,6 +61,8 @@ class Plan:
     """What it was planned for."""
     account: Account
     """What the method trains, and what that takes on disk."""
+    dense: Dense | None
+    """What of the base stays in 16 or 32 bits; None where nothing is quantised."""
     chosen: Arrangement
     disk_bytes: int
     """What the run folder will hold at most."""
@@ -98,6 +100,7 @@ class Plan:
             f"{model.name}: {self.parameters:,} parameters, {model.quantization}, {model.compute_dtype} on {self.target.name}",
             f"{trains}, in {' and '.join(sorted({part.adapter_dtype for part in parts_of(method)}))}",
             str(self.memory),
+            *([] if self.dense is None else [str(self.dense)]),
             *stored,
             f"  {'run folder at most':<20}{bytes_text(self.disk_bytes):>12}",
             *self.why,
@@ -198,7 +201,7 @@ def _plan(
         keep_apart(base.model, dtype, target.capability)
     # kernels that do not run on this machine are not planned for another one either
     fuse(base.model, dtype, target.capability, target.device if torch.cuda.is_available() else None)
-    parameters = count_parameters(base.model)
+    parameters, dense = count_parameters(base.model), dense_of(base.model)
     if base.towers:
         numbers = sum(base.towers.values())
         why.append(
@@ -217,10 +220,8 @@ def _plan(
     arranger = Arranger(adapted, resolved, target)
     if resolved.training.recompute == "auto":
         decided = arranger.recipe.training
-        why.append(
-            f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: activations are kept in as "
-            "many layers as memory allows."
-        )
+        reason = arranger.kept_whole or "activations are kept in as many layers as memory allows"
+        why.append(f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: {reason}.")
     asked = arranger.look()
     lacking = target.lacking(asked.needed)
     chosen: Arrangement | None = asked
@@ -237,7 +238,7 @@ def _plan(
     why.append(_fits(chosen.needed, target))
     final = changed(chosen.recipe, {"memory.budget": None})
     checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
-    return Plan(final, target, account, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
+    return Plan(final, target, account, dense, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
 
 
 def _tokenizer(recipe: Recipe, checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:

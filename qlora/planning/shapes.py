@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
+from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.experts import PackedExperts
@@ -43,6 +44,44 @@ class Shapes:
     """By layer, what travels when it is streamed."""
 
 
+@dataclass(frozen=True)
+class Dense:
+    """What of a quantised model is not: it stays in the compute dtype, or in fp32."""
+
+    bytes: dict[str, int]
+    """By what it is: ``embeddings``, ``head``, ``routers``, ``linears``, ``rest`` (norms, biases, convolutions)."""
+    share: float
+    """Of all weights but embeddings and head, which nobody quantises. Above a tenth a model is refused (model/skeleton.py)."""
+
+    def __str__(self) -> str:
+        """Example: ``not quantised 1.04 GiB: embeddings 1.02 GiB, routers 12.0 MiB, rest 3.1 MiB; 0.2% of what is quantisable``"""
+        kinds = ", ".join(f"{kind} {bytes_text(size)}" for kind, size in self.bytes.items())
+        whole = bytes_text(sum(self.bytes.values()))
+        return (
+            f"  {'not quantised':<20}{whole:>12}  {kinds}; beside embeddings and head {self.share:.1%} of the weights"
+        )
+
+
+def dense_of(model: nn.Module) -> Dense | None:
+    """What of ``model`` is not quantised; None where nothing is. Weights may be on meta; nothing is planted yet."""
+    packed = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, Packed))
+    head, paths = anatomy.head(model), {path for path, _ in model.named_modules()}
+    sizes = dict.fromkeys(("embeddings", "head", "routers", "linears", "rest"), 0)
+    numbers, seen = 0, set()
+    for path, module in model.named_modules():
+        kind = "embeddings" if isinstance(module, nn.Embedding) else "head" if module is head else "rest"
+        if kind == "rest" and anatomy.is_router(path, paths):
+            kind = "routers"
+        elif kind == "rest" and is_linear(module) and not isinstance(module, Packed):
+            kind = "linears"
+        for values in module.parameters(recurse=False):
+            if id(values) not in seen:
+                seen.add(id(values))
+                sizes[kind] += bytes_of([values])
+                numbers += values.numel() if kind not in ("embeddings", "head") else 0
+    return Dense({kind: size for kind, size in sizes.items() if size}, numbers / (packed + numbers)) if packed else None
+
+
 def shapes_of(adapted: AdaptedModel) -> Shapes:
     """Count ``adapted``, whose weights may be on meta and whose layers must not be wrapped yet."""
     model, sizes = adapted.model, anatomy.sizes(adapted.model)
@@ -67,7 +106,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         layers=depth,
         with_graph=depth - _without_graph(model, layers) * depth // len(layers),
         width=sizes.hidden,
-        attention=sizes.heads * sizes.head_dim,
+        attention=sizes.attention,
         layer_bytes=tuple(image_bytes(layer) * len(layers) // depth for layer in layers) * (depth // len(layers)),
     )
 

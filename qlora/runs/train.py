@@ -307,6 +307,7 @@ def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehear
         "device": recipe.device.name,
         "arithmetic": {"flops_per_token": planned.flops_per_token, "matrix_flops_per_second": rate},
         "memory": planned.memory.as_dict(),
+        "not_quantised": planned.dense and {**planned.dense.bytes, "share": planned.dense.share},
         "rehearsal": None if rehearsal is None else asdict(rehearsal),
         "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
         "why": planned.why,

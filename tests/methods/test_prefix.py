@@ -14,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -304,6 +306,9 @@ def test_models_in_which_a_prefix_has_no_place_are_refused(checkpoint_of: Any) -
         with pytest.raises(MethodError, match=why):
             apply_method(llama, PREFIX)
         setattr(llama.config, field, 0)
+    gemma = Gemma4ForCausalLM(Gemma4TextConfig(**tiny.SIZES, vocab_size_per_layer_input=96))
+    with pytest.raises(MethodError, match="heads of several sizes"):
+        apply_method(gemma, PREFIX)
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(MethodError, match=r"'flash_attention_2' does not take; set model\.attention=sdpa"):
         apply_method(llama, PREFIX)

@@ -36,6 +36,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": NARROW,
     "Gemma3Text": TWO_KINDS,
     "Olmo3": TWO_KINDS,
+    "Gemma4Text": {  # its last two layers read the keys of the first two
+        **NARROW,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # transformers' own mask is none here: packed examples leak
 }

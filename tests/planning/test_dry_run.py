@@ -15,7 +15,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -52,11 +54,19 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 WINDOW = {"head_dim": 32, "sliding_window": 64}
+BY_LAYER: dict[str, Any] = {
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 1000,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
 FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     "llama": lambda **sizes: LlamaConfig(**SMALL, **sizes),
     "qwen2": lambda **sizes: Qwen2Config(**SMALL, **sizes),
     "mistral": lambda **sizes: MistralConfig(**SMALL, sliding_window=64, **sizes),
     "gemma2": lambda **sizes: Gemma2Config(**SMALL, **WINDOW, **sizes),
+    "gemma3n": lambda **sizes: Gemma3nTextConfig(**SMALL | {"intermediate_size": [384] * 6}, **WINDOW, **BY_LAYER, activation_sparsity_pattern=[0.0] * 6, laurel_rank=16, num_kv_shared_layers=2, **sizes),
+    "gemma4": lambda **sizes: Gemma4TextConfig(**SMALL, **WINDOW, **BY_LAYER, global_head_dim=64, **sizes),
+    "gemma4, shared keys": lambda **sizes: Gemma4TextConfig(**SMALL, **WINDOW, **BY_LAYER, global_head_dim=64, num_kv_shared_layers=2, **sizes),
     "gemma3": lambda **sizes: Gemma3TextConfig(**SMALL, **WINDOW, layer_types=["sliding_attention"] * 3 + ["full_attention"] * 3, **sizes),
 }  # fmt: skip
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -80,6 +90,9 @@ def small(family: str, layers: int = 6, method: Any = None) -> AdaptedModel:
         ("mistral", "micro-batches"),
         ("gemma2", "layer-major, packed"),
         ("gemma3", "no checkpointing"),
+        ("gemma3n", "no checkpointing"),
+        ("gemma4", "layer-major, packed"),
+        ("gemma4, shared keys", "no checkpointing"),
     ],
 )
 def test_every_family_takes_what_was_estimated(family: str, way: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, LlamaConfig, OPTConfig
+from transformers import BloomConfig, Gemma4TextConfig, LlamaConfig, OPTConfig
 
 from qlora.cli import main
 from qlora.errors import DoesNotFitError, RecipeError
@@ -287,6 +287,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 ODD: dict[str, tuple[Any, dict[str, Any]]] = {
     "no MLP to cut": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4096), {}),
     "rows that cannot be cut": (BloomConfig(**SMALL), {}),
+    "layers that hand on their keys": (Gemma4TextConfig(**SMALL | {"num_hidden_layers": 4}, intermediate_size=64, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, vocab_size_per_layer_input=96, architectures=["Gemma4ForCausalLM"]), {}),
     "every weight trains": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "full"}),
     "the head is adapted": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "lora", "r": 2, "target_modules": ["q_proj", "lm_head"]}),
     "new tokens": (LlamaConfig(**SMALL, intermediate_size=64), [{"name": "lora", "r": 2}, {"name": "new_tokens", "tokens": ["<x>"]}]),
@@ -297,7 +298,7 @@ ODD: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ODD)
 def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_path: Path) -> None:
     config, method = ODD[name]
-    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.save_pretrained(tmp_path)
     quantization = "none" if method == {"name": "full"} else "nf4"
     base = skeleton_base(
@@ -319,6 +320,12 @@ def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_
         assert {memory.mlp_tile for memory in memories} == {None}
     if name == "rows that cannot be cut":
         assert {one.recipe.training.accumulation for one in rungs} == {"micro_batch_major"}
+    if name == "layers that hand on their keys":
+        ways = {(one.recipe.training.recompute, one.recipe.training.accumulation) for one in rungs}
+        assert ways == {("none", "micro_batch_major")}
+        assert {(memory.layers, memory.layer_inputs, memory.mlp_tile) for memory in memories} == {
+            ("resident", "device", None)
+        }
     if name == "every weight trains":
         assert {memory.layers for memory in memories} == {"resident"}
     if name in ("every weight trains", "the head is adapted", "new tokens"):

@@ -21,9 +21,10 @@ from qlora.model.skeleton import skeleton_base
 from qlora.planning.accounting import account
 from qlora.planning.plan import REST, plan
 from qlora.planning.rows import read
+from qlora.planning.shapes import dense_of
 from qlora.recipe import Recipe
 from tests.methods.test_laws import CASES, Case
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_base, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,19 @@ def test_a_run_on_a_cpu_computes_in_what_its_processor_is_good_at(
         Recipe.from_yaml(recipe_file, "model.compute_dtype=auto", "method={name: full}", "model.quantization=none")
     )
     assert whole.recipe.model.compute_dtype == "fp32"
+
+
+def test_what_is_not_quantised_is_told(tmp_path: Path) -> None:
+    """By hand: 96 tokens of 64 numbers twice, two layers with 8 experts, four norms each, and the last norm."""
+    folder = tiny_checkpoint(tmp_path / "model", "qwen3_moe")
+    planned = plan(
+        Recipe.from_dict({"model": {"name": str(folder), "compute_dtype": "fp32"}, "data": {"train": "none.jsonl"}})
+    )
+    rest = {"routers": 2 * 8 * 64, "rest": 2 * (2 * 64 + 2 * 16) + 64}
+    numbers = {"embeddings": 96 * 64, "head": 96 * 64, **rest}
+    assert planned.dense == dense_of(tiny_base(folder).model)
+    assert planned.dense is not None
+    assert planned.dense.bytes == {kind: 4 * count for kind, count in numbers.items()}
+    assert planned.dense.share == sum(rest.values()) / (planned.parameters - 2 * 96 * 64)
+    assert str(planned.dense) in str(planned)
+    assert dense_of(tiny_base(folder, "none").model) is None
