@@ -12,14 +12,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
 from qlora.model import anatomy, attention
 from qlora.model.attention import EACH, PLAIN, VARLEN, PackedMask, attention_of, keep_apart
 from qlora.model.loss import hidden_states
 from qlora.residence.layers import wrap_layers
-from tests.rounding import GRADIENT, difference, rounding
+from tests.rounding import GRADIENT, difference, no_worse, rounding
 from tests.tiny import VOCABULARY, random_model
 
 POSITIONS = torch.tensor([[*range(7), *range(5), 5, 6], [*range(4), *range(6), 0, 1, 2, 3], [*range(14)]])
@@ -123,6 +123,32 @@ def test_packed_examples_are_what_they_are_alone(family: str, way: str) -> None:
     found, expected = gradients(model, packed=True), gradients(model, packed=False)
     assert found.keys() == expected.keys()
     assert max(difference(found[name], expected[name]) for name in found) < rounding(GRADIENT)
+
+
+@pytest.mark.parametrize("lengths", [[[5, 3, 9], [15, 2]], [[5, 12], [5, 12]], [[16, 1], [2, 15]]])
+def test_gradients_of_short_examples_in_16_bits_on_a_cpu(
+    lengths: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are torch's own, bit for bit, and gradients err no more than torch's own do."""
+    starts = [[0, *itertools.accumulate(row[:-1])] for row in lengths]
+    seed = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 17, heads, 16, generator=seed).to(HALF) for heads in (6, 2, 2, 6)]
+
+    def run(short: int, dtype: torch.dtype) -> list[Tensor]:
+        monkeypatch.setattr(attention, "SHORT", short)
+        *heads, weights = (one.to(dtype, copy=True).requires_grad_() for one in inputs)
+        output, _ = attention._each(
+            nn.Identity(), *(one.transpose(1, 2) for one in heads), PackedMask(starts, 17), scaling=0.3
+        )
+        assert (type(output.grad_fn.next_functions[0][0]).__name__ == "_ShortExamplesBackward") == (
+            short > 0 and dtype == HALF
+        )
+        return [output, *torch.autograd.grad(output, heads, weights)]
+
+    ours, plain, exact = run(16, HALF), run(0, HALF), run(0, torch.float64)
+    assert torch.equal(ours[0], plain[0])
+    for found, theirs, wanted in zip(ours, plain, exact, strict=True):
+        no_worse(found, theirs, wanted, HALF)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
