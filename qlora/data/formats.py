@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
-from qlora.data.suggestions import NOTHING, OTHERS, columns_of, guess, inside, looks_note, suggested
+from qlora.data.suggestions import NOTHING, OTHERS, columns_of, guess, inside, looks_note, rivals, suggested
 from qlora.data.turns import SEEN, UNSEEN, Turn, filled, is_spoken, is_turn, read_turn, read_turns, spoken_in, tools_of
 from qlora.data.turns import Message as Message
 from qlora.data.values import Mistake, capital, json_inside, kind, text, yes_or_no
@@ -193,6 +193,7 @@ def _found_form(records: Sequence[Record]) -> str:
             'as in {"messages": [{"role": …, "content": …}, …]}. To learn each as a text of its own, set data.form=text'
             f"{'' if plain else ' ' + columns_of({'text': spoken_in(first.fields)})}."
         )
+    _require_one_answer(first, plain)
     nearest_form = suggested(first.fields, _FORMS)
     if plain == "text" and nearest_form and nearest_form[0] != "text":
         name, theirs = nearest_form
@@ -220,6 +221,26 @@ def _found_form(records: Sequence[Record]) -> str:
             )
     forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
     raise DataError(f"{found} {guess(first.fields)} The forms are {forms}.")
+
+
+def _require_one_answer(record: Record, form: str | None) -> None:
+    """Refuse a preference set whose two answers have names of their own, or stand in a list."""
+    several, verdicts = rivals(record.fields)
+    if not several or not (form in (None, "text") or _FORMS[form].turns):
+        return
+    others = suggested({name: value for name, value in record.fields.items() if name not in several}, _FORMS)
+    if form is None and others and others[0] != "text":
+        return
+    if form in ("messages", "sharegpt"):
+        turns = record.fields[_FORMS[form].needs[0]]
+        if not isinstance(turns, list) or not turns or read_turn(turns[-1], len(turns)).message["role"] == "assistant":
+            return
+    says = f", of which {listed(verdicts)} may say which is better" if verdicts else ""
+    raise DataError(
+        f"{capital(record.place)} has the form preference, several answers to one question ({listed(several, 12)}){says}, and no "
+        "objective learns from them yet. To train the better ones alone, write the better one of each record as 'chosen' and "
+        "another as 'rejected', and set data.form=preference."
+    )
 
 
 def _require_all_read(records: Sequence[Record], form: str) -> None:

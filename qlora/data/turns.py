@@ -123,6 +123,11 @@ def read_turn(turn: object, number: int) -> Turn:
     """The turn ``number`` of a conversation, from 1. Only a system text and a tool's result may be empty."""
     fields: JsonObject = turn if isinstance(turn, dict) else {}
     who, what = (next((name for name in names if fields.get(name) is not None), names[0]) for names in (_WHO, _WHAT))
+    if isinstance(turn, str):
+        raise Mistake(
+            f"has turns that are plain text (turn {number}: {shown(turn)}), and nothing that says who speaks; expected {{role, content}}, "
+            'so name the speakers, as in [{"role": "user", "content": …}, {"role": "assistant", "content": …}]'
+        )
     if who not in fields:
         raise Mistake(
             f"has a turn without role and content (turn {number}: {shown(turn)}); expected {{role, content}} or {{from, value}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ MISTAKES = [
     ([{**ALPACA, "output": ""}], "has an empty 'output'"),
     ([{"messages": [{"role": "usr", "content": "Hi"}]}], r"unknown role 'usr' in turn 1; did you mean 'user'\?"),
     ([{"messages": [HI, {"role": "assistant", "content": 3}]}], r"a number \(3\) in the content of turn 2; expected text"),
-    ([{"messages": [HI, "Yo"]}], r"a turn without role and content \(turn 2: Yo\)"),
+    ([{"messages": ["Hi", "Yo"]}], r"has turns that are plain text \(turn 1: Hi\), and nothing that says who speaks"),
     ([{"messages": [HI, 3]}], r"a turn without role and content \(turn 2: 3\)"),
     ([{"messages": [{"role": ["user"], "content": "Hi"}]}], "has a list as the role of turn 1; expected system, user"),
     ([{"messages": [{"role": None, "content": "Hi"}]}], "has null as the role of turn 1"),
@@ -289,6 +290,44 @@ def test_a_preference_pair_is_refused_by_name_and_trains_its_chosen_side_when_as
     assert result.notes == ("data.form=preference trains the chosen answers alone; the rejected ones are not used",)
 
 
+RIVALS = [
+    ({"prompt": "Hi", "response_0": "Yo", "response_1": "No", "better_response_id": 0}, "response_0, response_1), of which better_response_id"),
+    ({"question": {"full_text": "Hi"}, "answer_0": "Yo", "answer_1": "No", "score_0": 0.1}, "answer_0, answer_1), of which score_0 may"),
+    ({"instruction": "Hi", "input": "", "output_1": "Yo", "output_2": "No", "preference": 1}, "output_1, output_2), of which preference may"),
+    ({"history": "Hi", "human_ref_A": "Yo", "human_ref_B": "No", "labels": 1}, "human_ref_A, human_ref_B), of which labels may"),
+    ({"prompt": "Hi", "responseA": "Yo", "responseB": "No", "vote": "a"}, "responseA, responseB), of which vote may"),
+    ({"model_a_response": [HI, YO], "model_b_response": [HI, NO]}, "model_a_response, model_b_response), and no objective"),
+    ({"messages": [HI], "response1": "Yo", "response2": "No"}, "response1, response2), and no objective"),
+    ({"text": "Hi", "summary_a": "Yo", "summary_b": "No", "choice": 1}, "summary_a, summary_b), of which choice may"),
+    ({"prompt": "Hi", "replies": ["Yo", "No"], "ranks": [1, 2]}, "(replies), of which ranks may"),
+    ({"instruction": "Hi", "completions": [{"response": "Yo", "score": 3}, {}]}, "(completions), of which score may"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "sentence"), RIVALS)
+def test_several_answers_to_one_question_are_named_as_preferences(row: dict[str, Any], sentence: str) -> None:
+    said = "Line 1 .* has the form preference, several answers to one question .*" + re.escape(sentence)
+    with pytest.raises(DataError, match=said):
+        parsed(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "Hi", "option_a": "Yo", "option_b": "No", "answer": "Yo"}, {"prompt": "question", "completion": "answer"}),
+        ({"question": "Hi", "answer": "Yo", "answer_1": "No", "answer_2": "Ne"}, {"prompt": "question", "completion": "answer"}),
+        ({"prompt": "Hi", "completion": "Yo", "response_1": "No", "response_2": "Ne"}, {}),
+        ({"messages": [HI, YO], "response_1": "No", "response_2": "Ne"}, {}),
+    ],
+)  # fmt: skip
+def test_an_answer_beside_numbered_others_is_the_one(row: dict[str, Any], columns: dict[str, str]) -> None:
+    if columns:
+        with pytest.raises(DataError, match=r"As prompt_completion they are read with data\.columns"):
+            parsed(row)
+    (one,) = parsed(row, columns=columns).conversations
+    assert talk(one) == QA
+
+
 def test_a_preference_pair_with_another_answer_may_be_read_for_that() -> None:
     row = {**ALPACA, "chosen": "Yes", "rejected": "No"}
     with pytest.raises(DataError, match=r"or data.form=alpaca to read the records as alpaca"):
@@ -437,7 +476,10 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
          "has a text, and beside it instruction, response. Set data.form=text .*, or data.columns="),
         ({"n": 1, "m": None}, "Name their fields with data.columns, as in {prompt: question, completion: answer}"),
         # lists of texts are no turns: what cannot be read is not suggested
-        ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Name their fields"),
+        ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Lists stand in input, output: of turns, each"),
+        ({"dialogue": ["Hi", "Yo"]}, "Lists stand in dialogue: of turns, each has to say who speaks"),
+        # what only names or numbers a record is no text to learn
+        ({"uuid": "a-very-long-name-of-a-record", "file_path": "an/other/long/name", "toy": "A text."}, "If 'toy' is the text to learn"),
     ],
 )  # fmt: skip
 def test_other_names_are_answered_with_the_line_to_write(fields: dict[str, Any], sentence: str) -> None:
