@@ -41,6 +41,7 @@ from qlora.data.examples import Example, adds_bos, doubled_note, make_example, w
 from qlora.data.formats import Conversation, Message
 from qlora.data.mistakes import BadRecords
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
+from qlora.data.suggestions import MARKS
 from qlora.data.values import Mistake, capital
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
@@ -98,6 +99,10 @@ class ChatTemplate:
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        special = sorted(
+            (token for token in tokenizer.all_special_tokens if not token.isalnum()), key=len, reverse=True
+        )
+        self._marks = re.compile("|".join([MARKS.pattern, r"</s>\s*\Z", *map(re.escape, special)]))
         self._states_mask = _GENERATION.search(self.text) is not None
         with one_child():
             try:
@@ -212,6 +217,11 @@ class ChatTemplate:
         for conversation in conversations:
             single = self._without_doubles(conversation)
             self._doubled += single != conversation
+            if any(self._marks.search(message["content"]) for message in single.messages):
+                sentence = (
+                    "turns hold special tokens, or other marks of a chat template, as if one had been applied already"
+                )
+                self.dialect.records[sentence] += 1
             messages, tools = self.dialect.speak(single)
             found, given = single.answers(messages), single.answers(single.messages)
             if train_on == "completion":

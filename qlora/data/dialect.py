@@ -91,7 +91,10 @@ class Dialect:
             self.parts = True
             self.parts = shows(asked)
         self.system = shows([{"role": "system", **mark}, user])
-        self.later_system = self.system and shows([user, answer, {"role": "system", **mark}, user, answer])
+        rules = [{"role": "system", "content": "Be brief"}, {"role": "system", **mark}]
+        self.later_system = self.system and all(  # it may show the last alone (DeepSeek)
+            shows([one, user, answer, other, user, answer]) for one, other in (rules, rules[::-1])
+        )
         self.tools = shows([user], [tool])
         self.calls = self.tools and shows(called("call00000"))
         self.renames = self.calls and not shows(called("call_qlora_probe"))

@@ -26,6 +26,7 @@ _ANSWERS = (
     "highlights", "answers", "targets",
 )  # fmt: skip
 _QUESTIONS = ("question", "query", "problem", "task", "user", "human", "inputs")
+SURE_LABELS = ("label", "kto_tag", "desirable", "is_desirable")
 OTHERS = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "contents", "history"),
     "chosen": (
@@ -43,16 +44,15 @@ OTHERS = {
     "input": ("context", "passage", "background"),
     "system": ("system_prompt", "system_message", "system_instruction"),
     "reasoning": ("reasoning_content", "thinking", "complex_cot", "chain_of_thought", "cot", "thoughts"),
-    "label": ("kto_tag", "desirable", "is_desirable"),
+    "label": (*SURE_LABELS[1:], "is_correct", "correct", "accepted", "approved", "thumbs_up", "is_good", "rating", "feedback", "vote"),
     "text": ("content", "document", "body"),
 }  # fmt: skip
 """What people call a form's fields, likeliest first."""
 
 
 _LOOKED_AT = 20_000  # characters of a text
-_MARKS = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>"
-)
+MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>")
+"""What chat templates write before a turn."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
 _CODE = re.compile(
@@ -161,7 +161,7 @@ def looks_note(texts: Sequence[str]) -> list[str]:
 
 
 def _looks_like(text: str) -> str | None:
-    if _MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
+    if MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
         return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
     lines = [line for line in text.split("\n")[:50] if line.strip()]
     for sign in "\t;|,":

@@ -156,7 +156,7 @@ def read_turn(turn: object, number: int) -> Turn:
                 unread.add(theirs)
     known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS, *_TOOLS}
     unread |= {name for name, value in fields.items() if name not in known and filled(value)}
-    if role == "assistant" and (flag := next((name for name in sorted(unread) if _is_flag(name, fields[name])), None)):
+    if role == "assistant" and (flag := next((name for name in sorted(unread) if is_flag(name, fields[name])), None)):
         raise Mistake(
             f"has '{flag}' in turn {number}, which may say whether the turn is trained, and by that name is not known here; "
             "call it 'train' (false: the turn is not trained), or take it out"
@@ -165,7 +165,7 @@ def read_turn(turn: object, number: int) -> Turn:
     return Turn(cast(Message, message), _trained(fields, number), tuple(sorted(unread)), tuple(tools))
 
 
-def _is_flag(name: str, value: object) -> bool:
+def is_flag(name: str, value: object) -> bool:
     """Whether a field that is not known looks as if it decided what is trained."""
     return _LIKE_A_FLAG.search(name) is not None and (isinstance(value, float) or yes_or_no(value) is not None)
 

@@ -163,6 +163,10 @@ FORGETFUL = CHATML.replace(
     "{% if message['role'] == 'system' and not loop.first or message['role'] == 'user' and not loop.last and loop.nextitem['role'] == 'user' %}{% continue %}{% endif %}{{ '<|start|>'",
     1,
 )
+LAST_SYSTEM = (
+    """{% for message in messages if message['role'] == 'system' %}{% if loop.last %}{{ message['content'] }}{% endif %}{% endfor %}{% set messages = messages | rejectattr('role', 'equalto', 'system') %}"""
+    + CHATML
+)
 NO_RESULTS = TOOLS.replace(
     "{{ '<|start|>' + message", "{% if message.role == 'tool' %}{% continue %}{% endif %}{{ '<|start|>' + message"
 )

@@ -695,12 +695,14 @@ def test_what_others_say_is_looked_for_after_rendering(
             ChatTemplate(tokenizer, dropped_content="refuse").encode(conversations(turns), "assistant")
 
 
-def test_a_later_system_text_is_kept_in_the_next_user_turn() -> None:
-    turns = [*TALK[:2], {**SYSTEM, "content": "Be brief"}, *TALK[2:]]
-    tokenizer = make_tokenizer(families.FORGETFUL)
+@pytest.mark.parametrize("template", [families.FORGETFUL, families.LAST_SYSTEM])
+def test_a_later_system_text_is_kept_in_the_next_user_turn(template: str) -> None:
+    turns = [SYSTEM, *TALK[:2], {**SYSTEM, "content": "Be brief"}, *TALK[2:]]
+    tokenizer = make_tokenizer(template)
     chat = ChatTemplate(tokenizer)
     ((example,),) = chat.encode(conversations(turns), "assistant")
     assert "<|start|>user\nBe brief\n\nAnd you? 日本<|end|>" in tokenizer.decode(example.ids)
+    assert "You are helpful" in tokenizer.decode(example.ids)
     assert len(trained_runs(tokenizer, example)) == 2
     assert chat.notes == [
         "a later system text stands in a user turn, since the chat template has no place for it (1 records)"
@@ -719,6 +721,35 @@ def test_a_result_that_the_template_leaves_out_is_kept_in_a_user_turn(keep: str)
     ((example,),) = chat.encode(conversations(talk, tools=[{"name": "f"}]), "assistant")
     assert "<|start|>user\ntwelve<|end|>" in chat.tokenizer.decode(example.ids)
     assert chat.notes == ["results of functions stand in user turns, since the chat template has no tool turn"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "told"),
+    [
+        (
+            "<|start|>user\nHello<|end|>\n<|start|>assistant",
+            "Fine",
+            False,
+        ),  # no token that this tokenizer calls special
+        ("<s>user\nHello", "Fine", True),
+        ("[INST] Hello [/INST]", "Fine", True),
+        ("<|im_start|>user\nHello", "Fine", True),
+        ("Hello", "Fine</s>", False),  # stands once, and that is told
+        ("Hello", "Fine</s>.", True),
+    ],
+)
+def test_marks_of_a_template_inside_turns_are_told(asked: str, said: str, told: bool) -> None:
+    chat = ChatTemplate(make_tokenizer())
+    chat.encode(
+        conversations(
+            [_user("Hi"), {"role": "assistant", "content": "Yo"}, _user(asked), {**TALK[1], "content": said}]
+        ),
+        "all",
+    )
+    assert (
+        any(note.startswith("turns hold special tokens, or other marks of a chat template") for note in chat.notes)
+        == told
+    )
 
 
 def test_a_template_that_writes_no_answer_is_refused() -> None:

@@ -100,8 +100,8 @@ MISTAKES = [
     ([{"text": "Hi", "role": "prompter"}], "is one turn of a conversation .* set data.form=text."),
     ([{"data": MESSAGES}], r"has the form messages inside its field data; set data.columns='\{messages: data.messages\}'"),
     ([{**MESSAGES, "kto_tag": False}], r"has the form kto, .* Set data.form=kto data.columns='\{label: kto_tag\}'"),
-    ([{**MESSAGES, "label": -1}, {**MESSAGES, "label": 1}], "has the form kto, messages with a label"),
-    ([{**MESSAGES, "label": "good"}, {**MESSAGES, "label": "bad"}], "has the form kto, messages with a label"),
+    ([{**MESSAGES, "label": -1}, {**MESSAGES, "label": 1}], "has the form kto, messages with 'label'"),
+    ([{**MESSAGES, "label": "good"}, {**MESSAGES, "label": "bad"}], "has the form kto, messages with 'label'"),
     ([{**MESSAGES, "history": "Hi"}], "has broken JSON in 'history'"),
     ([{**ALPACA, "history": [["q"]]}], r"has a list in the list of 'history'; expected \[question, answer\]"),
     ([{"messages": [{"role": "system", "content": "S"}, HI, YO], "system": "T"}], "has a 'system' text and another one"),
@@ -350,7 +350,7 @@ def test_labelled_answers_are_refused_by_name_and_the_desirable_ones_train_when_
 ) -> None:
     rows = [{**FORMS[form], "label": good}, {**FORMS[form], "label": bad}, {**FORMS[form], "label": good}]
     with pytest.raises(
-        DataError, match=f"Line 1 .* form kto, {form} with a label .* Set data.form=kto .* data.form={form}"
+        DataError, match=f"Line 1 .* form kto, {form} with 'label', .* Set data.form=kto .* data.form={form}"
     ):
         parsed(*rows)
     result = parsed(*rows, form="kto")
@@ -389,6 +389,44 @@ def test_every_field_that_is_not_read_is_named_once_with_its_records() -> None:
         {"question": "Hi", "answer": "Yo", "prompt": "x"}, columns={"prompt": "question", "completion": "answer"}
     )
     assert result.notes == ("fields that are not read: 'prompt' (1 record)",)
+
+
+@pytest.mark.parametrize(
+    ("name", "no", "yes"),
+    [
+        ("is_correct", False, True),
+        ("correct", "false", "true"),
+        ("rating", "thumbs_down", "thumbs_up"),
+        ("vote", -1, 1),
+    ],
+)
+def test_a_verdict_by_another_name_is_asked_about_where_one_is_bad(name: str, no: object, yes: object) -> None:
+    with pytest.raises(
+        DataError, match=rf"with '{name}', which says .* data.form=kto data.columns='\{{label: {name}\}}'"
+    ):
+        parsed({**PAIR, name: yes}, {**PAIR, name: no})
+    assert len(parsed({**PAIR, name: yes}, {**PAIR, name: no}, form="kto", columns={"label": name})) == 1
+    assert parsed({**PAIR, name: yes}).notes == (f"fields that are not read: '{name}' (1 record)",)
+
+
+@pytest.mark.parametrize("flags", [{"loss_mask": [0, 1]}, {"train_on_turns": [False]}, {"weights": [0.0, 1.0]}])
+def test_flags_of_turns_that_stand_beside_them_are_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=rf"Line 1 of 'a.jsonl' has a list '{next(iter(flags))}', which may say of each turn"
+    ):
+        parsed({**MESSAGES, **flags})
+
+
+def test_pictures_and_documents_that_an_answer_may_be_about_are_told() -> None:
+    said = ["![x](x.png) What?", "data:image/png;base64,iVB", "Is <image> a tag?", "Hi! [x](y)", "data: image"]
+    rows = [{"prompt": one, "completion": "Yo"} for one in said]
+    assert parsed(*rows).notes == ("pictures are named in 3 records, and read as text: a text model can't see them",)
+    row = {**MESSAGES, "documents": [{"text": "A fox."}]}
+    with pytest.raises(
+        DataError, match=r"beside it documents, which its answer may be about.* data.form=messages to leave"
+    ):
+        parsed(row)
+    assert parsed(row, form="messages").notes == ("fields that are not read: 'documents' (1 record)",)
 
 
 ACCEPTED = [
