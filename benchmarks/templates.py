@@ -40,7 +40,7 @@ SPECIAL = re.compile(
     rf"|<(?:start|end|begin|beginning)_[a-z_]+>|</?(?:{TAGS})>|\[/?(?:{BRACKETS})\]"
 )
 ENDS = re.compile(
-    r"<\|(?:im_end|eot_id|eom_id|eot|eom|end|return|call|END_OF_TURN_TOKEN|end_of_text|endoftext|end_of_msg|role_end|user|"
+    r"<\|(?:im_end|eot_id|eom_id|eot|eom|end|return|call|END_OF_TURN_TOKEN|end_of_text|endoftext|end_of_msg|role_end|user|system|"
     r"observation|assistant_end|tools_suffix|calls|eos|message_sep)\|>|<end_of_(?:turn|utterance|sentence)>|<(?:turn|tool_response)\|>|<\|tool_response>|</s>|<SPECIAL_1[12]>"
     r"|<｜end▁of▁sentence｜>|<seed:eos>|\[e~\[|</assistant>|<sep>|<｜hy_eos[^｜]*｜>"
 )
@@ -91,6 +91,8 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "plain": ONE,
     "system": [said("system", "ruleone"), *ONE],
     "several turns": [said("system", "ruleone"), *ONE, *TWO, *THREE],
+    "a later system text": [said("system", "ruleone"), *ONE, said("system", "ruletwo"), *TWO],
+    "two questions": [said("user", "askzero"), *ONE],
     "call and result": [said("system", "ruleone"), *CALL, said("assistant", "replycall")],
     "two rounds of calls": [*CALL, said("assistant", "replycall"), *AGAIN, said("assistant", "replyagain")],
     "parallel calls": [
@@ -207,6 +209,9 @@ def judged(messages: list[dict[str, Any]], runs: list[str]) -> tuple[list[str], 
     return list(missing), wrong
 
 
+AROUND = {"system": "a system text", "user": "a user's turn", "tool": "the result of a function"}
+
+
 class Sentences:
     """Numbers the sentences of the notes and refusals, each once."""
 
@@ -233,6 +238,16 @@ def outcome(chat: ChatTemplate, messages: list[dict[str, Any]], sentences: Sente
         return "refused", f"refused, {sentences.number(bad.found[0][1])}"
     runs = trained_texts(chat.tokenizer, examples)
     missing, wrong = judged(messages, runs)
+    read = chat.tokenizer.decode(examples[-1].ids) if examples else ""
+    others = [
+        one
+        for one in messages
+        if one["role"] != "assistant" and any(word not in read for word in words_of(one["content"]))
+    ]
+    unread = {AROUND[one["role"]] for one in others}
+    told_unread = {kind for kind in AROUND.values() if f"leaves out {kind} (" in " ".join(notes)}
+    wrong += [f"{kind} is not read, and nobody is told" for kind in unread - told_unread]
+    wrong += [f"{kind} is said to be left out, and is read" for kind in told_unread - unread]
     told = [kind for kind in ("reasoning", "text", "a function call") if f"leaves out {kind} of" in " ".join(notes)]
     told += ["the end of function calls"] * ("which ends function calls, untrained" in " ".join(notes))
     wrong += [f"{kind} is missing, and nobody is told" for kind in missing if kind not in told]
@@ -243,7 +258,7 @@ def outcome(chat: ChatTemplate, messages: list[dict[str, Any]], sentences: Sente
     if ROLES.search(inside):
         blocks = re.search(r"{%-?\s*generation", chat.text)
         notes.append(f"a header is trained, {'as the template says itself' if blocks else HEADER}")
-    word = "left out" if missing else "right"
+    word = "left out" if missing or unread else "right"
     return word, ", ".join([word, " ".join(map(sentences.number, notes))]).removesuffix(", ")
 
 

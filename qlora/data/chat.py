@@ -25,20 +25,23 @@ Knows templates and tokenizers; must not know files of data, lengths or packing.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
-from qlora.data.dialect import Dialect, parts, shown
+from qlora.data.dialect import Dialect, shown
+from qlora.data.dropped import lost_around, lost_of_answers
+from qlora.data.endings import Endings, alike
 from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
 from qlora.data.formats import Conversation, Message
 from qlora.data.mistakes import BadRecords
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
+from qlora.data.suggestions import MARKS
 from qlora.data.values import Mistake, capital
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
@@ -60,7 +63,7 @@ DEFAULT_TEMPLATE = """\
 
 _GROUP = 64  # conversations rendered and tokenised at once: no more texts than theirs are in memory
 _PROMPT_END = 16  # characters by which the end of a prompt is found again: more than a generation prompt's last word
-_ANSWER, _THOUGHTS = "qlora-answer", "qlora-thoughts"
+_ANSWER = "qlora-answer"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Templates that print today's date would give other tokens tomorrow, and a run could not be resumed. The date is the
 # one that Llama's own template falls back to.
@@ -72,9 +75,10 @@ class ChatTemplate:
     """A tokenizer's chat template, or the one that stands in for it.
 
     ``name`` says which it is, ``text`` is the Jinja source, ``end_tokens`` the ids of the tokens that end an answer, and
-    one that calls functions (none where the template has none), of the template for tools as well. ``named``: which one of a tokenizer that has several; the one for tools is used
-    for conversations with tools. ``dropped_content``: as in the recipe. Raises DataError when the template file cannot be
-    read or is not Jinja, and when the template is cut off: it loops, or asks for too much memory.
+    one that calls functions (none where the template has none), of the template for tools as well. ``named``: which one of a
+    tokenizer that has several; the one for tools is used for conversations with tools. ``dropped_content``: as in the recipe.
+    Raises DataError when the template file cannot be read, is not Jinja or writes no answers, and when the template is cut off:
+    it loops, or asks for too much memory.
     """
 
     def __init__(
@@ -95,20 +99,24 @@ class ChatTemplate:
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        special = sorted(
+            (token for token in tokenizer.all_special_tokens if not token.isalnum()), key=len, reverse=True
+        )
+        self._marks = re.compile("|".join([MARKS.pattern, r"</s>\s*\Z", *map(re.escape, special)]))
         self._states_mask = _GENERATION.search(self.text) is not None
         with one_child():
             try:
                 self._require_jinja()
                 self.dialect = Dialect(self._tried, dropped_content == "keep")
-                self._ends, self._closing = self._turn_ends()
-                self._call_ends = self._ends_of_calls()
-                self._always_asks = self._asks_behind_answers()
-                self._thoughts_end_alike = self._ends_thoughts_alike()
+                self._require_answers()
+                self.endings = Endings(self._tried, self.dialect, self._special, tokenizer.eos_token, self._states_mask)
             except CutOff as error:  # at the first time: every other question would cost as long
                 raise self._cut_off("a short conversation, made up to try it,", error) from None
-        self.end_tokens = tuple(map(int, tokenizer.convert_tokens_to_ids([*self._ends[:1], *self._call_ends])))
+        self.end_tokens = tuple(
+            map(int, tokenizer.convert_tokens_to_ids([*self.endings.tokens[:1], *self.endings.calls]))
+        )
         bos = tokenizer.bos_token
-        self._begin = bos if bos and self._text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
+        self._begin = bos if bos and self.endings.text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
         self._doubled = 0
         several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
         self._for_tools = (
@@ -198,7 +206,7 @@ class ChatTemplate:
 
     def _texts(self, conversations: Sequence[Conversation], train_on: str) -> Iterator[list[_Text]]:
         """For each conversation the texts of the examples that it gives."""
-        if self._always_asks and train_on != "all":
+        if self.endings.always_asks and train_on != "all":
             raise Mistake(
                 f"cannot be masked: the chat template ({self.name}) begins a next answer behind every text, asked or not. Give "
                 "another data.chat_template, or set data.train_on=all"
@@ -209,6 +217,11 @@ class ChatTemplate:
         for conversation in conversations:
             single = self._without_doubles(conversation)
             self._doubled += single != conversation
+            if any(self._marks.search(message["content"]) for message in single.messages):
+                sentence = (
+                    "turns hold special tokens, or other marks of a chat template, as if one had been applied already"
+                )
+                self.dialect.records[sentence] += 1
             messages, tools = self.dialect.speak(single)
             found, given = single.answers(messages), single.answers(single.messages)
             if train_on == "completion":
@@ -222,14 +235,16 @@ class ChatTemplate:
         rendered = self._checked(places, jobs)
         for place, job, found, texts, spoken in zip(places, jobs, answers, rendered, said, strict=True):
             made = self._made(place, job, found, texts)
-            lost = self._lost(spoken, made, train_on)
+            lost = lost_of_answers(spoken, _parts_of(made, train_on)[0])
             if lost and self._states_mask and train_on == "assistant":  # in earlier turns? then an answer at a time
                 apart = self._apart(place, job)
-                if len(fewer := self._lost(spoken, apart, train_on)) < len(lost):
+                if len(fewer := lost_of_answers(spoken, _parts_of(apart, train_on)[0])) < len(lost):
                     made, lost = apart, fewer
-            self._tell(lost)
-            if self._thoughts_end_alike and any(given.get("reasoning_content") for given, _ in spoken):
-                sentence = f"{self._ends[0]} ends the reasoning as well as the answer, so that generation stops behind the reasoning"
+            around = "".join(_parts_of(made[-1:], train_on)[1])  # the last text has all turns before its answer
+            self._tell([f"{kind} of answers" for kind in lost])
+            self._tell(lost_around(job.messages, job.tools, around, self.dialect.names))
+            if self.endings.thoughts_alike and any(given.get("reasoning_content") for given, _ in spoken):
+                sentence = f"{self.endings.tokens[0]} ends the reasoning as well as the answer, so that generation stops behind the reasoning"
                 self.dialect.records[sentence] += 1
             yield made
 
@@ -237,14 +252,14 @@ class ChatTemplate:
         """The texts of one conversation; ``found`` are the messages that are answers to train, as far as we find them."""
         if not found:
             text, blocks = rendered[0]
-            closing = "" if self._states_mask else self._unclosed(text, job.messages[-1])
+            closing = "" if self._states_mask else self.endings.unclosed(text, job.messages[-1])
             return [_Text(place, text + closing, blocks)]
         whole, asked, upto = _Renderings.of(rendered)
         alone = [
             self._answer(place, job, at, before, text) for at, before, text in zip(found, asked, upto, strict=True)
         ]
-        whole += self._unclosed(whole, job.messages[found[-1]])
-        spans = [(one.answers[0][0], self._end_within(whole, one.text)) for one in alone]
+        whole += self.endings.unclosed(whole, job.messages[found[-1]])
+        spans = [(one.answers[0][0], self.endings.end_within(whole, one.text)) for one in alone]
         return alone if any(end < 0 for _, end in spans) else [_Text(place, whole, spans)]
 
     def _apart(self, place: str, job: Job) -> list[_Text]:
@@ -255,49 +270,24 @@ class ChatTemplate:
         made = []
         for before, upto in zip(texts[::2], texts[1::2], strict=True):
             last = upto.answers[-1][0] if upto.answers else 0
-            start = max(_alike(before.text, upto.text), upto.text.rfind(before.text[-_PROMPT_END:], 0, last))
+            start = max(alike(before.text, upto.text), upto.text.rfind(before.text[-_PROMPT_END:], 0, last))
             made.append(_Text(place, upto.text, [block for block in upto.answers if block[1] > start]))
         return made
-
-    def _lost(self, said: Sequence[tuple[Message, Message]], texts: Sequence[_Text], train_on: str) -> list[str]:
-        """What kinds of things the answers say that are not in what is trained, in order, white space aside. ``said``: each
-        answer as it was given, and as it was put for the template. It may write text behind the calls beside it (Gemma 4),
-        and a call's arguments in any order, but not where another answer is: that one often says the same words again."""
-        spans = [one.text[a:b] for one in texts for a, b in ([(0, None)] if train_on == "all" else one.answers)]
-        spans = ["".join(span.split()) for span in spans]
-        text, ends, at = "".join(spans), list(itertools.accumulate(map(len, spans))), 0
-        lost: dict[str, None] = {}
-        for given, spoken in said:
-            begin = named = at
-            calls = given.get("tool_calls") or spoken.get("tool_calls", [])
-            for kind, one in [] if given.get("is_call") and calls else parts(given):
-                end = _end_of(one, text, at)
-                at = max(at, end)
-                if end < 0:
-                    lost[kind] = None
-            for function in (call["function"] for call in calls):
-                end = _end_of(function["name"], text, named)
-                named = max(named, end)
-                near = text[begin : next((edge for edge in ends if edge >= named), None)]
-                if end < 0 or any(_end_of(value, near, 0) < 0 for value in _values(function["arguments"])):
-                    lost["a function call"] = None
-            at = max(at, named)
-        return list(lost)
 
     def _tell(self, lost: Sequence[str]) -> None:
         """Count the record among those of which something is lost, or refuse it."""
         for kind in lost:
             if self._refuses_losses:
                 raise Mistake(
-                    f"has {kind} in an answer, which the chat template ({self.name}) leaves out. data.dropped_content=keep "
+                    f"has {kind.replace('of answers', 'in an answer')}, which the chat template ({self.name}) leaves out. data.dropped_content=keep "
                     "trains on it as text where that is possible, drop trains without it; or give another data.chat_template"
                 )
-            self.dialect.records[f"the chat template leaves out {kind} of answers"] += 1
+            self.dialect.records[f"the chat template leaves out {kind}"] += 1
 
     def _without_doubles(self, conversation: Conversation) -> Conversation:
         """A conversation without the tokens that the template would write a second time: bos before its first text, the end
         of a turn behind an answer that is more than that."""
-        ends = [*self._ends, self.tokenizer.eos_token or self._ends[0]] if self._ends else []
+        ends = [*self.endings.tokens, self.tokenizer.eos_token or self.endings.tokens[0]] if self.endings.tokens else []
         messages: list[Message] = []
         for message in conversation.messages:
             content = message["content"]
@@ -316,11 +306,11 @@ class ChatTemplate:
             # A generation prompt may hold more than a finished turn does (DeepSeek-R1 opens the thoughts in it): the
             # answer begins where the two part, but never before the end of the earlier turns.
             if upto.startswith(before):
-                start = max(len(before), _alike(asked, upto))
+                start = max(len(before), alike(asked, upto))
             else:
                 upto = asked + upto[self._behind(place, job, at, asked, upto) :]
-        upto += self._unclosed(upto, job.messages[at])
-        return _Text(place, upto, [(start, self._end(upto))])
+        upto += self.endings.unclosed(upto, job.messages[at])
+        return _Text(place, upto, [(start, self.endings.end(upto))])
 
     def _behind(self, place: str, job: Job, at: int, asked: str, upto: str) -> int:
         """Where answer ``at`` begins in ``upto``, in which the turns before it are not those of its prompt ``asked``: behind the
@@ -331,39 +321,14 @@ class ChatTemplate:
         # of a short question the turns before it may be what was rewritten: its last character and all behind it is the least
         least = len(asked.rpartition(question.strip())[2]) + 1 if question.strip() in asked else _PROMPT_END
         ends = (asked[-length:] for length in range(max(least, _PROMPT_END), least - 1, -1))
-        alike = _alike(upto, other)
-        found = max((_last_end(end, upto[:alike]) for end in ends), default=-1)
+        same = upto[: alike(upto, other)]
+        found = max((_last_end(end, same) for end in ends), default=-1)
         if found < 0:
             raise Mistake(
                 f"cannot be masked: the chat template ({self.name}) renders the turns before answer {at + 1} differently once "
                 "the answer follows. Give a data.chat_template with {% generation %} blocks, or set data.train_on=all"
             )
         return found
-
-    def _end(self, text: str) -> int:
-        """Where the answer that ends ``text`` ends: behind its end-of-turn token, before white space that follows it."""
-        bare = text.rstrip()
-        return len(bare) if bare.endswith(self._special) else len(text)
-
-    def _end_within(self, whole: str, text: str) -> int:
-        """Where the answer that ends ``text`` ends in ``whole``; -1 when ``whole`` is another text before that.
-
-        What follows the end of turn may be for the last turn alone, as the eos token of Phi-3's template.
-        """
-        end = self._end(text)
-        while not whole.startswith(text[:end]):
-            token = max((token for token in self._special if text.endswith(token, 0, end)), key=len, default="")
-            end = len(text[: end - len(token)].rstrip())
-            if not token or not text.endswith(self._ends, 0, end):
-                return -1
-        return end
-
-    def _unclosed(self, text: str, answer: Mapping[str, object]) -> str:
-        """What ``text``, which ends with an answer, lacks to its end of turn."""
-        closing = self._closing["calls" if answer.get("tool_calls") else "answer"]
-        token = next(iter(self._leading(closing)), "")
-        # not just any special token: GLM's calls end with </tool_call>, which ends no turn
-        return "" if token and text.rstrip().endswith((token, *self._ends)) else closing
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -393,89 +358,17 @@ class ChatTemplate:
         """
         for number, (begin, end) in enumerate(spans, start=1):
             said = text.text[begin:end]
-            if self._call_ends and text.text[end:].lstrip().startswith(self._call_ends):
-                sentence = f"the chat template leaves {self._call_ends[0]}, which ends function calls, untrained"
+            if self.endings.calls and text.text[end:].lstrip().startswith(self.endings.calls):
+                sentence = f"the chat template leaves {self.endings.calls[0]}, which ends function calls, untrained"
                 self.dialect.records[sentence] += 1
-            if not self._ends or any(token in said for token in self._ends):
+            if not self.endings.tokens or any(token in said for token in self.endings.tokens):
                 continue
-            left = text.text[end:].lstrip().startswith(self._ends)
+            left = text.text[end:].lstrip().startswith(self.endings.tokens)
             if left or (number == len(spans) and not said.rstrip().endswith(self._special)):
                 raise Mistake(
-                    f"has an answer whose end-of-turn token {self._ends[0]} would carry no loss, and the model would never learn "
+                    f"has an answer whose end-of-turn token {self.endings.tokens[0]} would carry no loss, and the model would never learn "
                     f"to stop; in the chat template ({self.name}) the token must belong to the answer"
                 )
-
-    def _turn_ends(self) -> tuple[tuple[str, ...], dict[str, str]]:
-        """(The special tokens that end an answer: the last one's first, then an earlier one's where it is another;
-        what to write behind a last answer, and behind last calls, that the template leaves without any)."""
-        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}
-        closed, longer = self._text([user, answer]), self._text([user, answer, user])
-        last, earlier = (text.rpartition(_ANSWER)[2] for text in (closed, longer))
-        finals, nexts = self._leading(last), self._leading(earlier)
-        eos = self.tokenizer.eos_token
-        if not (finals or nexts or self._states_mask) and eos and _ANSWER in closed:  # Alpaca, Falcon: text alone
-            self.dialect.notes[f"answers end with {eos}, since the chat template writes nothing that ends them"] = None
-            return (eos,), {"answer": eos, "calls": eos}
-        both = [a for a, b in zip(finals, nexts, strict=False) if a == b]
-        if finals or not nexts:
-            ends = dict.fromkeys([*(both or finals)[-1:], *nexts[: 0 if both else 1]])
-            final = max((token for token in self._special if last.rstrip().endswith(token)), key=len, default="")
-            if both and last.count(both[-1]) > 1 and final and earlier.startswith(last.rstrip()):
-                ends = {final: None}  # the other closes a part of an answer, not the turn (Kimi K3)
-            return tuple(ends), {"answer": "", "calls": ""}
-        self.dialect.notes[
-            f"a last answer ends with {nexts[0]}, which follows every other, since the chat template leaves it without an end"
-        ] = None
-        calling = _calling(1)
-        result = {"role": "tool", "content": "result", "tool_call_id": "call00000", "name": "f"}
-        before, called = self._text([user, calling]), self._text([user, calling, result])
-        closing = {"answer": earlier.removeprefix(last)}
-        # a template may write last calls otherwise than earlier ones (Apriel): then they end as other answers do
-        closing["calls"] = called.removeprefix(before) if called.startswith(before) else closing["answer"]
-        for kind, text in closing.items():
-            token = next(iter(self._leading(text)), "")
-            closing[kind] = text[: text.find(token) + len(token)]
-        return (nexts[0],), closing
-
-    def _ends_of_calls(self) -> tuple[str, ...]:
-        """The special token that ends an answer with function calls, where it is another than ends the rest (gpt-oss)."""
-        if not self.dialect.calls:
-            return ()
-        user = {"role": "user", "content": "Hi"}
-        asked = self._text([user])
-        called = self._text([user, _calling(2)]).removeprefix(asked)
-        called = called[: self._end(called)] + self._unclosed(called, _calling(2))
-        token = max((token for token in self._special if called.endswith(token)), key=len, default="")
-        # one that stands between two calls as well ends a call, not the turn; one inside other answers would cut them short
-        plain = self._text([user, {"role": "assistant", "content": _ANSWER}]).removeprefix(asked)
-        other = token and token not in self._ends and called.count(token) == 1 and token not in plain
-        return (token,) if other else ()
-
-    def _ends_thoughts_alike(self) -> bool:
-        """Whether the token that ends an answer ends its reasoning too (Solar Open): no stop token can tell the two apart."""
-        if not (self._ends and self.dialect.reasoning):
-            return False
-        answer = {"role": "assistant", "content": _ANSWER, self.dialect.reasoning: _THOUGHTS}
-        thought, found, _ = self._text([{"role": "user", "content": "Hi"}, answer]).partition(_ANSWER)
-        return bool(found) and self._ends[0] in thought.rpartition(_THOUGHTS)[2] and _THOUGHTS in thought
-
-    def _asks_behind_answers(self) -> bool:
-        """Whether the template begins a next answer behind a finished one too, asked or not (Command R7B)."""
-        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}
-        question, closed, longer = (self._text(turns) for turns in ([user], [user, answer], [user, answer, user]))
-        same_end = question[len(question) - _alike(question[::-1], closed[::-1]) :]
-        return (
-            question == self._text([user], asked=True)
-            and any(token in same_end for token in self._special)
-            and not longer.startswith(closed)  # so it is more than what ends every turn
-        )
-
-    def _text(self, messages: Sequence[Mapping[str, object]], asked: bool = False) -> str:
-        """A conversation made up to try the template; nothing when it is refused."""
-        try:
-            return self._tried(self.dialect.parted(messages), None, asked)
-        except Refused:
-            return ""
 
     def _tried(
         self,
@@ -491,15 +384,6 @@ class ChatTemplate:
                 raise
             return self.renderer.text(messages, [], asked)
 
-    def _leading(self, text: str) -> list[str]:
-        """The special tokens, side by side, that a text begins with, white space aside."""
-        found: list[str] = []
-        text = text.lstrip()
-        while token := max((token for token in self._special if text.startswith(token)), key=len, default=""):
-            found.append(token)
-            text = text.removeprefix(token)
-        return found
-
     # --- rendering ---------------------------------------------------------------------------------------------------
 
     def _require_jinja(self) -> None:
@@ -510,6 +394,15 @@ class ChatTemplate:
                 raise DataError(
                     f"The chat template ({self.name}) is not valid Jinja: line {error.line}, {error}."
                 ) from None
+
+    def _require_answers(self) -> None:
+        """Refuse a template that writes nothing of an answer: it reads another variable than the messages (Kimi-Audio's in vLLM)."""
+        talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
+        with suppress(Refused):
+            if _ANSWER not in self._tried(self.dialect.parted(talk)).lower():
+                raise DataError(
+                    f"The chat template ({self.name}) writes nothing of what the assistant says; give another data.chat_template."
+                )
 
     def _render(self, place: str, job: Job, messages: Sequence[Mapping[str, object]]) -> str:
         """The text of other messages in a job's place."""
@@ -543,6 +436,19 @@ class _Text(NamedTuple):
     answers: list[Span]
 
 
+def _parts_of(texts: Sequence[_Text], train_on: str) -> tuple[list[str], list[str]]:
+    """(what is trained, what is not) of texts, in pieces."""
+    trained, others = [], []
+    for one in texts:
+        at = 0
+        for begin, end in [(0, len(one.text))] if train_on == "all" else one.answers:
+            others.append(one.text[at:begin])
+            trained.append(one.text[begin:end])
+            at = end
+        others.append(one.text[at:])
+    return trained, trained if train_on == "all" else others
+
+
 class _Renderings(NamedTuple):
     """The texts that show where answers are. Of user, assistant, user, assistant, with p for the generation prompt:
 
@@ -565,13 +471,6 @@ class _Renderings(NamedTuple):
         return cls(whole, texts[:count], [*texts[count:], whole])
 
 
-def _calling(count: int) -> dict[str, object]:
-    """An answer, made up to try a template, that calls a function so many times."""
-    function = {"name": "f", "arguments": {"a": 1}}
-    calls = [{"id": f"call0000{number}", "type": "function", "function": function} for number in range(count)]
-    return {"role": "assistant", "content": "", "tool_calls": calls}
-
-
 def _holding(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], span: Span) -> NDArray[numpy.bool_]:
     """Which tokens, that begin and end at these characters, hold one of a span's."""
     start, end = span
@@ -588,45 +487,12 @@ def _runs(begins: NDArray[numpy.int64], ends: NDArray[numpy.int64], blocks: list
     return [(int(begins[a]), int(ends[b - 1])) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _end_of(words: str, text: str, begin: int) -> int:
-    """Where ``words``, or what JSON, JSON in JSON or Python makes of them, end in ``text``, which has no white space; -1 where
-    they are not."""
-    quoted = json.dumps(words, ensure_ascii=False)[1:-1]
-    for form in (
-        words,
-        quoted,
-        json.dumps(words)[1:-1],
-        json.dumps(quoted, ensure_ascii=False)[1:-1],
-        repr(words)[1:-1],
-    ):
-        bare = "".join(form.split())
-        if (found := text.find(bare, begin)) >= 0:
-            return found + len(bare)
-    return -1
-
-
 def _last_end(words: str, text: str) -> int:
     """Where ``words`` end for the last time in ``text``, white space inside them aside (Hermes has less of it behind the last
     result); -1 where they are not."""
     bare = words.rstrip()
     spaced = r"\s*".join(map(re.escape, "".join(bare.split()))) + re.escape(words[len(bare) :])
     return max((found.end() for found in re.finditer(spaced, text)), default=-1)
-
-
-def _values(arguments: object) -> Iterator[str]:
-    """The texts and numbers in a call's arguments. Templates spell true, false and null as they like."""
-    if isinstance(arguments, dict | list):
-        for value in arguments.values() if isinstance(arguments, dict) else arguments:
-            yield from _values(value)
-    elif isinstance(arguments, str):
-        yield arguments
-    elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
-        yield json.dumps(arguments)
-
-
-def _alike(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginnings."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _find(tokenizer: PreTrainedTokenizerBase, file: str | None, named: str) -> tuple[str, str]:

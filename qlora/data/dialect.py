@@ -1,6 +1,6 @@
 """Dialect: what a chat template understands, found by trying it, and a conversation put in those words.
 
-    system turn      refused or ignored (Gemma) → its text stands before the first user turn
+    system turn      refused or ignored (Gemma) → its text stands before the first user turn; a later one before the next
     tools, calls     the template knows them → passed as `tools` and `tool_calls`
                      it does not → the tools as JSON at the end of the system turn, a call as its JSON text
     tool turn        refused or ignored → a user turn, one for the results of parallel calls
@@ -74,10 +74,10 @@ class Dialect:
         mark = {"content": _MARK}
         tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {"type": "object"}}}
 
-        def called(id: str) -> list[JsonObject]:
-            call = {"id": id, "type": "function", "function": {"name": _MARK, "arguments": {"a": 1}}}
+        def called(id: str, name: str = _MARK, result: str = "result") -> list[JsonObject]:
+            call = {"id": id, "type": "function", "function": {"name": name, "arguments": {"a": 1}}}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            return [user, calling, {"role": "tool", "content": "result", "tool_call_id": id, "name": "f"}, answer]
+            return [user, calling, {"role": "tool", "content": result, "tool_call_id": id, "name": name}, answer]
 
         def shows(messages: list[JsonObject], tools: list[JsonObject] | None = None, mark: str = _MARK) -> bool:
             try:
@@ -91,15 +91,26 @@ class Dialect:
             self.parts = True
             self.parts = shows(asked)
         self.system = shows([{"role": "system", **mark}, user])
+        rules = [{"role": "system", "content": "Be brief"}, {"role": "system", **mark}]
+        self.later_system = self.system and all(  # it may show the last alone (DeepSeek)
+            shows([one, user, answer, other, user, answer]) for one, other in (rules, rules[::-1])
+        )
         self.tools = shows([user], [tool])
         self.calls = self.tools and shows(called("call00000"))
         self.renames = self.calls and not shows(called("call_qlora_probe"))
+        self.results = self.calls and shows(called("call00000", "f", _MARK))
         self.tool_turn = shows([user, answer, {"role": "tool", **mark, "tool_call_id": "call00000"}, answer])
         thinking = {"role": "assistant", "content": f"<think>\n{_MARK}\n</think>\n\nHello"}
         self.reasoning = next((name for name in _REASONING if shows([user, {**answer, name: _MARK}])), None)
         self.thoughts = shows([user, thinking])
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         self.beside = not self.calls or shows([user, {"role": "assistant", **mark, "tool_calls": [call]}])
+        spoken = [{"role": "system", "content": "Hi"}, user, answer]
+        self.names = [
+            turn["role"]
+            for at, turn in enumerate(spoken)
+            if shows([*spoken[not self.system : at], {**turn, "name": _MARK}, *spoken[at + 1 :]])
+        ]
         word = hidden("Hello")  # a template that changes words (| upper) would have the hidden one trained
         self.hides = keep and shows([user, {**answer, "content": word}], mark=word)
         self.records: Counter[str] = Counter()
@@ -137,7 +148,10 @@ class Dialect:
             tools = []
         if messages[0]["role"] == "system" and not self.system:
             self._note("the system text stands before the first user turn, since the chat template has no system turn")
-            messages = _without_system(messages)
+            messages = _without_system(messages, 0)
+        if self.keep and not self.later_system and any(one["role"] == "system" for one in messages[1:]):
+            self.records["a later system text stands in a user turn, since the chat template has no place for it"] += 1
+            messages = _without_system(messages, 1)
         return messages, tools or None
 
     def parted(self, messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -205,7 +219,7 @@ class Dialect:
         return written[len(before) : len(written) - len(behind)] if fits else ""
 
     def _result(self, message: Message, ids: _Ids) -> Message:
-        if self.calls:
+        if self.results:
             return {**message, "tool_call_id": ids.answered(message.get("tool_call_id"))}
         if self.tool_turn:
             return message
@@ -266,8 +280,17 @@ def _with_system(messages: list[Message], text: str) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _without_system(messages: list[Message]) -> list[Message]:
-    """The leading system texts moved before the first user turn's."""
-    first = next(at for at, message in enumerate(messages) if message["role"] != "system")
-    text = "\n\n".join(message["content"] for message in messages[: first + 1])
-    return [{**messages[first], "content": text}, *messages[first + 1 :]]
+def _without_system(messages: list[Message], first: int) -> list[Message]:
+    """The system texts from message ``first`` on in user turns: at the beginning of the next, or else in one of their own."""
+    kept, waiting = messages[:first], list[str]()
+    for message in messages[first:]:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+            continue
+        if waiting and message["role"] != "user":
+            kept.append({"role": "user", "content": "\n\n".join(waiting)})
+        elif waiting:
+            message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
+        kept.append(message)
+        waiting = []
+    return kept

@@ -25,8 +25,30 @@ from dataclasses import dataclass, field, replace
 
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
-from qlora.data.suggestions import NOTHING, OTHERS, columns_of, guess, inside, looks_note, suggested
-from qlora.data.turns import SEEN, UNSEEN, Turn, filled, is_spoken, is_turn, read_turn, read_turns, spoken_in, tools_of
+from qlora.data.suggestions import (
+    NOTHING,
+    OTHERS,
+    SURE_LABELS,
+    columns_of,
+    guess,
+    inside,
+    looks_note,
+    rivals,
+    suggested,
+)
+from qlora.data.turns import (
+    SEEN,
+    UNSEEN,
+    Turn,
+    filled,
+    is_flag,
+    is_spoken,
+    is_turn,
+    read_turn,
+    read_turns,
+    spoken_in,
+    tools_of,
+)
 from qlora.data.turns import Message as Message
 from qlora.data.values import Mistake, capital, json_inside, kind, text, yes_or_no
 from qlora.errors import DataError, listed, nearest
@@ -36,9 +58,12 @@ _PLACEHOLDER = re.compile(
     r"\A\s*<(?:image|video|audio)>|<(?:image|video|audio)>\s*\Z|<img>[^<\s]+</img>|<\|(?:image(?:_\d+|_pad)?|vision_start)\|>"
 )
 """Where a question has its picture or sound, as LLaVA, Qwen-VL, Phi and Llama write it."""
+_PICTURE = re.compile(r"!\[[^\]\n]*\]\([^)\s]+\)|data:(?:image|audio|video)/\w+;base64,|<(?:image|video|audio)>")
+"""What may be one, and may be what is spoken of."""
 Fields = Mapping[str, object]
 """What a record holds."""
 
+_DOCUMENTS = ("documents", "contexts", "passages", "chunks", "context")
 _BESIDE = ("system", "history", "tools", "functions")
 
 
@@ -110,7 +135,7 @@ def parse(
     known = theirs | {name.partition(".")[0] for name in theirs if name in columns.values()}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
-    undesired = others_marked = 0
+    undesired = others_marked = pictured = 0
     for before, record in zip(records, renamed, strict=True):
         try:
             if record.fault is not None:
@@ -126,6 +151,7 @@ def parse(
         unread.update(f"'{name}'" for name, value in before.fields.items() if name not in known and filled(value))
         if isinstance(read, _Talk):
             others_marked += read.marks_others
+            pictured += any(_PICTURE.search(turn.message["content"]) for turn in read.turns)
             unread.update({f"'{name}' of turns" for turn in read.turns for name in turn.unread})
         if one is None:
             undesired += 1
@@ -145,6 +171,8 @@ def parse(
         notes.append(
             f"only answers are trained: turns of others are marked as trained in {_counted(others_marked)}, which has no effect"
         )
+    if pictured:
+        notes.append(f"pictures are named in {_counted(pictured)}, and read as text: a text model can't see them")
     if unread:
         names = [f"{name} ({_counted(count)})" for name, count in unread.most_common()]
         notes.append(f"fields that are not read: {listed(names, 12)}".encode(errors="replace").decode())
@@ -180,12 +208,13 @@ def _found_form(records: Sequence[Record]) -> str:
     if plain in _JUDGED:
         for name in ("label", *OTHERS["label"]):
             labels = [label for record in records if (label := record.fields.get(name)) is not None]
-            if labels and all(_desirable(label) is not None for label in labels):
+            said = [_desirable(label) for label in labels]
+            if labels and None not in said and (name in SURE_LABELS or False in said):
                 columns = f" {columns_of({'label': name})}" if name != "label" else ""
                 raise DataError(
-                    f"{capital(first.place)} has the form kto, {plain} with a {name} that says whether the answer is desirable, and "
+                    f"{capital(first.place)} has the form kto, {plain} with '{name}', which says whether the answer is desirable, and "
                     f"no objective learns from undesirable ones yet. Set data.form=kto{columns} to train the desirable answers "
-                    f"alone, or data.form={plain} if the {name} says something else, and is not to be read."
+                    f"alone, or data.form={plain} if '{name}' says something else, and is not to be read."
                 )
     if plain in (None, "text") and is_spoken(first.fields):
         raise DataError(
@@ -193,6 +222,7 @@ def _found_form(records: Sequence[Record]) -> str:
             'as in {"messages": [{"role": …, "content": …}, …]}. To learn each as a text of its own, set data.form=text'
             f"{'' if plain else ' ' + columns_of({'text': spoken_in(first.fields)})}."
         )
+    _require_one_answer(first, plain)
     nearest_form = suggested(first.fields, _FORMS)
     if plain == "text" and nearest_form and nearest_form[0] != "text":
         name, theirs = nearest_form
@@ -222,10 +252,37 @@ def _found_form(records: Sequence[Record]) -> str:
     raise DataError(f"{found} {guess(first.fields)} The forms are {forms}.")
 
 
+def _require_one_answer(record: Record, form: str | None) -> None:
+    """Refuse a preference set whose two answers have names of their own, or stand in a list."""
+    several, verdicts = rivals(record.fields)
+    if not several or not (form in (None, "text") or _FORMS[form].turns):
+        return
+    others = suggested({name: value for name, value in record.fields.items() if name not in several}, _FORMS)
+    if form is None and others and others[0] != "text":
+        return
+    if form in ("messages", "sharegpt"):
+        turns = record.fields[_FORMS[form].needs[0]]
+        if not isinstance(turns, list) or not turns or read_turn(turns[-1], len(turns)).message["role"] == "assistant":
+            return
+    says = f", of which {listed(verdicts)} may say which is better" if verdicts else ""
+    raise DataError(
+        f"{capital(record.place)} has the form preference, several answers to one question ({listed(several, 12)}){says}, and no "
+        "objective learns from them yet. To train the better ones alone, write the better one of each record as 'chosen' and "
+        "another as 'rejected', and set data.form=preference."
+    )
+
+
 def _require_all_read(records: Sequence[Record], form: str) -> None:
     """Refuse records of a form in which a text stands that the form has a place for, by another name."""
     known, seen = {*_FORMS[form].needs, *_FORMS[form].takes}, set[str]()
     for record in records:
+        if name := next(
+            (name for name in _DOCUMENTS if isinstance(record.fields.get(name), list) and record.fields[name]), None
+        ):
+            raise DataError(
+                f"{capital(record.place)} has the form {form}, and beside it {name}, which its answer may be about. Write them into "
+                f"the question, or set data.form={form} to leave them out."
+            )
         new = {name for name, value in record.fields.items() if isinstance(value, str) and value.strip()} - known - seen
         seen |= new
         said = {name: value for name, value in record.fields.items() if filled(value)}
@@ -289,6 +346,12 @@ def _require_trained(fields: Fields) -> None:
         if yes_or_no(value := fields.get(name)) is False or (isinstance(value, int | float) and value < 0):
             raise Mistake(
                 f"has the {name} {value} for all of it, and would be learnt all the same; leave the record out"
+            )
+    for name, value in fields.items():
+        if isinstance(value, list) and value and all(is_flag(name, one) for one in value):
+            raise Mistake(
+                f"has a list '{name}', which may say of each turn whether it is trained; give it to the turns, as 'train' (false: the "
+                "turn is not trained), or take it out"
             )
 
 
@@ -508,8 +571,8 @@ class _Form:
 
 
 _VERDICTS = {
-    **dict.fromkeys(("desirable", "good", "chosen", "accepted"), True),
-    **dict.fromkeys(("undesirable", "bad", "rejected"), False),
+    **dict.fromkeys(("desirable", "good", "chosen", "accepted", "thumbs_up", "like", "correct", "positive"), True),
+    **dict.fromkeys(("undesirable", "bad", "rejected", "thumbs_down", "dislike", "incorrect", "negative"), False),
 }
 _JUDGED = ("messages", "sharegpt", "alpaca", "prompt_completion")
 _FORMS = {

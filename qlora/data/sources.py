@@ -241,8 +241,8 @@ def _json(text: str, source: str) -> Iterator[Record]:
                 else f"; jq {shlex.quote(f'.[{json.dumps(within)}]')} writes the list that is in it"
             )
             raise DataError(
-                f"'{source}' is one JSON object with the fields {listed(values)}; expected a list of records, "
-                f'or {{"data": [...]}}{write or _by_columns(values, source)}.'
+                f"'{source}' is one JSON object with the fields {listed(values, 12)}; expected a list of records, "
+                f'or {{"data": [...]}}{write or _by_ids(values) or _by_columns(values, source)}.'
             )
         if inner is values.get("data"):
             beside = tuple(name for name, value in values.items() if name != "data" and value not in (None, "", [], {}))
@@ -253,6 +253,15 @@ def _json(text: str, source: str) -> Iterator[Record]:
         values = [values]  # one conversation
     for number, value in enumerate(values, start=1):
         yield replace(_record(value, source, "record", number), beside=beside)
+
+
+def _by_ids(values: JsonObject) -> str:
+    """What to do with records that stand under their ids; nothing for another object."""
+    records = [
+        one for one in values.values() if isinstance(one, dict) and any(isinstance(said, str) for said in one.values())
+    ]
+    alike = len(records) == len(values) > 1 and any(not name.isdigit() for name in set.intersection(*map(set, records)))
+    return "; its values look like the records, each under an id: jq '[.[]]' writes them as a list" if alike else ""
 
 
 def _by_columns(values: JsonObject, source: str) -> str:
@@ -329,15 +338,15 @@ def _begins_with_an_object(text: str) -> bool:
 def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
     """Every field stays the text that stands in the file; a row that does not match the header is refused by number.
 
-    What separates fields is what cuts the header into the most: Excel writes semicolons where the comma is a decimal's.
+    What separates fields is what cuts the most rows into as many as the header has, and then what cuts into the most: Excel writes
+    semicolons where the comma is a decimal's, and commas stand in the cells.
     """
     if not text.strip():
         return
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses fields above 128 KiB
     told = re.match(r"sep=([,;\t|])\r?\n", text)  # Excel's own first line
     text = text[told.end() :] if told else text
-    columns = {sign: _columns(text, sign) for sign in (told[1] if told else separators)}
-    separator = max(columns, key=lambda sign: columns[sign])  # of equals the first
+    separator = max(told[1] if told else separators, key=partial(_fits, text))  # of equals the first
     rows = _rows(text, separator)
     number = 0
     try:
@@ -357,13 +366,18 @@ def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
         raise DataError(f"'{source}' is not valid CSV after row {number}: {error}.") from None
 
 
-def _columns(text: str, separator: str) -> int:
-    """How many the header has, if this separates them."""
+def _fits(text: str, separator: str) -> tuple[float, int]:
+    """(The share of rows that this cuts into as many as the header, how many those are), by the beginning of a file."""
+    begin, counts = text[:_HEADER], list[int]()
     try:
-        header = next(_rows(text[:_HEADER], separator), [])
+        for row in _rows(begin, separator):
+            if not counts and '"' in "".join(row):  # it cut through quotes: a,"b;c"
+                return 0, 0
+            counts.append(len(row))
     except csv.Error:  # a quote ends before another separator, or is cut off here
-        return 0
-    return 0 if '"' in "".join(header) else len(header)  # it cut through quotes: a,"b;c"
+        counts = counts if begin != text else counts[:1]
+    header, *rows = counts or [0]
+    return sum(count == header for count in rows) / max(len(rows), 1) if header > 1 else 0, header
 
 
 def _rows(text: str, separator: str) -> Iterator[list[str]]:

@@ -26,11 +26,16 @@ _ANSWERS = (
     "highlights", "answers", "targets",
 )  # fmt: skip
 _QUESTIONS = ("question", "query", "problem", "task", "user", "human", "inputs")
+SURE_LABELS = ("label", "kto_tag", "desirable", "is_desirable")
 OTHERS = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "contents", "history"),
-    "chosen": ("chosen_response", "chosen_messages", "response_j", "preferred_output", "preferred", "accepted"),
+    "chosen": (
+        "chosen_response", "chosen_messages", "response_j", "preferred_output", "preferred_response", "preferred", "accepted",
+        "better_response", "better", "winning_response", "winner", "win",
+    ),
     "rejected": (
-        "rejected_response", "rejected_messages", "response_k", "non_preferred_output", "dispreferred", "non_preferred",
+        "rejected_response", "rejected_messages", "response_k", "non_preferred_output", "dispreferred_response", "dispreferred",
+        "non_preferred", "worse_response", "worse", "losing_response", "loser", "lose",
     ),
     "prompt": ("instruction", *_QUESTIONS, "input", "source", "q", "text"),
     "instruction": ("prompt", *_QUESTIONS, "q", "text"),
@@ -39,21 +44,28 @@ OTHERS = {
     "input": ("context", "passage", "background"),
     "system": ("system_prompt", "system_message", "system_instruction"),
     "reasoning": ("reasoning_content", "thinking", "complex_cot", "chain_of_thought", "cot", "thoughts"),
-    "label": ("kto_tag", "desirable", "is_desirable"),
+    "label": (*SURE_LABELS[1:], "is_correct", "correct", "accepted", "approved", "thumbs_up", "is_good", "rating", "feedback", "vote"),
     "text": ("content", "document", "body"),
 }  # fmt: skip
 """What people call a form's fields, likeliest first."""
 
 
 _LOOKED_AT = 20_000  # characters of a text
-_MARKS = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>"
-)
+MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>")
+"""What chat templates write before a turn."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
 _CODE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
 )
+
+
+_RIVAL = re.compile(
+    r"(?:.*_)?(?:response|answer|output|completion|generation|reply|summary|candidate|conversation|messages?|ref|solution)(?:_.*)?"
+)
+_WHICH = re.compile(r"(?:^|[ _-])[0-9a-dijkA-D](?=$|[ _-])|(?<=[a-z])[0-9A-D]$")
+_VERDICT = re.compile(r"prefer|better|best|winner|label|choice|chosen|rank|scor|rating|safer|vote", re.IGNORECASE)
+_NAMELESS = re.compile(r"(?:.*_)?(?:id|ids|uuid|index|path|url|source|category|type|lang|language|split|name|title)")
 
 
 class Form(Protocol):
@@ -92,15 +104,43 @@ def _reads(form: Form, fields: Fields) -> bool:
         return False
 
 
+def rivals(fields: Fields) -> tuple[list[str], list[str]]:
+    """(the fields that answer one question twice or more, or the list that does; those that seem to say which answer is better).
+
+    As ``response_0`` and ``response_1``, ``answer_a`` and ``answer_b``, ``output 1`` and ``output 2``; ``responses`` with ``scores``.
+    """
+    verdicts = [name for name in fields if _VERDICT.search(name)]
+    alike: dict[str, list[str]] = {}
+    for name, value in fields.items():
+        stem = _WHICH.sub("", name).lower()
+        if stem != name.lower() and isinstance(value, str | list | dict) and _RIVAL.fullmatch(stem):
+            alike.setdefault(stem, []).append(name)
+        elif (
+            isinstance(value, list) and len(value) > 1 and _RIVAL.fullmatch(re.sub(r"ie(?=s$)", "y", name.lower())[:-1])
+        ):
+            within = [key for key in value[0] if _VERDICT.search(key)] if isinstance(value[0], dict) else []
+            if within or (isinstance(value[0], str) and verdicts):
+                return [name], within or verdicts
+    several = next((names for names in alike.values() if len(names) > 1), [])
+    return several, [name for name in verdicts if name not in several]
+
+
 def guess(fields: Fields) -> str:
     """What to try where no name is known: the two longest texts may be a question and its answer; one alone is a text."""
     flat = {name: value for name, value in fields.items() if not isinstance(value, dict)}
     for outer, value in fields.items():
         flat |= {f"{outer}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {}
-    flat = {name: value for name, value in flat.items() if name not in ("system", "tools", "functions", "history")}
+    known = ("system", "tools", "functions", "history")
+    flat = {name: one for name, one in flat.items() if name not in known and not _NAMELESS.fullmatch(name.lower())}
     texts = {name: value for name, value in flat.items() if isinstance(value, str) and re.search(r"[^\W\d_]", value)}
     longest = sorted(texts, key=lambda name: -len(texts[name]))[:2]
     theirs = [name for name in texts if name in longest]
+    lists = [name for name, value in flat.items() if isinstance(value, list) and value]
+    if len(theirs) < 2 and lists:
+        return (
+            f"Lists stand in {listed(lists)}: of turns, each has to say who speaks ({{role, content}}); of several questions or answers, "
+            "write a record for each."
+        )
     if not theirs:
         return "Name their fields with data.columns, as in {prompt: question, completion: answer}."
     if len(theirs) == 1:
@@ -121,7 +161,7 @@ def looks_note(texts: Sequence[str]) -> list[str]:
 
 
 def _looks_like(text: str) -> str | None:
-    if _MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
+    if MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
         return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
     lines = [line for line in text.split("\n")[:50] if line.strip()]
     for sign in "\t;|,":

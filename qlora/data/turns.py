@@ -123,6 +123,11 @@ def read_turn(turn: object, number: int) -> Turn:
     """The turn ``number`` of a conversation, from 1. Only a system text and a tool's result may be empty."""
     fields: JsonObject = turn if isinstance(turn, dict) else {}
     who, what = (next((name for name in names if fields.get(name) is not None), names[0]) for names in (_WHO, _WHAT))
+    if isinstance(turn, str):
+        raise Mistake(
+            f"has turns that are plain text (turn {number}: {shown(turn)}), and nothing that says who speaks; expected {{role, content}}, "
+            'so name the speakers, as in [{"role": "user", "content": …}, {"role": "assistant", "content": …}]'
+        )
     if who not in fields:
         raise Mistake(
             f"has a turn without role and content (turn {number}: {shown(turn)}); expected {{role, content}} or {{from, value}}"
@@ -151,7 +156,7 @@ def read_turn(turn: object, number: int) -> Turn:
                 unread.add(theirs)
     known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS, *_TOOLS}
     unread |= {name for name, value in fields.items() if name not in known and filled(value)}
-    if role == "assistant" and (flag := next((name for name in sorted(unread) if _is_flag(name, fields[name])), None)):
+    if role == "assistant" and (flag := next((name for name in sorted(unread) if is_flag(name, fields[name])), None)):
         raise Mistake(
             f"has '{flag}' in turn {number}, which may say whether the turn is trained, and by that name is not known here; "
             "call it 'train' (false: the turn is not trained), or take it out"
@@ -160,7 +165,7 @@ def read_turn(turn: object, number: int) -> Turn:
     return Turn(cast(Message, message), _trained(fields, number), tuple(sorted(unread)), tuple(tools))
 
 
-def _is_flag(name: str, value: object) -> bool:
+def is_flag(name: str, value: object) -> bool:
     """Whether a field that is not known looks as if it decided what is trained."""
     return _LIKE_A_FLAG.search(name) is not None and (isinstance(value, float) or yes_or_no(value) is not None)
 

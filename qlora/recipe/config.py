@@ -80,7 +80,8 @@ class DataSection(Section):
     """A file with a Jinja chat template that replaces the tokenizer's own."""
     dropped_content: Literal["keep", "drop", "refuse"] = "keep"
     """What happens to reasoning, text and function calls of an answer that the chat template would leave out. `keep` trains
-    on them as text where that is possible, `drop` without them; both say of how many records. `refuse` stops at the first."""
+    on them as text where that is possible, `drop` without them; both say of how many records. `refuse` stops at the first.
+    A user's turn, a later system text, a result or a speaker's name that it leaves out is said, or refused, the same way."""
     max_length: int = Field(1024, ge=8, le=1_048_576)
     """The length of a row in tokens; also the longest example."""
     too_long: Literal["truncate", "drop"] = "truncate"

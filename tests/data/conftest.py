@@ -157,6 +157,20 @@ RESULT_AFTER_CALLS = TOOLS.replace(
     "{% if message['role'] == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}{{ '<|start|>' + message['role']",
 )
 
+# what others say is shown under conditions: a system text at the beginning, of users in a row the last, no results
+FORGETFUL = CHATML.replace(
+    "{{ '<|start|>'",
+    "{% if message['role'] == 'system' and not loop.first or message['role'] == 'user' and not loop.last and loop.nextitem['role'] == 'user' %}{% continue %}{% endif %}{{ '<|start|>'",
+    1,
+)
+LAST_SYSTEM = (
+    """{% for message in messages if message['role'] == 'system' %}{% if loop.last %}{{ message['content'] }}{% endif %}{% endfor %}{% set messages = messages | rejectattr('role', 'equalto', 'system') %}"""
+    + CHATML
+)
+NO_RESULTS = TOOLS.replace(
+    "{{ '<|start|>' + message", "{% if message.role == 'tool' %}{% continue %}{% endif %}{{ '<|start|>' + message"
+)
+
 # no special token at all, as in Alpaca's
 PLAIN_TEXT = """{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 

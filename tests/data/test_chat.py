@@ -665,3 +665,96 @@ def test_answers_stop_at_the_ends_of_every_named_template() -> None:
     }
     ends = tokenizer.convert_ids_to_tokens(ChatTemplate(tokenizer).end_tokens)
     assert ends == ["<|end|>", "[INST]"]
+
+
+def _user(content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **fields}
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "told"),
+    [
+        ("FORGETFUL", [_user("Quick fox"), *TALK[:2]], "a user's turn"),
+        ("FORGETFUL", [_user("Hello there"), *TALK[:2]], "a user's turn"),  # the same words twice, and one is left
+        ("FORGETFUL", [*TALK[:2], {**SYSTEM, "content": "Be brief"}, *TALK[2:]], "a system text"),
+        ("CHATML", [_user("Hello there", name="Fox"), *TALK[1:2]], "the name of who speaks"),
+        ("CHATML", [_user("Hello there"), {**TALK[1], "name": "Dog"}], "the name of who speaks"),
+        ("FORGETFUL", [SYSTEM, *TALK], None),
+        ("CHATML", [_user("Hi"), {**TALK[1], "content": "Hi"}, _user("Hi"), *TALK[1:2]], None),
+    ],
+)
+def test_what_others_say_is_looked_for_after_rendering(
+    name: str, turns: list[dict[str, Any]], told: str | None
+) -> None:
+    tokenizer = make_tokenizer(getattr(families, name))
+    chat = ChatTemplate(tokenizer, dropped_content="drop")
+    chat.encode(conversations(turns, TALK, turns), "assistant")
+    assert chat.notes == ([f"the chat template leaves out {told} (2 records)"] if told else [])
+    if told:
+        with pytest.raises(DataError, match=f"^Line 1 of 'a.jsonl' has {told}, which the chat template"):
+            ChatTemplate(tokenizer, dropped_content="refuse").encode(conversations(turns), "assistant")
+
+
+@pytest.mark.parametrize("template", [families.FORGETFUL, families.LAST_SYSTEM])
+def test_a_later_system_text_is_kept_in_the_next_user_turn(template: str) -> None:
+    turns = [SYSTEM, *TALK[:2], {**SYSTEM, "content": "Be brief"}, *TALK[2:]]
+    tokenizer = make_tokenizer(template)
+    chat = ChatTemplate(tokenizer)
+    ((example,),) = chat.encode(conversations(turns), "assistant")
+    assert "<|start|>user\nBe brief\n\nAnd you? 日本<|end|>" in tokenizer.decode(example.ids)
+    assert "You are helpful" in tokenizer.decode(example.ids)
+    assert len(trained_runs(tokenizer, example)) == 2
+    assert chat.notes == [
+        "a later system text stands in a user turn, since the chat template has no place for it (1 records)"
+    ]
+
+
+@pytest.mark.parametrize("keep", ["keep", "drop"])
+def test_a_result_that_the_template_leaves_out_is_kept_in_a_user_turn(keep: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    talk = [
+        *TALK[:1],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        *({"role": "tool", "content": "twelve"}, TALK[1]),
+    ]
+    chat = ChatTemplate(make_tokenizer(families.NO_RESULTS), dropped_content=keep)
+    ((example,),) = chat.encode(conversations(talk, tools=[{"name": "f"}]), "assistant")
+    assert "<|start|>user\ntwelve<|end|>" in chat.tokenizer.decode(example.ids)
+    assert chat.notes == ["results of functions stand in user turns, since the chat template has no tool turn"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "told"),
+    [
+        (
+            "<|start|>user\nHello<|end|>\n<|start|>assistant",
+            "Fine",
+            False,
+        ),  # no token that this tokenizer calls special
+        ("<s>user\nHello", "Fine", True),
+        ("[INST] Hello [/INST]", "Fine", True),
+        ("<|im_start|>user\nHello", "Fine", True),
+        ("Hello", "Fine</s>", False),  # stands once, and that is told
+        ("Hello", "Fine</s>.", True),
+    ],
+)
+def test_marks_of_a_template_inside_turns_are_told(asked: str, said: str, told: bool) -> None:
+    chat = ChatTemplate(make_tokenizer())
+    chat.encode(
+        conversations(
+            [_user("Hi"), {"role": "assistant", "content": "Yo"}, _user(asked), {**TALK[1], "content": said}]
+        ),
+        "all",
+    )
+    assert (
+        any(note.startswith("turns hold special tokens, or other marks of a chat template") for note in chat.notes)
+        == told
+    )
+
+
+def test_a_template_that_writes_no_answer_is_refused() -> None:
+    other = families.CHATML.replace("in messages", "in other_messages")
+    with pytest.raises(
+        DataError, match=r"The chat template \(the tokenizer's own\) writes nothing of what the assistant says; give"
+    ):
+        ChatTemplate(make_tokenizer(other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from typing import Any
 
 import pytest
@@ -99,8 +100,8 @@ MISTAKES = [
     ([{"text": "Hi", "role": "prompter"}], "is one turn of a conversation .* set data.form=text."),
     ([{"data": MESSAGES}], r"has the form messages inside its field data; set data.columns='\{messages: data.messages\}'"),
     ([{**MESSAGES, "kto_tag": False}], r"has the form kto, .* Set data.form=kto data.columns='\{label: kto_tag\}'"),
-    ([{**MESSAGES, "label": -1}, {**MESSAGES, "label": 1}], "has the form kto, messages with a label"),
-    ([{**MESSAGES, "label": "good"}, {**MESSAGES, "label": "bad"}], "has the form kto, messages with a label"),
+    ([{**MESSAGES, "label": -1}, {**MESSAGES, "label": 1}], "has the form kto, messages with 'label'"),
+    ([{**MESSAGES, "label": "good"}, {**MESSAGES, "label": "bad"}], "has the form kto, messages with 'label'"),
     ([{**MESSAGES, "history": "Hi"}], "has broken JSON in 'history'"),
     ([{**ALPACA, "history": [["q"]]}], r"has a list in the list of 'history'; expected \[question, answer\]"),
     ([{"messages": [{"role": "system", "content": "S"}, HI, YO], "system": "T"}], "has a 'system' text and another one"),
@@ -119,7 +120,7 @@ MISTAKES = [
     ([{**ALPACA, "output": ""}], "has an empty 'output'"),
     ([{"messages": [{"role": "usr", "content": "Hi"}]}], r"unknown role 'usr' in turn 1; did you mean 'user'\?"),
     ([{"messages": [HI, {"role": "assistant", "content": 3}]}], r"a number \(3\) in the content of turn 2; expected text"),
-    ([{"messages": [HI, "Yo"]}], r"a turn without role and content \(turn 2: Yo\)"),
+    ([{"messages": ["Hi", "Yo"]}], r"has turns that are plain text \(turn 1: Hi\), and nothing that says who speaks"),
     ([{"messages": [HI, 3]}], r"a turn without role and content \(turn 2: 3\)"),
     ([{"messages": [{"role": ["user"], "content": "Hi"}]}], "has a list as the role of turn 1; expected system, user"),
     ([{"messages": [{"role": None, "content": "Hi"}]}], "has null as the role of turn 1"),
@@ -289,6 +290,44 @@ def test_a_preference_pair_is_refused_by_name_and_trains_its_chosen_side_when_as
     assert result.notes == ("data.form=preference trains the chosen answers alone; the rejected ones are not used",)
 
 
+RIVALS = [
+    ({"prompt": "Hi", "response_0": "Yo", "response_1": "No", "better_response_id": 0}, "response_0, response_1), of which better_response_id"),
+    ({"question": {"full_text": "Hi"}, "answer_0": "Yo", "answer_1": "No", "score_0": 0.1}, "answer_0, answer_1), of which score_0 may"),
+    ({"instruction": "Hi", "input": "", "output_1": "Yo", "output_2": "No", "preference": 1}, "output_1, output_2), of which preference may"),
+    ({"history": "Hi", "human_ref_A": "Yo", "human_ref_B": "No", "labels": 1}, "human_ref_A, human_ref_B), of which labels may"),
+    ({"prompt": "Hi", "responseA": "Yo", "responseB": "No", "vote": "a"}, "responseA, responseB), of which vote may"),
+    ({"model_a_response": [HI, YO], "model_b_response": [HI, NO]}, "model_a_response, model_b_response), and no objective"),
+    ({"messages": [HI], "response1": "Yo", "response2": "No"}, "response1, response2), and no objective"),
+    ({"text": "Hi", "summary_a": "Yo", "summary_b": "No", "choice": 1}, "summary_a, summary_b), of which choice may"),
+    ({"prompt": "Hi", "replies": ["Yo", "No"], "ranks": [1, 2]}, "(replies), of which ranks may"),
+    ({"instruction": "Hi", "completions": [{"response": "Yo", "score": 3}, {}]}, "(completions), of which score may"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "sentence"), RIVALS)
+def test_several_answers_to_one_question_are_named_as_preferences(row: dict[str, Any], sentence: str) -> None:
+    said = "Line 1 .* has the form preference, several answers to one question .*" + re.escape(sentence)
+    with pytest.raises(DataError, match=said):
+        parsed(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "Hi", "option_a": "Yo", "option_b": "No", "answer": "Yo"}, {"prompt": "question", "completion": "answer"}),
+        ({"question": "Hi", "answer": "Yo", "answer_1": "No", "answer_2": "Ne"}, {"prompt": "question", "completion": "answer"}),
+        ({"prompt": "Hi", "completion": "Yo", "response_1": "No", "response_2": "Ne"}, {}),
+        ({"messages": [HI, YO], "response_1": "No", "response_2": "Ne"}, {}),
+    ],
+)  # fmt: skip
+def test_an_answer_beside_numbered_others_is_the_one(row: dict[str, Any], columns: dict[str, str]) -> None:
+    if columns:
+        with pytest.raises(DataError, match=r"As prompt_completion they are read with data\.columns"):
+            parsed(row)
+    (one,) = parsed(row, columns=columns).conversations
+    assert talk(one) == QA
+
+
 def test_a_preference_pair_with_another_answer_may_be_read_for_that() -> None:
     row = {**ALPACA, "chosen": "Yes", "rejected": "No"}
     with pytest.raises(DataError, match=r"or data.form=alpaca to read the records as alpaca"):
@@ -311,7 +350,7 @@ def test_labelled_answers_are_refused_by_name_and_the_desirable_ones_train_when_
 ) -> None:
     rows = [{**FORMS[form], "label": good}, {**FORMS[form], "label": bad}, {**FORMS[form], "label": good}]
     with pytest.raises(
-        DataError, match=f"Line 1 .* form kto, {form} with a label .* Set data.form=kto .* data.form={form}"
+        DataError, match=f"Line 1 .* form kto, {form} with 'label', .* Set data.form=kto .* data.form={form}"
     ):
         parsed(*rows)
     result = parsed(*rows, form="kto")
@@ -350,6 +389,44 @@ def test_every_field_that_is_not_read_is_named_once_with_its_records() -> None:
         {"question": "Hi", "answer": "Yo", "prompt": "x"}, columns={"prompt": "question", "completion": "answer"}
     )
     assert result.notes == ("fields that are not read: 'prompt' (1 record)",)
+
+
+@pytest.mark.parametrize(
+    ("name", "no", "yes"),
+    [
+        ("is_correct", False, True),
+        ("correct", "false", "true"),
+        ("rating", "thumbs_down", "thumbs_up"),
+        ("vote", -1, 1),
+    ],
+)
+def test_a_verdict_by_another_name_is_asked_about_where_one_is_bad(name: str, no: object, yes: object) -> None:
+    with pytest.raises(
+        DataError, match=rf"with '{name}', which says .* data.form=kto data.columns='\{{label: {name}\}}'"
+    ):
+        parsed({**PAIR, name: yes}, {**PAIR, name: no})
+    assert len(parsed({**PAIR, name: yes}, {**PAIR, name: no}, form="kto", columns={"label": name})) == 1
+    assert parsed({**PAIR, name: yes}).notes == (f"fields that are not read: '{name}' (1 record)",)
+
+
+@pytest.mark.parametrize("flags", [{"loss_mask": [0, 1]}, {"train_on_turns": [False]}, {"weights": [0.0, 1.0]}])
+def test_flags_of_turns_that_stand_beside_them_are_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(
+        DataError, match=rf"Line 1 of 'a.jsonl' has a list '{next(iter(flags))}', which may say of each turn"
+    ):
+        parsed({**MESSAGES, **flags})
+
+
+def test_pictures_and_documents_that_an_answer_may_be_about_are_told() -> None:
+    said = ["![x](x.png) What?", "data:image/png;base64,iVB", "Is <image> a tag?", "Hi! [x](y)", "data: image"]
+    rows = [{"prompt": one, "completion": "Yo"} for one in said]
+    assert parsed(*rows).notes == ("pictures are named in 3 records, and read as text: a text model can't see them",)
+    row = {**MESSAGES, "documents": [{"text": "A fox."}]}
+    with pytest.raises(
+        DataError, match=r"beside it documents, which its answer may be about.* data.form=messages to leave"
+    ):
+        parsed(row)
+    assert parsed(row, form="messages").notes == ("fields that are not read: 'documents' (1 record)",)
 
 
 ACCEPTED = [
@@ -437,7 +514,10 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
          "has a text, and beside it instruction, response. Set data.form=text .*, or data.columns="),
         ({"n": 1, "m": None}, "Name their fields with data.columns, as in {prompt: question, completion: answer}"),
         # lists of texts are no turns: what cannot be read is not suggested
-        ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Name their fields"),
+        ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Lists stand in input, output: of turns, each"),
+        ({"dialogue": ["Hi", "Yo"]}, "Lists stand in dialogue: of turns, each has to say who speaks"),
+        # what only names or numbers a record is no text to learn
+        ({"uuid": "a-very-long-name-of-a-record", "file_path": "an/other/long/name", "toy": "A text."}, "If 'toy' is the text to learn"),
     ],
 )  # fmt: skip
 def test_other_names_are_answered_with_the_line_to_write(fields: dict[str, Any], sentence: str) -> None:

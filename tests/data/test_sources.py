@@ -288,6 +288,10 @@ def test_other_separators_stay_text(write: Any) -> None:
     assert fields(write("a.csv", 'a,"b;c;d"\n1;2;3,4\n')) == [{"a": "1;2;3", "b;c;d": "4"}]
     assert fields(write("a.csv", 'text\n"1;2"\n')) == [{"text": "1;2"}]
     assert fields(write("a.tsv", "a, b\tc\n1\t2\n")) == [{"a, b": "1", "c": "2"}]
+    # as many commas in the header as semicolons, or more: what most rows have is what separates
+    assert fields(write("a.csv", "a;b, c\n1, 2;3\n4;5\n")) == [{"a": "1, 2", "b, c": "3"}, {"a": "4", "b, c": "5"}]
+    assert fields(write("a.csv", "a, b, c;d, e|f\n1;2\n")) == [{"a, b, c": "1", "d, e|f": "2"}]
+    assert fields(write("a.csv", "a|b;c\n1;2|3\n4|5\n")) == [{"a": "1;2", "b;c": "3"}, {"a": "4", "b;c": "5"}]
 
 
 def test_json_is_read_by_what_it_is(write: Any) -> None:
@@ -447,6 +451,10 @@ def test_what_a_file_holds_is_told_or_read(write: Any, tmp_path: Path) -> None:
         assert "twice in one object" in str(one.fault)
     with pytest.raises(DataError, match="a table by columns, which this writes by rows: python -c 'import pandas"):
         read_records(write("d.json", json.dumps({"prompt": {"0": "Hi"}, "completion": {"0": "Yo"}})))
+    with pytest.raises(
+        DataError, match=r"its values look like the records, each under an id: jq '\[.\[\]\]' writes them"
+    ):
+        read_records(write("d.json", json.dumps(dict.fromkeys(("q1", "q2"), records[0]))))
     (one,) = read_records(write("e.jsonl", "{'prompt': 'Hi'}"))
     assert "it is as Python prints it, not JSON" in str(one.fault)
     (tmp_path / "more").mkdir()
