@@ -45,7 +45,7 @@ def answers(
     It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
     """
     lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
-    padded, found = _takes_padding(model, prompts), dict[int, str]()
+    padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
     # mostly one: how long the answers may become, and how long prompts are where they cannot be padded
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
     for kind in dict.fromkeys(kinds):
@@ -66,18 +66,20 @@ def _length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> 
     return max_new_tokens if left is None else min(max_new_tokens, left)
 
 
-def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids]) -> bool:
+def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count: int) -> bool:
     """Whether prompts of these lengths can be answered together, with padding in front of the shorter ones: not where it
-    goes into a state (RWKV, xLSTM, MiniMax) or moves learned positions (BART). By the first token's logits of the shortest, behind
-    the padding and alone; how far rounding parts them is measured by the same prompt twice in a batch."""
+    goes into a state (RWKV, xLSTM) or moves learned positions (BART), or the cache loses count of it (MiniMax, from the second
+    token on). By the logits of ``count`` tokens after the shortest, behind the padding and alone; how far rounding parts them is
+    measured by the same prompt twice in a batch."""
     shortest, longest = (choose(prompts, key=len, default=()) for choose in (min, max))
     if len(shortest) == len(longest):
         return True
 
     def logits(*rows: Ids) -> torch.Tensor:
-        return _generated(model, rows, 1).logits[0][-1].float()
+        return torch.stack([of_token[-1].float() for of_token in _generated(model, rows, count).logits])
 
-    alone, padded, again = logits(shortest), logits(longest, shortest), logits(shortest, shortest)
+    found = [logits(shortest), logits(longest, shortest), logits(shortest, shortest)]
+    alone, padded, again = (one[: min(map(len, found))] for one in found)  # an end may come early
     known = alone.isfinite()  # what is never chosen is -inf
     size, apart, rounding = ((one[known]).square().mean().sqrt() for one in (alone, padded - alone, again - alone))
     return bool(apart <= max(4 * rounding, 2 * torch.finfo(model.base.compute_dtype).eps * size))
@@ -87,7 +89,8 @@ def _generate(
     model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None
 ) -> list[str]:
     """One batch of answers, each up to an end token or ``max_new_tokens``."""
-    output, ends = _generated(model, prompts, max_new_tokens, streamer).sequences, _end_tokens(model)
+    ends = _end_tokens(model)
+    output = _generated(model, prompts, max_new_tokens, streamer, ends).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
     return [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
@@ -95,9 +98,14 @@ def _generate(
 
 @torch.no_grad()
 def _generated(
-    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None = None
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+    ends: Ids = (),
 ) -> Any:
-    """What transformers' generate gives for one batch: ``sequences`` [prompts, width + new tokens]; ``logits`` of each new token."""
+    """What transformers' generate gives for one batch: ``sequences`` [prompts, width + new tokens], until every prompt has met
+    one of ``ends``; with none, ``logits`` of each new token."""
     tokenizer: PreTrainedTokenizerBase = model.tokenizer
     network: PreTrainedModel = model.model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -121,10 +129,10 @@ def _generated(
                 top_k=None,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=_end_tokens(model) or None,
+                eos_token_id=list(ends) or None,
                 streamer=streamer,
                 return_dict_in_generate=True,
-                output_logits=max_new_tokens == 1,
+                output_logits=not ends,
             )
     finally:
         network.train(was_training)
