@@ -184,7 +184,7 @@ def models_page(about: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
         "`python benchmarks/families.py` makes both anew. Other versions may know more types.",
         "",
         f"- **Trained, with packing** ({len(by['works'])}): {named(by['works'])}.",
-        f"- **Trained with `data.packing=false`** ({len(by['works, packing off'])}): {named(by['works, packing off'])}.",
+        f"- **Trained one example a row, in steps of like length, which `data.packing=auto` chooses** ({len(by['works, packing off'])}): {named(by['works, packing off'])}.",
     ]
     whole = [
         row for row in rows.values() if "recompute=none" in row.get("asked for", []) and row["outcome"] in OUTCOMES[:2]

@@ -4,6 +4,7 @@
     ├── InputError              2   something the user gave us is wrong; also a ValueError
     │   ├── RecipeError             the recipe: unknown keys, wrong types, out of range
     │   ├── ModelError              the checkpoint: missing, truncated, pickled, of an unknown shape
+    │   │   └── PackingError            examples that share a row would see each other
     │   ├── DataError               the data: missing, broken, empty, nothing to train on
     │   ├── MethodError             the method: targets that match nothing, an adapter of another base
     │   ├── RunError                the run folder: not one, already there, changed under us
@@ -47,6 +48,10 @@ class RecipeError(InputError):
 
 class ModelError(InputError):
     """A checkpoint that cannot be loaded."""
+
+
+class PackingError(ModelError):
+    """A model whose packed examples see each other."""
 
 
 class DataError(InputError):

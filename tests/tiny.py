@@ -166,6 +166,13 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any], str]] = {
         "RecurrentGemma", {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 64},
         "recurrent_gemma",
     ),
+    "minimax": (
+        "MiniMax",
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 8, "num_local_experts": 2},
+        "minimax",
+    ),
+    "rwkv": ("Rwkv", {"attention_hidden_size": 32, "context_length": 64}, "rwkv"),
+    "xlstm": ("xLSTM", {"num_heads": 4, "qk_dim_factor": 1.0}, "xlstm"),
 }  # fmt: skip
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % VOCABULARY
 WORDS = [
@@ -250,8 +257,8 @@ def wrapper_checkpoint(folder: Path, family: str, **sizes: Any) -> Path:
     return folder
 
 
-def chat_checkpoint(folder: Path, **sizes: Any) -> Path:
-    """A Llama with a byte-level tokenizer and a chat template, for runs by recipe."""
+def chat_checkpoint(folder: Path, family: str = "Llama", **sizes: Any) -> Path:
+    """A model with a byte-level tokenizer and a chat template, for runs by recipe."""
     tokenizer = make_tokenizer()
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -259,7 +266,7 @@ def chat_checkpoint(folder: Path, **sizes: Any) -> Path:
         "initializer_range": 0.2,  # the usual 0.02 leaves a model this small with nothing to say
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    _random("Llama", **{**values, **sizes}).save_pretrained(folder)
+    _random(family, **{**values, **sizes}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -267,7 +274,8 @@ def chat_checkpoint(folder: Path, **sizes: Any) -> Path:
 def random_model(family: str, **options: Any) -> Any:
     """A frozen model in memory, its weights large enough that logits are far from uniform."""
     sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "initializer_range": 0.3}
-    return _random(family, **sizes | options).eval().requires_grad_(False)
+    kept = {name: size for name, size in (sizes | options).items() if size is not ...}  # Falcon takes no head_dim
+    return _random(family, **kept).eval().requires_grad_(False)
 
 
 def small_model(name: str, folder: Path) -> AdaptedModel:

@@ -240,7 +240,7 @@ def load_data(
         held_out_conversations=parts[1].conversations,
         virtual_tokens=virtual_tokens,
         files=files,
-        section=section,
+        section=section.model_copy(update={"packing": True}) if section.packing == "auto" else section,
         seed=seed,
     )
 
@@ -314,7 +314,7 @@ def _rows(
     """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part."""
     longest = section.max_length - virtual_tokens
     fitted = fit([example for several in examples for example in several], longest, section.too_long)
-    rows = make_rows(fitted.examples, section.max_length, section.packing, virtual_tokens)
+    rows = make_rows(fitted.examples, section.max_length, section.packs, virtual_tokens)
     lengths = [len(example.ids) for several in examples for example in several]
     if parsed.form == "text":  # of documents: their pieces are as long as a row
         lengths = [sum(len(piece.ids) for piece in pieces) for pieces in examples if pieces]

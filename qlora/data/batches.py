@@ -1,7 +1,8 @@
 """Batches: which rows a step takes, and how rows become tensors.
 
 The order of an epoch is a permutation drawn from (seed, epoch) and a step takes a slice of it, so the place in the data
-*is* the step number: nothing to save, nothing to restore wrongly. Knows rows; must not know a model or an optimizer.
+*is* the step number: nothing to save, nothing to restore wrongly. Where examples cannot share rows, steps of rows of like length
+are made from that order, so that little of what goes through the model is padding. Knows rows; must not know a model or an optimizer.
 """
 
 from __future__ import annotations
@@ -16,24 +17,42 @@ from qlora.data.packing import Row
 from qlora.model.attention import PackedMask
 from qlora.model.loss import IGNORE_INDEX
 
+NEAR = 64  # steps, among whose rows those of like length are put together: long ones stay spread over the epoch
+
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
     """Steps that ``count`` rows give at ``batch_size`` rows a step; the last one may be short."""
     return -(-count // batch_size)
 
 
-def step_rows(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows of a step, counted from 0 over all epochs. Every epoch holds each of ``count`` rows exactly once.
+def step_rows(count: int, batch_size: int, step: int, seed: int, lengths: tuple[int, ...] | None = None) -> list[int]:
+    """The rows of a step, counted from 0 over all epochs. Every epoch holds each of ``count`` rows exactly once; with their
+    ``lengths``, those of a step are of like length.
 
     Example: 5 rows by 2 → steps 0, 1, 2 hold 2, 2 and 1 rows; step 3 begins the second epoch in a new order.
     """
     epoch, place = divmod(step, steps_per_epoch(count, batch_size))
-    return list(_order(count, seed, epoch)[place * batch_size : (place + 1) * batch_size])
+    order = _order(count, seed, epoch) if lengths is None else _order_by_length(lengths, batch_size, seed, epoch)
+    return list(order[place * batch_size : (place + 1) * batch_size])
 
 
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(numpy.random.Generator(numpy.random.PCG64([seed, epoch])).permutation(count).tolist())
+
+
+@lru_cache(maxsize=2)
+def _order_by_length(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The drawn order, sorted within every ``NEAR`` steps, and these steps in an order drawn anew; a short one stays the last."""
+    drawn, near = _order(len(lengths), seed, epoch), NEAR * batch_size
+    rows = [
+        row
+        for start in range(0, len(drawn), near)
+        for row in sorted(drawn[start : start + near], key=lengths.__getitem__)
+    ]
+    full = len(rows) // batch_size
+    steps = numpy.random.Generator(numpy.random.PCG64([seed, epoch, 1])).permutation(full).tolist()
+    return tuple(row for step in (*steps, full) for row in rows[step * batch_size : (step + 1) * batch_size])
 
 
 def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,10 +45,12 @@ def answers(
     It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
     """
     lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
-    found: dict[int, str] = {}
-    for length in set(lengths):  # mostly one
-        places = [place for place, own in enumerate(lengths) if own == length]
-        texts = _generate(model, [prompts[place] for place in places], length, streamer)
+    padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
+    # mostly one: how long the answers may become, and how long prompts are where they cannot be padded
+    kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, own in enumerate(kinds) if own == kind]
+        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer)
         found |= dict(zip(places, texts, strict=True))
     return [found[place] for place in range(len(prompts))]
 
@@ -64,11 +66,46 @@ def _length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> 
     return max_new_tokens if left is None else min(max_new_tokens, left)
 
 
-@torch.no_grad()
+def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count: int) -> bool:
+    """Whether prompts of these lengths can be answered together, with padding in front of the shorter ones: not where it
+    goes into a state (RWKV, xLSTM) or moves learned positions (BART), or the cache loses count of it (MiniMax, from the second
+    token on). By the logits of ``count`` tokens after the shortest, behind the padding and alone; how far rounding parts them is
+    measured by the same prompt twice in a batch."""
+    shortest, longest = (choose(prompts, key=len, default=()) for choose in (min, max))
+    if len(shortest) == len(longest):
+        return True
+
+    def logits(*rows: Ids) -> torch.Tensor:
+        return torch.stack([of_token[-1].float() for of_token in _generated(model, rows, count).logits])
+
+    found = [logits(shortest), logits(longest, shortest), logits(shortest, shortest)]
+    alone, padded, again = (one[: min(map(len, found))] for one in found)  # an end may come early
+    known = alone.isfinite()  # what is never chosen is -inf
+    size, apart, rounding = ((one[known]).square().mean().sqrt() for one in (alone, padded - alone, again - alone))
+    return bool(apart <= max(4 * rounding, 2 * torch.finfo(model.base.compute_dtype).eps * size))
+
+
 def _generate(
     model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None
 ) -> list[str]:
     """One batch of answers, each up to an end token or ``max_new_tokens``."""
+    ends = _end_tokens(model)
+    output = _generated(model, prompts, max_new_tokens, streamer, ends).sequences
+    width = model.virtual_tokens + max(map(len, prompts))
+    decode = model.tokenizer.decode
+    return [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
+
+
+@torch.no_grad()
+def _generated(
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+    ends: Ids = (),
+) -> Any:
+    """What transformers' generate gives for one batch: ``sequences`` [prompts, width + new tokens], until every prompt has met
+    one of ``ends``; with none, ``logits`` of each new token."""
     tokenizer: PreTrainedTokenizerBase = model.tokenizer
     network: PreTrainedModel = model.model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -78,12 +115,11 @@ def _generate(
     # On transformers' idea of the model's device, which is the host where the embedding is kept there.
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=network.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=network.device)
-    ends = _end_tokens(model)
     was_training = network.training
     network.eval()
     try:
         with _fast_decoding(model):
-            output = network.generate(
+            return network.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -93,12 +129,13 @@ def _generate(
                 top_k=None,
                 use_cache=True,
                 pad_token_id=pad,
-                eos_token_id=ends or None,
+                eos_token_id=list(ends) or None,
                 streamer=streamer,
+                return_dict_in_generate=True,
+                output_logits=not ends,
             )
     finally:
         network.train(was_training)
-    return [tokenizer.decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
 
 
 def _end_tokens(model: AdaptedModel | Adapters) -> list[int]:

@@ -42,6 +42,14 @@ BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
 """By family, what stands between the decoder and the head, where that is a module: a dense layer and a norm."""
 TRANSFORM = "cls.predictions.transform"
 """The same in BERT and its kin."""
+RECURRENCES = ("time_shift", "mlstm_backend", "slope_rate")
+"""By what is inside them, mixers of tokens without a convolution: RWKV's, xLSTM's and MiniMax' lightning attention."""
+BY_PLACE = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "roformer", "trocr",
+)  # fmt: skip
+"""Families that count positions from the beginning of a row, whatever they are told."""
+ALIBI = ("bloom", "mpt")
+"""Families whose attention is biased by places in a row, always; Falcon's is where its configuration says so."""
 OWN_USE = ("prediction_coefs", "correction_coefs")
 """Linears whose weight a family's code changes by itself, by the last part of their path: Gemma 3n clamps it."""
 TO_ENCODER = ("encoder_attn", "crossattention")
@@ -127,6 +135,18 @@ def position_limit(model: nn.Module | PretrainedConfig) -> int | None:
     tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
     reach = [(table.get("factor") or 1) * (table.get("original_max_position_embeddings") or named) for table in tables]
     return max(named, *(int(positions) for positions in reach))
+
+
+def why_not_packed(model: nn.Module | PretrainedConfig) -> str | None:
+    """Why examples cannot share a row, where the family alone says so; ``check_packing`` finds what it does not say."""
+    config = text_config(model)
+    if config.model_type in BY_PLACE:
+        return "its positions count from the beginning of a row"
+    if config.model_type in ALIBI or getattr(config, "alibi", False):
+        return (
+            "its attention is biased by places in a row (ALiBi), which 16 bits cannot tell apart far from its beginning"
+        )
+    return "its masks are its own" if config.model_type == "openai-gpt" else None
 
 
 def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | None]:
@@ -298,6 +318,13 @@ def is_router(path: str, paths: Container[str]) -> bool:
     """
     parts = path.split(".")
     return any(part in ROUTERS and ".".join([*parts[:place], EXPERTS]) in paths for place, part in enumerate(parts))
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether a state runs through it from token to token: most such families have a convolution in front of it."""
+    return any(isinstance(child, nn.Conv1d) for child in module.children()) or any(
+        hasattr(module, name) for name in RECURRENCES
+    )
 
 
 def read_as_weights(model: nn.Module) -> list[str]:

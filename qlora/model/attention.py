@@ -4,10 +4,14 @@
               c c c c · ·
     VARLEN    one call of torch's variable-length FlashAttention over the rows one behind the other, lengths 4, 2, 6
     EACH      SDPA, causal, once an example: where that kernel is not, on CPUs, in fp32, and on GPUs before Ampere
+    OWN       the family's own function, once an example: sinks (gpt-oss) and soft caps (Gemma 2), which SDPA has not
 
 transformers asks by name for a mask, and then for the attention that is given it (``AttentionMaskInterface``,
 ``AttentionInterface``): ours answers with the lengths of the examples. They are found once a batch, in the rows' positions on
-the CPU, so no layer asks a GPU for them. Rows of one example each, and generation, are left to transformers' SDPA.
+the CPU, so no layer asks a GPU for them. Rows of one example each, and generation, are left to what transformers takes.
+
+Every other family that asks for a mask gets transformers' own, of pairs, in which examples do not see each other whether or not
+the family says where positions restart: Falcon and gpt-oss do not, and their packed examples would see each other.
 
 Measured on one core of a Xeon with AVX-512 and AMX, forward and backward in fp32, SDPA with a mask against once an example:
 9 heads of 64, rows of 512 tokens: 24.0 and 5.7 ms in examples of 32, 23.2 and 7.7 ms in examples of 128; rows of 2,048: 334
@@ -22,7 +26,8 @@ Shape suffixes: R rows, T tokens of a row, N of all rows, H query heads, K key-v
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -34,16 +39,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from qlora.machine.cards import AMPERE
 from qlora.model import anatomy
 
-EACH, VARLEN = "qlora_each_example", "qlora_varlen"
+EACH, VARLEN, OWN = "qlora_each_example", "qlora_varlen", "qlora_own_each_example"
 """By what name transformers knows them."""
 RECURRENT = ("linear_attention", "conv", "hybrid")
 """Kinds of layers that are no attention, or hold some beside another mixer (``mixers.py``)."""
-PLAIN = "sdpa"  # transformers' own, and ours where rows are not packed
+PLAIN, EAGER = "sdpa", "eager"  # transformers' own, and ours where rows are not packed
+FAMILYS = "eager_attention_forward"
+"""What a family's file calls its attention, written out."""
 SHARES_HEADS = (
     "enable_gqa" in inspect.signature(varlen_attn).parameters
 )  # torch 2.13; before it every query head needs its own keys
@@ -64,6 +71,7 @@ class PackedMask:
         """Tokens of each example, row after row; padding belongs to the example before it."""
         self._rows: dict[tuple[int, int], PackedMask] = {}
         self._bounds: dict[torch.device, Tensor] = {}
+        self._numbers: dict[torch.device, Tensor] = {}
         self._groups: dict[torch.device, tuple[list[tuple[Tensor, Tensor, tuple[int, int]]], Tensor]] = {}
 
     @classmethod
@@ -113,6 +121,13 @@ class PackedMask:
             places = torch.tensor([0, *numpy.cumsum(self.lengths).tolist()], dtype=torch.int32)
             self._bounds[device] = places.to(device, non_blocking=True)
         return self._bounds[device]
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """[R, T], which example of all rows each token belongs to."""
+        if device not in self._numbers:
+            numbers = numpy.repeat(numpy.arange(len(self.lengths)), self.lengths).reshape(-1, self.width)
+            self._numbers[device] = _sent(numbers, device)
+        return self._numbers[device]
 
     def groups(self, device: torch.device) -> list[tuple[Tensor, Tensor, tuple[int, int]]]:
         """The examples as rows of their own, those of like length together: (tokens among those of all rows, their places
@@ -181,13 +196,31 @@ def packed_rows(mask: PackedMask | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
-    """What transformers asks for a layer's mask; ``local_size`` is the layer's window."""
-    current = _CURRENT.get()
-    return sdpa_mask(*args, local_size=local_size, **kwargs) if current is None else current.within(local_size)
+def _lengths_or(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """What our own attention is given: the lengths of the examples; ``local_size`` is the layer's window."""
+
+    def mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
+        current = _CURRENT.get()
+        return theirs(*args, local_size=local_size, **kwargs) if current is None else current.within(local_size)
+
+    return mask
 
 
-# ── the two ways ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def _in_blocks(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' mask, in which nothing sees an example that it does not belong to."""
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        current = _CURRENT.get()
+        if current is not None:
+            same = packed_sequence_mask_function(current.numbers(torch.device(kwargs.get("device", "cpu"))))
+            seen = and_masks(kwargs.get("mask_function", causal_mask_function), same)
+            kwargs |= {"mask_function": seen, "allow_is_causal_skip": False}
+        return theirs(*args, **kwargs)
+
+    return mask
+
+
+# ── the three ways ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _varlen(
@@ -244,32 +277,76 @@ def _each(
     shared = query.shape[1] != key.shape[1]
     if shared and query.is_cuda:  # the kernels of fp32 and of older GPUs cannot, and SDPA would write out all scores
         key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
-    outputs = []
-    lengths, heads = attention_mask.lengths, [query, key, value]
-    if attention_mask.alike:  # the first examples of all rows go together, then the second ones
-        lengths = lengths[: len(attention_mask.starts[0])]
-    else:
-        heads = [_one_behind_the_other(one).transpose(0, 1)[None] for one in heads]
+    lengths, heads = _cut(query, key, value, attention_mask)
     if not dropout and (attention_mask.window or max(lengths)) >= max(lengths) and _mostly_short(heads, lengths):
         output = _ShortExamples.apply(*heads, lengths, kwargs.get("scaling"))
         return output.view(len(query), -1, *output.shape[2:]), None
-    for query_RHTE, key_RKTE, value_RKTE in zip(*(one.split(lengths, dim=2) for one in heads), strict=True):
-        length, window = query_RHTE.shape[2], attention_mask.window
-        narrow = window is not None and window < length
-        mask = PackedMask([[0]], length, window).dense(query.device) if narrow else None
-        output_RHTE = F.scaled_dot_product_attention(
+
+    def kernel(query_RHTE: Tensor, key_RKTE: Tensor, value_RKTE: Tensor, window: int | None) -> Tensor:
+        mask = None if window is None else PackedMask([[0]], query_RHTE.shape[2], window).dense(query.device)
+        return F.scaled_dot_product_attention(
             query_RHTE,
             key_RKTE,
             value_RKTE,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=not narrow,
+            is_causal=mask is None,
             scale=kwargs.get("scaling"),
             enable_gqa=shared,
-        )
-        outputs.append(output_RHTE.transpose(1, 2))
+        ).transpose(1, 2)
+
+    return _one_by_one(kernel, query, key, value, attention_mask), None
+
+
+def _own(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The same by the function in the family's own file, which adds its mask to the scores."""
+    forward = next(
+        getattr(sys.modules[part.__module__], FAMILYS)
+        for part in type(module).__mro__
+        if hasattr(sys.modules[part.__module__], FAMILYS)
+    )
+    smallest = torch.finfo(query.dtype).min
+    if not isinstance(attention_mask, PackedMask):
+        if attention_mask is not None and attention_mask.dtype == torch.bool:  # of a prefix before packed rows
+            attention_mask = torch.where(attention_mask, 0.0, smallest).to(query.dtype)
+        answer: tuple[Tensor, Tensor | None] = forward(module, query, key, value, attention_mask, **kwargs)
+        return answer
+
+    def kernel(query_RHTE: Tensor, key_RKTE: Tensor, value_RKTE: Tensor, window: int | None) -> Tensor:
+        seen = PackedMask([[0]], query_RHTE.shape[2], window).dense(query.device)
+        mask = torch.where(seen, 0.0, smallest).to(query.dtype)
+        found: Tensor = forward(module, query_RHTE, key_RKTE, value_RKTE, mask, **kwargs)[0]
+        return found
+
+    return _one_by_one(kernel, query, key, value, attention_mask), None
+
+
+def _one_by_one(
+    kernel: Callable[[Tensor, Tensor, Tensor, int | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedMask,
+) -> Tensor:
+    """[R, T, H, E] of a kernel that is given the heads of one example [R, H, T, E], of all rows where they are cut alike, and
+    the window where it is narrower than they are long."""
+    outputs = []
+    lengths, heads = _cut(query, key, value, packed)
+    for query_RHTE, key_RKTE, value_RKTE in zip(*(one.split(lengths, dim=2) for one in heads), strict=True):
+        narrow = packed.window is not None and packed.window < query_RHTE.shape[2]
+        outputs.append(kernel(query_RHTE, key_RKTE, value_RKTE, packed.window if narrow else None))
     output = torch.cat(outputs, dim=1)
-    return output.view(len(query), -1, *output.shape[2:]), None
+    return output.view(len(query), -1, *output.shape[2:])
+
+
+def _cut(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask) -> tuple[list[int], list[Tensor]]:
+    """(examples' lengths, the heads [R or 1, H, T, E] to cut by them): the first examples of all rows together, then the
+    second ones, where rows are cut alike; else all rows one behind the other."""
+    if packed.alike:
+        return packed.lengths[: len(packed.starts[0])], [query, key, value]
+    return packed.lengths, [_one_behind_the_other(one).transpose(0, 1)[None] for one in (query, key, value)]
 
 
 SHORT = 192  # tokens, from which on torch's 16-bit kernel for CPUs computes a gradient faster than its fp32 kernel does
@@ -331,9 +408,15 @@ def _fits(query: Tensor, value: Tensor) -> bool:
     return half and value.shape[3] == size and size % 8 == 0 and (size <= 192 or 224 < size <= 256)
 
 
-for _name, _way in {EACH: _each, VARLEN: _varlen}.items():
+_MASKS = AttentionMaskInterface()
+for _name, _way, _theirs in ((EACH, _each, PLAIN), (VARLEN, _varlen, PLAIN), (OWN, _own, EAGER)):
     AttentionInterface.register(_name, _way)
-    AttentionMaskInterface.register(_name, _mask)
+    AttentionMaskInterface.register(_name, _lengths_or(_MASKS[_theirs]))
+for _name in (
+    PLAIN,
+    EAGER,
+):  # in the place of theirs, for some families ask for the name; outside of packed rows they are theirs
+    AttentionMaskInterface.register(_name, _in_blocks(_MASKS[_name]))
 
 
 # ── which models, and which way ───────────────────────────────────────────────────────────────────────────────────────
@@ -343,18 +426,22 @@ def keep_apart(model: nn.Module, dtype: torch.dtype, capability: float) -> None:
     """Have ``model`` attend to packed rows example by example, if its family's attention is a plain one.
 
     ``capability`` is CUDA's, 0 where it does not compute on such a GPU; it need not be here. A plain attention is one that
-    FlashAttention could be, by transformers' word: queries, keys, values, causal, a window. Soft caps and sinks, biases by
-    position, chunks and layers that are no attention keep transformers' own way and its mask.
+    FlashAttention could be, by transformers' word: queries, keys, values, causal, a window; with sinks or soft caps the
+    family's own function is asked. Biases by position, chunks and layers that are no attention keep transformers' mask.
     """
     config, decoder = anatomy.text_config(model), anatomy.decoder(model)
-    plain = attention_of(model) == PLAIN and getattr(decoder, "_supports_flash_attn", False)
+    plain = getattr(decoder, "_supports_flash_attn", False)
     plain = plain and getattr(
         decoder, "_supports_attention_backend", False
     )  # it asks AttentionInterface for its function
     plain = plain and all(getattr(module, "is_causal", True) for module in model.modules())  # BERT sees what follows
-    if plain and set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention", *RECURRENT}:
+    if not plain or not set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention", *RECURRENT}:
+        return
+    if attention_of(model) == PLAIN:
         half = dtype in (torch.float16, torch.bfloat16)
         config._attn_implementation = VARLEN if half and capability >= AMPERE else EACH
+    elif attention_of(model) == EAGER and hasattr(sys.modules[type(decoder).__module__], FAMILYS):
+        config._attn_implementation = OWN
 
 
 def attention_of(model: nn.Module) -> str | None:
@@ -364,4 +451,4 @@ def attention_of(model: nn.Module) -> str | None:
 
 def keeps_apart(model: nn.Module) -> bool:
     """Whether it attends to packed rows example by example, and so takes a ``PackedMask``."""
-    return attention_of(model) in (EACH, VARLEN)
+    return attention_of(model) in (EACH, VARLEN, OWN)

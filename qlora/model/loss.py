@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from qlora.model import anatomy
 from qlora.model.attention import PackedMask, keeps_apart, packed_rows
-from qlora.model.mixers import begins_anew
 from qlora.model.nf4 import dense_weight
 
 IGNORE_INDEX = -100
@@ -112,13 +111,13 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     packed: AbstractContextManager[None] = nullcontext()
-    attention = keeps_apart(model)
-    if attention or begins_anew(model):
-        mask = batch["mask"] if "mask" in batch else PackedMask.of(batch["position_ids"])
-        if mask.packed:
-            packed = packed_rows(mask)
-            if attention:  # with a mask of padding, of which there is none, transformers does not look for restarts
-                given["attention_mask"] = torch.ones_like(given["input_ids"], dtype=torch.bool)
+    mask = batch["mask"] if "mask" in batch else PackedMask.of(batch["position_ids"])
+    if mask.packed:
+        packed = packed_rows(mask)
+        if keeps_apart(
+            model
+        ):  # with a mask of padding, of which there is none, transformers does not look for restarts
+            given["attention_mask"] = torch.ones_like(given["input_ids"], dtype=torch.bool)
     with packed:
         output = anatomy.decoder(model)(**given, use_cache=False, return_dict=True)
     hidden_BTD: Tensor = output.last_hidden_state

@@ -8,8 +8,8 @@ that restart; kernels that take the places of restarts (``seq_idx``, ``cu_seqlen
 code of the same families passes over these words in silence. So a mixer gets every example as a row of its own, padded on
 the right, where nothing that counts sees it. Everything around it, norms, projections of attention, MLPs, stays packed.
 
-A mixer is what holds a convolution over tokens: all of these families have one in front of their recurrence. What mixes
-tokens without is found by ``check_packing``. Which examples go through now is said by ``packed_rows``; rows of one example
+A mixer is what holds a convolution over tokens, or a part that is known by name (``anatomy.is_mixer``). What mixes tokens
+without is found by ``check_packing``. Which examples go through now is said by ``packed_rows``; rows of one example
 each go through as they are.
 
 Knows modules and where examples begin; must not know what is quantised, adapted or recomputed.
@@ -32,13 +32,8 @@ from qlora.model.attention import packed_now
 def begin_anew(model: nn.Module) -> None:
     """Have every mixer of ``model`` take packed rows example by example, in place; module paths stay as they are."""
     for module in list(anatomy.decoder(model).modules()):
-        if any(isinstance(child, nn.Conv1d) for child in module.children()) and not isinstance(module, _Apart):
+        if anatomy.is_mixer(module) and not isinstance(module, _Apart):
             module.__class__ = _apart(type(module))  # type: ignore[assignment, arg-type]
-
-
-def begins_anew(model: nn.Module) -> bool:
-    """Whether ``model`` has mixers that are to be told where examples begin."""
-    return any(isinstance(module, _Apart) for module in anatomy.decoder(model).modules())
 
 
 class _Apart(nn.Module):

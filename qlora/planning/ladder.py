@@ -155,10 +155,8 @@ class Arranger:
         recipe, target = changed(self.recipe, changes or {}), self.target
         training, memory, data = recipe.training, recipe.memory, recipe.data
         length, size = data.max_length, self.adapted.base.compute_dtype.itemsize
-        needed = estimate(
-            self.adapted, training, length, target.device, data.packing, memory, workspace=target.workspace
-        )
-        masked = data.packing and not keeps_apart(self.adapted.model)
+        needed = estimate(self.adapted, training, length, target.device, data.packs, memory, workspace=target.workspace)
+        masked = data.packs and not keeps_apart(self.adapted.model)
         work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)
         seconds = None if target.rates is None else step_seconds(work, target.rates)
         differing = {key: value for key, value in (changes or {}).items() if value_of(self.recipe, key) != value}

@@ -42,7 +42,7 @@ from qlora.planning.continued import Origin, continued
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
-from qlora.planning.rows import Reading, read
+from qlora.planning.rows import Reading, read, with_packing
 from qlora.planning.shapes import Dense, count_parameters, dense_of
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
@@ -376,6 +376,8 @@ def resolve(
         trained = METHODS[part.name].trained_dtype(part.adapter_dtype, device, dtype)
         parts.append(part.model_copy(update={"adapter_dtype": dtype_name(trained)}))
     method = recipe.method.model_copy(update={"parts": tuple(parts)}) if len(parts) > 1 else parts[0]
+    recipe, by_length = with_packing(recipe, checkpoint)
+    why += filter(None, [by_length])
     decided = {"model.compute_dtype": name, "model.revision": checkpoint.revision}
     resolved = changed(recipe, {**decided, "device.name": str(device)})
     return resolved.model_copy(update={"method": method}), why

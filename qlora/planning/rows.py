@@ -16,7 +16,7 @@ from qlora.data import Data, Report, load_data, steps_per_epoch
 from qlora.data.sources import data_files
 from qlora.errors import DataError, ModelError, listed
 from qlora.machine.device import duration_text
-from qlora.model.anatomy import position_limit
+from qlora.model.anatomy import position_limit, why_not_packed
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.load import end_tokens
 from qlora.model.tokenizer import with_new_tokens
@@ -43,8 +43,20 @@ class Reading:
         return "\n".join([*lines, *filter(None, [self.new_ends])])
 
 
+def with_packing(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str | None]:
+    """The recipe with ``data.packing`` decided, and a sentence where the model cannot pack."""
+    if recipe.data.packing != "auto":
+        return recipe, None
+    config = checkpoint.model_config()
+    why = why_not_packed(config)
+    data = recipe.data.model_copy(update={"packing": True if why is None else "by_length"})
+    said = f"data.packing is by_length, since examples cannot share a row in this {config.model_type} model: {why}."
+    return recipe.model_copy(update={"data": data}), None if why is None else said
+
+
 def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
     """The data of a recipe, tokenised as its method needs it and checked against the model's positions."""
+    recipe, _ = with_packing(recipe, checkpoint)
     tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
     positions = position_limit(checkpoint.model_config())
     return load_data(recipe.data, tokenizer, recipe.training.seed, recipe.method.virtual_tokens, positions)

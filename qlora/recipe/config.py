@@ -86,13 +86,20 @@ class DataSection(Section):
     """The length of a row in tokens; also the longest example."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to an example above `max_length`. Raw text is never cut off: it is split into rows."""
-    packing: bool = True
-    """Put several examples into one row (best fit), each with its own positions and unable to see the others."""
+    packing: Literal["auto", "by_length"] | bool = "auto"
+    """Put several examples into one row (best fit), each with its own positions and unable to see the others; or each into a row
+    of its own: `by_length` gives a step rows of like length, with little padding, `false` any. `auto` packs where the model can,
+    and says where it cannot."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """What happens when records cannot be read: a broken line, an empty answer, turns that the chat template refuses. `stop`
     shows the first five. `skip` leaves them out and counts them by kind, up to a tenth of all."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N records."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether examples share rows; with ``auto``, as long as nobody knows the model."""
+        return self.packing in (True, "auto")
 
     @model_validator(mode="after")
     def _one_held_out(self) -> Self:

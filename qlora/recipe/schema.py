@@ -46,7 +46,7 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic would read `epochs: true` as 1
         kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and kind is not bool:
+        if isinstance(value, bool) and bool not in (kind, *typing.get_args(kind)):
             raise ValueError(f"is {str(value).lower()}; expected {type_text(kind)}")
         return value
 

@@ -20,7 +20,7 @@ from qlora.methods.loading import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.continued import continued
-from qlora.planning.rows import load_recipe_data
+from qlora.planning.rows import load_recipe_data, with_packing
 from qlora.recipe import Recipe
 from qlora.residence.load import load_base
 from qlora.runs.folder import (
@@ -39,8 +39,10 @@ from qlora.runs.session import Generation, Run, limited, load_model, speaker, st
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
     """The first ``count`` training examples as the model sees them; unless ``quiet``, what training says of the data is said."""
     recipe, _ = continued(recipe)
-    data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
-    speaker(quiet)(f"{data.report}\n{data.report.histogram()}")
+    checkpoint = open_checkpoint(recipe.model, weights=False)
+    data = load_recipe_data(recipe, checkpoint)
+    _, by_length = with_packing(recipe, checkpoint)
+    speaker(quiet)("\n".join(filter(None, [str(data.report), by_length, data.report.histogram()])))
     return [data.preview(index) for index in range(min(count, data.report.train.examples))]
 
 

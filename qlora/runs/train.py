@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from signal import Signals as Signal
 
-from qlora.errors import RunError, Stopped, listed, redacted
+from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut, score
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
@@ -75,7 +75,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
                 pass
         else:
             require_free(folder, recipe.overwrite)
-        session, planned, rate = _new_session(recipe, folder, quiet)
+        session, planned, rate = _packed_or_by_length(recipe, folder, quiet)
         rehearsal = _rehearse(session, planned)
         with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
             clear(folder)
@@ -102,6 +102,19 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
         session.trainer.begin()
         with stoppable(f"qlora resume {shown(folder)}") as signals:
             return _finish(session, signals)
+
+
+def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan, float]:
+    """A session, of examples that share no rows where only the loaded model shows that they cannot."""
+    try:
+        return _new_session(recipe, folder, quiet)
+    except PackingError as error:
+        if recipe.data.packing != "auto":
+            raise
+        why = str(error)
+    speaker(quiet)(f"{why} data.packing is auto, so that is done now.")
+    data = recipe.data.model_copy(update={"packing": "by_length"})
+    return _new_session(recipe.model_copy(update={"data": data}), folder, quiet)
 
 
 def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan, float]:

@@ -62,6 +62,8 @@ class Trainer:
         if not self.rows:
             raise DataError("There are no rows to train on; give data with at least one example.")
         check_every_row(model, self.rows, data.held_out if isinstance(data, Data) else ())
+        by_length = isinstance(data, Data) and data.section is not None and data.section.packing == "by_length"
+        self._lengths = tuple(len(row.ids) for row in self.rows) if by_length else None
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
         self.state = TrainState.new(model, self.training, self.total_steps)
@@ -106,7 +108,7 @@ class Trainer:
         state.require_whole()
         self.begin()
         started = time.perf_counter()
-        places = step_rows(len(self.rows), self.training.batch_size, state.step, self.training.seed)
+        places = self._places(state.step)
         rows = [self.rows[place] for place in places]
         if not self.objective.denominator(rows):
             raise DataError(
@@ -221,11 +223,15 @@ class Trainer:
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The first epoch's micro-batches in the order of training, on the device: for methods that look at data first."""
         for step in range(self.steps_per_epoch):
-            places = step_rows(len(self.rows), self.training.batch_size, step, self.training.seed)
+            places = self._places(step)
             for start in range(0, len(places), self.micro_batch_size):
                 yield self.objective.batch(
                     [self.rows[place] for place in places[start : start + self.micro_batch_size]]
                 )
+
+    def _places(self, step: int) -> list[int]:
+        """The rows of a step."""
+        return step_rows(len(self.rows), self.training.batch_size, step, self.training.seed, self._lengths)
 
     def _save_what_is_done(self) -> str:
         """Save before the run stops, where there is something to save; the sentence that says so, with a space before it."""

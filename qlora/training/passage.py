@@ -14,7 +14,7 @@ from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.checks import check_loss_path, check_packing, check_padding, check_rows
+from qlora.model.checks import check_causal, check_loss_path, check_packing, check_rows
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.checks import check_boundary
 from qlora.residence.layer_inputs import LayerInputs
@@ -76,8 +76,8 @@ class Passage:
         )
 
     def check(self, way: Way, again: bool = False) -> None:
-        """A few short forwards before anything is spent: is the loss the model's own, are packed examples apart, does
-        padding change nothing, and does the boundary change nothing? ``again``: only what depends on how many rows there are at once.
+        """A few short forwards before anything is spent: is the loss the model's own, is every token blind to
+        what follows, are packed examples apart, and does the boundary change nothing? ``again``: only what depends on how many rows there are at once.
 
         Raises ModelError, or NonFiniteError where the model's own logits are not finite.
         """
@@ -89,20 +89,14 @@ class Passage:
         try:
             if not again:
                 check_loss_path(network, ids)
+                check_causal(network, ids)
             if packed:
                 check_packing(network, ids, way.micro_batch_size)
-            if not again and self._padded(way):
-                check_padding(network, ids)
             if self.behind_boundary(way):
                 for together in self._rows_together(way):
                     check_boundary(network, ids, together, way.micro_batch_size, packed)
         finally:
             network.train(was_training)
-
-    def _padded(self, way: Way) -> bool:
-        """Whether rows of several lengths may go through the model together."""
-        together = self.training.batch_size if way.layer_major else way.micro_batch_size
-        return together > 1 and len({len(row.ids) for row in self.rows}) > 1
 
     def _rows_together(self, way: Way) -> list[int]:
         """How many rows enter the model together: in a whole step, and in the one that ends an epoch and may be short."""

@@ -21,6 +21,31 @@ def test_the_steps_of_an_epoch_hold_each_row_exactly_once(count: int, batch: int
     assert 1 <= len(taken[-1]) <= batch
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=300).map(tuple), st.integers(1, 3), st.integers(0, 3))
+def test_steps_by_length_hold_each_row_exactly_once(lengths: tuple[int, ...], batch: int, epoch: int) -> None:
+    steps = steps_per_epoch(len(lengths), batch)
+    taken = [step_rows(len(lengths), batch, epoch * steps + step, 0, lengths) for step in range(steps)]
+    assert sorted(row for rows in taken for row in rows) == list(range(len(lengths)))
+    assert all(len(rows) == batch for rows in taken[:-1])
+
+
+def test_steps_by_length_are_nearly_without_padding_and_spread() -> None:
+    """Chats: lengths from 16 to 1,024, most of them short."""
+    drawn = torch.rand(4096, generator=torch.Generator().manual_seed(0))
+    lengths = tuple((16 * 64**drawn).int().tolist())
+    shares, longest = [], []
+    for by in (None, lengths):
+        steps = [[lengths[row] for row in step_rows(4096, 16, step, 0, by)] for step in range(256)]
+        shares.append(sum(map(sum, steps)) / sum(16 * max(step) for step in steps))
+        longest = [max(step) for step in steps]
+    assert shares[0] < 0.4
+    assert shares[1] > 0.95
+    assert len({step_rows(4096, 16, 0, seed, lengths)[0] for seed in range(8)}) > 1
+    quarters = [sum(longest[at : at + 64]) for at in range(0, 256, 64)]
+    assert max(quarters) < 1.5 * min(quarters)
+
+
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     order = [step_rows(50, 50, epoch, seed) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(one) for one in order}) == 4

@@ -47,6 +47,19 @@ def test_a_batch_is_one_by_one_and_greedy_by_hand(model: AdaptedModel) -> None:
     assert answers(model, PROMPTS[::-1], LENGTH) == expected[::-1]
 
 
+@pytest.mark.parametrize("name", ["falcon-mamba", "minimax", "recurrent-gemma", "rwkv", "xlstm"])
+def test_models_with_states_answer_too(name: str, tmp_path: Path) -> None:
+    """Instead of a cache; some let what stands before a shorter prompt into it, so those are answered by length."""
+    family, sizes, _ = tiny.HYBRIDS[name]
+    sizes = {**sizes, "attention_hidden_size": 64, "initializer_range": 0.5, "num_hidden_layers": 3, "lru_width": 64}
+    folder = tiny.any_checkpoint(tmp_path, family, torch.float32, **sizes)
+    base = tiny.tiny_base(folder, "nf4" if name == "minimax" else "none")  # experts that are not packed take no adapter
+    model = apply_method(base, config.LoRA(r=4))
+    tiny.stir(model, 0.3)
+    prompts = [*PROMPTS[1:], [8] * 9]
+    assert answers(model, prompts, 6) == [text(until(continuation(model, prompt, 6), 2)) for prompt in prompts]
+
+
 def test_no_prompts_no_answers(model: AdaptedModel) -> None:
     assert answers(model, [], 5) == []
 

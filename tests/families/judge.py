@@ -145,7 +145,7 @@ def recipe(checkpoint: Path, run: Path) -> dict[str, Any]:
 
 
 ADVICE = {
-    "packing=false": ("data", {"packing": False}),
+    "packing=by_length": ("data", {"packing": "auto"}),  # which is to choose that
     "recompute=none": ("training", {"recompute": "none", "accumulation": "micro_batch_major"}),
 }
 """What a refusal may ask for, and where it belongs."""
@@ -163,7 +163,7 @@ def train(row: dict[str, Any], checkpoint: Path, folder: Path) -> bool:
     while True:
         try:
             qlora.train(qlora.Recipe.model_validate(values), quiet=True)
-            return bool(values["data"]["packing"])
+            return values["data"]["packing"] is True
         except QloraError as error:
             asked = [key for key in ADVICE if key in str(error) and key not in row["asked for"]]
             if not asked:

@@ -28,7 +28,7 @@ from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import attention
 from qlora.model.anatomy import layers as decoder_layers
-from qlora.model.attention import keep_apart
+from qlora.model.attention import PackedMask, keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, quantise
@@ -203,7 +203,8 @@ def true_step(adapted: AdaptedModel, training: TrainingSection, length: int, til
         with ledger:
             for _ in range(training.batch_size // rows):
                 ids = torch.zeros(rows, length, dtype=torch.long)
-                batch = {"input_ids": ids, "position_ids": torch.arange(length).repeat(rows, 1)}
+                positions = torch.arange(length).repeat(rows, 1)
+                batch = {"input_ids": ids, "position_ids": positions, "mask": PackedMask([[0]] * rows, length)}
                 hidden = hidden_states(model, batch).flatten(0, 1)
                 places = torch.arange(len(hidden))
                 loss = summed_loss(hidden, head_of(model), ids.flatten(), places, training.loss_chunk)

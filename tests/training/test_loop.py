@@ -454,10 +454,10 @@ def test_the_checks_are_quick(model: AdaptedModel, count: int, last: list[tuple[
     handle = embedding.register_forward_hook(lambda _, args, __: shapes.append(tuple(args[0].shape)))
     Trainer(model, ROWS[:count], section())
     handle.remove()
-    loss_path, packing, padding, boundary = shapes[:2], shapes[2:7], shapes[7:12], shapes[12:]
+    loss_path, causal, packing, boundary = shapes[:2], shapes[2:7], shapes[7:12], shapes[12:]
     assert loss_path == [(1, 8), (1, 8)]
     assert packing == [(1, 8), *[(2, 16)] * 4]
-    assert padding == [(1, 8), (3, 8), *[(2, 16)] * 3]
+    assert causal == [(1, 8), (3, 8), *[(2, 16)] * 3]
     assert boundary == [(2, 9), (8, 9), (8, 9), *last]
 
 
