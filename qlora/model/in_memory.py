@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora.errors import ModelError, listed, nearest
 from qlora.machine.device import DTYPES
@@ -21,6 +22,7 @@ from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.load import turned
+from qlora.model.mixers import begin_anew
 from qlora.model.nf4 import Linear4bit, Packed, is_plain_linear
 from qlora.model.skeleton import empty_linear, matches, read_otherwise
 
@@ -80,7 +82,8 @@ def quantise(
 
 
 def as_base(model: nn.Module, name: str | None = None) -> Base:
-    """Any module of yours as a base, on the device and in the dtype that it has; it stays what it is.
+    """Any module of yours as a base, on the device and in the dtype that it has; it stays what it is, but that mixers of tokens
+    in a language model are told where packed examples begin.
 
     What ``quantise`` did to it is seen. Its mode is yours to choose: under ``train()`` a batch norm goes on averaging, frozen
     or not. Raises ModelError for a module that is on several devices.
@@ -90,6 +93,8 @@ def as_base(model: nn.Module, name: str | None = None) -> Base:
     kind = "none" if packed is None else str(getattr(packed, "quant_type", "int8"))
     double = isinstance(packed, Linear4bit) and packed.double_quant
     _call_every_linear(model)
+    if isinstance(model, PreTrainedModel) and anatomy.head(model) is not None:
+        begin_anew(model)
     return Base(model, None, Path(), name or type(model).__name__, None, kind, double, device, dtype)
 
 

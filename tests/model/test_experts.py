@@ -9,23 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from qlora.data import Row, collate
 from qlora.errors import MethodError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model.experts import PackedExperts
+from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, Linear4bit
 from qlora.recipe import LoRA, MemorySection, ModelSection
 from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
-from tests.rounding import GRADIENT, difference, rounding
+from tests.rounding import GRADIENT, difference, doubled, no_worse, rounding
 from tests.steps import close
-from tests.tiny import CPU, TOKENS, any_checkpoint, gradients, logits_of, stir, tiny_base
+from tests.tiny import CPU, TOKENS, any_checkpoint, gradients, logits_of, random_rows, stir, tiny_base
 
 FEW = {"num_experts_per_tok": 2, "initializer_range": 0.2}
 NARROW = {"moe_intermediate_size": 64}
@@ -119,10 +122,14 @@ def test_each_expert_has_the_bytes_of_a_linear(family: str, checkpoint: Any) -> 
 
 
 def adapted(
-    folder: Path, like: AdaptedModel | None = None, memory: MemorySection | None = None, **method: Any
+    folder: Path,
+    like: AdaptedModel | None = None,
+    memory: MemorySection | None = None,
+    dtype: Any = "fp32",
+    **method: Any,
 ) -> AdaptedModel:
     """An adapted base in NF4; or a dense one with the weights that ``like`` stands for, adapted in the same places."""
-    section = ModelSection(name=str(folder), quantization="nf4" if like is None else "none", compute_dtype="fp32")
+    section = ModelSection(name=str(folder), quantization="nf4" if like is None else "none", compute_dtype=dtype)
     base = load_base(section, CPU, memory=memory)
     if like is not None:
         filled(base.model, like.model)
@@ -142,6 +149,41 @@ def test_gradients_are_those_of_the_dense_experts(family: str, checkpoint: Any) 
     model = adapted(checkpoint(family))
     assert not any("experts." in path for path in model.planted if "shared" not in path)
     close(backward(model), backward(adapted(checkpoint(family), like=model)), rounding(GRADIENT))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "Mixtral"])
+def test_packed_examples_are_what_they_are_alone(family: str, dtype: torch.dtype, checkpoint: Any) -> None:
+    """Loss and gradients, as near to those of the dense model in float64 as every example's alone are: which tokens visit an
+    expert together is another matter."""
+    model = adapted(checkpoint(family), dtype="fp32" if dtype == torch.float32 else "bf16")
+    rows = random_rows(2)
+    alone = [part for row in rows for part in apart(row)]
+    assert len(alone) > len(rows)
+    exact = doubled(adapted(checkpoint(family), like=model).model)
+    exact.config._experts_implementation = "eager"  # torch's grouped product has no float64
+    total = torch.zeros((), dtype=torch.float64)
+    for row in alone:
+        batch = collate([row], 0)
+        logits = exact(input_ids=batch["input_ids"], use_cache=False).logits
+        total = total + F.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum")
+    total.backward()  # type: ignore[no-untyped-call]
+    wanted = {name: values.grad for name, values in exact.named_parameters() if values.grad is not None}
+    found = []
+    for batches in ([rows], [[row] for row in alone]):
+        losses = [batch_loss(model.model, collate(together, 0))[0] for together in batches]
+        sum(losses).backward()
+        found.append({"loss": sum(losses).detach(), **gradients(model)})
+    wanted["loss"] = total.detach()
+    assert found[0].keys() == wanted.keys()
+    for name, values in found[0].items():
+        no_worse(values, found[1][name], wanted[name], dtype)
+
+
+def apart(row: Row) -> list[Row]:
+    """Every example of a row as one of its own."""
+    parts = [slice(*span) for span in row.spans()]
+    return [Row(row.ids[part], row.labels[part], row.positions[part], (0,)) for part in parts]
 
 
 @TWO

@@ -9,10 +9,12 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from qlora.errors import ModelError
 from qlora.model import as_base, dense_weight, quantise
+from qlora.model.checks import check_packing
 from qlora.model.in_memory import main_dtype, on_meta
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
 from qlora.recipe import ModelSection
 from qlora.residence.load import load_base
+from tests.tiny import HYBRIDS, random_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CPU = torch.device("cpu")
@@ -26,6 +28,15 @@ def llama() -> LlamaForCausalLM:
 def bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(vocab_size=96, **SIZES)).eval()
+
+
+def test_packed_examples_of_a_hybrid_in_memory_do_not_see_each_other() -> None:
+    family, sizes, _ = HYBRIDS["mamba-2"]
+    model = random_model(family, num_hidden_layers=3, **sizes)
+    ids = [5, 17, 31, 42, 8, 66, 90, 23, 4, 77, 12, 58, 39, 6, 81, 20]
+    with pytest.raises(ModelError, match="see each other"):
+        check_packing(model, ids)
+    check_packing(as_base(model).model, ids)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
