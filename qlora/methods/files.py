@@ -11,14 +11,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import regex
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora import recipe as config
 from qlora.errors import MethodError, RunError, listed, redacted
@@ -29,9 +29,10 @@ from qlora.methods.layout import PREFIX, Fields, Layout, padded, same_weight
 from qlora.methods.lora import any_transposed, plain_config
 from qlora.methods.new_tokens import DELTA, NewTokensLayout
 from qlora.methods.planted import unplanted
-from qlora.methods.targets import matches, pattern_value, peft_targets, target_names
+from qlora.methods.targets import linears_of, matches, pattern_value, peft_targets, target_names
 from qlora.model import anatomy
 from qlora.model.base import Base
+from qlora.model.names import OnLoad
 from qlora.model.tensor_file import Header, read_header, read_tensors
 from qlora.recipe.reading import MOST_MISTAKES
 
@@ -75,7 +76,14 @@ def save_adapter(model: AdaptedModel, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for method in model.methods:
         method.layout.save_beside(Path(folder))
-    _write(Path(folder), model.adapter_state(), adapter_config(model), known_base(model.base), model.method_state())
+    _write(
+        Path(folder),
+        model.adapter_state(),
+        adapter_config(model),
+        known_base(model.base),
+        model.method_state(),
+        OnLoad(model.base.model),
+    )
 
 
 def why_not_portable(model: AdaptedModel) -> str | None:
@@ -83,17 +91,20 @@ def why_not_portable(model: AdaptedModel) -> str | None:
     whys = [why for method in model.methods if (why := method.layout.why_not_portable()) is not None]
     if not whys and len(model.methods) > 1:
         return "Several methods together are no plain LoRA; export the run merged"
+    names = OnLoad(model.base.model)
+    if not whys and (lost := [path for path in model.planted if names.written(path) is None]):
+        return f"PEFT takes {listed(lost, 2)} for other modules while it loads them, and leaves them out; export the run merged"
     return whys[0] if whys else None
 
 
 def save_portable(
-    model: AdaptedModel, folder: str | Path, renamed: Callable[[str], str] | None = None, paths: Sequence[str] = ()
+    model: AdaptedModel, folder: str | Path, renamed: Callable[[str], str] | None = None, onto: nn.Module | None = None
 ) -> str | None:
     """Write the adapter as what every server loads: plain LoRA of one rank, alpha = r, the scaling inside B, no extras.
 
     Smaller ranks are filled up with zeros. Returns None, or, where the method is no LoRA, why it is not and what to do;
-    the adapter is written as ``save_adapter`` does then. For another class than the base's, ``renamed`` gives a module's path
-    there, and ``paths`` are all of its paths; MethodError where that is no LoRA.
+    the adapter is written as ``save_adapter`` does then. For ``onto``, a model of another class than the base's, ``renamed`` gives
+    a module's path there; MethodError where that is no LoRA.
     """
     if (why := why_not_portable(model)) is not None:
         if renamed is not None:
@@ -104,14 +115,16 @@ def save_portable(
     pairs = method.layout.pairs()
     if renamed is not None:
         pairs = {renamed(path): pair for path, pair in pairs.items()}
+    paths = model.paths if onto is None else [path for path, _ in onto.named_modules()]
     save_pairs(
         folder,
         pairs,
-        peft_targets(pairs, paths or model.paths, mixture=anatomy.is_mixture(model.base.model)),
+        peft_targets(pairs, paths, mixture=anatomy.is_mixture(model.base.model)),
         about_base(model),
         known_base(model.base),
         method.section.dropout,
         any_transposed(method.planted),
+        OnLoad(model.base.model if onto is None else onto),
     )
     return None
 
@@ -134,12 +147,13 @@ def save_pairs(
     base_fingerprint: str | None,
     dropout: float = 0.0,
     transposed: bool = False,
+    names: OnLoad | None = None,
 ) -> None:
     """Write ``pairs`` (A [r, in], B [out, r] by module path; ΔW = B A) as one plain LoRA of their largest rank.
 
     ``targets`` are PEFT's fields whose names reach exactly these paths; ``about`` are the config's fields that name the base,
-    ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, and ``transposed`` says that some of the base's
-    weights are stored as [in, out] (GPT-2).
+    ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, ``transposed`` says that some of the base's
+    weights are stored as [in, out] (GPT-2), and by ``names`` tensors are called what PEFT finds their place by.
     """
     r = max(len(lora_A) for lora_A, _ in pairs.values())
     tensors = {}
@@ -147,7 +161,7 @@ def save_pairs(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = padded(lora_A, r, lora_A.shape[1])
         tensors[f"{PREFIX}{path}.lora_B.weight"] = padded(lora_B, lora_B.shape[0], r)
     values = {**about, "peft_type": "LORA", **plain_config(r, targets, dropout, transposed)}
-    _write(Path(folder), tensors, values, base_fingerprint, {})
+    _write(Path(folder), tensors, values, base_fingerprint, {}, names)
 
 
 def _write(
@@ -156,8 +170,11 @@ def _write(
     values: Fields,
     base_fingerprint: str | None,
     state: Mapping[str, Tensor],
+    names: OnLoad | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if names is not None and values["peft_type"] == "LORA":
+        tensors = {_renamed(key, lambda path: names.written(path) or path): held for key, held in tensors.items()}
     known = {FINGERPRINT: base_fingerprint} if base_fingerprint is not None else {}
     with file_written_aside(folder / WEIGHTS) as aside:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata={"format": "pt", **known})
@@ -172,6 +189,12 @@ def _write(
         text = json.dumps(values, indent=2, sort_keys=SECTION not in values)
         aside.write_text(text + "\n", encoding="utf-8")
     sync(folder)
+
+
+def _renamed(key: str, name: Callable[[str], str]) -> str:
+    """A tensor's ``key`` with the path that ``name`` gives for its module's; only what belongs to LoRA is renamed by PEFT."""
+    path, mark, rest = key.removeprefix(PREFIX).partition(".lora_")
+    return f"{PREFIX}{name(path)}{mark}{rest}" if mark else key
 
 
 def _sort_metadata(path: Path) -> None:
@@ -225,8 +248,9 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
     base is left bare then.
     """
     folder = Path(folder)
-    section, found, state = read_adapter_config(folder), read_adapter_tensors(folder), read_method_state(folder)
-    base = model if isinstance(model, Base) else model.base
+    base, paths = (model, model.paths) if isinstance(model, Base) else (model.base, model.paths)
+    section, state = read_adapter_config(folder), read_method_state(folder)
+    found = at_home(read_adapter_tensors(folder), base.model, paths)
     _check_base(base, folder)
     recorded = section
     section, tensors = _with_embeddings(base, section, found, folder)
@@ -262,6 +286,11 @@ def read_about_base(folder: str | Path) -> Fields:
     values = _read_config(Path(folder))
     named = {key: values.get(key) for key in ("base_model_name_or_path", "revision", "task_type")}
     return {**named, "peft_version": PEFT_LAYOUT, "inference_mode": True}
+
+
+def read_linears(folder: str | Path) -> tuple[str, ...]:
+    """The linears that the adapter's ``adapter_config.json`` names by their weights: see ``peft_targets``."""
+    return linears_of(_read_config(Path(folder)).get("target_parameters") or ())
 
 
 def read_adapter_config(folder: str | Path) -> Any:
@@ -581,6 +610,23 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
         raise MethodError(
             f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
         ) from None
+
+
+def at_home(
+    tensors: Mapping[str, Tensor], model: nn.Module, paths: Iterable[str] | None = None
+) -> Mapping[str, Tensor]:
+    """``tensors`` by the names that ``model`` has for its modules, where a file has those of old checkpoints: PEFT finds their place
+    by them. ``paths`` are all of the model's, where something is planted in it."""
+    known = {path for path, _ in model.named_modules()} if paths is None else {*paths}
+    names: list[OnLoad] = []  # made where it is needed
+
+    def home(path: str) -> str:
+        if path.replace(".base_layer", "") in known:
+            return path
+        names.extend([] if names else [OnLoad(model)])
+        return found if (found := names[0].arrives(path)) in known else path
+
+    return {_renamed(key, home): values for key, values in tensors.items()}
 
 
 def keep_apart(out: Path, *sources: Path) -> None:
