@@ -53,7 +53,7 @@ def export_adapter(
     with folder_written_aside(out, overwrite) as aside:
         if keys == "text" and model.base.towers:
             text = language_model(model.model)
-            why = save_portable(model, aside, _renaming(model.model, text), [path for path, _ in text.named_modules()])
+            why = save_portable(model, aside, _renaming(model.model, text), text)
         else:
             why = save_portable(model, aside)
         if chat_template is not None:

@@ -28,12 +28,23 @@ from torch import Tensor
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel
-from qlora.methods.files import about_base, known_base, read_about_base, read_adapter_tensors, recorded_base, save_pairs
+from qlora.methods.files import (
+    about_base,
+    known_base,
+    read_about_base,
+    read_adapter_tensors,
+    read_linears,
+    recorded_base,
+    save_pairs,
+)
 from qlora.methods.layout import PREFIX, Fields
+from qlora.methods.loading import at_home
 from qlora.methods.lora import LoraMethod, rank_of, scaling_of
 from qlora.methods.method import generator_of
 from qlora.methods.peft_config import read_adapter_config
-from qlora.methods.targets import target_names
+from qlora.methods.targets import linears_of, matches, peft_targets
+from qlora.model import anatomy
+from qlora.model.names import OnLoad
 from qlora.recipe import Combined
 
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -104,7 +115,13 @@ def save_combined(
     # what the adapters' own names reach together are their paths together
     names = set(pairs) if None in known else {name for names in known for name in names or ()}
     recorded = next((part.fingerprint for part in parts if part.fingerprint is not None), None)
-    save_pairs(folder, pairs, {"target_modules": sorted(names)}, parts[0].about, recorded)
+    hidden = {name for name in names if any(matches(one, name) for part in parts for one in part.hidden)}
+    targets: Fields = {"target_modules": sorted(names - hidden)}
+    if hidden:
+        targets["target_parameters"] = sorted(f"{name}.weight" for name in hidden)
+    loaded = _one_loaded(adapters)
+    on_load = None if loaded is None else OnLoad(loaded.base.model)
+    save_pairs(folder, pairs, targets, parts[0].about, recorded, names=on_load)
 
 
 @dataclass(frozen=True)
@@ -116,6 +133,8 @@ class Part:
     scaling: dict[str, float]
     targets: tuple[str, ...] | None
     """The names that reach exactly its paths, where they are known."""
+    hidden: tuple[str, ...]
+    """Those of linears that PEFT has to be told of by their weights: see ``peft_targets``."""
     about: Fields
     fingerprint: str | None
 
@@ -271,8 +290,9 @@ def _parts(adapters: Mapping[str, AdaptedModel | str | Path]) -> list[Part]:
     """What is combined. Raises MethodError where these are no LoRA on linears of one base."""
     if not adapters:
         raise MethodError("There are no adapters to combine; expected at least one by its name.")
+    loaded = _one_loaded(adapters)
     parts = [
-        _loaded(name, adapter) if isinstance(adapter, AdaptedModel) else _read(name, Path(adapter))
+        _loaded(name, adapter) if isinstance(adapter, AdaptedModel) else _read(name, Path(adapter), loaded)
         for name, adapter in adapters.items()
     ]
     first: dict[str, Part] = {}
@@ -294,6 +314,11 @@ def _parts(adapters: Mapping[str, AdaptedModel | str | Path]) -> list[Part]:
     return parts
 
 
+def _one_loaded(adapters: Mapping[str, AdaptedModel | str | Path]) -> AdaptedModel | None:
+    """Whose model says what modules are called; in files, names may be those of old checkpoints."""
+    return next((adapter for adapter in adapters.values() if isinstance(adapter, AdaptedModel)), None)
+
+
 def _loaded(name: str, adapter: AdaptedModel) -> Part:
     """A loaded adapter of any method that is a plain LoRA in the end."""
     if len(adapter.methods) > 1:
@@ -304,11 +329,13 @@ def _loaded(name: str, adapter: AdaptedModel) -> Part:
     folded = method.layout.pairs()
     scaling = {path: scaling_of(method.section, path) if isinstance(method, LoraMethod) else 1.0 for path in folded}
     pairs = {path: (lora_A, lora_B / scaling[path]) for path, (lora_A, lora_B) in folded.items()}
-    targets = tuple(target_names(pairs, adapter.paths))
-    return Part(name, pairs, scaling, targets, about_base(adapter), known_base(adapter.base))
+    fields = peft_targets(pairs, adapter.paths, mixture=anatomy.is_mixture(adapter.base.model))
+    hidden = linears_of(fields.get("target_parameters", ()))
+    targets = (*fields["target_modules"], *hidden)
+    return Part(name, pairs, scaling, targets, hidden, about_base(adapter), known_base(adapter.base))
 
 
-def _read(name: str, folder: Path) -> Part:
+def _read(name: str, folder: Path, loaded: AdaptedModel | None) -> Part:
     """A LoRA adapter's files; what more there is to other methods only shows on their base."""
     section = read_adapter_config(folder)
     if section.name != "lora" or section.init in ("pissa", "loftq"):
@@ -316,7 +343,10 @@ def _read(name: str, folder: Path) -> Part:
         raise _no_lora(name, kind if section.name != "lora" else f"lora with init={section.init}")
     halves: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
-    for key, values in read_adapter_tensors(folder).items():
+    tensors: Mapping[str, Tensor] = read_adapter_tensors(folder)
+    if loaded is not None:
+        tensors = at_home(tensors, loaded.base.model, loaded.paths)
+    for key, values in tensors.items():
         path, _, half = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if half not in ("lora_A", "lora_B") or values.dim() != 2 or not key.startswith(PREFIX):
             strange.append(key)
@@ -342,6 +372,7 @@ def _read(name: str, folder: Path) -> Part:
         pairs={path: (pair["lora_A"], pair["lora_B"]) for path, pair in halves.items()},
         scaling={path: scaling_of(section, path) for path in halves},
         targets=section.target_modules if isinstance(section.target_modules, tuple) else None,
+        hidden=read_linears(folder),
         about=read_about_base(folder),
         fingerprint=recorded_base(folder),
     )

@@ -33,6 +33,8 @@ from qlora.methods.lora import (
     without_autocast,
 )
 from qlora.methods.planted import Planted
+from qlora.methods.targets import beside_experts
+from qlora.model import anatomy
 from qlora.model.nf4 import add_product, dense_cached, dense_weight, is_empty, is_linear
 
 SMALLEST = 1e-30  # a row of zeros has no direction; with this norm nothing is divided by zero
@@ -161,7 +163,9 @@ class DoraLayout(LoraLayout):
 
     def why_not_portable(self) -> str | None:
         """Magnitudes are no product of two thin matrices."""
-        return "DoRA's magnitudes are no plain LoRA, which is what servers load; export it merged"
+        mixture = anatomy.is_mixture(self.method.base.model)
+        peft = ", nor has PEFT them beside a mixture's experts" if beside_experts(self.method.planted, mixture) else ""
+        return f"DoRA's magnitudes are no plain LoRA, which is what servers load{peft}; export it merged"
 
 
 class DoraMethod(LoraMethod):

@@ -7,22 +7,23 @@ its tensors mean on a base in ``loading.py``. Knows the files; must not know for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from qlora.errors import MethodError, RunError, redacted
+from qlora.errors import MethodError, RunError, listed, redacted
 from qlora.files.durable import file_written_aside, sync
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes
 from qlora.methods.base import AdaptedModel
 from qlora.methods.layout import PREFIX, Fields, padded
 from qlora.methods.lora import any_transposed, plain_config
-from qlora.methods.targets import peft_targets
+from qlora.methods.targets import linears_of, peft_targets
 from qlora.model import anatomy
 from qlora.model.base import Base
+from qlora.model.names import OnLoad
 from qlora.model.tensor_file import Header, read_header, read_tensors
 
 CONFIG = "adapter_config.json"
@@ -50,7 +51,14 @@ def save_adapter(model: AdaptedModel, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     for method in model.methods:
         method.layout.save_beside(Path(folder))
-    _write(Path(folder), model.adapter_state(), adapter_config(model), known_base(model.base), model.method_state())
+    _write(
+        Path(folder),
+        model.adapter_state(),
+        adapter_config(model),
+        known_base(model.base),
+        model.method_state(),
+        OnLoad(model.base.model),
+    )
 
 
 def why_not_portable(model: AdaptedModel) -> str | None:
@@ -58,17 +66,20 @@ def why_not_portable(model: AdaptedModel) -> str | None:
     whys = [why for method in model.methods if (why := method.layout.why_not_portable()) is not None]
     if not whys and len(model.methods) > 1:
         return "Several methods together are no plain LoRA; export the run merged"
+    names = OnLoad(model.base.model)
+    if not whys and (lost := [path for path in model.planted if names.written(path) is None]):
+        return f"PEFT takes {listed(lost, 2)} for other modules while it loads them, and leaves them out; export the run merged"
     return whys[0] if whys else None
 
 
 def save_portable(
-    model: AdaptedModel, folder: str | Path, renamed: Callable[[str], str] | None = None, paths: Sequence[str] = ()
+    model: AdaptedModel, folder: str | Path, renamed: Callable[[str], str] | None = None, onto: nn.Module | None = None
 ) -> str | None:
     """Write the adapter as what every server loads: plain LoRA of one rank, alpha = r, the scaling inside B, no extras.
 
     Smaller ranks are filled up with zeros. Returns None, or, where the method is no LoRA, why it is not and what to do;
-    the adapter is written as ``save_adapter`` does then. For another class than the base's, ``renamed`` gives a module's path
-    there, and ``paths`` are all of its paths; MethodError where that is no LoRA.
+    the adapter is written as ``save_adapter`` does then. For ``onto``, a model of another class than the base's, ``renamed`` gives
+    a module's path there; MethodError where that is no LoRA.
     """
     if (why := why_not_portable(model)) is not None:
         if renamed is not None:
@@ -79,14 +90,16 @@ def save_portable(
     pairs = method.layout.pairs()
     if renamed is not None:
         pairs = {renamed(path): pair for path, pair in pairs.items()}
+    paths = model.paths if onto is None else [path for path, _ in onto.named_modules()]
     save_pairs(
         folder,
         pairs,
-        peft_targets(pairs, paths or model.paths, mixture=anatomy.is_mixture(model.base.model)),
+        peft_targets(pairs, paths, mixture=anatomy.is_mixture(model.base.model)),
         about_base(model),
         known_base(model.base),
         method.section.dropout,
         any_transposed(method.planted),
+        OnLoad(model.base.model if onto is None else onto),
     )
     return None
 
@@ -109,12 +122,13 @@ def save_pairs(
     base_fingerprint: str | None,
     dropout: float = 0.0,
     transposed: bool = False,
+    names: OnLoad | None = None,
 ) -> None:
     """Write ``pairs`` (A [r, in], B [out, r] by module path; ΔW = B A) as one plain LoRA of their largest rank.
 
     ``targets`` are PEFT's fields whose names reach exactly these paths; ``about`` are the config's fields that name the base,
-    ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, and ``transposed`` says that some of the base's
-    weights are stored as [in, out] (GPT-2).
+    ``base_fingerprint`` is what ``known_base`` or ``recorded_base`` gave, ``transposed`` says that some of the base's
+    weights are stored as [in, out] (GPT-2), and by ``names`` tensors are called what PEFT finds their place by.
     """
     r = max(len(lora_A) for lora_A, _ in pairs.values())
     tensors = {}
@@ -122,7 +136,7 @@ def save_pairs(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = padded(lora_A, r, lora_A.shape[1])
         tensors[f"{PREFIX}{path}.lora_B.weight"] = padded(lora_B, lora_B.shape[0], r)
     values = {**about, "peft_type": "LORA", **plain_config(r, targets, dropout, transposed)}
-    _write(Path(folder), tensors, values, base_fingerprint, {})
+    _write(Path(folder), tensors, values, base_fingerprint, {}, names)
 
 
 def _write(
@@ -131,8 +145,11 @@ def _write(
     values: Fields,
     base_fingerprint: str | None,
     state: Mapping[str, Tensor],
+    names: OnLoad | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if names is not None and values["peft_type"] == "LORA":
+        tensors = {renamed_key(key, lambda path: names.written(path) or path): held for key, held in tensors.items()}
     known = {FINGERPRINT: base_fingerprint} if base_fingerprint is not None else {}
     with file_written_aside(folder / WEIGHTS) as aside:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, aside, metadata={"format": "pt", **known})
@@ -147,6 +164,12 @@ def _write(
         text = json.dumps(values, indent=2, sort_keys=SECTION not in values)
         aside.write_text(text + "\n", encoding="utf-8")
     sync(folder)
+
+
+def renamed_key(key: str, name: Callable[[str], str]) -> str:
+    """A tensor's ``key`` with the path that ``name`` gives for its module's; only what belongs to LoRA is renamed by PEFT."""
+    path, mark, rest = key.removeprefix(PREFIX).partition(".lora_")
+    return f"{PREFIX}{name(path)}{mark}{rest}" if mark else key
 
 
 def _sort_metadata(path: Path) -> None:
@@ -179,6 +202,9 @@ def adapter_config(model: AdaptedModel) -> Fields:
     return values
 
 
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def about_base(model: AdaptedModel) -> Fields:
     """The fields of PEFT's config that name the base and the task."""
     return {
@@ -190,14 +216,16 @@ def about_base(model: AdaptedModel) -> Fields:
     }
 
 
-# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def read_about_base(folder: str | Path) -> Fields:
     """The fields of the adapter's ``adapter_config.json`` that name the base and the task, as ``about_base`` gives them."""
     values = read_config(Path(folder))
     named = {key: values.get(key) for key in ("base_model_name_or_path", "revision", "task_type")}
     return {**named, "peft_version": PEFT_LAYOUT, "inference_mode": True}
+
+
+def read_linears(folder: str | Path) -> tuple[str, ...]:
+    """The linears that the adapter's ``adapter_config.json`` names by their weights: see ``peft_targets``."""
+    return linears_of(read_config(Path(folder)).get("target_parameters") or ())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

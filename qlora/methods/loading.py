@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora import recipe as config
 from qlora.errors import MethodError, listed
 from qlora.methods.base import AdaptedModel, apply_method
-from qlora.methods.files import CONFIG, known_base, read_adapter_tensors, read_method_state, recorded_base
+from qlora.methods.files import CONFIG, known_base, read_adapter_tensors, read_method_state, recorded_base, renamed_key
 from qlora.methods.layout import PREFIX, same_weight
 from qlora.methods.new_tokens import DELTA, NewTokensLayout
 from qlora.methods.peft_config import read_adapter_config, section_from
@@ -22,6 +22,7 @@ from qlora.methods.planted import unplanted
 from qlora.methods.targets import matches, pattern_value, target_names
 from qlora.model import anatomy
 from qlora.model.base import Base
+from qlora.model.names import OnLoad
 
 
 def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel:
@@ -31,8 +32,9 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
     base is left bare then.
     """
     folder = Path(folder)
-    section, found, state = read_adapter_config(folder), read_adapter_tensors(folder), read_method_state(folder)
-    base = model if isinstance(model, Base) else model.base
+    base, paths = (model, model.paths) if isinstance(model, Base) else (model.base, model.paths)
+    section, state = read_adapter_config(folder), read_method_state(folder)
+    found = at_home(read_adapter_tensors(folder), base.model, paths)
     _check_base(base, folder)
     recorded = section
     section, tensors = _with_embeddings(base, section, found, folder)
@@ -54,6 +56,23 @@ def load_adapter(model: AdaptedModel | Base, folder: str | Path) -> AdaptedModel
         adapted.remove()
         raise
     return adapted
+
+
+def at_home(
+    tensors: Mapping[str, Tensor], model: nn.Module, paths: Iterable[str] | None = None
+) -> Mapping[str, Tensor]:
+    """``tensors`` by the names that ``model`` has for its modules, where a file has those of old checkpoints: PEFT finds their place
+    by them. ``paths`` are all of the model's, where something is planted in it."""
+    known = {path for path, _ in model.named_modules()} if paths is None else {*paths}
+    names: list[OnLoad] = []  # made where it is needed
+
+    def home(path: str) -> str:
+        if path.replace(".base_layer", "") in known:
+            return path
+        names.extend([] if names else [OnLoad(model)])
+        return found if (found := names[0].arrives(path)) in known else path
+
+    return {renamed_key(key, home): values for key, values in tensors.items()}
 
 
 def _load(model: AdaptedModel, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:

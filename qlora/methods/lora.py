@@ -25,7 +25,15 @@ from qlora.methods.lora_layers import KINDS, LoraConv2d, LoraEmbedding, is_adapt
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
-from qlora.methods.targets import check_pattern, choose_targets, leaf, pattern_value, peft_targets, sorted_pattern
+from qlora.methods.targets import (
+    check_pattern,
+    choose_targets,
+    leaf,
+    linears_of,
+    pattern_value,
+    peft_targets,
+    sorted_pattern,
+)
 from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.experts import PackedExperts
@@ -279,7 +287,7 @@ class LoraLayout(Layout):
     def section_of(cls, values: Fields, folder: Path) -> Fields:
         modules, parameters = values.get("target_modules"), values.get("target_parameters") or []
         experts = [name for name in parameters if not str(name).endswith(".weight")]
-        linears = [str(name).removesuffix(".weight") for name in parameters if name not in experts]  # see peft_targets
+        linears = linears_of(parameters)
         return {
             "name": "lora",
             "r": values.get("r"),

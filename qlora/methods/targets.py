@@ -136,13 +136,23 @@ def peft_targets(planted: Iterable[str], every_path: Iterable[str], mixture: boo
     PEFT keeps those beside the same tensors, under the same keys.
     """
     chosen, every = set(planted), list(every_path)
-    hidden = {path for path in chosen if mixture and leaf(path) in EXPERTS}
+    hidden = beside_experts(chosen, mixture)
     fields: dict[str, Any] = {"target_modules": target_names(chosen - hidden, every)}
     if hidden:
         short = sorted({".".join(path.split(".")[-2:]) for path in hidden})
         reached = {path for path in every if any(matches(name, path) for name in short)}
         fields["target_parameters"] = [f"{name}.weight" for name in (short if reached == hidden else sorted(hidden))]
     return fields
+
+
+def linears_of(parameters: Iterable[object]) -> tuple[str, ...]:
+    """The linears whose weights PEFT's ``target_parameters`` name; experts' are no weights of linears."""
+    return tuple(str(name).removesuffix(".weight") for name in parameters if str(name).endswith(".weight"))
+
+
+def beside_experts(planted: Iterable[str], mixture: bool) -> set[str]:
+    """Those of ``planted`` that PEFT takes for experts that transformers has fused since."""
+    return {path for path in planted if mixture and leaf(path) in EXPERTS}
 
 
 def pattern_value(pattern: Mapping[str, float], path: str, default: float) -> float:

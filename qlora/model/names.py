@@ -13,9 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -34,9 +36,6 @@ from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.mxfp4 import BLOCKS, SCALES, FromMxfp4
 from qlora.model.towers import within
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # What bitsandbytes writes beside a weight that it packed: P.weight and P.weight.absmax, … in 4 bits, P.SCB, … in 8.
 FOUR_BIT_PARTS = (
@@ -210,6 +209,34 @@ def _by_expert(operation: Any, first: bool) -> bool:
     if isinstance(operation, Transpose):
         return operation.dim0 > 0 and operation.dim1 > 0
     return isinstance(operation, Concatenate | Chunk) and operation.dim > 0
+
+
+class OnLoad:
+    """What becomes of the name of an adapter's tensor where PEFT loads it: since 0.19 it goes through transformers' renamings, made
+    for old checkpoints, some of which take today's names for yesterday's (``shared_experts`` for ``shared_expert``)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        known = isinstance(model, PreTrainedModel)
+        there = get_model_conversion_mapping(model) if known else []
+        back = get_model_conversion_mapping(model, add_legacy=False) if known else []
+        self._there = [item for item in there if isinstance(item, WeightRenaming)]
+        self._back = [item.reverse_transform() for item in reversed(back) if isinstance(item, WeightRenaming)]
+
+    def arrives(self, path: str) -> str:
+        """The path of the module that what is written for ``path`` is loaded into."""
+        found: str = rename_source_key(f"{path}{_OF_ADAPTER}", self._there, [])[0].removesuffix(_OF_ADAPTER)
+        return path if f"model.{path}".endswith(found) else found  # PEFT undoes what takes a beginning away
+
+    def written(self, path: str) -> str | None:
+        """What to write for the module at ``path`` so that it arrives there: its own path, else an old checkpoint's; None where
+        neither does."""
+        old = f"{path}{_OF_ADAPTER}"
+        for item in self._back:
+            old = item.rename_source_key(old)[0]
+        return next((name for name in (path, old.removesuffix(_OF_ADAPTER)) if self.arrives(name) == path), None)
+
+
+_OF_ADAPTER = ".lora_A.default.weight"
 
 
 def matches_any(name: str, patterns: Iterable[str] | None) -> bool:

@@ -25,12 +25,8 @@ from safetensors.torch import save_file
 
 from qlora.errors import MethodError, NonFiniteError, RunError, listed
 from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, folder_written_aside, seal
-from qlora.methods.files import (
-    CONFIG,
-    read_adapter_tensors,
-    read_method_state,
-    save_adapter,
-)
+from qlora.methods.files import CONFIG, read_adapter_tensors, read_method_state, save_adapter
+from qlora.methods.loading import at_home
 from qlora.model.tensor_file import read_tensors
 from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
 from qlora.training.state import TrainState
@@ -178,7 +174,8 @@ def load(state: TrainState, place: Path) -> None:
         step, scale, skipped = int(values["step"]), float(values["loss_scale"]), int(values.get("skipped", 0))
         way = Way.from_values(values["smaller"]) if "smaller" in values else state.way
         tensors = read_tensors(place / OPTIMIZER)
-        adapter, method = read_adapter_tensors(place), read_method_state(place)
+        adapter = at_home(read_adapter_tensors(place), state.model.base.model, state.model.paths)
+        method = read_method_state(place)
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MethodError
     ) as error:  # fmt: skip

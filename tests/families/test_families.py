@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,8 +13,25 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.families.checkpoints import types
-from tests.families.judge import OUTCOMES, WORKS, judge
+import qlora
+from qlora.methods import load_adapter, save_adapter, save_combined
+from qlora.methods.files import read_adapter_tensors, save_portable
+from qlora.methods.layout import PREFIX
+from qlora.residence.load import load_base
+from tests.families.checkpoints import save_family, types
+from tests.families.judge import (
+    OUTCOMES,
+    SAME,
+    WORKS,
+    judge,
+    logits,
+    merged_plain,
+    peft_difference,
+    section_of,
+    tokens,
+)
+from tests.rounding import difference
+from tests.tiny import stir
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks/results/2026-11-26-families.jsonl"
@@ -32,6 +50,32 @@ def test_what_people_use_most(kind: str, tmp_path: Path) -> None:
     row = judge(kind, tmp_path, whole=False)
     assert row["outcome"] == WORKS, row
     assert not row["without gradient"]
+
+
+@pytest.mark.parametrize("kind", ["laguna", pytest.param("deepseek_ocr2", marks=pytest.mark.slow)])
+def test_peft_finds_modules_whose_names_transformers_takes_for_old_ones(kind: str, tmp_path: Path) -> None:
+    if kind not in types():
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    folder, ids = save_family(tmp_path / "model", kind), tokens()
+    model = qlora.apply_method(load_base(section_of(folder)), qlora.LoRA(r=4, alpha=8))
+    save_adapter(model, tmp_path / "untrained")
+    plain = merged_plain(kind, folder, tmp_path / "untrained", tmp_path / "plain")
+    stir(model)
+    expected = logits(model, ids)
+    ours = {f"{PREFIX}{path}.lora_A.weight" for path in model.planted}
+    two = {"one": tmp_path / "adapter", "two": model}
+    for place, write in {
+        "adapter": lambda out: save_adapter(model, out),
+        "combined": lambda out: save_combined(out, two, (0.5, 0.5), "cat"),
+        "of files": lambda out: save_combined(out, {"one": two["one"]}, (1.0,), "cat"),
+        "portable": lambda out: save_portable(model, out),
+    }.items():
+        write(tmp_path / place)
+        assert ours - read_adapter_tensors(tmp_path / place).keys()
+        assert peft_difference(copy.deepcopy(plain), tmp_path / place, ids, expected) <= SAME, place
+    for place in ("adapter", "portable"):
+        again = load_adapter(load_base(section_of(folder)), tmp_path / place)
+        assert difference(logits(again, ids), expected) <= SAME, place
 
 
 @pytest.mark.slow
