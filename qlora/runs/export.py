@@ -21,11 +21,12 @@ from qlora.export import export_gguf as write_gguf
 from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
-from qlora.model.checkpoint import open_checkpoint
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
 from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
+from qlora.recipe import Recipe
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
     check_data,
@@ -53,6 +54,24 @@ class Difference:
     """Share of positions at which both choose the same token."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What of a run is exported: its recipe, its base, its chat template, and the tokens that end its answers."""
+
+    folder: Path
+    recipe: Recipe
+    base: Checkpoint
+    template: str | None
+    ends: tuple[int, ...]
+
+
+def _opened(folder: str | Path) -> _Opened:
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    base = open_base(recipe, environment, folder)
+    return _Opened(folder, recipe, base, template_of(recipe, folder, base), end_tokens(recipe, folder, base))
+
+
 def merge(
     folder: str | Path,
     out: str | Path | None = None,
@@ -66,17 +85,13 @@ def merge(
     One tensor in memory at a time. ``base="dequantized"`` merges into the weights that the adapter was trained beside,
     ``"original"`` into the checkpoint's own.
     """
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    section = recipe.model
-    source = open_base(recipe, environment, folder)
-    template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
-    place = expanded(out) if out is not None else folder / "merged"
+    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "merged"
+    section = run.recipe.model
     with full_disk_said(place, "export it again"):
         return read_adapter(
-            folder,
+            run.folder,
             lambda adapter: merge_files(
-                source.folder,
+                run.base.folder,
                 adapter,
                 place,
                 quantization=section.quantization,
@@ -86,9 +101,9 @@ def merge(
                 dtype=dtype,
                 overwrite=overwrite,
                 trust_remote_code=section.trust_remote_code,
-                chat_template=template,
-                ends=ends,
-                checkpoint=source,
+                chat_template=run.template,
+                ends=run.ends,
+                checkpoint=run.base,
             ),
         )
 
@@ -102,15 +117,12 @@ def export_adapter(
 
     Returns None, or why the method is no plain LoRA; its own form is written then.
     """
-    folder, out = Path(folder), expanded(out)
-    recipe, environment = open_run(folder)
-    base = open_base(recipe, environment, folder)
-    template = template_of(recipe, folder, base)
+    run, out = _opened(folder), expanded(out)
     with full_disk_said(out, "export it again"):
         return read_adapter(
-            folder,
+            run.folder,
             lambda adapter: write_adapter(
-                recipe.model, base, adapter, out, overwrite, chat_template=template, keys=keys
+                run.recipe.model, run.base, adapter, out, overwrite, chat_template=run.template, keys=keys
             ),
         )
 
@@ -128,40 +140,35 @@ def export_gguf(
 
     ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
     """
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    source = open_base(recipe, environment, folder)
-    place = expanded(out) if out is not None else folder / ("gguf-adapter" if adapter else f"gguf-{type}")
+    run, name = _opened(folder), "gguf-adapter" if adapter else f"gguf-{type}"
+    place, section = expanded(out) if out is not None else run.folder / name, run.recipe.model
     with full_disk_said(place, "export it again"):
         if adapter:
             return read_adapter(
-                folder, lambda found: export_gguf_adapter(recipe.model, source, found, place, overwrite)
+                run.folder, lambda found: export_gguf_adapter(section, run.base, found, place, overwrite)
             )
-        template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
         return read_adapter(
-            folder,
+            run.folder,
             lambda found: write_gguf(
-                source.folder,
+                run.base.folder,
                 found,
                 place,
-                section=recipe.model,
+                section=section,
                 type=type,
                 base=base,
                 overwrite=overwrite,
-                chat_template=template,
-                ends=ends,
-                checkpoint=source,
+                chat_template=run.template,
+                ends=run.ends,
+                checkpoint=run.base,
             ),
         )
 
 
 def foreign_ends(folder: str | Path) -> list[str]:
     """The tokens that end a run's answers and are no ends by the base's own files, which is what generates with an adapter."""
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    base = open_base(recipe, environment, folder)
-    new = [end for end in end_tokens(recipe, folder, base) if end not in known_ends(base)]
-    return list(base.tokenizer.convert_ids_to_tokens(new))
+    run = _opened(folder)
+    new = [end for end in run.ends if end not in known_ends(run.base)]
+    return list(run.base.tokenizer.convert_ids_to_tokens(new))
 
 
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
