@@ -32,6 +32,9 @@ USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
 NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
 also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
 
+PURPOSES = {"serving": "dequantized", "quantising": "original"}
+"""What a merged model is for → the base that it is merged into."""
+
 
 def plan(words: list[str]) -> int:
     """RECIPE: memory, disk, seconds per step and what else would fit; loads no weights.
@@ -104,27 +107,35 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|adapter|gguf|gguf-adapter: a plain 16-bit model, or the adapter as plain LoRA, which PEFT loads; or as GGUF.
+    """RUN merged|nf4|adapter|gguf|gguf-adapter: a plain model in 16 or 4 bits, or the adapter as plain LoRA; either as GGUF.
 
-    All take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32; adapter
-    takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
+    All take out=FOLDER and overwrite=true; merged takes dtype=bf16, fp16 or fp32, and for=serving, which is the trained model, or
+    for=quantising, which may be put into 4 bits again or trained on (base=dequantized and original say the same); left out, both
+    are measured on what is held out. nf4 is the trained model as bitsandbytes packs it, its codes chosen to keep it. adapter takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
     f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
     """
     from qlora.export import BY_QUANTISER, TYPES
 
     allowed = {
         "base": ("dequantized", "original"),
+        "for": tuple(PURPOSES),
         "dtype": ("bf16", "fp16", "fp32"),
         "overwrite": ("true", "false"),
         "keys": ("whole", "text"),
         "type": (*TYPES, *BY_QUANTISER),
     }
-    takes = {"merged": ("base", "dtype"), "adapter": ("keys",), "gguf": ("base", "type"), "gguf-adapter": ()}
+    takes = {
+        "merged": ("for", "base", "dtype"),
+        "nf4": (),
+        "adapter": ("keys",),
+        "gguf": ("base", "type"),
+        "gguf-adapter": (),
+    }
     options = _taken(words, "out", *allowed)
     target = words.pop(1) if len(words) > 1 else None
     if target not in takes:
         raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'adapter', a plain LoRA adapter, 'gguf', "
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'nf4', one in 4 bits, 'adapter', a plain LoRA adapter, 'gguf', "
             "the merged model for llama.cpp and Ollama, or 'gguf-adapter', the adapter for them."
         )
     folder = _run("export", words)
@@ -135,7 +146,8 @@ def export(words: list[str]) -> None:
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, export_gguf, foreign_ends, merge
+    from qlora.runs.export import compare_merged, export_adapter, export_gguf, export_nf4, foreign_ends, merge
+    from qlora.runs.measured import best_base, table
 
     overwrite = options.pop("overwrite", "false") == "true"
     out = options.pop("out", None)
@@ -157,6 +169,19 @@ def export(words: list[str]) -> None:
                 f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
             )
         return
+    if target == "nf4":
+        packed, forms = export_nf4(folder, out, overwrite=overwrite)
+        print(f"Model in NF4: {packed.folder} ({packed.tensors} tensors, {bytes_text(packed.bytes)})")
+        print(table(forms) if forms else "Nothing is held out, so what it lost was not measured.")
+        return
+    purpose = options.pop("for", None)
+    if purpose and "base" in options:
+        raise InputError("for and base say the same; expected one of them.")
+    if purpose:
+        options["base"] = PURPOSES[purpose]
+    if "base" not in options:
+        options["base"], why = best_base(folder)
+        print(why, end="\n" if why else "")
     merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
     size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"
     print(f"Merged model: {merged.folder} ({size})")
@@ -166,7 +191,7 @@ def export(words: list[str]) -> None:
         )
     if merged.for_serving:
         print(
-            "It is the trained model in 16 bits, or 8. To quantise it to 4 bits again or to train on it, export with base=original: "
+            "It is the trained model in 16 bits, or 8. To quantise it to 4 bits again or to train on it, export with for=quantising: "
             "on the weights that were quantised before, most of what was learned would be rounded away."
         )
     try:

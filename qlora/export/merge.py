@@ -114,20 +114,7 @@ def merge(
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
             _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(aside / "config.json", both_spellings(source.plain_config(dtype), type(source.model).__name__))
-        _copy_beside(base_folder, aside)
-        new_ends = set(ends) - set(end_tokens(checkpoint))
-        if new_ends:
-            _write_json(aside / GENERATION, _generation(aside, checkpoint, new_ends))
-        for method in source.adapted.methods:
-            method.merge.finish(aside)
-        own = checkpoint.tokenizer.chat_template if chat_template is not None else None
-        # of a tokenizer with several templates the run's may be one: a file of it would hide the others, as tool_use
-        if chat_template is not None and not (isinstance(own, dict) and chat_template in own.values()):
-            (aside / TEMPLATE).write_text(chat_template, encoding="utf-8")
-        older_tokenizer(aside)
-        made = {"base": checkpoint.name, "revision": checkpoint.revision, "weights": base, "quantization": quantization}
-        _write_json(aside / MERGE, made | {"double_quant": double_quant, "dtype": dtype})
+        new_ends = write_beside(aside, source, source.plain_config(dtype), base, dtype, chat_template, ends)
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
         folder=out,
@@ -137,8 +124,45 @@ def merge(
         bytes=total,
         dtype=DTYPES[dtype],
         for_serving=bool(changed) and quantization in FOUR_BIT,
-        new_ends=tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends))),
+        new_ends=new_ends,
     )
+
+
+def write_beside(
+    folder: Path,
+    source: Source,
+    config: dict[str, Any],
+    weights: str,
+    dtype: str,
+    chat_template: str | None,
+    ends: Sequence[int],
+) -> tuple[str, ...]:
+    """Write into ``folder`` whatever a model needs beside its weights, and that it was made of these ``weights`` in ``dtype``.
+
+    Returns the tokens that end an answer and did not by the base's own files.
+    """
+    checkpoint = source.checkpoint
+    _write_json(folder / "config.json", both_spellings(config, type(source.model).__name__))
+    _copy_beside(checkpoint.folder, folder)
+    new_ends = set(ends) - set(end_tokens(checkpoint))
+    if new_ends:
+        _write_json(folder / GENERATION, _generation(folder, checkpoint, new_ends))
+    for method in source.adapted.methods:
+        method.merge.finish(folder)
+    own = checkpoint.tokenizer.chat_template if chat_template is not None else None
+    # of a tokenizer with several templates the run's may be one: a file of it would hide the others, as tool_use
+    if chat_template is not None and not (isinstance(own, dict) and chat_template in own.values()):
+        (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+    older_tokenizer(folder)
+    section = source.empty.section
+    made = {
+        "base": checkpoint.name,
+        "revision": checkpoint.revision,
+        "weights": weights,
+        "quantization": section.quantization,
+    }
+    _write_json(folder / MERGE, made | {"double_quant": section.double_quant, "dtype": dtype})
+    return tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends)))
 
 
 def _generation(folder: Path, checkpoint: Checkpoint, ends: set[int]) -> dict[str, Any]:

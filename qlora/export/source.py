@@ -133,6 +133,11 @@ class Source:
             raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
         return rounded
 
+    def bias(self, path: str) -> Tensor | None:
+        """The merged bias in fp32 of the linear at ``path`` in the model; None where it has none."""
+        name = next((name for name, target in self.names.items() if target == f"{path}.bias"), None)
+        return None if name is None else self.tensor(name, torch.float32, requantise=True)
+
     def _whole(self, name: str, requantise: bool) -> Tensor:
         """The merged tensor called ``name``, one that holds no experts, before it is rounded."""
         if name not in self.names and name not in self.untied:

@@ -136,7 +136,7 @@ def quantised_again(checkpoint: Checkpoint, section: ModelSection) -> str | None
         return None
     return (
         f"'{checkpoint.name}' was merged into weights that had been {section.quantization} before: quantised to that again, most "
-        "of what its adapter learned is rounded away. Merge that run with base=original and take this instead, or set "
+        "of what its adapter learned is rounded away. Merge that run with for=quantising and take this instead, or set "
         "model.quantization=none."
     )
 

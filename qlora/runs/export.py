@@ -14,17 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qlora.data import collate
 from qlora.errors import RunError
 from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
+from qlora.export import export_nf4 as write_nf4
 from qlora.export import merge as merge_files
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
-from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import load_run
@@ -38,6 +39,10 @@ from qlora.runs.folder import (
     read_adapter,
     template_of,
 )
+from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
+
+CALIBRATION = 8192
+"""Tokens of the training data that the codes of ``export_nf4`` are chosen for."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,42 @@ def export_gguf(
         )
 
 
+def export_nf4(
+    folder: str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> tuple[Merged, list[Form]]:
+    """Write a run's model in bitsandbytes' NF4 into ``out`` (``RUN/nf4`` when left out), and measure what was written.
+
+    Its codes are chosen on ``CALIBRATION`` tokens that it was trained on. The table has the trained model, a merge into
+    either base in plain NF4, and this; it is empty where nothing is held out.
+    """
+    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "nf4"
+    found = subject(run.folder, held_out=False)
+    each = sum(len(row.ids) for row in found.train) / len(found.train)
+    rows = spread(found.train, round(CALIBRATION / each))
+    batches = [{key: value.to(found.model.device) for key, value in collate([row], 0).items()} for row in rows]
+    with full_disk_said(place, "export it again"):
+        merged = read_adapter(
+            run.folder,
+            lambda adapter: write_nf4(
+                found.model,
+                run.base,
+                adapter,
+                place,
+                batches,
+                section=run.recipe.model,
+                overwrite=overwrite,
+                chat_template=run.template,
+                ends=run.ends,
+            ),
+        )
+    if not found.held_out:
+        return merged, []
+    forms = {f"{base}, in NF4 again": merged_into(found.source, base, True) for base in ("dequantized", "original")}
+    return merged, measured(
+        found.model, found.source, {**forms, "this NF4": lying_in(place, found.source)}, found.held_out
+    )
+
+
 def foreign_ends(folder: str | Path) -> list[str]:
     """The tokens that end a run's answers and are no ends by the base's own files, which is what generates with an adapter."""
     run = _opened(folder)
@@ -185,25 +226,15 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
         raise RunError("the run has no held-out text.")
     device = device_here(recipe)
     trained = load_run(folder, quiet=True)
-    widened = device.type == "cpu" and trained.base.placement is None
+    widened = widen(trained)
     dtype = torch.float32 if widened else resolve_compute_dtype(device, recipe.model.compute_dtype)
     free, _ = total_memory_bytes(device)
     if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
         raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
-    if widened:
-        _widen(trained.model)
     expected = _logits(trained.model, prompts, device)
     del trained
     found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), prompts, device)
     return _difference(found, expected)
-
-
-def _widen(model: nn.Module) -> None:
-    """Have ``model`` compute in fp32 with the weights that it has: two ways to round 16 bits would be told as a difference."""
-    for module in model.float().modules():
-        if isinstance(module, FrozenLinear):
-            module.kept = {torch.float32: module.dequantise(module.compute_dtype).float()}
-            module.compute_dtype = torch.float32
 
 
 def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
