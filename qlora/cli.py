@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, cast
 
-from qlora.errors import InputError, QloraError, disk_is_full, first_line, nearest, redacted, visible
+from qlora.errors import DiffersError, InputError, QloraError, disk_is_full, first_line, nearest, redacted, visible
 from qlora.machine import DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|nf4|adapter|gguf|gguf-adapter: a plain model in 16 or 4 bits, or the adapter as plain LoRA; either as GGUF.
+    """RUN merged|nf4|adapter|gguf|gguf-adapter|check: a plain model in 16 or 4 bits, or the adapter as plain LoRA; either as GGUF.
 
     All take out=FOLDER and overwrite=true; merged takes dtype=bf16, fp16 or fp32, and for=serving, which is the trained model, or
     for=quantising, which may be put into 4 bits again or trained on (base=dequantized and original say the same); left out, both
-    are measured on what is held out. nf4 is the trained model as bitsandbytes packs it, its codes chosen to keep it. adapter takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
+    are measured on what is held out. nf4 is the trained model as bitsandbytes packs it, its codes chosen to keep it. check takes from=FOLDER, a
+    merged model or one in nf4 (RUN/merged unless said), and compares it with the run, here or on another machine. adapter takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
     f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
     """
     from qlora.export import BY_QUANTISER, TYPES
@@ -124,29 +125,31 @@ def export(words: list[str]) -> None:
         "keys": ("whole", "text"),
         "type": (*TYPES, *BY_QUANTISER),
     }
+    common = ("out", "overwrite")
     takes = {
-        "merged": ("for", "base", "dtype"),
-        "nf4": (),
-        "adapter": ("keys",),
-        "gguf": ("base", "type"),
-        "gguf-adapter": (),
+        "merged": ("for", "base", "dtype", *common),
+        "nf4": common,
+        "adapter": ("keys", *common),
+        "gguf": ("base", "type", *common),
+        "gguf-adapter": common,
+        "check": ("from",),
     }
-    options = _taken(words, "out", *allowed)
+    options = _taken(words, "out", "from", *allowed)
     target = words.pop(1) if len(words) > 1 else None
     if target not in takes:
         raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'nf4', one in 4 bits, 'adapter', a plain LoRA adapter, 'gguf', "
-            "the merged model for llama.cpp and Ollama, or 'gguf-adapter', the adapter for them."
+            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'nf4', one in 4 bits, 'adapter', a plain LoRA "
+            "adapter, 'gguf', the merged model for llama.cpp and Ollama, 'gguf-adapter', the adapter for them, or 'check'."
         )
     folder = _run("export", words)
     for name, value in options.items():
-        if name not in ("out", "overwrite", *takes[target]):
-            known = ", ".join((*takes[target], "out"))
-            raise InputError(f"qlora export RUN {target} takes {known} and overwrite, but found '{name}={value}'.")
+        if name not in takes[target]:
+            known = " and ".join(filter(None, [", ".join(takes[target][:-1]), takes[target][-1]]))
+            raise InputError(f"qlora export RUN {target} takes {known}, but found '{name}={value}'.")
         if value not in allowed.get(name, (value,)):
             raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, export_adapter, export_gguf, export_nf4, foreign_ends, merge
+    from qlora.runs.export import check, compare_merged, export_adapter, export_gguf, export_nf4, foreign_ends, merge
     from qlora.runs.measured import best_base, table
 
     overwrite = options.pop("overwrite", "false") == "true"
@@ -168,6 +171,11 @@ def export(words: list[str]) -> None:
             print(
                 f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
             )
+        return
+    if target == "check":
+        tensors, forms = check(folder, options.get("from"))
+        print(f"{tensors} tensors are those of the run.")
+        print(table(forms) if forms else "Nothing is held out, so its answers were not compared.")
         return
     if target == "nf4":
         packed, forms = export_nf4(folder, out, overwrite=overwrite)
@@ -196,11 +204,13 @@ def export(words: list[str]) -> None:
         )
     try:
         difference = compare_merged(folder, merged)
+    except DiffersError:
+        raise
     except QloraError as error:  # the export is done and whole; only the comparison is not
         print(f"Its logits were not compared with the adapter model's: {error}")
         return
     print(
-        f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
+        f"In plain transformers, on {difference.examples} held-out examples: logits differ by at most "
         f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats per token, "
         f"the same next token at {difference.same_choice:.1%} of the positions."
     )
@@ -235,7 +245,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 130 and 143 signals."""
+    """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 4 an export that differs, 130 and 143 signals."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
     stopped: list[int] = []

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data import collate
-from qlora.errors import RunError
+from qlora.errors import DiffersError, RunError
 from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
 from qlora.export import export_nf4 as write_nf4
 from qlora.export import merge as merge_files
+from qlora.export.verify import verify
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -44,12 +45,15 @@ from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, s
 CALIBRATION = 8192
 """Tokens of the training data that the codes of ``export_nf4`` are chosen for."""
 
+CLOSE = 0.02  # nats a token between a model and its merge in 16 bits: ten times what rounding was seen to make of it
+WORSE = 0.1  # nats a token of held-out loss that a model in other weights may have more
+
 
 @dataclass(frozen=True)
 class Difference:
     """How far the merged model's logits are from the adapter model's, on held-out text."""
 
-    prompts: int
+    examples: int
     largest: float
     """Largest absolute difference of a logit."""
     largest_logit: float
@@ -213,17 +217,19 @@ def foreign_ends(folder: str | Path) -> list[str]:
 
 
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
-    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
+    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out examples, whole.
 
-    Raises RunError, with the reason, where that cannot be measured here.
+    Raises RunError, with the reason, where that cannot be measured here, and DiffersError where a merge that should be the
+    trained model is further from it than ``CLOSE``.
     """
     folder = Path(folder)
     recipe, environment = open_run(folder)
     data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
     check_data(data, environment, folder)
-    prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
-    if not prompts:
+    every = [row.ids[begin:end].tolist() for row in data.held_out for begin, end in row.spans()]
+    if not every:
         raise RunError("the run has no held-out text.")
+    examples = spread(every, count)
     device = device_here(recipe)
     trained = load_run(folder, quiet=True)
     widened = widen(trained)
@@ -231,10 +237,44 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     free, _ = total_memory_bytes(device)
     if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
         raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
-    expected = _logits(trained.model, prompts, device)
+    expected = _logits(trained.model, examples, device)
     del trained
-    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), prompts, device)
-    return _difference(found, expected)
+    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
+    difference = _difference(found, expected)
+    _hold(merged.folder, difference.divergence, 0.0)
+    return difference
+
+
+def check(folder: str | Path, place: str | Path | None = None) -> tuple[int, list[Form]]:
+    """(how many tensors the export in ``place`` has, a table of the trained model and of it, empty where nothing is held out).
+
+    ``place`` is what ``merge`` or ``export_nf4`` wrote, here or elsewhere; ``RUN/merged`` when left out. One tensor, and then one
+    layer, is dense at a time. Raises DiffersError where a tensor is not the merge's, or where it answers otherwise: a merge into
+    the weights that were trained on by more than ``CLOSE``, any other by more than ``WORSE`` of loss.
+    """
+    place = expanded(place) if place is not None else Path(folder) / "merged"
+    run = subject(Path(folder), held_out=False)
+    tensors = verify(run.source, place)
+    if not run.held_out:
+        return tensors, []
+    forms = measured(run.model, run.source, {place.name: lying_in(place, run.source)}, run.held_out)
+    _hold(place, forms[1].found.divergence, forms[1].found.difference[0])
+    return tensors, forms
+
+
+def _hold(place: Path, divergence: float, more: float) -> None:
+    """Raise DiffersError where an export that lies in ``place`` is too far from what was trained, in nats a token."""
+    same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
+    if same and not divergence <= CLOSE:
+        raise DiffersError(
+            f"'{place}' is {divergence:.2g} nats a token from the trained model; expected at most {CLOSE}. Export it again; if it "
+            "stays so, please report it."
+        )
+    if not more <= WORSE:
+        raise DiffersError(
+            f"'{place}' has {more:.3f} nats a token more held-out loss than the trained model; expected at most {WORSE}. "
+            "Merge with for=serving, or train longer on weights that are quantised so."
+        )
 
 
 def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -253,9 +293,9 @@ def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Modu
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, prompts: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Of each prompt [T], its logits [T, V] in fp32 on the CPU."""
-    batches = [torch.tensor([ids], device=device) for ids in prompts]
+def _logits(network: nn.Module, examples: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Of each example [T], its logits [T, V] in fp32 on the CPU."""
+    batches = [torch.tensor([ids], device=device) for ids in examples]
     return [network(ids, use_cache=False).logits[0].float().cpu() for ids in batches]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ WHY = {
 }
 
 
-def spread(rows: Sequence[Row], count: int) -> list[Row]:
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """``count`` rows, but one at least, spread evenly over ``rows``."""
     count = min(len(rows), max(1, count))
     return [rows[place * len(rows) // count] for place in range(count)]

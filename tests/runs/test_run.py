@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
@@ -266,6 +266,16 @@ def test_forms_are_measured_before_one_is_chosen(
     assert divergence["dequantized, 16 bits"] < divergence["original, 16 bits"]
     chosen = json.loads((copy / "merged/qlora_merge.json").read_text(encoding="utf-8"))["weights"]
     assert f"Merged into the {chosen} base" in printed
+    assert main(["export", str(copy), "check"]) == 0
+    assert "tensors are those of the run" in capsys.readouterr().out
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        tensors = load_file(copy / "merged/model.safetensors")
+        tensors[name] *= 1.05
+        save_file(tensors, copy / "merged/model.safetensors", metadata={"format": "pt"})
+        assert main(["export", str(copy), "check", f"from={copy / 'merged'}"]) == 4
+        assert f"{name} differ" in capsys.readouterr().err
+        tensors[name] /= 1.05
+        save_file(tensors, copy / "merged/model.safetensors", metadata={"format": "pt"})
     assert main(["export", str(copy), "nf4"]) == 0
     assert "this NF4" in capsys.readouterr().out
     opened = AutoModelForCausalLM.from_pretrained(copy / "nf4")
