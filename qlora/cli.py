@@ -104,129 +104,27 @@ def chat(words: list[str]) -> None:
 
 
 def export(words: list[str]) -> None:
-    """RUN merged|adapter|gguf|gguf-adapter|hub: a plain 16-bit model, or the adapter as plain LoRA; either as GGUF; to the hub.
+    """RUN merged|nf4|adapter|gguf|gguf-adapter|check|hub: a model in 16 or 4 bits, or the adapter as plain LoRA; either as GGUF.
 
-    All take out=FOLDER and overwrite=true; merged takes base=dequantized or original, and dtype=bf16, fp16 or fp32; adapter
-    takes keys=text, for the class of a multimodal model's language model alone; gguf takes base, and type=q8_0 (unless said),
-    f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m. hub repo=NAME sends what was exported, with its card, to a private
-    repository: from=FOLDER says which, private=false opens it to all, and dry_run=true only lists the files.
+    All that write take out=FOLDER and overwrite=true, and leave a model card.
+    merged takes dtype=bf16, fp16 or fp32, and for=serving, which is the trained model, or for=quantising, which may be put into 4 bits
+    again or trained on (base=dequantized and original say the same); left out, both are measured on what is held out.
+    nf4 is the trained model as bitsandbytes packs it, its codes chosen to keep what was learned.
+    adapter takes keys=text, for the class of a multimodal model's language model alone.
+    gguf takes base, and type=q8_0 (unless said), f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
+    check takes from=FOLDER, a merged model or one in nf4 (RUN/merged unless said), and compares it with the run, here or elsewhere.
+    hub repo=NAME sends an export to a private repository: from=FOLDER says which, private=false opens it to all, and
+    dry_run=true only lists the files.
     """
-    from qlora.export import BY_QUANTISER, TYPES
+    from qlora.exporting import TARGETS
+    from qlora.exporting import export as make
 
-    allowed = {
-        "base": ("dequantized", "original"),
-        "dtype": ("bf16", "fp16", "fp32"),
-        "overwrite": ("true", "false"),
-        "keys": ("whole", "text"),
-        "type": (*TYPES, *BY_QUANTISER),
-        "private": ("true", "false"),
-        "dry_run": ("true", "false"),
-    }
-    common = ("out", "overwrite")
-    takes = {
-        "merged": ("base", "dtype", *common),
-        "adapter": ("keys", *common),
-        "gguf": ("base", "type", *common),
-        "gguf-adapter": common,
-        "hub": ("repo", "from", "private", "dry_run"),
-    }
-    options = _taken(words, "out", "repo", "from", *allowed)
+    options = _taken(words, *{name for target in TARGETS.values() for name in target.options})
     target = words.pop(1) if len(words) > 1 else None
-    if target not in takes:
-        raise InputError(
-            f"qlora export RUN {target or '…'}: expected 'merged', a plain 16-bit model, 'adapter', a plain LoRA adapter, 'gguf', "
-            "the merged model for llama.cpp and Ollama, 'gguf-adapter', the adapter for them, or 'hub', any of these to the hub."
-        )
-    folder = _run("export", words)
-    for name, value in options.items():
-        if name not in takes[target]:
-            *known, last = takes[target]
-            raise InputError(
-                f"qlora export RUN {target} takes {', '.join(known)} and {last}, but found '{name}={value}'."
-            )
-        if value not in allowed.get(name, (value,)):
-            raise InputError(f"{name} is '{value}'; expected {' or '.join(allowed[name])}.")
-    if target == "hub":
-        _publish(folder, options)
-        return
-    from qlora.export.programs import told
-    from qlora.machine.device import bytes_text
-    from qlora.runs.export import (
-        compare_merged,
-        export_adapter,
-        export_gguf,
-        foreign_ends,
-        loaded_by,
-        merge,
-        write_card_of,
-    )
-
-    overwrite = options.pop("overwrite", "false") == "true"
-    out = options.pop("out", None)
-    if target == "adapter":
-        place = out or f"{folder}/portable"
-        why = export_adapter(folder, place, overwrite=overwrite, **options)  # type: ignore[arg-type]
-        print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
-        said = [told(loaded_by(folder, place))]
-        if ends := foreign_ends(folder):
-            said.append(
-                f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "
-                "with it has to be told (eos_token_id, or stop_token_ids)."
-            )
-        print(*said, sep="\n")
-        write_card_of(folder, place, "adapter", said)
-        return
-    if target in ("gguf", "gguf-adapter"):
-        written = export_gguf(folder, out, adapter=target == "gguf-adapter", overwrite=overwrite, **options)  # type: ignore[arg-type]
-        print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
-        if written.command:
-            print(
-                f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
-            )
-        write_card_of(folder, written.file.parent, target)
-        return
-    merged = merge(folder, out, overwrite=overwrite, **options)  # type: ignore[arg-type]
-    size = f"{merged.tensors} tensors, {bytes_text(merged.bytes)}, {merged.adapted} adapted"
-    print(f"Merged model: {merged.folder} ({size})")
-    if merged.new_ends:
-        print(
-            f"Its generation_config.json ends answers with {', '.join(merged.new_ends)} too, as the chat template does."
-        )
-    if merged.for_serving:
-        print(
-            "It is the trained model in 16 bits, or 8. To quantise it to 4 bits again or to train on it, export with base=original: "
-            "on the weights that were quantised before, most of what was learned would be rounded away."
-        )
-    try:
-        difference = compare_merged(folder, merged)
-    except QloraError as error:  # the export is done and whole; only the comparison is not
-        print(f"Its logits were not compared with the adapter model's: {error}")
-        write_card_of(folder, merged.folder, "merged")
-        return
-    compared = (
-        f"In plain transformers, on {difference.prompts} held-out prompts: logits differ by at most "
-        f"{difference.largest:.3g} (of {difference.largest_logit:.3g}), {difference.divergence:.2g} nats per token, "
-        f"the same next token at {difference.same_choice:.1%} of the positions."
-    )
-    print(compared)
-    write_card_of(folder, merged.folder, "merged", [compared])
-
-
-def _publish(folder: Path, options: dict[str, str]) -> None:
-    if "repo" not in options:
-        raise InputError("qlora export RUN hub expects repo=NAME or repo=OWNER/NAME, the repository on the hub.")
-    from qlora.export.hub import publish
-    from qlora.machine.device import bytes_text
-    from qlora.runs.export import to_publish
-
-    source, dry_run = to_publish(folder, options.get("from")), options.get("dry_run") == "true"
-    private = options.get("private", "true") == "true"
-    found = publish(source, options["repo"], private=private, dry_run=dry_run)
-    for name, size in found.files.items():
-        print(f"{bytes_text(size):>10}  {name}")
-    total = f"{len(found.files)} files, {bytes_text(sum(found.files.values()))}"
-    where = f"the {'private' if private else 'public'} repository '{found.repo}'"
-    print(f"{total}, would go to {where}; nothing was sent." if found.url is None else f"{total}, are in {found.url}")
+    if target not in TARGETS:
+        *known, last = (f"'{name}', {each.what}" for name, each in TARGETS.items())
+        raise InputError(f"qlora export RUN {target or '…'}: expected {'; '.join(known)}; or {last}.")
+    make(_run("export", words), target, options)
 
 
 def report(words: list[str]) -> None:
@@ -258,7 +156,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 130 and 143 signals."""
+    """Run one command and return its exit status: 0 done, 1 a defect, 2 input, 3 does not fit, 4 an export that differs, 130 and 143 signals."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries()
     stopped: list[int] = []

@@ -10,6 +10,7 @@
     │   ├── RunError                the run folder: not one, already there, changed under us
     │   └── NonFiniteError          the numbers: a loss or gradient that is not finite; also an ArithmeticError
     ├── DoesNotFitError         3   memory or disk is too small for what was asked; also a MemoryError
+    ├── DiffersError            4   what was exported is not what was trained
     └── Stopped           130, 143  a signal arrived; the state was saved first
 
 A message is one or two sentences: what was found, what was expected, what to do next. Below the tree is what every text
@@ -74,6 +75,12 @@ class DoesNotFitError(QloraError, MemoryError):
     """More memory or disk is needed than there is."""
 
     exit_status = 3
+
+
+class DiffersError(QloraError):
+    """An export that is not the model that was trained."""
+
+    exit_status = 4
 
 
 class Stopped(QloraError):

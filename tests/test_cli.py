@@ -106,7 +106,11 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
         assert all(f"\n  {verb} " in told for verb in cli.VERBS)
     assert main([]) == 2
     assert capfd.readouterr().out == told
-    for verb, takes in (("train", "RECIPE"), ("export", "RUN merged|adapter|gguf|gguf-adapter|hub"), ("doctor", "")):
+    for verb, takes in (
+        ("train", "RECIPE"),
+        ("export", "RUN merged|nf4|adapter|gguf|gguf-adapter|check|hub"),
+        ("doctor", ""),
+    ):
         assert main([verb, "--help"]) == 0
         told = capfd.readouterr().out
         assert told.splitlines()[0] == f"qlora {verb} {takes}".strip()
@@ -144,6 +148,9 @@ def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "expected 'merged'" in refused(capfd, "export", str(tmp_path), "onnx")
     assert "type is 'q9'" in refused(capfd, "export", str(tmp_path), "gguf", "type=q9")
     assert "gguf takes base, type, out and overwrite" in refused(capfd, "export", str(tmp_path), "gguf", "dtype=fp16")
+    assert "for and base say the same" in refused(
+        capfd, "export", str(tmp_path), "merged", "for=serving", "base=original"
+    )
     assert "dtype is 'int3'" in refused(capfd, "export", str(tmp_path), "merged", "dtype=int3")
     assert "takes keys, out and overwrite" in refused(capfd, "export", str(tmp_path), "adapter", "--dtype=fp16")
     assert "no run folder" in refused(capfd, "export", str(tmp_path), "merged")

@@ -7,18 +7,19 @@ import signal
 import pytest
 
 from qlora import errors
-from qlora.errors import DoesNotFitError, InputError, NonFiniteError, QloraError, Stopped, listed, nearest
+from qlora.errors import DiffersError, DoesNotFitError, InputError, NonFiniteError, QloraError, Stopped, listed, nearest
 
 
 def test_exit_status_of_every_error() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, QloraError)]
-    assert len(kinds) == 10
+    assert len(kinds) == 11
     for kind in kinds:
         assert kind.__name__ in (errors.__doc__ or ""), "the tree at the top of the file lacks it"
         if issubclass(kind, InputError):
             assert kind.exit_status == 2
     assert QloraError.exit_status == 1
     assert DoesNotFitError.exit_status == 3
+    assert DiffersError.exit_status == 4
     assert [Stopped("", number).exit_status for number in (signal.SIGINT, signal.SIGTERM)] == [130, 143]
 
 

@@ -3,6 +3,7 @@
 from qlora.export.adapter import export_adapter
 from qlora.export.gguf import BY_QUANTISER, TYPES, Written, export_gguf, export_gguf_adapter
 from qlora.export.merge import Merged, merge
+from qlora.export.nf4 import export_nf4
 
 __all__ = [
     "BY_QUANTISER",
@@ -12,5 +13,6 @@ __all__ = [
     "export_adapter",
     "export_gguf",
     "export_gguf_adapter",
+    "export_nf4",
     "merge",
 ]

@@ -26,7 +26,7 @@ from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.adapter import export_adapter
 from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
-from qlora.export.merge import Source
+from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart

@@ -25,14 +25,15 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # Gemma 3 has a rotary ta
 def both_spellings(config: Mapping[str, Any], architecture: str | None = None) -> dict[str, Any]:
     """config.json with the words of transformers 4 beside those of 5; ``architecture`` where it names no class.
 
-    What the installed transformers would read otherwise then stays in the new words alone.
+    The words of 4 are left out where the installed transformers would then read something else, or cannot be asked: a type
+    with its own code.
     """
-    both = _old_words(config)
-    if architecture and not both.get("architectures"):
-        both["architectures"] = [architecture]
-    return (
-        both if values_of(both) == values_of({**config, "architectures": both.get("architectures")}) else dict(config)
-    )
+    named = dict(config)
+    if architecture and not named.get("architectures"):
+        named["architectures"] = [architecture]
+    both = _old_words(named)
+    read = values_of(both)
+    return both if read is not None and read == values_of(named) else named
 
 
 def _old_words(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,7 +261,8 @@ def read_json(folder: Path, name: str, expected: str, strict: bool = False, most
     except FileNotFoundError:
         raise ModelError(f"'{folder}' has no {name}; expected {expected}.") from None
     except (OSError, Fault) as error:
-        raise ModelError(f"'{path}' is not readable JSON ({error}); fetch it again.") from None
+        again = "export the merged model" if name == MERGE else "fetch it"
+        raise ModelError(f"'{path}' is not readable JSON ({error}); {again} again.") from None
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:

@@ -5,9 +5,11 @@ Knows transformers' configurations; must not know model classes, files or tensor
 
 from __future__ import annotations
 
-import copy
+import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -81,17 +83,21 @@ def any_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
 
 def values_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What transformers makes of a config.json, in its own words; None where the model comes with its own code."""
-    try:
-        known = AutoConfig.for_model(config["model_type"]).to_dict()
-        values = AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()  # which writes into what it is given
-    except Exception:  # a configuration class may raise anything: Mamba 2's over a pair that JSON has as a list
+    """What transformers reads in a config.json, in its own words; None where it does not know the type or refuses the values."""
+    if config.get("model_type") not in CONFIG_MAPPING:
         return None
+    known = AutoConfig.for_model(config["model_type"]).to_dict()
+    with tempfile.TemporaryDirectory() as folder:  # from a file alone it decodes what JSON lacks, as Mamba 2's infinity
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            values = AutoConfig.from_pretrained(folder).to_dict()
+        except Exception:  # a configuration class may raise anything over values that it does not like
+            return None
     rope = values.get("rope_parameters")
     if isinstance(rope, dict):
         for other in {"type", "original_max_position_embeddings"} & {"type", *known}:  # said elsewhere too
             rope.pop(other, None)
-    return {key: values.get(key) for key in (*known, "rope_parameters")}
+    return {key: values.get(key) for key in (*known, "rope_parameters") if key != "_name_or_path"}  # that of the file
 
 
 def _refuse_other_kinds(config: PretrainedConfig, raw: Mapping[str, Any], name: str, native: bool) -> None:
@@ -130,7 +136,7 @@ def quantised_again(checkpoint: Checkpoint, section: ModelSection) -> str | None
         return None
     return (
         f"'{checkpoint.name}' was merged into weights that had been {section.quantization} before: quantised to that again, most "
-        "of what its adapter learned is rounded away. Merge that run with base=original and take this instead, or set "
+        "of what its adapter learned is rounded away. Merge that run with for=quantising and take this instead, or set "
         "model.quantization=none."
     )
 

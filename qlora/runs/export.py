@@ -15,20 +15,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import RunError, listed
+from qlora.data import collate
+from qlora.errors import DiffersError, RunError, listed
 from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
+from qlora.export import export_nf4 as write_nf4
 from qlora.export import merge as merge_files
 from qlora.export.programs import Verdict, programs
+from qlora.export.verify import verify
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
 from qlora.model import anatomy
-from qlora.model.checkpoint import open_checkpoint
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
-from qlora.model.nf4 import FrozenLinear
 from qlora.planning.rows import load_recipe_data
+from qlora.recipe import Recipe
 from qlora.reporting.card import write_card
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
@@ -42,13 +45,20 @@ from qlora.runs.folder import (
     shown,
     template_of,
 )
+from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
+
+CALIBRATION = 8192
+"""Tokens of the training data that the codes of ``export_nf4`` are chosen for."""
+
+CLOSE = 0.02  # nats a token between a model and its merge in 16 bits: ten times what rounding was seen to make of it
+WORSE = 0.1  # nats a token of held-out loss that a model in other weights may have more
 
 
 @dataclass(frozen=True)
 class Difference:
     """How far the merged model's logits are from the adapter model's, on held-out text."""
 
-    prompts: int
+    examples: int
     largest: float
     """Largest absolute difference of a logit."""
     largest_logit: float
@@ -56,6 +66,24 @@ class Difference:
     """Mean Kullback-Leibler divergence, in nats per token."""
     same_choice: float
     """Share of positions at which both choose the same token."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What of a run is exported: its recipe, its base, its chat template, and the tokens that end its answers."""
+
+    folder: Path
+    recipe: Recipe
+    base: Checkpoint
+    template: str | None
+    ends: tuple[int, ...]
+
+
+def _opened(folder: str | Path) -> _Opened:
+    folder = Path(folder)
+    recipe, environment = open_run(folder)
+    base = open_base(recipe, environment, folder)
+    return _Opened(folder, recipe, base, template_of(recipe, folder, base), end_tokens(recipe, folder, base))
 
 
 def merge(
@@ -71,17 +99,13 @@ def merge(
     One tensor in memory at a time. ``base="dequantized"`` merges into the weights that the adapter was trained beside,
     ``"original"`` into the checkpoint's own.
     """
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    section = recipe.model
-    source = open_base(recipe, environment, folder)
-    template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
-    place = expanded(out) if out is not None else folder / "merged"
+    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "merged"
+    section = run.recipe.model
     with full_disk_said(place, "export it again"):
         return read_adapter(
-            folder,
+            run.folder,
             lambda adapter: merge_files(
-                source.folder,
+                run.base.folder,
                 adapter,
                 place,
                 quantization=section.quantization,
@@ -91,9 +115,9 @@ def merge(
                 dtype=dtype,
                 overwrite=overwrite,
                 trust_remote_code=section.trust_remote_code,
-                chat_template=template,
-                ends=ends,
-                checkpoint=source,
+                chat_template=run.template,
+                ends=run.ends,
+                checkpoint=run.base,
             ),
         )
 
@@ -107,15 +131,12 @@ def export_adapter(
 
     Returns None, or why the method is no plain LoRA; its own form is written then.
     """
-    folder, out = Path(folder), expanded(out)
-    recipe, environment = open_run(folder)
-    base = open_base(recipe, environment, folder)
-    template = template_of(recipe, folder, base)
+    run, out = _opened(folder), expanded(out)
     with full_disk_said(out, "export it again"):
         return read_adapter(
-            folder,
+            run.folder,
             lambda adapter: write_adapter(
-                recipe.model, base, adapter, out, overwrite, chat_template=template, keys=keys
+                run.recipe.model, run.base, adapter, out, overwrite, chat_template=run.template, keys=keys
             ),
         )
 
@@ -133,29 +154,26 @@ def export_gguf(
 
     ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
     """
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    source = open_base(recipe, environment, folder)
-    place = expanded(out) if out is not None else folder / ("gguf-adapter" if adapter else f"gguf-{type}")
+    run, name = _opened(folder), "gguf-adapter" if adapter else f"gguf-{type}"
+    place, section = expanded(out) if out is not None else run.folder / name, run.recipe.model
     with full_disk_said(place, "export it again"):
         if adapter:
             return read_adapter(
-                folder, lambda found: export_gguf_adapter(recipe.model, source, found, place, overwrite)
+                run.folder, lambda found: export_gguf_adapter(section, run.base, found, place, overwrite)
             )
-        template, ends = template_of(recipe, folder, source), end_tokens(recipe, folder, source)
         return read_adapter(
-            folder,
+            run.folder,
             lambda found: write_gguf(
-                source.folder,
+                run.base.folder,
                 found,
                 place,
-                section=recipe.model,
+                section=section,
                 type=type,
                 base=base,
                 overwrite=overwrite,
-                chat_template=template,
-                ends=ends,
-                checkpoint=source,
+                chat_template=run.template,
+                ends=run.ends,
+                checkpoint=run.base,
             ),
         )
 
@@ -197,48 +215,108 @@ def write_card_of(folder: str | Path, out: str | Path, form: str, told: Sequence
     return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told)
 
 
+def export_nf4(
+    folder: str | Path, out: str | Path | None = None, *, overwrite: bool = False
+) -> tuple[Merged, list[Form]]:
+    """Write a run's model in bitsandbytes' NF4 into ``out`` (``RUN/nf4`` when left out), and measure what was written.
+
+    Its codes are chosen on ``CALIBRATION`` tokens that it was trained on. The table has the trained model, a merge into
+    either base in plain NF4, and this; it is empty where nothing is held out.
+    """
+    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "nf4"
+    found = subject(run.folder, held_out=False)
+    each = sum(len(row.ids) for row in found.train) / len(found.train)
+    rows = spread(found.train, round(CALIBRATION / each))
+    batches = [{key: value.to(found.model.device) for key, value in collate([row], 0).items()} for row in rows]
+    with full_disk_said(place, "export it again"):
+        merged = read_adapter(
+            run.folder,
+            lambda adapter: write_nf4(
+                found.model,
+                run.base,
+                adapter,
+                place,
+                batches,
+                section=run.recipe.model,
+                overwrite=overwrite,
+                chat_template=run.template,
+                ends=run.ends,
+            ),
+        )
+    if not found.held_out:
+        return merged, []
+    forms = {f"{base}, in NF4 again": merged_into(found.source, base, True) for base in ("dequantized", "original")}
+    return merged, measured(
+        found.model, found.source, {**forms, "this NF4": lying_in(place, found.source)}, found.held_out
+    )
+
+
 def foreign_ends(folder: str | Path) -> list[str]:
     """The tokens that end a run's answers and are no ends by the base's own files, which is what generates with an adapter."""
-    folder = Path(folder)
-    recipe, environment = open_run(folder)
-    base = open_base(recipe, environment, folder)
-    new = [end for end in end_tokens(recipe, folder, base) if end not in known_ends(base)]
-    return list(base.tokenizer.convert_ids_to_tokens(new))
+    run = _opened(folder)
+    new = [end for end in run.ends if end not in known_ends(run.base)]
+    return list(run.base.tokenizer.convert_ids_to_tokens(new))
 
 
 def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
-    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out prompts.
+    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out examples, whole.
 
-    Raises RunError, with the reason, where that cannot be measured here.
+    Raises RunError, with the reason, where that cannot be measured here, and DiffersError where a merge that should be the
+    trained model is further from it than ``CLOSE``.
     """
     folder = Path(folder)
     recipe, environment = open_run(folder)
     data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
     check_data(data, environment, folder)
-    prompts = [prompt.ids for prompt in data.held_out_prompts(count)]
-    if not prompts:
+    every = [row.ids[begin:end].tolist() for row in data.held_out for begin, end in row.spans()]
+    if not every:
         raise RunError("the run has no held-out text.")
+    examples = spread(every, count)
     device = device_here(recipe)
     trained = load_run(folder, quiet=True)
-    widened = device.type == "cpu" and trained.base.placement is None
+    widened = widen(trained)
     dtype = torch.float32 if widened else resolve_compute_dtype(device, recipe.model.compute_dtype)
     free, _ = total_memory_bytes(device)
     if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
         raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
-    if widened:
-        _widen(trained.model)
-    expected = _logits(trained.model, prompts, device)
+    expected = _logits(trained.model, examples, device)
     del trained
-    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), prompts, device)
-    return _difference(found, expected)
+    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
+    difference = _difference(found, expected)
+    _hold(merged.folder, difference.divergence, 0.0)
+    return difference
 
 
-def _widen(model: nn.Module) -> None:
-    """Have ``model`` compute in fp32 with the weights that it has: two ways to round 16 bits would be told as a difference."""
-    for module in model.float().modules():
-        if isinstance(module, FrozenLinear):
-            module.kept = {torch.float32: module.dequantise(module.compute_dtype).float()}
-            module.compute_dtype = torch.float32
+def check(folder: str | Path, place: str | Path | None = None) -> tuple[int, list[Form]]:
+    """(how many tensors the export in ``place`` has, a table of the trained model and of it, empty where nothing is held out).
+
+    ``place`` is what ``merge`` or ``export_nf4`` wrote, here or elsewhere; ``RUN/merged`` when left out. One tensor, and then one
+    layer, is dense at a time. Raises DiffersError where a tensor is not the merge's, or where it answers otherwise: a merge into
+    the weights that were trained on by more than ``CLOSE``, any other by more than ``WORSE`` of loss.
+    """
+    place = expanded(place) if place is not None else Path(folder) / "merged"
+    run = subject(Path(folder), held_out=False)
+    tensors = verify(run.source, place)
+    if not run.held_out:
+        return tensors, []
+    forms = measured(run.model, run.source, {place.name: lying_in(place, run.source)}, run.held_out)
+    _hold(place, forms[1].found.divergence, forms[1].found.difference[0])
+    return tensors, forms
+
+
+def _hold(place: Path, divergence: float, more: float) -> None:
+    """Raise DiffersError where an export that lies in ``place`` is too far from what was trained, in nats a token."""
+    same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
+    if same and not divergence <= CLOSE:
+        raise DiffersError(
+            f"'{place}' is {divergence:.2g} nats a token from the trained model; expected at most {CLOSE}. Export it again; if it "
+            "stays so, please report it."
+        )
+    if not more <= WORSE:
+        raise DiffersError(
+            f"'{place}' has {more:.3f} nats a token more held-out loss than the trained model; expected at most {WORSE}. "
+            "Merge with for=serving, or train longer on weights that are quantised so."
+        )
 
 
 def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
@@ -257,9 +335,9 @@ def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Modu
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, prompts: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Of each prompt [T], its logits [T, V] in fp32 on the CPU."""
-    batches = [torch.tensor([ids], device=device) for ids in prompts]
+def _logits(network: nn.Module, examples: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Of each example [T], its logits [T, V] in fp32 on the CPU."""
+    batches = [torch.tensor([ids], device=device) for ids in examples]
     return [network(ids, use_cache=False).logits[0].float().cpu() for ids in batches]
 
 

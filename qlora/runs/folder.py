@@ -237,7 +237,15 @@ def clear(folder: Path) -> None:
     """
     clear_leftovers(folder)
     last = "recipe.yaml"
-    for name in ("environment.json", *(name for name in RUN_FILES if name != last), "merged", "portable", last):
+    for name in (
+        "environment.json",
+        *(name for name in RUN_FILES if name != last),
+        "merged",
+        "portable",
+        "nf4",
+        "forms.md",
+        last,
+    ):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             delete_folder(path)

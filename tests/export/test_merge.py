@@ -19,7 +19,7 @@ from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, save_adapter
-from qlora.model.checkpoint import open_checkpoint
+from qlora.model.checkpoint import MERGE, Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
 from qlora.recipe import ModelSection
 from tests.rounding import difference, rounding
@@ -274,3 +274,9 @@ def test_a_merge_on_the_grid_warns_whoever_quantises_it_again(
     path = "model.layers.0.self_attn.q_proj"
     before, after = (tiny_base(folder).model.get_submodule(path).weight for folder in (source, tmp_path / "out"))
     assert torch.equal(before, after) == warned
+
+
+def test_a_damaged_note_of_a_merge_is_said(tmp_path: Path) -> None:
+    (tmp_path / MERGE).write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"qlora_merge.json' is not readable JSON .*; export the merged model again"):
+        _ = Checkpoint(tmp_path, "merged").merge

@@ -60,8 +60,16 @@ def test_what_would_be_read_otherwise_is_left_alone() -> None:
     """A rope that transformers 5 would take from the old words and not from the new ones."""
     values = {"model_type": "llama", "rope_theta": 1.0, "rope_parameters": dict(DEFAULT), "dtype": "bfloat16"}
     assert both_spellings(values)["rope_theta"] == 1.0
-    strange = {"model_type": "of our own", "rope_parameters": dict(DEFAULT)}
-    assert both_spellings(strange, "OursForCausalLM")["architectures"] == ["OursForCausalLM"]
+    strange = {"model_type": "of our own", "rope_parameters": dict(DEFAULT)}  # which nobody here can read
+    assert both_spellings(strange, "OursForCausalLM") == {**strange, "architectures": ["OursForCausalLM"]}
+
+
+@pytest.mark.parametrize("kind", ["Mamba2", "Bamba", "FalconH1", "GraniteMoeHybrid", "NemotronH"])
+def test_what_json_has_no_word_for_is_read_as_from_a_file(kind: str, tmp_path: Path) -> None:
+    getattr(transformers, f"{kind}Config")(dtype="bfloat16").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "__float__" in json.dumps(saved)
+    assert both_spellings(saved)["torch_dtype"] == "bfloat16"
 
 
 def test_the_class_is_named_where_the_base_names_none() -> None:

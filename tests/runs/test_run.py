@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
@@ -247,6 +247,39 @@ def test_export_loads_in_plain_transformers(finished: Path, tmp_path: Path, caps
     assert "Traceback" not in capsys.readouterr().err
     assert main(["export", str(finished), "merged", f"out={out}", "overwrite=true"]) == 0
     assert next(iter(load_file(out / "model.safetensors").values())).dtype == torch.bfloat16
+
+
+def test_forms_are_measured_before_one_is_chosen(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "run")
+    assert main(["export", str(copy), "merged"]) == 0
+    text = (copy / "forms.md").read_text(encoding="utf-8")
+    assert text in (printed := capsys.readouterr().out)
+    lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines()[2:]}
+    assert list(lines) == [
+        "trained", *(f"{base}, {how}" for base in ("dequantized", "original") for how in ("16 bits", "in NF4 again"))
+    ]  # fmt: skip
+    loss, divergence = ({name: float(cells[at]) for name, cells in lines.items()} for at in (0, 2))
+    assert loss["trained"] == pytest.approx(evaluate(copy, quiet=True).after.loss, abs=1e-4)  # type: ignore[union-attr]
+    assert divergence["trained"] == 0
+    assert divergence["dequantized, 16 bits"] < divergence["original, 16 bits"]
+    chosen = json.loads((copy / "merged/qlora_merge.json").read_text(encoding="utf-8"))["weights"]
+    assert f"Merged into the {chosen} base" in printed
+    assert main(["export", str(copy), "check"]) == 0
+    assert "tensors are those of the run" in capsys.readouterr().out
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        tensors = load_file(copy / "merged/model.safetensors")
+        tensors[name] *= 1.05
+        save_file(tensors, copy / "merged/model.safetensors", metadata={"format": "pt"})
+        assert main(["export", str(copy), "check", f"from={copy / 'merged'}"]) == 4
+        assert f"{name} differ" in capsys.readouterr().err
+        tensors[name] /= 1.05
+        save_file(tensors, copy / "merged/model.safetensors", metadata={"format": "pt"})
+    assert main(["export", str(copy), "nf4"]) == 0
+    assert "this NF4" in capsys.readouterr().out
+    opened = AutoModelForCausalLM.from_pretrained(copy / "nf4")
+    assert opened.config.quantization_config.load_in_4bit
 
 
 def test_peft_loads_the_adapter_strictly(finished: Path) -> None:
@@ -480,6 +513,7 @@ def test_export_stands_when_it_cannot_be_compared(
         data.with_suffix(".away").rename(data)
     printed = capsys.readouterr().out
     assert "were not compared" in printed
+    assert "Which base suits was not measured" in printed
     assert str(data) in printed
     assert (copy / "merged/model.safetensors").is_file()
 

@@ -1,0 +1,182 @@
+"""``qlora export RUN WHAT``: what each of these takes, makes and says, and the model card that goes with it.
+
+Everything heavy is imported inside, as for the other verbs: see ``cli.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora.errors import DiffersError, InputError, QloraError
+
+PURPOSES = {"serving": "dequantized", "quantising": "original"}
+"""What a merged model is for → the base that it is merged into."""
+YES = ("true", "false")
+BASES = ("dequantized", "original")
+ANY: tuple[str, ...] = ()
+
+
+class Target(NamedTuple):
+    """One word behind the run: what it is, its options with their values (``ANY``: all), and what makes it."""
+
+    what: str
+    options: Mapping[str, tuple[str, ...]]
+    make: Callable[[Path, dict[str, Any]], None]
+
+
+def merged(folder: Path, options: dict[str, Any]) -> None:
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import compare_merged, merge
+    from qlora.runs.measured import best_base
+
+    purpose = options.pop("for", None)
+    if purpose and "base" in options:
+        raise InputError("for and base say the same; expected one of them.")
+    if purpose:
+        options["base"] = PURPOSES[purpose]
+    said = []
+    if "base" not in options:
+        options["base"], why = best_base(folder)
+        said += [why] if why else []
+        print(*said, sep="\n", end="\n" if said else "")
+    made = merge(folder, options.pop("out", None), **options)
+    size = f"{made.tensors} tensors, {bytes_text(made.bytes)}, {made.adapted} adapted"
+    print(f"Merged model: {made.folder} ({size})")
+    if made.new_ends:
+        print(
+            f"Its generation_config.json ends answers with {', '.join(made.new_ends)} too, as the chat template does."
+        )
+    if made.for_serving:
+        said.append(
+            "It is the trained model in 16 bits, or 8. To quantise it to 4 bits again or to train on it, export with for=quantising: "
+            "on the weights that were quantised before, most of what was learned would be rounded away."
+        )
+        print(said[-1])
+    try:
+        found = compare_merged(folder, made)
+        said.append(
+            f"In plain transformers, on {found.examples} held-out examples: logits differ by at most "
+            f"{found.largest:.3g} (of {found.largest_logit:.3g}), {found.divergence:.2g} nats per token, "
+            f"the same next token at {found.same_choice:.1%} of the positions."
+        )
+    except DiffersError:
+        raise
+    except QloraError as error:  # the export is done and whole; only the comparison is not
+        said.append(f"Its logits were not compared with the adapter model's: {error}")
+    print(said[-1])
+    _card(folder, made.folder, "merged", said)
+
+
+def nf4(folder: Path, options: dict[str, Any]) -> None:
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import export_nf4
+    from qlora.runs.measured import table
+
+    packed, forms = export_nf4(folder, options.pop("out", None), **options)
+    print(f"Model in NF4: {packed.folder} ({packed.tensors} tensors, {bytes_text(packed.bytes)})")
+    said = table(forms) if forms else "Nothing is held out, so what it lost was not measured."
+    print(said)
+    _card(folder, packed.folder, "nf4", [said])
+
+
+def adapter(folder: Path, options: dict[str, Any]) -> None:
+    from qlora.export.programs import told
+    from qlora.runs.export import export_adapter, foreign_ends, loaded_by
+
+    place = options.pop("out", f"{folder}/portable")
+    why = export_adapter(folder, place, **options)
+    print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
+    said = [told(loaded_by(folder, place))]
+    if ends := foreign_ends(folder):
+        said.append(
+            f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "
+            "with it has to be told (eos_token_id, or stop_token_ids)."
+        )
+    print(*said, sep="\n")
+    _card(folder, place, "adapter", said)
+
+
+def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
+    from qlora.export import BY_QUANTISER, TYPES
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import export_gguf
+
+    if (kind := options.get("type")) is not None and kind not in (*TYPES, *BY_QUANTISER):
+        raise InputError(f"type is '{kind}'; expected {' or '.join((*TYPES, *BY_QUANTISER))}.")
+    written = export_gguf(folder, options.pop("out", None), adapter=alone, **options)
+    print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
+    if written.command:
+        print(
+            f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
+        )
+    _card(folder, written.file.parent, "gguf-adapter" if alone else "gguf", [])
+
+
+def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
+    gguf(folder, options, alone=True)
+
+
+def check(folder: Path, options: dict[str, Any]) -> None:
+    from qlora.runs.export import check
+    from qlora.runs.measured import table
+
+    tensors, forms = check(folder, options.get("from"))
+    print(f"{tensors} tensors are those of the run.")
+    print(table(forms) if forms else "Nothing is held out, so its answers were not compared.")
+
+
+def hub(folder: Path, options: dict[str, Any]) -> None:
+    if "repo" not in options:
+        raise InputError("qlora export RUN hub expects repo=NAME or repo=OWNER/NAME, the repository on the hub.")
+    from qlora.export.hub import publish
+    from qlora.machine.device import bytes_text
+    from qlora.runs.export import to_publish
+
+    private = options.get("private", "true") == "true"
+    source = to_publish(folder, options.get("from"))
+    found = publish(source, options["repo"], private=private, dry_run=options.get("dry_run") == "true")
+    for name, size in found.files.items():
+        print(f"{bytes_text(size):>10}  {name}")
+    total = f"{len(found.files)} files, {bytes_text(sum(found.files.values()))}"
+    where = f"the {'private' if private else 'public'} repository '{found.repo}'"
+    print(f"{total}, would go to {where}; nothing was sent." if found.url is None else f"{total}, are in {found.url}")
+
+
+def _card(folder: Path, out: str | Path, form: str, said: list[str]) -> None:
+    from qlora.runs.export import write_card_of
+
+    write_card_of(folder, out, form, said)
+
+
+COMMON = {"out": ANY, "overwrite": YES}
+TARGETS = {
+    "merged": Target(
+        "a plain 16-bit model",
+        {"for": tuple(PURPOSES), "base": BASES, "dtype": ("bf16", "fp16", "fp32"), **COMMON},
+        merged,
+    ),
+    "nf4": Target("one in 4 bits", COMMON, nf4),
+    "adapter": Target("a plain LoRA adapter", {"keys": ("whole", "text"), **COMMON}, adapter),
+    "gguf": Target("the merged model for llama.cpp and Ollama", {"base": BASES, "type": ANY, **COMMON}, gguf),
+    "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
+    "check": Target("an export compared with the run", {"from": ANY}, check),
+    "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
+}
+
+
+def export(folder: Path, target: str, options: dict[str, str]) -> None:
+    """Make ``target`` of the run in ``folder``. Raises InputError for an option that it does not take."""
+    takes = TARGETS[target].options
+    for name, value in options.items():
+        if name not in takes:
+            *known, last = takes
+            known_text = f"{', '.join(known)} and {last}" if known else last
+            raise InputError(f"qlora export RUN {target} takes {known_text}, but found '{name}={value}'.")
+        if takes[name] and value not in takes[name]:
+            raise InputError(f"{name} is '{value}'; expected {' or '.join(takes[name])}.")
+    given: dict[str, Any] = dict(options)
+    if "overwrite" in given:
+        given["overwrite"] = given["overwrite"] == "true"
+    TARGETS[target].make(folder, given)

@@ -1,0 +1,223 @@
+"""What a run becomes in each form it may be shipped in, measured on its held-out answers before one is chosen.
+
+    held-out rows ─► the trained model ─────────────────────────────┐
+                 ├─► merged into either base, in 16 bits            ├─► loss, divergence, same choice, paired errors
+                 └─► each of these in NF4 again, and what lies there ┘
+
+All go side by side, a layer at a time, so nothing is written for it and one layer of each is dense. Only linears of layers
+differ: all else is the trained model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.data import Row, collate
+from qlora.errors import QloraError, RunError
+from qlora.evaluation.divergence import Divergence
+from qlora.export.nf4 import dense_linear, linears_of
+from qlora.export.source import Source
+from qlora.files.durable import file_written_aside
+from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
+from qlora.methods import AdaptedModel
+from qlora.model import anatomy
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.config import FOUR_BIT
+from qlora.model.load import packed_tensors, turned
+from qlora.model.loss import head_of
+from qlora.model.names import packed_parts
+from qlora.model.nf4 import FrozenLinear, Linear4bit, dequantised, features, quantised
+from qlora.model.walk import Walk, standing
+from qlora.planning.rows import load_recipe_data
+from qlora.runs.evaluate import load_run
+from qlora.runs.folder import check_data, open_base, open_run, read_adapter
+
+ANSWERS = 32  # that are compared, whole rows of them
+WeightOf = Callable[[str, nn.Module], Tensor]
+"""The weight [out, in] that a form has for the linear at a path, which stands there in the trained model."""
+
+
+FORMS = "forms.md"
+"""The table in the run folder."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One line of the table: a form of the run's model, against the model as it was trained."""
+
+    name: str
+    found: Divergence
+
+    def __str__(self) -> str:
+        found, (more, error) = self.found, self.found.difference
+        return (
+            f"| {self.name:<28} | {found.loss:6.4f} | {more:+8.4f} ± {error:6.4f} | {found.divergence:8.2g} | "
+            f"{found.same_choice:6.1%} |"
+        )
+
+
+def table(forms: Sequence[Form]) -> str:
+    """The lines of a table in Markdown."""
+    heading = f"| {'':<28} | {'loss':>6} | {'more than trained':>17} | {'KL':>8} | {'top-1':>6} |"
+    return "\n".join([heading, "|---|--:|--:|--:|--:|", *map(str, forms)])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run whose exports are measured: its trained model, the stream of its merged tensors, and its rows."""
+
+    model: AdaptedModel
+    source: Source
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    """Whole rows, spread evenly, of ``ANSWERS`` examples or a few more."""
+
+
+def subject(folder: Path, held_out: bool = True) -> Subject:
+    """The run in ``folder``. Raises RunError where it holds nothing out and that is asked for, or has experts, which are no
+    linears."""
+    recipe, environment = open_run(folder)
+    base = open_base(recipe, environment, folder)
+    data = load_recipe_data(recipe, base)
+    check_data(data, environment, folder)
+    if held_out and not data.held_out:
+        raise RunError("the run holds nothing out (data.held_out or held_out_fraction).")
+    model = load_run(folder, quiet=True)
+    dtype = resolve_compute_dtype(model.device, recipe.model.compute_dtype)
+    source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device, dtype))
+    if source.stacks:
+        raise RunError("its experts are no linears, which alone are followed layer by layer.")
+    each = sum(len(row.examples) for row in data.held_out) / max(1, len(data.held_out))
+    return Subject(model, source, data.train, spread(data.held_out, round(ANSWERS / max(1.0, each))))
+
+
+def widen(model: AdaptedModel) -> bool:
+    """Have a model on a CPU compute in fp32 with the weights that it has, where memory allows; whether it does.
+
+    Two ways to round 16 bits would be told as a difference.
+    """
+    free, _ = total_memory_bytes(model.device)
+    linears = [module for module in model.model.modules() if isinstance(module, FrozenLinear)]
+    bytes_more = 4 * sum(linear.in_features * linear.out_features for linear in linears)
+    if model.device.type != "cpu" or model.base.placement is not None or bytes_more > free / 2:
+        return False
+    model.model.float()
+    for linear in linears:
+        linear.kept = {torch.float32: linear.dequantise(linear.compute_dtype).float()}
+        linear.compute_dtype = torch.float32
+    return True
+
+
+def best_base(folder: Path) -> tuple[str, str]:
+    """(the base to merge into where nobody says what for, why): measured, where both are at hand.
+
+    The original one where it has less loss by twice the error of the paired difference: then it is better as it is and once
+    more when it is quantised. Else the weights that the adapter was trained beside, which give the trained model.
+    """
+    recipe, _ = open_run(folder)
+    if recipe.model.quantization not in FOUR_BIT:
+        return "dequantized", ""
+    try:
+        run = subject(folder)
+        if run.source.empty.scheme.prequantised:
+            return "dequantized", ""
+        forms = measured(
+            run.model,
+            run.source,
+            {
+                f"{base}{', in NF4 again' if again else ', 16 bits'}": merged_into(run.source, base, again)
+                for base in ("dequantized", "original")
+                for again in (False, True)
+            },
+            run.held_out,
+        )
+    except QloraError as error:
+        return "dequantized", (
+            f"Which base suits was not measured: {error} Merged into the weights that the adapter was trained beside, which "
+            "is the trained model in 16 bits, and loses what it learned when it is quantised to 4 bits again (for=quantising)."
+        )
+    found = table(forms)
+    with file_written_aside(folder / FORMS) as aside:
+        aside.write_text(found + "\n", encoding="utf-8")
+    by_name = {form.name: form.found for form in forms}
+    more, uncertain = by_name["original, 16 bits"].difference
+    base = "original" if more < -2 * uncertain else "dequantized"
+    return base, f"{found}\nMerged into the {base} base: {WHY[base]}"
+
+
+WHY = {
+    "original": "it has less held-out loss, and is what it is when it is quantised again (for=serving: the trained model itself).",
+    "dequantized": "it is the trained model, for 16 bits or 8 (for=quantising: what may be quantised to 4 bits, or trained on).",
+}
+
+
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """``count`` rows, but one at least, spread evenly over ``rows``."""
+    count = min(len(rows), max(1, count))
+    return [rows[place * len(rows) // count] for place in range(count)]
+
+
+def merged_into(source: Source, base: str, again: bool) -> WeightOf:
+    """A merge into that base, in bf16; ``again``: and quantised to NF4 as a loader does it."""
+    names = {target: name for name, target in source.names.items()}
+
+    def weight(path: str, linear: nn.Module) -> Tensor:
+        values = source.tensor(names[f"{path}.weight"], torch.bfloat16, requantise=base == "dequantized")
+        values = turned(linear, values).contiguous()
+        return dequantised(*quantised(values, "nf4", True)) if again else values
+
+    return weight
+
+
+def lying_in(folder: Path, source: Source) -> WeightOf:
+    """An export that was written, in 16 bits or as bitsandbytes packed it."""
+    checkpoint = Checkpoint(folder, str(folder))
+    names = {target: name for name, target in source.names.items()}
+
+    def weight(path: str, linear: nn.Module) -> Tensor:
+        name, (outputs, inputs) = names[f"{path}.weight"], features(linear)
+        if not packed_parts(name, checkpoint):
+            return turned(linear, checkpoint.read(name).to(source.device))
+        packed = Linear4bit.empty(
+            inputs, outputs, bias=False, quant_type="nf4", double_quant=True, compute_dtype=torch.bfloat16
+        )
+        packed.place_quantised(packed_tensors(checkpoint, name), source.device)
+        return packed.dequantise(torch.bfloat16)
+
+    return weight
+
+
+def measured(model: AdaptedModel, source: Source, forms: Mapping[str, WeightOf], rows: Sequence[Row]) -> list[Form]:
+    """Each of ``forms`` against the trained ``model`` on ``rows``, the model itself first."""
+    widen(model)
+    batches = [collate([row], 0) for row in rows]
+    labels = [batch["labels"][0].to(model.device) for batch in batches]
+    given = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    walk, head = Walk(model.model, given), head_of(model.model)
+    paths = anatomy.path_of(model.model, walk.layers)
+    states = {name: list(walk.first) for name in forms}
+    for number, layer in enumerate(walk.layers):
+        linears = linears_of(layer, bool(source.quantised))
+        for name, weight_of in forms.items():
+            instead: dict[str, nn.Module] = {
+                path: dense_linear(
+                    weight_of(f"{paths}.{number}.{path}", linear),
+                    source.bias(f"{paths}.{number}.{path}"),
+                    walk.first[0].dtype,
+                )
+                for path, linear in linears.items()
+            }
+            with standing(layer, instead):
+                states[name] = [walk.visit(number, batch, hidden) for batch, hidden in enumerate(states[name])]
+    found = {"trained": Divergence()} | {name: Divergence() for name in forms}
+    for batch, reference in enumerate(walk.last):
+        found["trained"].add(reference[0], reference[0], labels[batch], head)
+        for name, hidden in states.items():
+            found[name].add(walk.behind(batch, hidden[batch])[0], reference[0], labels[batch], head)
+    return [Form(name, one) for name, one in found.items()]
