@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["qlora", *(f"qlora.{m.name}" for m in pkgutil.iter_modules(qlora.__path__) if m.ispkg)]
 # the only files that may import these when they run, whole folders by a trailing slash
 OWNERS = {
-    "bitsandbytes": {"qlora/model/nf4.py", "qlora/model/experts.py", "qlora/training/optim.py"},
+    "bitsandbytes": {
+        "qlora/model/nf4.py",
+        "qlora/model/experts.py",
+        "qlora/training/optim.py",
+        "qlora/export/nf4.py",
+        "qlora/export/rounding.py",
+    },
     "transformers": {
         "qlora/model/",
         "qlora/quickstart/",
