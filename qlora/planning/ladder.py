@@ -36,7 +36,7 @@ from qlora.residence.tiles import find_mlp
 Changes = dict[str, object]
 """Values of a recipe, by ``section.field``."""
 
-FULL = 2048  # tokens at once after which a device's products gain no more by further rows
+FULL = 2048  # tokens at once, in each expert of a mixture, after which a device's products gain no more by further rows
 UNIT = 256  # tokens in which contexts are counted
 LONGEST = 2**16  # rows or units beyond which nothing is looked for
 SPARE = {"cpu": 0.5, "cuda": 0.95}
@@ -243,7 +243,10 @@ class Arranger:
     def _rungs(self, accumulation: str) -> Iterator[Arrangement]:
         """From the top down, for one order of accumulation."""
         training, length = self.recipe.training, self.recipe.data.max_length
-        gpu, rows = self.target.device.type != "cpu", min(training.batch_size, max(1, FULL // length))
+        gpu, rows = (
+            self.target.device.type != "cpu",
+            min(training.batch_size, max(1, int(FULL / self.shapes.visited) // length)),
+        )
         # with one weight for both the embedding goes together with the head
         embedding = {"memory.embedding": "host"} if self.ends and not self.tied else {}
         fewer = [rows // 2**n for n in range(1, rows.bit_length())]
@@ -273,10 +276,23 @@ class Arranger:
         ]
         for possible, changes in table:
             if possible:
-                now |= changes
-                yield self.look(now)
+                now |= changes if self.tiles else {**changes, "memory.mlp_tile": None}
+                yield self._with_tiles(now)
+        # where experts travel with their layers there is room for more rows, whose tokens visit them together
+        for number in (rows, *fewer) if self.layers and not whole and self.shapes.experts else ():
+            yield from self._streamed({**now, "training.micro_batch_size": number}, ("host",) if gpu else ("disk",))
         if self.layers and not whole:
             yield from self._streamed(now, ("host", "disk") if gpu else ("disk",))
+
+    def _with_tiles(self, now: Changes) -> Arrangement:
+        """``now``, whose MLPs stay whole where they answer with more than a tensor (gpt-oss, with the router's scores)."""
+        try:
+            return self.look(now)
+        except ModelError:
+            if now.get("memory.mlp_tile") is None:
+                raise
+            self.tiles, now["memory.mlp_tile"] = False, None
+            return self.look(now)
 
     def _keeping(self, now: Changes, sizes: list[int]) -> Iterator[Arrangement]:
         """With as few layers recomputed as fit, for each number of rows at once."""

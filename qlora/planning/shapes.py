@@ -27,7 +27,11 @@ class Shapes:
     blocks: int
     """N, in the frozen linears; of experts those that a token visits."""
     packed: int
-    """How many of them are quantised."""
+    """Quantised numbers in linears."""
+    experts: int
+    """Quantised numbers in experts, visited or not."""
+    visited: float
+    """The share of a layer's experts that a token visits; 1 where there are none."""
     trained: int
     """N_a, in the matrices that train."""
     head: int
@@ -97,9 +101,12 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         (linear, count) for linear, count in zip(linears, counts, strict=True) if isinstance(linear, PackedExperts)
     ]
     unvisited = sum(count - count * anatomy.experts_visited(model, one.count) // one.count for one, count in experts)
+    in_experts = sum(count for _, count in experts)
     return Shapes(
         blocks=sum(counts) - unvisited,
-        packed=sum(count for count, linear in zip(counts, linears, strict=True) if isinstance(linear, Packed)),
+        packed=sum(count for count, one in zip(counts, linears, strict=True) if isinstance(one, Packed)) - in_experts,
+        experts=in_experts,
+        visited=1 - unvisited / in_experts if in_experts else 1.0,
         trained=sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad and p.dim() > 1),
         head=math.prod(features(head)) if head is not None and is_linear(head) else sizes.vocabulary * sizes.hidden,
         head_trains=head is not None and trains(head),

@@ -20,6 +20,7 @@ from qlora.errors import ModelError, RecipeError
 from qlora.machine.cards import card
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import as_base, quantise
+from qlora.model.experts import PackedExperts
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import any_skeleton
 from qlora.planning import shapes as counts
@@ -29,7 +30,7 @@ from qlora.planning.speed import Pass, Seconds, Work, step_seconds, work_of
 from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.training import Trainer
-from tests.tiny import chat_checkpoint
+from tests.tiny import chat_checkpoint, tiny_checkpoint
 
 CPU = torch.device("cpu")
 ENDLESS = Rate(1e30, 1e30, 1e30)
@@ -248,6 +249,35 @@ def test_what_is_elsewhere_travels(large: Shapes) -> None:
     assert work(head="host").loss.flops == nothing.loss.flops * 6 / 4
     streamed = work(layers="streamed")
     assert total(work("micro_batch_major", layers="streamed"), "copied") == 4 * total(streamed, "copied")
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), [("kept", 2), ("layer-major", 4)])
+def test_experts_are_dequantised_once_a_micro_batch_and_way(
+    name: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tokens that are enough to visit them all. A recompute leaves them out here, since a layer ends in their answer."""
+    training = TrainingSection(batch_size=4, steps=2, **ARRANGEMENTS[name])
+    folder = tiny_checkpoint(tmp_path, "qwen3_moe", vocab_size=300)
+    model = apply_method(load_base(ModelSection(name=str(folder), compute_dtype="fp32"), CPU), LoRA(r=4))
+    counted = shapes_of(model)
+    assert (counted.experts, counted.visited) == (2 * 8 * 3 * 64 * 64, 2 / 8)
+    forward = work_of(counted, training, MemorySection(), 48, dtype_bytes=4).forward
+    linears = forward.dequantised - micro_batches * 4 * counted.experts
+    trainer, made, original = trained(model, training, 48), [], PackedExperts.dequantise
+
+    def watched(experts: PackedExperts, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        dense = original(experts, expert, dtype)
+        made.append(dense.nbytes)
+        return dense
+
+    monkeypatch.setattr(PackedExperts, "dequantise", watched)
+    next(trainer)
+    turns = 1 if name == "layer-major" else micro_batches
+    assert linears == pytest.approx(turns * 4 * counted.packed, rel=0.01)
+    assert 0.85 < sum(made) / (2 * micro_batches * 4 * counted.experts) <= 1  # a random router has favourites
+    few = work_of(counted, training, MemorySection(), 1, dtype_bytes=4).forward.dequantised
+    tokens = min(training.micro_batch_size, 4)
+    assert few == pytest.approx(turns * 4 * counted.packed + micro_batches * 4 * counted.experts * (1 - 0.75**tokens))
 
 
 # --- the published limits -------------------------------------------------------------------------------------------------
