@@ -3,13 +3,15 @@
     embedding     y = W[i] + scaling · A[:, i]ᵀ Bᵀ                       A [r, vocabulary] zero, B [width, r] normal
     convolution   y = W ∗ x + b + scaling · B ∗ (A ∗ dropout(x))         A [r, in, h, w], B [out, r, 1, 1] zero
 
-Names, shapes and first values are PEFT's, which drops nothing out at an embedding either. Knows these two formulas; must
+Names, shapes and first values are PEFT's, which drops nothing out at an embedding either. A row of an embedding lies on its
+dtype's grid as it is, so there what is less than half a step of it is lost in 16 bits; a convolution's sum is rounded once. Knows these two formulas; must
 not know which modules are chosen, or how the adapter is saved.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,14 +103,19 @@ class LoraConv2d(Planted):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, in, height, width] → [batch, out, …] in the dtype of ``x``."""
+        """[batch, in, height, width] → [batch, out, …] in the dtype of ``x``; in fp32 at least until it is summed, since an
+        update that is less than half a step of what is rounded already would be lost."""
         base = self.base
-        y: Tensor = base(x)
         if not self.enabled:
-            return y
-        dropped = F.dropout(x, self.dropout, self.training)
-        low = F.conv2d(dropped, self.lora_A.to(x.dtype), None, base.stride, base.padding, base.dilation)
-        return y + F.conv2d(low, self.lora_B.to(x.dtype)) * self.scaling
+            return base(x)
+        wide, bias = torch.promote_types(x.dtype, torch.float32), base.bias
+        values = x.to(wide)
+        y = F.conv2d(values, base.weight.to(wide), None if bias is None else bias.to(wide), *self._slides())
+        low = F.conv2d(F.dropout(values, self.dropout, self.training), self.lora_A.to(wide), None, *self._slides())
+        return (y + F.conv2d(low, self.lora_B.to(wide)) * self.scaling).to(x.dtype)
+
+    def _slides(self) -> tuple[Any, ...]:
+        return self.base.stride, self.base.padding, self.base.dilation
 
     @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:

@@ -14,24 +14,26 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.base import AdaptedModel, OnBase, apply_method, refuse_adapted
 from qlora.methods.beginning import gives_up
 from qlora.methods.loading import load_adapter
-from qlora.methods.lora import LoraLinear
+from qlora.methods.lora import LoraLinear, as_autocast, without_autocast
 from qlora.methods.peft_config import read_adapter_config
 from qlora.methods.planted import Planted
 from qlora.model.base import Base
 from qlora.model.in_memory import as_base
+from qlora.model.nf4 import add_product, dense_weight, features
 from qlora.recipe import parts_of
 
 
@@ -206,12 +208,37 @@ class MixedRows(Planted):
         """What the base's module makes of ``x``, by rows."""
         places = self.rows.places(x)
         here = [(layer, places[name]) for name, layer in self.layers if self.enabled and layer.enabled]
+        beside = [(layer, place) for layer, place in here if type(layer) is LoraLinear]
         whole = [(layer, place) for layer, place in here if type(layer) is not LoraLinear]
-        y: Tensor = self.base(x) if not whole else _in_parts(self.base, x, whole)
-        for layer, place in here:
-            if type(layer) is LoraLinear:
-                y = y.index_add_(0, place, _update(layer, x[place]))
-        return y
+        if not beside:
+            return _in_parts(lambda rows: self.base(x if rows is None else x[rows]), x, whole)
+        x = as_autocast(x)
+        added = x.new_zeros(*x.shape[:-1], features(self.base)[0])
+        with without_autocast(x.device):
+            for layer, place in beside:
+                added.index_add_(0, place, _update(layer, x[place]))
+
+        def of(rows: Tensor | None) -> Tensor:
+            found: Tensor = _Onto.apply(*((x, added) if rows is None else (x[rows], added[rows])), self.base)
+            return found
+
+        return _in_parts(of, x, whole)
+
+
+class _Onto(torch.autograd.Function):
+    """``added`` + x Wᵀ + b of a frozen linear, in place, summed before it is rounded as one adapter's is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor, base: nn.Module) -> Tensor:
+        ctx.base = base
+        ctx.mark_dirty(added)
+        add_product(base, x, added)
+        return added
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ dense_weight(ctx.base, grad.dtype) if ctx.needs_input_grad[0] else None, grad, None
 
 
 class Rows:
@@ -265,11 +292,13 @@ def _update(layer: LoraLinear, x: Tensor) -> Tensor:
     return (x @ layer.lora_A.to(x.dtype).t() @ layer.lora_B.to(x.dtype).t()) * layer.scaling
 
 
-def _in_parts(base: nn.Module, x: Tensor, whole: list[tuple[Planted, Tensor]]) -> Tensor:
-    """Rows of a method that needs more than the frozen product go through its own module, all others through the base."""
+def _in_parts(others: Callable[[Tensor | None], Tensor], x: Tensor, whole: list[tuple[Planted, Tensor]]) -> Tensor:
+    """Rows of a method that needs more than the frozen product go through its own module, the ``others`` together."""
+    if not whole:
+        return others(None)
     taken = torch.cat([place for _, place in whole])
     rest = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, taken, False).nonzero().squeeze(1)
-    parts = [layer(x[place]) for layer, place in whole] + ([base(x[rest])] if len(rest) else [])
+    parts = [layer(x[place]) for layer, place in whole] + ([others(rest)] if len(rest) else [])
     return torch.cat(parts)[torch.argsort(torch.cat([taken, rest]))]
 
 

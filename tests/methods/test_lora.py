@@ -19,6 +19,7 @@ from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, LoraLinear, apply_method, load_adapter, save_adapter
 from qlora.methods.files import save_portable
 from qlora.methods.method import adapter_dtype
+from qlora.methods.switching import MixedRows, Rows
 from qlora.methods.targets import pattern_value
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit, dense_cached, dense_weight
@@ -393,7 +394,7 @@ def test_b_learns_faster_by_the_ratio() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("kind", [config.LoRA, config.DoRA, config.AdaLoRA])
+@pytest.mark.parametrize("kind", [config.LoRA, config.DoRA, config.AdaLoRA, "mixed rows", "convolution"])
 def test_16_bits_do_not_round_a_small_update_away(kind: Any, quantised: bool, bias: bool) -> None:
     """Of an update of an eighth of bf16's step between 1 and 2, the mean over many tokens is all there.
 
@@ -411,10 +412,16 @@ def test_16_bits_do_not_round_a_small_update_away(kind: Any, quantised: bool, bi
         linear = Linear4bit.empty(64, 16, bias=bias, quant_type="nf4", double_quant=True, compute_dtype=torch.bfloat16)
         linear.place(plain.weight.data, CPU)
         linear.bias = plain.bias
-    layer: Any = apply_method(nn.Sequential(linear), kind(target_modules=("0",), adapter_dtype="bf16")).planted["0"]
+    if kind == "convolution":
+        if quantised:
+            pytest.skip("only linears are quantised")
+        linear = nn.Conv2d(64, 16, 1, bias=bias)
+        linear.weight, linear.bias = nn.Parameter(plain.weight.data[:, :, None, None]), plain.bias
+    section = config.LoRA if isinstance(kind, str) else kind
+    layer: Any = apply_method(nn.Sequential(linear), section(target_modules=("0",), adapter_dtype="bf16")).planted["0"]
     x = torch.randn(20_000, 64, generator=draw).bfloat16()
     x[:, 0] = 1
-    frozen = dense_weight(linear, torch.bfloat16)
+    frozen = plain.weight.data if kind == "convolution" else dense_weight(linear, torch.bfloat16)
     with torch.no_grad():
         layer.lora_A.zero_()[0, 0] = 1
         layer.lora_B.zero_()[:, 0] = step / 8 / layer.scaling
@@ -424,7 +431,12 @@ def test_16_bits_do_not_round_a_small_update_away(kind: Any, quantised: bool, bi
             layer.lora_magnitude_vector.copy_(layer.norm(frozen))  # so that the direction's update is all there is
     alone = nn.functional.linear(x.double(), frozen.double(), plain.bias.double() if bias else None)
     near = (alone.abs() > 1) & (alone.abs() < 2)
-    found = ((layer(x).double() - alone) * near).sum(0) / near.sum(0)
+    if kind == "mixed rows":
+        rows = Rows(["one"])
+        rows.flat = len(x)
+        layer = MixedRows(linear, {"one": layer}, rows)
+    given = x[:, :, None, None] if kind == "convolution" else x
+    found = ((layer(given).view_as(alone).double() - alone) * near).sum(0) / near.sum(0)
     allowed = 5 * step / (12 * near.sum(0)) ** 0.5 + bias * step / 64
     assert (allowed < step / 16).all(), "too few tokens to tell"
     assert ((found - step / 8).abs() < allowed).all(), found / step

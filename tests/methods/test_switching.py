@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.evaluation import answers
-from qlora.methods import AdaptedModel, Adapters, LoraLinear, Planted, apply_method, load_adapter, save_adapter
+from qlora.methods import (
+    AdaptedModel,
+    Adapters,
+    LoraLinear,
+    Planted,
+    apply_method,
+    load_adapter,
+    save_adapter,
+    switching,
+)
+from qlora.model.nf4 import add_product
 from tests.rounding import LAYER, rounding
 from tests.tiny import TOKENS, VOCABULARY, difference, tiny_base, tiny_checkpoint
 
@@ -245,7 +255,13 @@ def test_other_methods_on_linears_stand_beside_lora(folder: Path, adapters: Adap
 def test_the_frozen_product_is_made_once_for_all_rows(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = adapters.model.get_submodule("model.layers.0.self_attn.q_proj")
     seen: list[int] = []
-    linear.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+
+    def counted(base: Any, x: Tensor, onto: Tensor) -> None:
+        if base is linear:
+            seen.append(len(x))
+        add_product(base, x, onto)
+
+    monkeypatch.setattr(switching, "add_product", counted)
     with adapters.mixed(MIXED), torch.no_grad():
         adapters.model(input_ids=ROWS, use_cache=False)
     assert seen == [5]
