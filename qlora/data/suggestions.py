@@ -55,6 +55,7 @@ MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:
 """What chat templates write before a turn."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
+_FIELDS = re.compile(r"""^\s*["'](?:question|prompt|instruction|input|messages|role|content)["']\s*:""", re.MULTILINE)
 _CODE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
 )
@@ -165,6 +166,8 @@ def looks_note(texts: Sequence[str]) -> list[str]:
 def _looks_like(text: str) -> str | None:
     if MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
         return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
+    if _FIELDS.search(text):
+        return "records (as .json or .jsonl, their fields would be read)"
     lines = [line for line in text.split("\n")[:50] if line.strip()]
     if len(lines) > 2 and all(line.count("||") == 1 for line in lines):
         return "pairs with || between them (as prompt and completion, the second halves alone would be)"

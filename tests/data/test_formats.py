@@ -628,6 +628,7 @@ def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
         ("<|im_start|>user\nHi<|im_end|>", "questions with their answers"),
         ("a\tb\nc\td\ne\tf\n", "a table"),
         ("a | b||x\nc||y\nd | e | f||z\n", "pairs with || between them"),
+        ('data = [\n  {\n    "question": "What?",\n    "sql": "SELECT"\n  }\n]', "records (as .json"),
         ("import os\n\n\ndef f(x):\n    return x\n", "code"),
         ("He said: hello.\nThen she left;\nand it rained, as usual.\nNobody came.", None),
     ],
