@@ -41,6 +41,10 @@ CALLS_ALONE = (
     + "{% endif %}"
     "{% endfor %}" + ASK
 )
+FORGETFUL = (
+    "{% for m in messages %}{% if (m['role'] == 'system' and not loop.first) or (m['role'] == 'user' and loop.nextitem is defined and "
+    "loop.nextitem['role'] == 'user') %}{% continue %}{% endif %}" + TURN + "{% endfor %}" + ASK
+)
 EOS_LAST = (
     "{% for m in messages %}"
     + TURN
@@ -93,10 +97,18 @@ CASES = [
     Case("1 system beside", [{"instruction": "2+2?", "output": "4.", "system": "Be brief."}]),
     Case("1 history beside", [{"instruction": "Sure?", "output": "Yes.", "history": [["2+2?", "4."]]}]),
     Case("1 images", [talk("What is in <image>?", "A cat.", images=["cat.png"])]),
+    Case("1 two answers by other names", [{"prompt": "2+2?", "response_0": "4.", "response_1": "5.", "better_response_id": 0}]),
+    Case("1 flags of turns beside them", [talk("2+2?", "5.", "Sure?", "No: 4.", loss_mask=[0, 1])]),
+    Case("1 a verdict by another name", [talk("2+2?", "5.", is_correct=False), talk("2+2?", "4.", is_correct=True)]),
+    Case("1 documents", [talk("Who?", "Bob.", documents=[{"text": "Bob did it."}])]),
     Case("1 an unread field", [talk("2+2?", "4.", source="school")]),
     Case("2 reasoning_content", [talk("2+2?", THINKS)]),
     Case("2 <think> that the template cuts", [talk("2+2?", "<think>\n2 and 2.\n</think>\n\n4.")], template=CUTS_THOUGHTS),
     Case("2 text beside a call", [talk("Cold?", {**call("weather", city="Oslo"), "content": "Let me see."}, tools=[TOOL])], template=CALLS_ALONE),
+    Case("2 a later system text that the template skips", [{"messages": [*talk("2+2?", "4.")["messages"], {"role": "system", "content": "Be brief."}, *talk("3+3?", "6.")["messages"]]}], template=FORGETFUL),
+    Case("2 a question that the template skips", [{"messages": [{"role": "user", "content": "2+2?"}, *talk("Please.", "4.")["messages"]]}], template=FORGETFUL),
+    Case("2 a speaker's name", [talk({"content": "2+2?", "name": "Ann"}, "4.")]),
+    Case("2 a template that writes no answer", [talk("2+2?", "4.")], template=TURN.replace("m[", "messages[0][")),
     Case("2 a template of parts alone", [talk("2+2?", "4.")], template=PARTS_ALONE),
     Case("3 nulls that Arrow filled in", [talk("Cold?", call("weather", city="Oslo")), talk("1+2?", call("add", a=1, b=2))], "a.parquet"),
     Case("4 a newline inside {% generation %}", [talk("2+2?", "4.")], template=NEWLINE_INSIDE),
@@ -104,6 +116,7 @@ CASES = [
     Case("4 the system text moves to the last question", [{"messages": [{"role": "system", "content": "Be brief."}, *talk("2+2?", "4.", "3+3?", "6.")["messages"]]}], template=SYSTEM_MOVED),
     Case("4 several templates, no default", [talk("2+2?", "4.")], template={"tool_use": CALLS_ALONE}),
     Case("6 bos and end in the data", [talk("2+2?", "4.<|im_end|>")]),
+    Case("6 a prompt that is rendered already", [{"prompt": "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", "completion": "4."}]),
     Case("6 eos in a text", [{"text": "Hello there<|im_end|>"}]),
     Case("7 one empty answer of 40", [*[talk(f"{n}+1?", f"{n + 1}.") for n in range(39)], talk("2+2?", "")]),
     Case("7 a broken line of 40", "\n".join([*(json.dumps(talk(f"{n}+1?", f"{n + 1}.")) for n in range(39)), '{"messages": ['])),
@@ -112,6 +125,7 @@ CASES = [
     Case("8 UTF-16", json.dumps(talk("2+2?", "4.")).encode("utf-16")),
     Case("8 cp1252", json.dumps(talk("€?", "“4”."), ensure_ascii=False).encode("cp1252")),
     Case("8 semicolons", "prompt;completion\n2+2?;4.\n", "a.csv"),
+    Case("8 semicolons, and commas in the header", "id;prompt, short;completion, long\n1;Who?;Bob, I think.\n", "a.csv"),
     Case("8 a list in .jsonl", json.dumps([talk("2+2?", "4.")])),
     Case("8 a Git-LFS pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1024\n"),
     Case("8 .jsonl.gz", gzip.compress(json.dumps(talk("2+2?", "4.")).encode()), "a.jsonl.gz"),
@@ -122,6 +136,9 @@ CASES = [
     Case("8 mr and ref", "mr,ref\nname[Alimentum],There is Alimentum.\n", "a.csv"),
     Case("8 a line that is a list of turns", [talk("2+2?", "4.")["messages"]]),
     Case("8 text beside its answer", [{"text": "Add two numbers.", "code": "a + b"}]),
+    Case("8 turns of question and answer", [{"messages": [{"input": "2+2?", "output": "4."}]}]),
+    Case("8 turns that are texts", [{"messages": ["2+2?", "4."]}]),
+    Case("8 records under their ids", json.dumps({"a": talk("2+2?", "4.", id="a"), "b": talk("3+3?", "6.", id="b")}), "a.json"),
     Case("10 an answer that is cut off", [talk("2+2?", "4. " * 200), talk("3+3?", "6.")]),
     Case("10 held-out data in the training data", [talk("2+2?", "4."), talk("2+2?", "4.")]),
 ]  # fmt: skip

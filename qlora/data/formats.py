@@ -33,6 +33,7 @@ from qlora.data.suggestions import (
     guess,
     inside,
     looks_note,
+    reads,
     rivals,
     suggested,
 )
@@ -241,7 +242,7 @@ def _found_form(records: Sequence[Record]) -> str:
         name, theirs = nearest_form
         raise DataError(f"{found} As {name} they are read with {columns_of(theirs)}.")
     for outer, value in first.fields.items():
-        if isinstance(value, dict) and (within := detect_form(value)):
+        if isinstance(value, dict) and (within := detect_form(value)) and reads(_FORMS[within], value):
             theirs = {
                 name: f"{outer}.{name}" for name in (*_FORMS[within].needs, *_FORMS[within].takes) if name in value
             }
@@ -283,7 +284,13 @@ def _require_all_read(records: Sequence[Record], form: str) -> None:
                 f"{capital(record.place)} has the form {form}, and beside it {name}, which its answer may be about. Write them into "
                 f"the question, or set data.form={form} to leave them out."
             )
-        new = {name for name, value in record.fields.items() if isinstance(value, str) and value.strip()} - known - seen
+        systems = [
+            name
+            for name, value in record.fields.items()
+            if isinstance(value, dict) and name.lower() in OTHERS["system"]
+        ]
+        new = {name for name, value in record.fields.items() if isinstance(value, str) and value.strip()}
+        new = {*new, *systems} - known - seen
         seen |= new
         said = {name: value for name, value in record.fields.items() if filled(value)}
         best = suggested(said, _FORMS) if new else None
@@ -292,7 +299,9 @@ def _require_all_read(records: Sequence[Record], form: str) -> None:
         name, theirs = best
         read = json.dumps([record.fields[one] for one in known if one in record.fields], default=str)
         more = [
-            one for one in theirs.values() if one in new and json.dumps(record.fields[one].strip())[1:-1] not in read
+            one
+            for one in theirs.values()
+            if one in new and (one in systems or json.dumps(record.fields[one].strip())[1:-1] not in read)
         ]
         if more:
             raise DataError(
@@ -544,6 +553,8 @@ def _tools(fields: Fields, name: str) -> tuple[JsonObject, ...]:
 def _system(fields: Fields) -> str:
     """A system text, also in parts, as Bedrock and Anthropic have it."""
     value = fields.get("system")
+    if isinstance(value, dict):  # Gemini's
+        return read_turn({**value, "role": "system"}, 0).message["content"]
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return read_turn({"role": "system", "content": value}, 0).message["content"]
     return _optional(fields, "system")

@@ -42,7 +42,7 @@ OTHERS = {
     "completion": ("output", *_ANSWERS),
     "output": ("completion", *_ANSWERS),
     "input": ("context", "passage", "background"),
-    "system": ("system_prompt", "system_message", "system_instruction"),
+    "system": ("system_prompt", "system_message", "system_instruction", "systeminstruction"),
     "reasoning": ("reasoning_content", "thinking", "complex_cot", "chain_of_thought", "cot", "thoughts"),
     "label": (*SURE_LABELS[1:], "is_correct", "correct", "accepted", "approved", "thumbs_up", "is_good", "rating", "feedback", "vote"),
     "text": ("content", "document", "body"),
@@ -55,6 +55,7 @@ MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:
 """What chat templates write before a turn."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
+_FIELDS = re.compile(r"""^\s*["'](?:question|prompt|instruction|input|messages|role|content)["']\s*:""", re.MULTILINE)
 _CODE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
 )
@@ -91,12 +92,12 @@ def suggested(fields: Fields, forms: Mapping[str, Form]) -> tuple[str, dict[str,
             if (theirs := next((column for column in names if column not in found.values()), None)) is not None:
                 found[ours] = theirs
         renamed = {ours: fields[theirs] for ours, theirs in found.items()}
-        if set(found) >= set(form.needs) and _reads(form, renamed) and (best is None or len(found) > len(best[1])):
+        if set(found) >= set(form.needs) and reads(form, renamed) and (best is None or len(found) > len(best[1])):
             best = name, dict(sorted(found.items(), key=lambda pair: list(fields).index(pair[1])))
     return best
 
 
-def _reads(form: Form, fields: Fields) -> bool:
+def reads(form: Form, fields: Fields) -> bool:
     """Whether a record has this form, and no mistake in it."""
     try:
         return form.matches(fields) and form.read(fields) is not None
@@ -136,7 +137,9 @@ def guess(fields: Fields) -> str:
     longest = sorted(texts, key=lambda name: -len(texts[name]))[:2]
     theirs = [name for name in texts if name in longest]
     lists = [name for name, value in flat.items() if isinstance(value, list) and value]
-    if len(theirs) < 2 and lists:
+    if lists and (
+        len(theirs) < 2 or any(_RIVAL.fullmatch(name.partition(".")[0].lower().removesuffix("s")) for name in lists)
+    ):
         return (
             f"Lists stand in {listed(lists)}: of turns, each has to say who speaks ({{role, content}}); of several questions or answers, "
             "write a record for each."
@@ -163,7 +166,11 @@ def looks_note(texts: Sequence[str]) -> list[str]:
 def _looks_like(text: str) -> str | None:
     if MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
         return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
+    if _FIELDS.search(text):
+        return "records (as .json or .jsonl, their fields would be read)"
     lines = [line for line in text.split("\n")[:50] if line.strip()]
+    if len(lines) > 2 and all(line.count("||") == 1 for line in lines):
+        return "pairs with || between them (as prompt and completion, the second halves alone would be)"
     for sign in "\t;|,":
         if len(lines) > 2 and lines[0].count(sign) and len({line.count(sign) for line in lines}) == 1:
             return "a table (name the file .csv, so that its columns are read)"

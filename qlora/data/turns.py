@@ -2,13 +2,14 @@
 
     who       role, from, speaker, sender, author      user is also human; assistant also gpt, model, bot; tool also observation …
     what      content, value, text, message, parts            text, or a list of parts: texts are joined, reasoning and calls taken
-    whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss and loss_scale (ms-swift, XTuner),
-              loss_mask, trainable, loss_weight; masked (torchtune), which says the opposite; a number or truth value by
+    whether   weight 0 or 1 (OpenAI, Mistral, Together), train and training (Axolotl), loss and loss_scale (ms-swift), loss and
+              output_with_loss (XTuner), loss_mask, trainable, loss_weight; masked (torchtune), which says the opposite; a number or truth value by
               another name that speaks of the same (``ignore``, ``train_on_turn``) is asked about
 
 A list of tools in a turn (GLM, Kimi) is the conversation's; pictures and sounds in one are refused.
 
-Firefly and ms-swift write a question and its answer as one turn, ``{"human": "Hi", "assistant": "Hello"}``: these are two.
+Firefly, ms-swift and XTuner write a question and its answer as one turn, ``{"human": "Hi", "assistant": "Hello"}`` or
+``{"input": "Hi", "output": "Hello"}``: these are two.
 
 Knows a turn; must not know a form, a record's place, or a template.
 """
@@ -32,10 +33,25 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
+_PAIRS = {
+    **dict.fromkeys(("question", "query", "input", "prompt", "instruction"), "user"),
+    **dict.fromkeys(("answer", "response", "output", "completion"), "assistant"),
+}
+"""Who speaks by the name of what they say, in a turn that holds a question and its answer."""
 _EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
 _WHO = ("role", "from", "speaker", "sender", "author")
 _WHAT = ("content", "value", "text", "message", "parts")
-_TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale", "loss_weight")
+_TRAINED = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_mask",
+    "loss_scale",
+    "loss_weight",
+    "output_with_loss",
+)
 _MASKED = ("masked",)
 _LIKE_A_FLAG = re.compile(r"train|loss|mask|ignore|weight|learn|supervis", re.IGNORECASE)
 _DETAILS = ("train_detail", "training_detail")
@@ -111,10 +127,11 @@ def _apart(turn: object) -> list[object]:
     """The turns in one that names who speaks by its keys, with what they say; any other turn as it is."""
     if not isinstance(turn, dict) or any(name in turn for name in _WHO):
         return [turn]
-    said = {role: turn[name] for name in turn if (role := _ROLES.get(name.lower())) in ("system", "user", "assistant")}
+    roles = {name: role for name in turn if (role := {**_ROLES, **_PAIRS}.get(name.lower()))}
+    said = {role: turn[name] for name, role in roles.items() if role in ("system", "user", "assistant")}
     order = [role for role in ("system", "user", "assistant") if said.get(role) is not None]
-    others = {name: value for name, value in turn.items() if name.lower() not in _ROLES}
-    if len(order) < 2 or any(_ROLES.get(name.lower()) not in said for name in turn if name.lower() in _ROLES):
+    others = {name: value for name, value in turn.items() if name not in roles}
+    if len(order) < 2 or len(said) < len(roles):
         return [turn]
     return [{"role": role, "content": said[role], **(others if role == "assistant" else {})} for role in order]
 

@@ -66,6 +66,8 @@ def json_fault(error: ValueError | RecursionError) -> str:
     """Why ``json.loads`` failed. It raises JSONDecodeError, and also what Python's own limits raise."""
     if isinstance(error, json.JSONDecodeError):
         python = re.match(r"\s*\[?\s*\{'", error.doc)
+        if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+            return "a comma follows the object; a line of JSON lines ends without one"
         return "it is as Python prints it, not JSON; write it with json.dumps" if python else error.msg
     if isinstance(error, KeyTwice):
         return str(error)

@@ -434,6 +434,8 @@ ACCEPTED = [
     {"messages": SHAREGPT["conversations"]},
     {"messages": [{"speaker": "Human", "text": "Hi"}, {"speaker": "AI", "text": "Yo"}]},
     {"messages": json.dumps([HI, YO])},
+    {"messages": [{"question": "Hi", "answer": "Yo"}]},
+    {"messages": [{"input": "Hi", "output": "Yo", "output_with_loss": True}]},
     {"messages": [{"role": "system", "content": " "}, HI, YO]},
     {"messages": [HI, YO], "system": ""},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, YO]},
@@ -455,6 +457,10 @@ def test_calls_as_openai_had_them_and_an_empty_result() -> None:
     assert one.messages[2] == {"role": "tool", "name": "f", "content": ""}
     (one,) = parsed({"messages": [HI, {**YO, "reasoning": "because"}]}).conversations
     assert one.messages[1]["reasoning_content"] == "because"
+    (one,) = parsed({**MESSAGES, "system": {"parts": [{"text": "S"}]}}).conversations
+    assert talk(one) == [("system", "S"), *QA]
+    with pytest.raises(DataError, match="has a turn without role and content"):  # which of them asks?
+        parsed({"messages": [{"instruction": "Do", "input": "Hi", "output": "Yo"}]})
 
 
 HINTS = [
@@ -515,6 +521,8 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
         ({"n": 1, "m": None}, "Name their fields with data.columns, as in {prompt: question, completion: answer}"),
         # lists of texts are no turns: what cannot be read is not suggested
         ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Lists stand in input, output: of turns, each"),
+        ({"context": "Bob it was.", "question": "Who?", "answers": {"text": ["Bob"], "answer_start": [0]}}, "Lists stand in answers.text"),
+        ({"messages": [HI, YO], "systemInstruction": {"parts": [{"text": "S"}]}}, r"data.columns='\{system: systemInstruction\}'"),
         ({"dialogue": ["Hi", "Yo"]}, "Lists stand in dialogue: of turns, each has to say who speaks"),
         # what only names or numbers a record is no text to learn
         ({"uuid": "a-very-long-name-of-a-record", "file_path": "an/other/long/name", "toy": "A text."}, "If 'toy' is the text to learn"),
@@ -619,6 +627,8 @@ def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
         ("### Human: Hi### Assistant: Yo", "questions with their answers"),
         ("<|im_start|>user\nHi<|im_end|>", "questions with their answers"),
         ("a\tb\nc\td\ne\tf\n", "a table"),
+        ("a | b||x\nc||y\nd | e | f||z\n", "pairs with || between them"),
+        ('data = [\n  {\n    "question": "What?",\n    "sql": "SELECT"\n  }\n]', "records (as .json"),
         ("import os\n\n\ndef f(x):\n    return x\n", "code"),
         ("He said: hello.\nThen she left;\nand it rained, as usual.\nNobody came.", None),
     ],

@@ -455,6 +455,8 @@ def test_what_a_file_holds_is_told_or_read(write: Any, tmp_path: Path) -> None:
         DataError, match=r"its values look like the records, each under an id: jq '\[.\[\]\]' writes them"
     ):
         read_records(write("d.json", json.dumps(dict.fromkeys(("q1", "q2"), records[0]))))
+    (one, _) = read_records(write("e.jsonl", '{"prompt": "Hi"},\n{"prompt": "Hi"} \n'))
+    assert "a comma follows the object" in str(one.fault)
     (one,) = read_records(write("e.jsonl", "{'prompt': 'Hi'}"))
     assert "it is as Python prints it, not JSON" in str(one.fault)
     (tmp_path / "more").mkdir()
