@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.families.checkpoints import types
-from tests.families.judge import OUTCOMES, WORKS, judge
+from qlora.model.anatomy import why_not_packed
+from tests.families.checkpoints import tiny_config, types
+from tests.families.judge import OUTCOMES, UNPACKED, WORKS, judge
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks/results/2026-11-26-families.jsonl"
@@ -56,6 +57,15 @@ def test_results_are_of_every_type() -> None:
     if about["transformers"] == transformers.__version__:
         assert kept.keys() == types().keys()
     assert {row["outcome"] for row in kept.values()} <= set(OUTCOMES)
+
+
+def test_what_does_not_pack_is_known_before_it_is_loaded() -> None:
+    """Else plan would say that rows are packed, and only the run that they are not."""
+    about, kept = rows()
+    if about["transformers"] == transformers.__version__:
+        tried = {kind: row["outcome"] for kind, row in kept.items() if row["outcome"] in (WORKS, UNPACKED)}
+        known = {kind: UNPACKED if why_not_packed(tiny_config(kind)) else WORKS for kind in tried}
+        assert known == tried
 
 
 def test_pages_are_made_from_the_rows(tmp_path: Path) -> None:
