@@ -129,7 +129,7 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     told = {
-        "training.steps=7": "rows → 7 steps, about 7.0 s",
+        "training.steps=7": "rows → 7 steps, at most 7.0 s",
         f"data.chat_template={template}": "An answer ends with <pad>, which the model's own files do not name as an end",
         "data.max_length=1000": "data.max_length=1,000 is above the ",
         f"data.train={broken}": "The data were not read: ",
