@@ -139,7 +139,7 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
         recipe = Recipe.from_yaml(recipe_file, word)
         assert said in read(recipe, open_checkpoint(recipe.model, weights=False)).said(1.0)
     assert main(["plan", str(recipe_file), "training.steps=7"]) == 0
-    assert "rows → 7 steps, about " in capsys.readouterr().out
+    assert "rows → 7 steps, at most " in capsys.readouterr().out
 
 
 def test_a_run_on_a_cpu_computes_in_what_its_processor_is_good_at(
