@@ -178,6 +178,7 @@ def _allowed(model: nn.Module, states: torch.Tensor, rounding: float, beside: fl
     beside an example changes no kernel and mostly no bit: half of eps is 0.4 % in bf16, where the weakest leak that was met, of
     a state that decays (Falcon-H1), is 2.5 %. Only in a mixture of experts it changes how many tokens visit one, and so kernels.
     """
-    beside = max(beside, rounding) if anatomy.is_mixture(model) else beside
+    if anatomy.is_mixture(model) or any(path.endswith(anatomy.EXPERTS) for path, _ in model.named_modules()):
+        beside = max(beside, rounding)
     eps, size = torch.finfo(states.dtype).eps, states.float().square().mean().sqrt().item()
-    return max(4 * rounding, 16 * eps * size), max(4 * beside, eps / 2 * size)
+    return max(4 * rounding, 16 * eps * size), max(4 * beside, max(eps / 2, 2e-6) * size)

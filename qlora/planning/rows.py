@@ -32,13 +32,16 @@ class Reading:
     new_ends: str | None = None
     """What there is to say of the tokens that end an answer."""
     why_not: str = ""
+    packed: bool = True
+    """Whether rows are as long as those of a full step."""
 
     def said(self, seconds: float | None) -> str:
         """In some lines; ``seconds``: those of a full step, where they are known."""
         if self.report is None:
             return f"The data were not read: {self.why_not}"
         counts = self.report.train
-        time = "" if seconds is None else f", about {duration_text(self.steps * seconds)}"
+        about = "about" if self.packed else "at most"
+        time = "" if seconds is None else f", {about} {duration_text(self.steps * seconds)}"
         lines = [str(self.report), f"{counts.records:,} records → {counts.rows:,} rows → {self.steps:,} steps{time}"]
         return "\n".join([*lines, *filter(None, [self.new_ends])])
 
@@ -75,7 +78,8 @@ def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     training = recipe.training
     steps = training.steps or training.epochs * steps_per_epoch(len(data.train), training.batch_size)
     ends = data.template.end_tokens if data.template else ()
-    return Reading(data.report, steps, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer))
+    packed = data.section is not None and data.section.packs
+    return Reading(data.report, steps, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer), packed=packed)
 
 
 def new_ends_note(ends: Sequence[int], known: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -17,11 +17,13 @@ import qlora
 from qlora.methods import load_adapter, save_adapter, save_combined
 from qlora.methods.files import read_adapter_tensors, save_portable
 from qlora.methods.layout import PREFIX
+from qlora.model.anatomy import why_not_packed
 from qlora.residence.load import load_base
-from tests.families.checkpoints import save_family, types
+from tests.families.checkpoints import save_family, tiny_config, types
 from tests.families.judge import (
     OUTCOMES,
     SAME,
+    UNPACKED,
     WORKS,
     judge,
     logits,
@@ -100,6 +102,15 @@ def test_results_are_of_every_type() -> None:
     if about["transformers"] == transformers.__version__:
         assert kept.keys() == types().keys()
     assert {row["outcome"] for row in kept.values()} <= set(OUTCOMES)
+
+
+def test_what_does_not_pack_is_known_before_it_is_loaded() -> None:
+    """Else plan would say that rows are packed, and only the run that they are not."""
+    about, kept = rows()
+    if about["transformers"] == transformers.__version__:
+        tried = {kind: row["outcome"] for kind, row in kept.items() if row["outcome"] in (WORKS, UNPACKED)}
+        known = {kind: UNPACKED if why_not_packed(tiny_config(kind)) else WORKS for kind in tried}
+        assert known == tried
 
 
 def test_pages_are_made_from_the_rows(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "GptOss": ({**TWO_KINDS, "num_local_experts": 4}, OWN),  # sinks; its masks are not told where positions restart
-    "Gemma2": ({**TWO_KINDS, "attn_logit_softcapping": 1.0}, OWN),
+    "Gemma2": ({**TWO_KINDS, "attn_logit_softcapping": 1.0, "attn_implementation": "eager"}, OWN),
     "Falcon": ({"head_dim": ...}, PLAIN),  # the name is asked for; not told either
     "BioGpt": ({}, PLAIN),
     "XGLM": ({"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}, EAGER),
@@ -267,6 +267,10 @@ def test_the_kernel_is_for_16_bits_on_ampere_and_later(dtype: torch.dtype, capab
 def test_what_is_no_plain_attention_keeps_its_own() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     bert = BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes))  # sees what follows
-    for model, own in ((bert, PLAIN), (random_model("Gemma2"), OWN), (random_model("Falcon", head_dim=...), PLAIN)):
+    for model, own in (
+        (bert, PLAIN),
+        (random_model("GptOss", num_local_experts=4), OWN),
+        (random_model("Falcon", head_dim=...), PLAIN),
+    ):
         keep_apart(model, HALF, 9)
         assert attention_of(model) == own

@@ -130,7 +130,7 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     told = {
-        "training.steps=7": "rows → 7 steps, about 7.0 s",
+        "training.steps=7": "rows → 7 steps, at most 7.0 s",
         f"data.chat_template={template}": "An answer ends with <pad>, which the model's own files do not name as an end",
         "data.max_length=1000": "data.max_length=1,000 is above the ",
         f"data.train={broken}": "The data were not read: ",
@@ -140,7 +140,7 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
         recipe = Recipe.from_yaml(recipe_file, word)
         assert said in read(recipe, open_checkpoint(recipe.model, weights=False)).said(1.0)
     assert main(["plan", str(recipe_file), "training.steps=7"]) == 0
-    assert "rows → 7 steps, about " in capsys.readouterr().out
+    assert "rows → 7 steps, at most " in capsys.readouterr().out
 
 
 def test_a_run_on_a_cpu_computes_in_what_its_processor_is_good_at(
