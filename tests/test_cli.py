@@ -106,7 +106,11 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
         assert all(f"\n  {verb} " in told for verb in cli.VERBS)
     assert main([]) == 2
     assert capfd.readouterr().out == told
-    for verb, takes in (("train", "RECIPE"), ("export", "RUN merged|nf4|adapter|gguf|gguf-adapter|check"), ("doctor", "")):
+    for verb, takes in (
+        ("train", "RECIPE"),
+        ("export", "RUN merged|nf4|adapter|gguf|gguf-adapter|check"),
+        ("doctor", ""),
+    ):
         assert main([verb, "--help"]) == 0
         told = capfd.readouterr().out
         assert told.splitlines()[0] == f"qlora {verb} {takes}".strip()
