@@ -113,7 +113,7 @@ def merge(
                     trim_heap()
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
-            _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_plain(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         new_ends = write_beside(aside, source, source.plain_config(dtype), base, dtype, chat_template, ends)
     changed = source.quantised if base == "dequantized" else set()
     return Merged(
@@ -142,11 +142,11 @@ def write_beside(
     Returns the tokens that end an answer and did not by the base's own files.
     """
     checkpoint = source.checkpoint
-    _write_json(folder / "config.json", both_spellings(config, type(source.model).__name__))
+    write_plain(folder / "config.json", both_spellings(config, type(source.model).__name__))
     _copy_beside(checkpoint.folder, folder)
     new_ends = set(ends) - set(end_tokens(checkpoint))
     if new_ends:
-        _write_json(folder / GENERATION, _generation(folder, checkpoint, new_ends))
+        write_plain(folder / GENERATION, _generation(folder, checkpoint, new_ends))
     for method in source.adapted.methods:
         method.merge.finish(folder)
     own = checkpoint.tokenizer.chat_template if chat_template is not None else None
@@ -161,7 +161,7 @@ def write_beside(
         "weights": weights,
         "quantization": section.quantization,
     }
-    _write_json(folder / MERGE, made | {"double_quant": section.double_quant, "dtype": dtype})
+    write_plain(folder / MERGE, made | {"double_quant": section.double_quant, "dtype": dtype})
     return tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends)))
 
 
@@ -181,5 +181,6 @@ def _copy_beside(source: Path, target: Path) -> None:
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_plain(path: Path, values: dict[str, Any]) -> None:
+    """Write a configuration as JSON, infinities as Python has them, which transformers 4 reads and writes so."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

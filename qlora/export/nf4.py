@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora.errors import ModelError, RunError
-from qlora.export.merge import Merged, _write_json, write_beside
+from qlora.export.merge import Merged, write_beside, write_plain
 from qlora.export.rounding import Inputs, rounded
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
@@ -30,7 +30,7 @@ from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint
-from qlora.model.nf4 import FrozenLinear, dequantised, is_plain_linear, is_transposed
+from qlora.model.nf4 import FrozenLinear, dense_cached, dequantised, is_plain_linear, is_transposed
 from qlora.model.walk import Walk, standing
 from qlora.recipe import ModelSection
 
@@ -90,7 +90,8 @@ def export_nf4(
         made, seen = list(walk.first), list(walk.first)
         for number, layer in enumerate(walk.layers):
             linears = linears_of(layer, bool(source.quantised))
-            inputs, seen = _inputs(walk, number, linears, made, seen)
+            with dense_cached(layer):
+                inputs, seen = _inputs(walk, number, linears, made, seen)
             instead: dict[str, nn.Module] = {}
             for path in linears:
                 whole = f"{paths}.{number}.{path}"
@@ -189,7 +190,7 @@ class _Shards:
         """Write the rest; the bytes of all tensors."""
         self._write(f"model-{self.files + 1:05}.safetensors" if self.files else "model.safetensors")
         if self.files > 1:
-            _write_json(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.places})
+            write_plain(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.places})
         return self.total
 
 
