@@ -30,27 +30,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora.model import anatomy
 from qlora.model.loss import fp32_product
-from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Packed, at_hand, dequantised, quantised
+from qlora.model.nf4 import BLOCK, NESTED_BLOCK, FourBit, at_hand, dequantised, quantised
 
 PACKED = "qlora_packed"
 """What transformers calls our function."""
 
 
-class PackedExperts(Packed):
-    """One matrix of every expert, in NF4 or FP4. Buffers, for E matrices of n = rows · columns weights in blocks of 64:
-
-    ``weight`` uint8 [E, ⌈n/2⌉] · ``absmax`` the scales, [E, ⌈n/64⌉], fp32, or uint8 under double quantisation · ``code`` fp32 [16];
-    and under double quantisation ``nested_absmax`` fp32 [E, ⌈scales/256⌉] · ``nested_code`` fp32 [256] · ``offset`` fp32 [E].
+class PackedExperts(FourBit):
+    """One matrix of every expert, in NF4 or FP4: the buffers of ``FourBit`` for E matrices of n = rows · columns weights.
 
     Each expert's are what ``Linear4bit`` has for its matrix, byte for byte. ``transposed`` says that y = x W and not x Wᵀ.
     """
-
-    weight: Tensor
-    absmax: Tensor
-    code: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: Tensor | None
 
     @classmethod
     def empty(
@@ -66,27 +56,13 @@ class PackedExperts(Packed):
         count, rows, columns = shape
         made = cls(columns, count * rows, compute_dtype=compute_dtype)
         made.count, made.rows, made.columns, made.transposed = count, rows, columns, transposed
-        made.quant_type, made.double_quant = quant_type, double_quant
-        scales = -(-rows * columns // BLOCK)
-        nested = -(-scales // NESTED_BLOCK)
-        buffers = {
-            "weight": torch.empty(count, (rows * columns + 1) // 2, dtype=torch.uint8, device="meta"),
-            "absmax": torch.empty(count, scales, dtype=torch.uint8 if double_quant else torch.float32, device="meta"),
-            "code": torch.empty(16, device="meta"),
-            "nested_absmax": torch.empty(count, nested, device="meta") if double_quant else None,
-            "nested_code": torch.empty(256, device="meta") if double_quant else None,
-            "offset": torch.empty(count, device="meta") if double_quant else None,
-        }
-        for name, buffer in buffers.items():
-            made.register_buffer(name, buffer)
+        made.hold(rows * columns, quant_type, double_quant, count)
         return made
 
     count: int
     rows: int
     columns: int
     transposed: bool
-    quant_type: str
-    double_quant: bool
 
     @property
     def sides(self) -> tuple[int, int]:

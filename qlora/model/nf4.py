@@ -82,6 +82,42 @@ class Packed(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+class FourBit(Packed):
+    """What holds matrices of n weights in NF4 or FP4, in blocks of 64. Buffers, with a dimension ahead of them where it is several:
+
+    ``weight`` uint8 [⌈n/2⌉], two weights a byte · ``absmax`` the scales, fp32 [⌈n/64⌉], or uint8 under double quantisation ·
+    ``code`` fp32 [16], what each 4-bit number means; and under double quantisation ``nested_absmax`` fp32 [⌈scales/256⌉] ·
+    ``nested_code`` fp32 [256] · ``offset`` fp32 [], the mean scale. The codes are those of all matrices.
+    """
+
+    weight: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+
+    quant_type: str
+    double_quant: bool
+
+    def hold(self, numbers: int, quant_type: str, double_quant: bool, *several: int) -> None:
+        """Declare the buffers on the meta device, in their final shapes."""
+        self.quant_type, self.double_quant = quant_type, double_quant
+        scales = -(-numbers // BLOCK)
+        buffers = {
+            "weight": torch.empty(*several, (numbers + 1) // 2, dtype=torch.uint8, device="meta"),
+            "absmax": torch.empty(
+                *several, scales, dtype=torch.uint8 if double_quant else torch.float32, device="meta"
+            ),
+            "code": torch.empty(16, device="meta"),
+            "nested_absmax": torch.empty(*several, -(-scales // NESTED_BLOCK), device="meta") if double_quant else None,
+            "nested_code": torch.empty(256, device="meta") if double_quant else None,
+            "offset": torch.empty(several, device="meta") if double_quant else None,
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+
+
 class FrozenLinear(Packed):
     """What the quantised linears share: y = x Wᵀ + b with a W that never trains and is never kept dense.
 
@@ -140,20 +176,8 @@ class _Product(torch.autograd.Function):
         return grad @ dense_weight(ctx.linear, grad.dtype), None
 
 
-class Linear4bit(FrozenLinear):
-    """A frozen linear in NF4 or FP4. Buffers, for n = out·in weights in blocks of 64:
-
-    ``weight`` uint8 [⌈n/2⌉, 1], two weights a byte · ``absmax`` the scales, fp32 [⌈n/64⌉], or uint8 under double
-    quantisation · ``code`` fp32 [16], what each 4-bit number means; and under double quantisation ``nested_absmax`` fp32
-    [⌈scales/256⌉] · ``nested_code`` fp32 [256] · ``offset`` fp32 [], the mean scale.
-    """
-
-    weight: Tensor
-    absmax: Tensor
-    code: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    offset: Tensor | None
+class Linear4bit(FourBit, FrozenLinear):
+    """A frozen linear in NF4 or FP4, of n = out·in weights. Its ``weight`` is [⌈n/2⌉, 1], as bitsandbytes has it."""
 
     @classmethod
     def empty(
@@ -168,25 +192,11 @@ class Linear4bit(FrozenLinear):
     ) -> Self:
         """A linear on the meta device, its buffers in their final shapes. ``place`` fills it."""
         linear = cls(in_features, out_features, bias=bias, compute_dtype=compute_dtype)
-        linear.quant_type = quant_type
-        linear.double_quant = double_quant
+        linear.hold(in_features * out_features, quant_type, double_quant)
+        linear.weight = linear.weight.unsqueeze(1)
         linear.block = BLOCK
-        count = in_features * out_features
-        scales = -(-count // BLOCK)
-        buffers = {
-            "weight": torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device="meta"),
-            "absmax": torch.empty(scales, dtype=torch.uint8 if double_quant else torch.float32, device="meta"),
-            "code": torch.empty(16, device="meta"),
-            "nested_absmax": torch.empty(-(-scales // NESTED_BLOCK), device="meta") if double_quant else None,
-            "nested_code": torch.empty(256, device="meta") if double_quant else None,
-            "offset": torch.empty((), device="meta") if double_quant else None,
-        }
-        for name, buffer in buffers.items():
-            linear.register_buffer(name, buffer)
         return linear
 
-    quant_type: str
-    double_quant: bool
     block: int
 
     def place(self, weight: Tensor, device: torch.device) -> None:
