@@ -63,7 +63,7 @@ def export_nf4(
     ``trained`` is ``checkpoint`` with the adapter of ``adapter_folder``, as ``section`` says; ``batches`` are rows without
     padding (``input_ids``, ``position_ids``) of what it was trained on. Nothing is at ``out`` before everything is written.
 
-    Raises ModelError for a mixture of experts, and where weights are stored as [in, out], which bitsandbytes packs no
+    Raises ModelError for a mixture of experts, and where weights are fused or stored as [in, out], which bitsandbytes packs no
     more; MethodError for a method that cannot be merged; RunError when ``out`` is taken; DoesNotFitError when the disk is full.
     """
     out = Path(out)
@@ -74,9 +74,9 @@ def export_nf4(
     source = Source(
         checkpoint, section, Path(adapter_folder), device, resolve_compute_dtype(device, section.compute_dtype)
     )
-    if source.stacks or any(map(is_transposed, source.model.modules())):
+    if source.rearranged or any(map(is_transposed, source.model.modules())):
         raise ModelError(
-            f"'{checkpoint.name}' has experts or weights stored as [in, out], which bitsandbytes does not pack in "
+            f"'{checkpoint.name}' has experts, fused weights or weights stored as [in, out], which bitsandbytes does not pack in "
             "transformers; export it merged, and quantise it where it is served."
         )
     entries = {name: entry for file in source.promise(dtype).values() for name, entry in file.items()}

@@ -19,6 +19,7 @@ from qlora.machine.device import DTYPES, trim_heap
 from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
+from qlora.model.arranged import Arranged, Group
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.experts import PackedExperts
 from qlora.model.load import packed_tensors, quantised_names, read_expert, split_expert, turned
@@ -39,12 +40,15 @@ class Source:
         device: torch.device,
         compute_dtype: torch.dtype,
     ) -> None:
-        self.checkpoint, self.device, self.compute_dtype = checkpoint, device, compute_dtype
+        self.device, self.compute_dtype = device, compute_dtype
         self.empty = assemble(checkpoint, section, compute_dtype)
+        self.checkpoint = self.empty.checkpoint
         self.model, self.names, self.shapes = self.empty.model, self.empty.names, self.empty.shapes
         self.stacks = self.empty.stacks
         self.split: dict[str, Tensor] = {}
-        """What else the expert's matrix was split into that was merged last."""
+        """What else the expert's matrix, or the group of weights, was split into that was merged last."""
+        self.groups: dict[str, Group] = {}
+        """Tensors that transformers makes others from → what it makes."""
         self.unpacked: dict[str, str] = {}
         """Tensors that stand for two of MXFP4 → their names in the model."""
         self._untie()
@@ -88,6 +92,17 @@ class Source:
         for name, target in self.names.items():
             entry = self.checkpoint.entries[name]
             plain = entry.dtype.is_floating_point or target in self.quantised
+            if isinstance(self.checkpoint, Arranged) and (group := self.checkpoint.group_of.get(name)) is not None:
+                if any(method.merge.shape(target, entry.shape) != entry.shape for method in self.adapted.methods):
+                    raise MethodError(
+                        f"'{target}' is one of several that '{self.checkpoint.name}' holds as one, so it cannot grow."
+                    )
+                for source in group.parts.values():
+                    stored = self.checkpoint.stored.entries[source]
+                    file = "model.safetensors" if single else stored.file.name
+                    files.setdefault(file, {})[source] = (dtype, stored.shape)
+                    self.groups[source] = group
+                continue
             stack = self.stacks.get(target)
             written = None if stack is None else stack.unpacked
             if written is not None:  # two tensors of MXFP4 become one in 16 bits
@@ -110,7 +125,9 @@ class Source:
             files[file] |= {new: files[file][name] for new, source in self.untied.items() if source == name}
         for name in sorted(self.left):
             entry, packed = self.checkpoint.entries[name], self.empty.packed_aside.get(name)
-            kept = (entry.dtype, entry.shape) if packed is None else (dtype, (packed.out_features, packed.in_features))
+            kept = (dtype if name in self.checkpoint.scales else entry.dtype, entry.shape)
+            if packed is not None:
+                kept = dtype, (packed.out_features, packed.in_features)
             files.setdefault("model.safetensors" if single else entry.file.name, {})[name] = kept
         last = files[next(reversed(files))]
         for target, values in self._new_tensors().items():
@@ -125,7 +142,11 @@ class Source:
         """The merged tensor called ``name`` in the checkpoint, in ``dtype``, on the device; what was not loaded as it is there."""
         if name in self.left:
             return self._left(name, dtype)
-        if name in self.unpacked or self.names.get(name) in self.stacks:
+        if (group := self.groups.get(name)) is not None:
+            if name not in self.split:
+                self.split = group.split({made: self._made(made, dtype, requantise) for made in group.made.values()})
+            rounded = self.split.pop(name).to(dtype)
+        elif name in self.unpacked or self.names.get(name) in self.stacks:
             rounded = self._of_experts(name, dtype, requantise)
         else:
             rounded = self._whole(name, requantise).to(dtype)
@@ -133,10 +154,19 @@ class Source:
             raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
         return rounded
 
+    @property
+    def rearranged(self) -> bool:
+        """Whether the checkpoint keeps some of its linears otherwise than the model has them: as experts, or fused."""
+        return bool(self.stacks) or isinstance(self.checkpoint, Arranged)
+
     def bias(self, path: str) -> Tensor | None:
         """The merged bias in fp32 of the linear at ``path`` in the model; None where it has none."""
         name = next((name for name, target in self.names.items() if target == f"{path}.bias"), None)
         return None if name is None else self.tensor(name, torch.float32, requantise=True)
+
+    def _made(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
+        """A merged weight that the checkpoint has in another arrangement."""
+        return self._of_experts(name, dtype, requantise) if name in self.stacks else self._whole(name, requantise)
 
     def _whole(self, name: str, requantise: bool) -> Tensor:
         """The merged tensor called ``name``, one that holds no experts, before it is rounded."""
@@ -193,7 +223,8 @@ class Source:
     def _left(self, name: str, dtype: torch.dtype) -> Tensor:
         """What was not loaded: as it is there, or dense where bitsandbytes packed it."""
         if (linear := self.empty.packed_aside.get(name)) is None:
-            return self.checkpoint.read(name)
+            values = self.checkpoint.read(name)
+            return values.to(dtype) if name in self.checkpoint.scales else values
         linear.place_quantised(packed_tensors(self.checkpoint, name), self.device)
         dense = dense_weight(linear, self.compute_dtype).to(dtype)
         linear.to("meta")

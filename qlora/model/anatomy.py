@@ -187,6 +187,9 @@ def decoder(model: nn.Module) -> nn.Module:
         found = inner
     if isinstance(found, nn.Linear):  # ModernBERT calls its head so
         found = getattr(model, str(model.base_model_prefix))
+    inner = getattr(found, "model", None)
+    if isinstance(inner, nn.Module) and _asked(found, "get_output_embeddings") is not None:
+        return inner  # Llama 4's and Kosmos 2.5's language models name themselves
     return found
 
 
@@ -301,7 +304,7 @@ def fused_experts(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if "expert" in f"{path} {type(module).__name__}".lower()
         for name, values in module.named_parameters(recurse=False)
-        if values.dim() == 3 and min(values.shape) > 1
+        if values.dim() == 3 and min(values.shape[1:]) > 1
     ]
 
 

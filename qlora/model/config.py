@@ -6,6 +6,7 @@ Knows transformers' configurations; must not know model classes, files or tensor
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,9 +167,11 @@ def scheme_of(config: PretrainedConfig, section: ModelSection) -> Scheme:
     if method == "fp8" and values.get("activation_scheme", "dynamic") == "dynamic":
         return Scheme(section.quantization, section.double_quant, prequantised=False)  # read as what it stands for
     if method != "bitsandbytes" or not (four or eight):
+        of = re.match(r"(.+?)[-_.](?:gptq|awq)(?![a-z])", section.name.rstrip("/").rpartition("/")[2], re.IGNORECASE)
+        whole = f", by its name '{of[1]}'" if of else ""
         raise ModelError(
             f"'{section.name}' is already quantised ({method}); only bitsandbytes' 4-bit and 8-bit checkpoints, MXFP4, FP8 with a "
-            "scale for each block, and unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from."
+            f"scale for each block, and unquantised ones can be loaded. Name the 16-bit checkpoint that it was made from{whole}."
         )
     kind = str(values.get("bnb_4bit_quant_type", "fp4")) if four else "int8"
     if section.quantization != kind:

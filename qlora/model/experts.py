@@ -18,6 +18,7 @@ is trained beside them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
@@ -143,7 +144,66 @@ def empty_experts(module: nn.Module, quant_type: str, double_quant: bool, dtype:
         )
         setattr(module, name, packed)
     module.unread = False  # type: ignore[assignment]
-    module.config._experts_implementation = PACKED  # type: ignore[union-attr]
+    if not isinstance(module, _Adopted):
+        module.config._experts_implementation = PACKED  # type: ignore[union-attr]
+
+
+def adopt(model: nn.Module) -> None:
+    """Have experts that do not ask transformers' interface, and are known, answer as those that do, in place."""
+    for module in list(model.modules()):
+        if (how := ADOPTED.get(type(module).__name__)) is not None:
+            module.__class__ = _adopted(how, type(module))  # type: ignore[arg-type]
+
+
+class _Adopted(nn.Module):
+    """Experts that are given where tokens go, in the interface's own words, and compute it themselves."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+
+    def forward(self, x: Tensor, index: Tensor, scores: Tensor) -> Any:
+        return answer(self, x, index, scores) if is_packed(self) else super().forward(x, index, scores)
+
+
+class _Llama4Experts(_Adopted):
+    """Experts whose matrices stand the other way round; those who ask are ``_Llama4Mixture``."""
+
+    is_transposed = True
+    act_fn: Any
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        found: Tensor = up * self.act_fn(gate)
+        return found
+
+
+class _Llama4Mixture(nn.Module):
+    """Llama 4 hands every expert all tokens, those that are not its own times zero: here only its own, times their scores."""
+
+    hidden_dim: int
+    top_k: int
+    router: Any
+    shared_expert: Any
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        if not is_packed(self.experts):  # type: ignore[arg-type]
+            return super().forward(hidden_states)
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(x)
+        chosen, index = scores.topk(self.top_k)
+        found: Tensor = self.shared_expert(x)
+        for score, one in zip(chosen.split(1, -1), index.split(1, -1), strict=True):
+            found = found + answer(self.experts, x * score, one, torch.ones_like(score))
+        return found, logits
+
+
+ADOPTED = {"Llama4TextExperts": _Llama4Experts, "Llama4TextMoe": _Llama4Mixture, "Step3p7Experts": _Adopted}
+"""Classes of transformers' whose experts are of the interface's arrangement, and do not ask it."""
+
+
+@cache
+def _adopted(how: type[nn.Module], family: type[nn.Module]) -> Any:
+    """The same class for every module of a family: a dry run asks which layers are alike."""
+    return type(family.__name__, (how, family), {"__module__": family.__module__})
 
 
 def is_packed(module: nn.Module) -> bool:

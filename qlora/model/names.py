@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    Interleave,
     MergeModulelist,
     Transpose,
     WeightConverter,
@@ -32,6 +33,7 @@ from transformers.core_model_loading import (
 
 from qlora.errors import ModelError, listed
 from qlora.model import anatomy
+from qlora.model.arranged import Arranged, arranged, settled
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT, Scheme
 from qlora.model.mxfp4 import BLOCKS, SCALES, FromMxfp4
@@ -72,13 +74,12 @@ class Stack:
 
 def match_names(
     model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
-) -> tuple[dict[str, str], dict[str, Stack]]:
-    """(each tensor's name in the checkpoint → its name in the still unquantised skeleton ``model``; of ``towers`` any part;
-    the parameters of several experts by their names there).
+) -> tuple[Checkpoint, dict[str, str], dict[str, Stack]]:
+    """(the checkpoint in the model's arrangement; each tensor's name in it → its name in the still unquantised skeleton ``model``;
+    of ``towers`` any part; the parameters of several experts by their names there).
 
     Follows transformers 5, which renames some old checkpoints on load and fuses experts. The parts of a packed weight (its
-    scales and codes) are left out, they go with it. Raises ModelError when transformers would have to compute a weight from
-    several tensors otherwise than expert by expert, for tensors that have no place in the model, and for integers
+    scales and codes) are left out, they go with it. Raises ModelError for experts that transformers would have to compute otherwise than one by one, for tensors that have no place in the model, and for integers
     that nobody could scale back to weights.
     """
     expected = model.state_dict()
@@ -86,8 +87,10 @@ def match_names(
     transforms = get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    alone = {one for item in converters for one in item.source_patterns if "*" not in one and item.target_patterns[1:]}
     names: dict[str, str] = {}
     matrices: dict[str, dict[str, list[str]]] = {}
+    elsewhere: dict[tuple[str, str], list[str]] = {}
     unexpected: list[str] = []
     kinds = EIGHT_BIT_PARTS if scheme.quantization == "int8" else FOUR_BIT_PARTS
     parts = tuple(f".{part}" for part in kinds) if scheme.prequantised else ()
@@ -104,12 +107,9 @@ def match_names(
         if within(target, towers):  # copied as it is, so that nothing has to be computed from it
             names |= {source: target} if target in expected and pattern is None else {}
             continue
-        if pattern is not None and target not in stacked and target in expected:
-            raise ModelError(
-                f"'{name}' (model type '{model.config.model_type}') keeps its weights in another arrangement than "
-                f"transformers computes with: '{source}' is fused with or split from others on load. That cannot be "
-                "loaded one tensor at a time; take another model."
-            )
+        if pattern is not None and target in expected and (target not in stacked or pattern in alone):
+            elsewhere.setdefault((target, pattern), []).append(source)
+            continue
         if target in stacked:
             matrices.setdefault(target, {}).setdefault(pattern or target, []).append(source)
         if target in expected:
@@ -121,6 +121,11 @@ def match_names(
             f"'{name}' has {len(unexpected)} tensors that its {type(model).__name__} has no place for: "
             f"{listed(unexpected)}; its config.json and its weights do not belong together."
         )
+    checkpoint = arranged(checkpoint, model, elsewhere, converters)
+    if isinstance(checkpoint, Arranged):
+        made = checkpoint.group_of.keys()
+        names = {key: names.get(key, key) for key in checkpoint.entries if key in names or key in made}
+        matrices |= {key: {key: [key]} for key in made & stacked}
     stacks = {target: _stack(model, checkpoint, target, found, converters, name) for target, found in matrices.items()}
     if doubled := [target for target, count in Counter(names.values()).items() if count > 1 and target not in stacks]:
         raise ModelError(f"'{name}' holds several tensors for {listed(doubled)}; fetch the checkpoint again.")
@@ -153,7 +158,7 @@ def match_names(
             f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "
             "incomplete, fetch it again."
         )
-    return names, stacks
+    return checkpoint, names, stacks
 
 
 def _stack(
@@ -172,11 +177,8 @@ def _stack(
     converter = next((item for item in converters if set(parts) <= set(item.source_patterns)), None)
     operations = [] if converter is None else list(converter.operations)
     several = bool(operations) and isinstance(operations[0], MergeModulelist)
-    for number, operation in enumerate(operations):
-        if isinstance(operation, Transpose) and operation.check_dims:
-            same = checkpoint.entries[next(iter(parts.values()))[0]].shape == model.get_parameter(target).shape
-            operations[number] = None if same else Transpose(operation.dim0, operation.dim1)
-    operations = [operation for operation in operations if operation is not None]
+    stored = checkpoint.entries[next(iter(parts.values()))[0]].shape
+    operations = settled(operations, stored, tuple(model.get_parameter(target).shape))
     if not all(_by_expert(operation, first=number == 0) for number, operation in enumerate(operations)):
         raise ModelError(
             f"'{name}' (model type '{model.config.model_type}') arranges its experts as transformers computes '{target}' by "
@@ -208,7 +210,7 @@ def _by_expert(operation: Any, first: bool) -> bool:
         return first and operation.dim == 0
     if isinstance(operation, Transpose):
         return operation.dim0 > 0 and operation.dim1 > 0
-    return isinstance(operation, Concatenate | Chunk) and operation.dim > 0
+    return isinstance(operation, Concatenate | Chunk | Interleave) and operation.dim > 0
 
 
 class OnLoad:

@@ -35,7 +35,7 @@ from qlora.model import anatomy
 from qlora.model.base import Base, StreamedLayers
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import FOUR_BIT, Scheme, any_config, classes_of, is_wrapper, scheme_of
-from qlora.model.experts import empty_experts, matrices
+from qlora.model.experts import adopt, empty_experts, matrices
 from qlora.model.mixers import begin_anew
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
@@ -75,6 +75,7 @@ class Assembled:
         """The tensors of the checkpoint that are not read: of towers, and what the model's class passes over (``mtp.…``)."""
         whole = (*self.names, *self.packed_aside)
         parts = {part for name in whole for part in packed_parts(name, self.checkpoint)}
+        parts |= set(self.checkpoint.scales.values())  # of FP8, which is read as what it stands for
         return [name for name in self.checkpoint.entries if name not in self.names and name not in parts]
 
     def base(
@@ -117,7 +118,10 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     model = empty_model(config, section, dtype)
     paths = tuple(path for path, _ in model.named_modules())
     towers = find_towers(model) if is_wrapper(config) else []
-    names, stacks = match_names(model, checkpoint, scheme, checkpoint.name, towers) if weights else ({}, {})
+    names: dict[str, str] = {}
+    stacks: dict[str, Stack] = {}
+    if weights:
+        checkpoint, names, stacks = match_names(model, checkpoint, scheme, checkpoint.name, towers)
     packed_aside = {
         name: empty_linear(model.get_submodule(target.removesuffix(".weight")), scheme, dtype)
         for name, target in names.items()
@@ -236,6 +240,7 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
             f"The config.json of this {model.config.model_type} model says that its weights are quantised to "
             f"{scheme.quantization}, but none is; if they are whole, take quantization_config out of it."
         )
+    adopt(model)
     kept = dense_modules(model)
     for name, module in list(model.named_modules()):
         wanted = name in prequantised if scheme.prequantised else not matches(name, kept)

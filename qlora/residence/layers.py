@@ -120,7 +120,7 @@ class _Recompute(torch.autograd.Function):
             else:  # on its way while the layer computes
                 ctx.kept = boundary.inputs.keep(hidden, ctx.parts)
         output: Tensor | None = None
-        others: tuple[None, ...] | None = None
+        handed: list[tuple[Tensor | None, ...] | None] = []
         with torch.no_grad(), _visit(boundary, len(hidden)):
             for part in ctx.parts:
                 if ctx.random is not None:
@@ -130,6 +130,7 @@ class _Recompute(torch.autograd.Function):
                     inputs = inputs.detach().requires_grad_(ctx.needs_input_grad[0])
                 with torch.set_grad_enabled(ctx.graphs is not None):
                     answer, others = _run(boundary.layer, inputs, part, len(hidden), args, kwargs, ctx.packed)
+                handed.append(others)
                 if ctx.graphs is not None:
                     ctx.graphs.append((inputs, get_gradient_edge(answer) if answer.requires_grad else None))
                 del inputs
@@ -143,7 +144,10 @@ class _Recompute(torch.autograd.Function):
                 output[part] = answer
                 del answer  # before the next one is made
         assert output is not None
-        return output if others is None else (output, *others)
+        if others is None:
+            return output
+        whole = zip(*(others for others in handed if others is not None), strict=True)
+        return output, *(None if parts[0] is None else torch.cat(parts) for parts in whole)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor | None, ...]:
@@ -291,12 +295,12 @@ def _run(
     args: tuple[object, ...],
     kwargs: dict[str, object],
     packed: PackedMask | None = None,
-) -> tuple[Tensor, tuple[None, ...] | None]:
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """(hidden states, what else the layer's tuple holds) for ``inputs``, which are rows ``part`` of ``count``. ``packed``
     says where the examples of all of these begin, as it did in the forward, whose word is gone when backward comes.
 
-    The second is None where the layer gives a bare tensor. In a tuple the others stand empty: attention weights would be
-    those of one micro-batch, and without a cache there is nothing else.
+    The second is None where the layer gives a bare tensor. In a tuple whole numbers are handed on, as the tokens that an indexer
+    chose for later layers; the others stand empty: attention weights would be those of one micro-batch.
     """
     tokens = inputs.shape[1]
     given = _cut(kwargs, part, count, tokens)
@@ -310,7 +314,9 @@ def _run(
         )
     if not isinstance(output, tuple | list):
         return output, None
-    return output[0], (None,) * (len(output) - 1)
+    return output[0], tuple(
+        one if isinstance(one, Tensor) and not one.is_floating_point() else None for one in output[1:]
+    )
 
 
 def _cut(value: Any, part: slice, count: int, tokens: int) -> Any:

@@ -80,8 +80,8 @@ class Subject:
 
 
 def subject(folder: Path, held_out: bool = True) -> Subject:
-    """The run in ``folder``. Raises RunError where it holds nothing out and that is asked for, or has experts, which are no
-    linears."""
+    """The run in ``folder``. Raises RunError where it holds nothing out and that is asked for, or has experts or fused
+    weights, which are no plain linears."""
     recipe, environment = open_run(folder)
     base = open_base(recipe, environment, folder)
     data = load_recipe_data(recipe, base)
@@ -91,8 +91,10 @@ def subject(folder: Path, held_out: bool = True) -> Subject:
     model = load_run(folder, quiet=True)
     dtype = resolve_compute_dtype(model.device, recipe.model.compute_dtype)
     source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device, dtype))
-    if source.stacks:
-        raise RunError("its experts are no linears, which alone are followed layer by layer.")
+    if source.rearranged:
+        raise RunError(
+            "its checkpoint has experts or fused weights, and plain linears alone are followed layer by layer."
+        )
     each = sum(len(row.examples) for row in data.held_out) / max(1, len(data.held_out))
     return Subject(model, source, data.train, spread(data.held_out, round(ANSWERS / max(1.0, each))))
 

@@ -87,6 +87,27 @@ def test_original_adds_to_the_weights_before_quantisation(tmp_path: Path) -> Non
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
 
 
+@pytest.mark.parametrize("weights", ["dequantized", "original"])
+def test_a_base_in_fp8_is_merged_into_plain_weights(tmp_path: Path, weights: Any) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    tensors, exact = load_file(base / "model.safetensors"), {}
+    for name in [name for name in tensors if "proj" in name]:
+        rows, columns = tensors[name].shape
+        scales = torch.rand(-(-rows // 32), -(-columns // 32)) + 0.5
+        spread = scales.repeat_interleave(32, 0)[:rows].repeat_interleave(32, 1)[:, :columns]
+        tensors[name] = (tensors[name].float() / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        exact[name] = tensors[name].float() * spread
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (base / "config.json").write_text(json.dumps(values))
+    model = trained(base, tmp_path / "adapter", "nf4" if weights == "dequantized" else "none")
+    merged = merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32", base=weights)
+    assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
+    assert merged.tensors == len(load_file(tmp_path / "out" / "model.safetensors")) == len(tensors) - len(exact)
+
+
 def test_shards_keep_their_boundaries(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", shard="100KB")
     model = trained(base, tmp_path / "adapter")

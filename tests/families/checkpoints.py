@@ -83,6 +83,9 @@ COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_
 MOE_GROUPS = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 DECODER = {"is_decoder": True}  # halves of encoder-decoders and encoders, made as decoders
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
+MAMBA_1 = {"time_step_rank": 4, "state_size": 8}
+INKLING = {"n_routed_experts": 16, "n_shared_experts": 1, "rel_extent": 64}
+"""What is never packed is a smaller part of real ones, too."""
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
@@ -110,17 +113,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": COMPASS},
     "cohere_compass_text": COMPASS,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "deepseek_v4": {"hc_mult": 2, "n_routed_experts": 8},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "dots1": {"n_routed_experts": 4},
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
     "falcon_h1": MAMBA,
+    "falcon_mamba": MAMBA_1,
     "gemma3n_text": {
         "layer_types": ALTERNATING,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "gemma4_assistant": {"first": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}},
+    "glm5_next": {"text_config": {"hc_mult": 2}},
     "glm46v": {"text_config": ROPE},
     "glm4v": {"text_config": ROPE},
     "glm4v_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
@@ -128,10 +134,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glmga": {"text_config": ROPE},
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4},
+    "hrm_text": {"num_layers_per_stack": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "hunyuan_vl": {"text_config": ROPE},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "inkling_mm_model": {"text_config": INKLING},
+    "inkling_text": INKLING,
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_dt_rank": 4,
+    },
     "kimi_linear": {"num_experts": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "mamba": MAMBA_1,
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "mistral4": {"head_dim": 32, "rope_parameters": {"partial_rotary_factor": 0.5}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
@@ -159,6 +176,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "n_mamba_heads": 8,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
+    "zaya": {"router_hidden_size": 16},
 }
 """By type, what its configuration needs beside, or instead."""
 

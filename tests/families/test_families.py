@@ -42,8 +42,8 @@ MOST_USED = (
 )  # fmt: skip
 SAMPLE = (
     "apertus", "bamba", "bart", "bert", "bloom", "cohere2", "deepseek_v3", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1",
-    "gemma3", "gpt_bigcode", "gpt_neox", "gpt_oss", "lfm2", "mamba2", "mixtral", "nemotron", "opt", "phi", "qwen2_5_vl",
-    "qwen3_moe", "recurrent_gemma",
+    "gemma3", "gpt_bigcode", "gpt_neox", "gpt_oss", "lfm2", "llama4_text", "mamba2", "mixtral", "molmo2", "nemotron", "olmo_hybrid",
+    "opt", "phi", "qwen2_5_vl", "qwen3_moe", "recurrent_gemma",
 )  # fmt: skip
 
 

@@ -217,6 +217,10 @@ def test_other_prequantised_checkpoints_are_refused(copy: Path) -> None:
     edit(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):
         ours(copy)
+    named = copy.rename(copy.parent / "Qwen2.5-7B-Instruct-GPTQ-Int4")
+    with pytest.raises(ModelError, match=r"that it was made from, by its name 'Qwen2.5-7B-Instruct'"):
+        ours(named)
+    named.rename(copy)
     edit(copy, quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ModelError, match=r"already quantised \(bitsandbytes\); only .* 4-bit and 8-bit"):
         ours(copy)
