@@ -58,11 +58,11 @@ class Dense:
     """Of all weights but embeddings and head, which nobody quantises. Above a tenth a model is refused (model/skeleton.py)."""
 
     def __str__(self) -> str:
-        """Example: ``not quantised 1.04 GiB: embeddings 1.02 GiB, routers 12.0 MiB, rest 3.1 MiB; 0.2% of what is quantisable``"""
+        """A line of the plan's table."""
         kinds = ", ".join(f"{kind} {bytes_text(size)}" for kind, size in self.bytes.items())
         whole = bytes_text(sum(self.bytes.values()))
         return (
-            f"  {'not quantised':<20}{whole:>12}  {kinds}; beside embeddings and head {self.share:.1%} of the weights"
+            f"  {'not quantised':<20}{whole:>12}  {kinds}; beside embeddings and head {self.share:.2%} of the weights"
         )
 
 
