@@ -123,8 +123,8 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
         return getattr(config, field, None) if done is None or field in done else None
 
     multiplier = 1.0
-    if scale := named("logit_scale"):  # Cohere multiplies
-        multiplier *= scale
+    for field in ("logit_scale", "output_multiplier"):  # Cohere and Muse Glimmer multiply
+        multiplier *= named(field) or 1.0
     if scale := named("logits_scaling"):  # Granite divides
         multiplier /= scale
     return multiplier, named("final_logit_softcapping")  # Gemma 2
@@ -163,7 +163,7 @@ def before_head(model: nn.Module) -> nn.Module | None:
 
 def embedding(model: nn.Module) -> nn.Module | None:
     """The input embedding; None where the model has none."""
-    return _asked(model, "get_input_embeddings")
+    return _asked_inside(model, "get_input_embeddings")
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -174,7 +174,13 @@ def embedding_rows(model: nn.Module) -> int:
 
 def head(model: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits; None where the model has none."""
-    return _asked(model, "get_output_embeddings")
+    return _asked_inside(model, "get_output_embeddings")
+
+
+def _asked_inside(model: nn.Module, name: str) -> nn.Module | None:
+    """What ``model`` names, or else the whole language model inside it, as in Nemotron-H Omni."""
+    found = _asked(model, name)
+    return _asked(_asked(model, "get_decoder"), name) if found is None else found
 
 
 def _asked(model: Any, name: str) -> nn.Module | None:
