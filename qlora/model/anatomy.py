@@ -42,8 +42,8 @@ BEFORE_HEAD = {"modernbert-decoder": "lm_head"}
 """By family, what stands between the decoder and the head, where that is a module: a dense layer and a norm."""
 TRANSFORM = "cls.predictions.transform"
 """The same in BERT and its kin."""
-OWN_USE = ("prediction_coefs", "correction_coefs")
-"""Linears whose weight a family's code changes by itself, by the last part of their path: Gemma 3n clamps it."""
+OWN_USE = ("prediction_coefs", "correction_coefs", "o_a_proj")
+"""Linears whose weight a family's code uses by itself, by the last part of their path: Gemma 3n clamps it, DeepSeek V4 takes it in groups."""
 TO_ENCODER = ("encoder_attn", "crossattention")
 """Attention to an encoder, which text alone never goes through, as parts of paths: of BART's decoder taken alone, for example."""
 POSITION_TABLES = ("wpe", "embed_positions")
