@@ -31,7 +31,6 @@ MLP_OUTPUT = ("output.dense", *MLP, "fc2")
 """What gives the MLP's output. OPT has the MLP's two linears in the layer itself."""
 LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
 """The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
-"""Norms of the MLP's output: with one, the output is read again before it is added (Gemma 2 and 3, GLM-4)."""
 EXPERTS = "experts"
 """A mixture's experts, in the layer's MLP or in the layer itself."""
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -50,8 +49,8 @@ BY_PLACE = (
 """Families that count positions from the beginning of a row, whatever they are told."""
 ALIBI = ("bloom", "mpt")
 """Families whose attention is biased by places in a row, always; Falcon's is where its configuration says so."""
-OWN_USE = ("prediction_coefs", "correction_coefs")
-"""Linears whose weight a family's code changes by itself, by the last part of their path: Gemma 3n clamps it."""
+OWN_USE = ("prediction_coefs", "correction_coefs", "o_a_proj")
+"""Linears whose weight a family's code uses by itself, by the last part of their path: Gemma 3n clamps it, DeepSeek V4 takes it in groups."""
 TO_ENCODER = ("encoder_attn", "crossattention")
 """Attention to an encoder, which text alone never goes through, as parts of paths: of BART's decoder taken alone, for example."""
 POSITION_TABLES = ("wpe", "embed_positions")
@@ -161,8 +160,8 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
         return getattr(config, field, None) if done is None or field in done else None
 
     multiplier = 1.0
-    if scale := named("logit_scale"):  # Cohere multiplies
-        multiplier *= scale
+    for field in ("logit_scale", "output_multiplier"):  # Cohere and Muse Glimmer multiply
+        multiplier *= named(field) or 1.0
     if scale := named("logits_scaling"):  # Granite divides
         multiplier /= scale
     return multiplier, named("final_logit_softcapping")  # Gemma 2
@@ -201,7 +200,7 @@ def before_head(model: nn.Module) -> nn.Module | None:
 
 def embedding(model: nn.Module) -> nn.Module | None:
     """The input embedding; None where the model has none."""
-    return _asked(model, "get_input_embeddings")
+    return _asked_inside(model, "get_input_embeddings")
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -212,7 +211,13 @@ def embedding_rows(model: nn.Module) -> int:
 
 def head(model: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits; None where the model has none."""
-    return _asked(model, "get_output_embeddings")
+    return _asked_inside(model, "get_output_embeddings")
+
+
+def _asked_inside(model: nn.Module, name: str) -> nn.Module | None:
+    """What ``model`` names, or else the whole language model inside it, as in Nemotron-H Omni."""
+    found = _asked(model, name)
+    return _asked(_asked(model, "get_decoder"), name) if found is None else found
 
 
 def _asked(model: Any, name: str) -> nn.Module | None:
