@@ -79,5 +79,9 @@ def _batch_loss(model: AdaptedModel, rows: list[Row], chunk: int) -> tuple[float
     """The summed loss of some rows in nats, and their target tokens."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     batch = collate(rows, 0 if pad is None else int(pad), model.virtual_tokens)
-    loss, targets = batch_loss(model.model, {key: values.to(model.device) for key, values in batch.items()}, chunk)
+    loss, targets = batch_loss(
+        model.model,
+        {key: values if key == "labels" else values.to(model.device) for key, values in batch.items()},
+        chunk,
+    )
     return loss.item(), targets

@@ -134,11 +134,13 @@ def token_loss(hidden_BTD: Tensor, head: Head, labels_BT: Tensor, chunk: int = 2
     """(cross-entropy summed over target tokens, a scalar in fp32; how many they are).
 
     Position t predicts ``labels[t + 1]``; labels of ``IGNORE_INDEX`` count for nothing. ``chunk`` bounds how many
-    positions have logits at the same time: 4 · chunk · V bytes, 8 with a cap, and the product in the head's dtype.
+    positions have logits at the same time: 4 · chunk · V bytes, 8 with a cap, and the product in the head's dtype. Labels on
+    the CPU are looked at there; of a GPU's the host would have to wait for all that was launched before.
     """
     # the last position predicts nothing; with it the hidden states are one matrix as they lie, without it a copy
     wanted_N = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
-    places = (wanted_N != IGNORE_INDEX).nonzero().squeeze(1)
+    places, device = (wanted_N != IGNORE_INDEX).nonzero().squeeze(1), hidden_BTD.device
+    wanted_N, places = wanted_N.to(device, non_blocking=True), places.to(device, non_blocking=True)
     return summed_loss(hidden_BTD.flatten(0, 1), head, wanted_N, places, chunk), len(places)
 
 

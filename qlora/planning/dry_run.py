@@ -38,6 +38,7 @@ from qlora.errors import ModelError, first_line
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.attention import PackedMask
+from qlora.model.kernels.language import PIECE
 from qlora.model.loss import IGNORE_INDEX, WIDENED, head_of, hidden_states, summed_loss
 from qlora.planning.few_layers import layers_of, shortened
 from qlora.residence.ends import HostLinear, embedding_on_host, head_on_host
@@ -292,12 +293,26 @@ def _widened(args: tuple[Any, ...]) -> int:
     return 0 if x.dtype == torch.float32 else 4 * min(WIDENED, len(y)) * (len(x) + y.shape[1])
 
 
+def _normed(args: tuple[Any, ...]) -> int:
+    """A piece in fp32; on the way back its norm, its gradient and their product."""
+    rows = 1 if isinstance(args[2], float) else 3
+    return rows * 4 * min(args[0].numel(), PIECE)
+
+
+def _gated(args: tuple[Any, ...]) -> int:
+    """Two products that are not the result."""
+    return int(2 * args[0].nbytes)
+
+
 INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
     "cpu": {
         torch.ops.aten.native_dropout.default: _dropout,
         torch.ops.aten.mul.Tensor: _masked,
         torch.ops.aten.mul_.Tensor: _masked,
         torch.ops.qlora.fp32_product.default: _widened,
+        torch.ops.qlora.rms_norm.default: _normed,
+        torch.ops.qlora.rms_norm_backward.default: _normed,
+        torch.ops.qlora.glu_backward_.default: _gated,
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
     "cuda": {

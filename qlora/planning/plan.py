@@ -200,7 +200,8 @@ def _plan(
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
     # kernels that do not run on this machine are not planned for another one either
-    fuse(base.model, dtype, target.capability, target.device if torch.cuda.is_available() else None)
+    here = target.device.type == "cpu" or torch.cuda.is_available()
+    fuse(base.model, dtype, target.capability, target.device if here else None)
     parameters, dense = count_parameters(base.model), dense_of(base.model)
     if base.towers:
         numbers = sum(base.towers.values())

@@ -31,7 +31,7 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> f
     the gradient and not in the loss that is returned.
     """
     model, denominator = state.model, objective.denominator(rows)
-    total = 0.0
+    losses: list[Tensor] = []
     model.model.train()
     try:
         with random_draws(state):
@@ -43,13 +43,15 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> f
                         "a gradient. Take another model, or another method."
                     )
                 (loss * (state.loss_scale / denominator)).backward()  # type: ignore[no-untyped-call]
-                total += loss.item()
+                losses.append(loss.detach())
             penalty = model.penalty()
             if penalty is not None:
                 (penalty * state.loss_scale).backward()  # type: ignore[no-untyped-call]
     finally:
         model.model.eval()
-    return total / denominator
+    return (
+        sum(torch.stack(losses).tolist()) / denominator
+    )  # read once: each look waits for all that was launched before
 
 
 def unscale(state: TrainState) -> float:

@@ -317,11 +317,11 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
     assert fused(model) == {"rms_norm": 5, "rotary": 3, "glu_silu": 1}
 
 
-def test_nothing_is_fused_on_a_cpu_or_an_old_card() -> None:
-    for capability in (0, 7.0):
+def test_a_cpu_takes_the_plain_ways_and_an_old_card_nothing() -> None:
+    for capability, device, expected in [(0, CPU, FAMILIES["Llama"][1]), (0, torch.device("mps"), {}), (7.0, None, {})]:
         model = random_model("Llama")
-        fuse(model, torch.float32, capability)
-        assert fused(model) == {}
+        fuse(model, torch.bfloat16, capability, device)
+        assert fused(model) == expected
 
 
 @pytest.mark.parametrize("how", ["raises", "is wrong"])

@@ -41,6 +41,7 @@ def small_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model beside the libraries' own memory would leave nothing to choose."""
     monkeypatch.setattr("qlora.planning.memory.RUNTIME", {"cpu": 2**20, "cuda": 2**20})
     monkeypatch.setattr("qlora.planning.memory.HOST_RUNTIME", 2**20)
+    monkeypatch.setattr("qlora.planning.memory.WIDE_HEAP", 0)
 
 
 def recipe_of(folder: Path, *overrides: str, **sections: dict[str, Any]) -> Recipe:

@@ -15,6 +15,7 @@ from qlora.evaluation import score
 from qlora.machine.device import bytes_text, resolve_compute_dtype
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
+from qlora.model.kernels import fuse
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.few_layers import layers_of
@@ -65,7 +66,9 @@ def skeleton_of(folder: Path, method: Any = None, **section: Any) -> AdaptedMode
     values = ModelSection(name=str(folder), **{"compute_dtype": "fp32", **section})
     dtype = resolve_compute_dtype(CPU, values.compute_dtype)
     tokenizer = open_checkpoint(values, weights=False).tokenizer
-    return apply_method(skeleton_base(values, torch.device("meta"), dtype, tokenizer=tokenizer), method or LoRA(r=8))
+    base = skeleton_base(values, torch.device("meta"), dtype, tokenizer=tokenizer)
+    fuse(base.model, dtype, 0, CPU)
+    return apply_method(base, method or LoRA(r=8))
 
 
 def compare(

@@ -21,15 +21,18 @@ from qlora.evaluation import answers, score
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
-from qlora.recipe import LoRA, TrainingSection
+from qlora.model.attention import keep_apart
+from qlora.model.skeleton import skeleton_base
+from qlora.recipe import LoRA, ModelSection, TrainingSection
 from qlora.residence import layers
-from qlora.residence.layers import RecomputedLayer, unwrap_layers
+from qlora.residence.layers import RecomputedLayer, unwrap_layers, wrap_layers
 from qlora.training import Trainer, learning_rate, recover
+from qlora.training.objectives.tokens import Tokens
 from qlora.training.state import LARGEST_SCALE
 from qlora.training.step import total_norm
 from tests.rounding import rounding
 from tests.steps import LATER, LOSS, close, step_of
-from tests.tiny import VOCABULARY, adapter_bytes, gradients, random_rows, small_model, stir, tiny_model
+from tests.tiny import VOCABULARY, adapter_bytes, any_checkpoint, gradients, random_rows, small_model, stir, tiny_model
 
 ROWS = random_rows(80, seed=1)[:19]
 NORM = rounding(terms=4096, sums=2)  # a sum of that many squares at most, and one over the parameters
@@ -349,6 +352,25 @@ def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:
     finally:
         model.penalty, model.after_step = lambda: None, lambda step, total: None
     assert turns == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_gradients_are_had_without_a_look_at_the_device(tmp_path: Path, quantization: str, recompute: str) -> None:
+    """A GPU would have to be waited for. Tensors on meta have no values to look at: whoever asks for some raises."""
+    section = ModelSection(name=str(any_checkpoint(tmp_path, "Llama")), quantization=quantization)
+    base = skeleton_base(section, torch.device("meta"), torch.bfloat16)
+    adapted = apply_method(base, LoRA(r=4))
+    keep_apart(base.model, torch.bfloat16, 0)
+    wrap_layers(base.model, 2, keep=range(2) if recompute == "none" else ())
+    rows = random_rows(6)[:2]
+    assert any(len(row.examples) > 1 for row in rows)
+    base.model.train()
+    loss = Tokens(adapted).loss(rows, 5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(values.grad is not None for values in adapted.trainable_parameters().values())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
 
 
 def test_nothing_to_train_on_is_refused(model: AdaptedModel) -> None:

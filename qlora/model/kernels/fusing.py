@@ -42,16 +42,18 @@ Forward = Callable[..., Any]
 def fuse(model: nn.Module, dtype: torch.dtype, capability: float, device: torch.device | None = None) -> None:
     """Have ``model`` compute its norms, rotary positions and gated activations by fused operators, where these do the same.
 
-    ``capability`` is CUDA's, 0 where it computes on another device: then nothing is changed. Given a ``device`` the kernels
-    are tried there first, and if one does not compile or is off, a sentence says so and nothing is changed; without one the
-    card is not here, and is taken to have them, for a plan.
+    ``capability`` is CUDA's, 0 where it computes on another device. Given a CUDA ``device`` the kernels are tried there
+    first, and if one does not compile or is off, a sentence says so and nothing is changed; without one the card is not here,
+    and is taken to have them, for a plan. A CPU has no kernels, but gains by their plain ways: these keep less for backward,
+    and go over what is in the cache.
     """
-    if capability < OLDEST or (device is not None and not language.HERE):
+    cpu = not capability and device is not None and device.type == "cpu"
+    if not cpu and (capability < OLDEST or (device is not None and not language.HERE)):
         return
     with torch.random.fork_rng(devices=[]):
         found = [(module, forward) for module in model.modules() if (forward := _fused(module)) is not None]
     needed = frozenset(forward.operator for _, forward in found)  # type: ignore[attr-defined]
-    if device is not None and not prove(needed, device, dtype):
+    if device is not None and not cpu and not prove(needed, device, dtype):
         return
     for module, forward in found:
         module.forward = MethodType(forward, module)  # type: ignore[method-assign]

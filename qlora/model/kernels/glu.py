@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora.model.kernels.language import OPERATORS, jit, taken, tl, wide
+from qlora.model.kernels.language import OPERATORS, jit, taken, tl
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -81,7 +81,7 @@ OPERATORS.define("glu_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad, str
 @torch.library.impl(OPERATORS, "glu", "CompositeExplicitAutograd")
 def _glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if not taken(gate, up):
-        return (ACTIVATIONS[act](gate.to(wide(gate.dtype))) * up).to(gate.dtype)
+        return ACTIVATIONS[act](gate).mul_(up)
     y = _shape(gate, up, act)
     gate_NI, up_NI = gate.flatten(0, -2), up.flatten(0, -2)
     rows, width = gate_NI.shape
@@ -100,9 +100,8 @@ def _shape(gate: Tensor, up: Tensor, act: str) -> Tensor:
 @torch.library.impl(OPERATORS, "glu_backward_", "CompositeExplicitAutograd")
 def _glu_backward(gate: Tensor, up: Tensor, grad: Tensor, act: str) -> None:
     if not taken(gate, up, grad):
-        wide_gate, wide_grad = gate.to(wide(gate.dtype)), grad.to(wide(gate.dtype))
-        for_gate = BACKWARD[act](wide_grad * up, wide_gate)
-        up.copy_(wide_grad * ACTIVATIONS[act](wide_gate))
+        for_gate = BACKWARD[act](grad * up, gate)
+        torch.mul(grad, ACTIVATIONS[act](gate), out=up)
         gate.copy_(for_gate)
         return
     gate_NI, up_NI = gate.flatten(0, -2), up.flatten(0, -2)

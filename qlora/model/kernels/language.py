@@ -8,7 +8,7 @@ Knows Triton and devices; must not know an operator.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ except ImportError:  # not on CPUs' torch, macOS or Windows
 
 HERE = triton is not None
 INTERPRETED = HERE and os.environ.get("TRITON_INTERPRET") == "1"
+PIECE = 2**17
+"""Numbers that a CPU computes with at once, where it computes the plain way: in fp32 several such stay in a core's cache."""
 OPERATORS = torch.library.Library("qlora", "FRAGMENT")
 """A plan on fake tensors sees one operator, and what it gives, in the place of what is inside."""
 
@@ -35,6 +37,12 @@ def taken(*tensors: Tensor) -> bool:
     """Whether the kernels take these: in 16 or 32 bits, on a GPU or interpreted."""
     known = (torch.float16, torch.bfloat16, torch.float32)
     return HERE and all((one.is_cuda or INTERPRETED) and one.dtype in known for one in tensors)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of tensors [N, …], as views, the rows that are computed with at once: all of them, but on a CPU."""
+    rows = max(1, PIECE // tensors[0][0].numel()) if tensors[0].is_cpu and len(tensors[0]) else max(1, len(tensors[0]))
+    return zip(*(one.split(rows) for one in tensors), strict=True)
 
 
 def up_to_power(count: int) -> int:

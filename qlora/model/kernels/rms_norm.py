@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.model.kernels.language import OPERATORS, jit, taken, tl, up_to_power, wide
+from qlora.model.kernels.language import OPERATORS, jit, pieces, taken, tl, up_to_power, wide
 
 WIDEST = 32768  # a row is one block
 BLOCK = 4096  # numbers that a program has at once, where a row has fewer
@@ -94,8 +94,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, narrow: bool
         with torch.cuda.device_of(x):
             _forward[programs](x_ND, weight, y_ND, rstd_N, len(x_ND), width, eps, offset, **blocks)
     else:
-        torch.rsqrt(x_ND.to(rstd_N.dtype).square().mean(-1) + eps, out=rstd_N)
-        y_ND.copy_(x_ND * rstd_N[:, None] * (weight.to(rstd_N.dtype) + offset))
+        scale = weight.to(rstd_N.dtype) + offset
+        for x_PD, y_PD, rstd_P in pieces(x_ND, y_ND, rstd_N):
+            wide_PD = x_PD.to(rstd_N.dtype, copy=True)
+            torch.linalg.vector_norm(wide_PD, dim=-1, out=rstd_P).square_().div_(width).add_(eps).rsqrt_()
+            y_PD.copy_(wide_PD.mul_(rstd_P[:, None]).mul_(scale))
     return y, rstd_N
 
 
@@ -112,19 +115,24 @@ def _rms_norm_backward(
     for_x, for_weight = _gradient_shapes(grad, x, weight, rstd_N, offset, to_x, to_weight)
     grad_ND, x_ND, width = rows_of(grad), rows_of(x), x.shape[-1]
     if not (taken(grad, x, weight) and width <= WIDEST):
-        normal_ND, grad_ND = x_ND * rstd_N[:, None], grad_ND.to(rstd_N.dtype)
-        if to_x:
-            scaled_ND = grad_ND * (weight.to(rstd_N.dtype) + offset)
-            mean_N1 = (scaled_ND * normal_ND).mean(-1, keepdim=True)
-            rows_of(for_x).copy_((scaled_ND - normal_ND * mean_N1) * rstd_N[:, None])
+        scale, total_D = weight.to(rstd_N.dtype) + offset, torch.zeros(width, dtype=rstd_N.dtype, device=x.device)
+        for x_PD, grad_PD, rstd_P, to_x_PD in pieces(x_ND, grad_ND, rstd_N, rows_of(for_x) if to_x else x_ND):
+            rstd_P1 = rstd_P[:, None]
+            normal_PD = x_PD.to(rstd_N.dtype, copy=True).mul_(rstd_P1)
+            wide_PD = grad_PD.to(rstd_N.dtype, copy=True)
+            if to_weight:
+                total_D += (wide_PD * normal_PD).sum(0)
+            if to_x:
+                mean_P1 = (wide_PD.mul_(scale) * normal_PD).mean(-1, keepdim=True)
+                to_x_PD.copy_(wide_PD.addcmul_(normal_PD, mean_P1, value=-1).mul_(rstd_P1))
         if to_weight:
-            for_weight.copy_((grad_ND * normal_ND).sum(0))
+            for_weight.copy_(total_D)
         return for_x, for_weight
     blocks = _blocks(width)
-    pieces = -(-len(x_ND) // blocks["ROWS"])
+    count = -(-len(x_ND) // blocks["ROWS"])
     # a power of two, as each other number is compiled anew
-    steps = up_to_power(-(-pieces // PARTS)) if to_weight else 1
-    programs = -(-pieces // steps)
+    steps = up_to_power(-(-count // PARTS)) if to_weight else 1
+    programs = -(-count // steps)
     parts_PD = x.new_empty(programs if to_weight else 0, width, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward[(programs,)](

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.model.kernels.language import OPERATORS, jit, taken, tl, up_to_power, wide
+from qlora.model.kernels.language import OPERATORS, jit, taken, tl, up_to_power
 
 
 @jit
@@ -104,14 +104,16 @@ def _shapes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple
 
 
 def _plain(x: Tensor, cos: Tensor, sin: Tensor, back: bool, y: Tensor) -> None:
-    """The same in torch, into ``y``."""
-    cos, sin = (table.to(wide(x.dtype)).unsqueeze(1) for table in (cos, sin))
+    """The same in torch, into ``y``, of whose dtype the first product is."""
     half = cos.shape[-1] // 2
+    # [R, T, H, E], as they lie in memory
+    x, y, cos, sin = x.transpose(1, 2), y.transpose(1, 2), cos.unsqueeze(2), sin.unsqueeze(2)
     (cos_1, cos_2), (sin_1, sin_2) = cos.split(half, -1), sin.split(half, -1)
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    y[..., :half] = a * cos_1 + b * sin_2 if back else a * cos_1 - b * sin_1
-    y[..., half : 2 * half] = b * cos_2 - a * sin_1 if back else b * cos_2 + a * sin_2
-    y[..., 2 * half :] = rest
+    y_a, y_b, y_rest = y.split([half, half, rest.shape[-1]], -1)
+    torch.mul(a, cos_1, out=y_a).addcmul_(b, sin_2 if back else sin_1, value=1 if back else -1)
+    torch.mul(b, cos_2, out=y_b).addcmul_(a, sin_1 if back else sin_2, value=-1 if back else 1)
+    y_rest.copy_(rest)
 
 
 class _Rotary(torch.autograd.Function):

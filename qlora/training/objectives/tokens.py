@@ -27,10 +27,11 @@ class Tokens:
         return sum(row.target_tokens for row in rows)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Rows as tensors [R, T] on the model's device, padded on the right, the method's virtual tokens before them."""
+        """Rows as tensors [R, T] on the model's device, padded on the right, the method's virtual tokens before them.
+        ``labels`` stay on the CPU, where the loss looks for its targets."""
         pad = getattr(self.model.tokenizer, "pad_token_id", None)
         batch = collate(list(rows), 0 if pad is None else int(pad), self.model.virtual_tokens)
-        sent: dict[str, Tensor] = send_to_device(batch, self.model.device)
+        sent: dict[str, Tensor] = send_to_device(batch, self.model.device, skip_keys="labels")
         return sent
 
     def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
