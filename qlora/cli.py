@@ -109,7 +109,7 @@ def export(words: list[str]) -> None:
     All that write take out=FOLDER and overwrite=true, and leave a model card.
     merged takes dtype=bf16, fp16 or fp32, and for=serving, which is the trained model, or for=quantising, which may be put into 4 bits
     again or trained on (base=dequantized and original say the same); left out, both are measured on what is held out.
-    nf4 is the trained model as bitsandbytes packs it, its codes chosen to keep what was learned.
+    nf4 is what is merged for=quantising, as bitsandbytes packs it.
     adapter takes keys=text, for the class of a multimodal model's language model alone.
     gguf takes base, and type=q8_0 (unless said), f16, bf16, f32, q4_0, or one of llama-quantize's, as q4_k_m.
     check takes from=FOLDER, a merged model or one in nf4 (RUN/merged unless said), and compares it with the run, here or elsewhere.

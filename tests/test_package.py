@@ -24,7 +24,6 @@ OWNERS = {
         "qlora/model/experts.py",
         "qlora/training/optim.py",
         "qlora/export/nf4.py",
-        "qlora/export/rounding.py",
     },
     "transformers": {
         "qlora/model/",

@@ -1,16 +1,15 @@
-"""The trained model in 4 bits: a bitsandbytes checkpoint that from_pretrained opens, and this program as a base.
+"""A merged model in 4 bits: a bitsandbytes checkpoint that from_pretrained opens, and this program as a base.
 
-    for each decoder layer:  inputs of its linears, as trained and as made so far ─► codes ─► written ─► what the made layer gives
+    for each linear of a layer:  the checkpoint's own weight + what was learned ─► NF4 ─► written      all else: in bf16
 
-Rounding a merged model plainly gives the old codes back, and with them the model from before training. Here codes are
-chosen for the inputs that the linears get (``rounding.py``), one layer after the other, so that each makes good what those
-before it lost. One layer is dense at a time. Knows the trained model, its checkpoint and its rows; must not know runs.
+Of the weights that the adapter was trained beside, which lie on the grid already, the old codes would come back, and with
+them the model from before training. The checkpoint's own lie anywhere between two codes, so that a small update moves some
+of them over, in proportion to it. One tensor is dense at a time. Knows checkpoints and adapters; must not know runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,14 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError, RunError
 from qlora.export.merge import Merged, write_beside, write_plain
-from qlora.export.rounding import Inputs, rounded
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
-from qlora.methods import AdaptedModel
 from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint
-from qlora.model.nf4 import FrozenLinear, dense_cached, dequantised, is_plain_linear, is_transposed
-from qlora.model.walk import Walk, standing
+from qlora.model.nf4 import FrozenLinear, is_plain_linear, is_transposed, quantised
 from qlora.recipe import ModelSection
 
 SHARD = 1024**3  # bytes after which another file begins
@@ -47,33 +43,37 @@ def linears_of(layer: nn.Module, quantised: bool) -> dict[str, nn.Module]:
 
 
 def export_nf4(
-    trained: AdaptedModel,
     checkpoint: Checkpoint,
     adapter_folder: str | Path,
     out: str | Path,
-    batches: Sequence[Mapping[str, Tensor]],
     *,
     section: ModelSection,
+    device: torch.device | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
     ends: Sequence[int] = (),
 ) -> Merged:
-    """Write the model that ``trained`` is into the new folder ``out``: linears of its layers in NF4, all else in bf16.
+    """Write ``checkpoint`` and the adapter into the new folder ``out``: linears of its layers in NF4, all else in bf16.
 
-    ``trained`` is ``checkpoint`` with the adapter of ``adapter_folder``, as ``section`` says; ``batches`` are rows without
-    padding (``input_ids``, ``position_ids``) of what it was trained on. Nothing is at ``out`` before everything is written.
+    ``section`` says what the adapter was trained on. Nothing is at ``out`` before everything is written.
 
-    Raises ModelError for a mixture of experts, and where weights are fused or stored as [in, out], which bitsandbytes packs no
-    more; MethodError for a method that cannot be merged; RunError when ``out`` is taken; DoesNotFitError when the disk is full.
+    Raises ModelError for a base that is itself quantised, for a mixture of experts, and where weights are fused or stored as
+    [in, out], which bitsandbytes packs no more; MethodError for a method that cannot be merged; RunError when ``out`` is
+    taken; DoesNotFitError when the disk is too small.
     """
     out = Path(out)
     keep_apart(out, checkpoint.folder, Path(adapter_folder))
     if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
-    device, dtype = trained.device, torch.bfloat16
+    device, dtype = torch.device("cpu") if device is None else device, torch.bfloat16
     source = Source(
         checkpoint, section, Path(adapter_folder), device, resolve_compute_dtype(device, section.compute_dtype)
     )
+    if source.empty.scheme.prequantised:
+        raise ModelError(
+            f"'{checkpoint.name}' is itself quantised and does not hold the original weights, and on its own codes most of what was "
+            "learned would be rounded away; export it merged."
+        )
     if source.rearranged or any(map(is_transposed, source.model.modules())):
         raise ModelError(
             f"'{checkpoint.name}' has experts, fused weights or weights stored as [in, out], which bitsandbytes does not pack in "
@@ -81,86 +81,28 @@ def export_nf4(
         )
     entries = {name: entry for file in source.promise(dtype).values() for name, entry in file.items()}
     require_disk(out, sum(torch.Size(shape).numel() * 2 for _, shape in entries.values()), "The model")
-    walk = Walk(trained.model, batches)
-    paths = anatomy.path_of(trained.model, walk.layers)
-    names = {target: name for name, target in source.names.items()}
-    packed: list[str] = []
+    layers = anatomy.layers(source.model)
+    paths = anatomy.path_of(source.model, layers)
+    packed = {
+        f"{paths}.{number}.{path}"
+        for number, layer in enumerate(layers)
+        for path in linears_of(layer, bool(source.quantised))
+    }
     with folder_written_aside(out, overwrite) as aside:
         shards = _Shards(aside)
-        made, seen = list(walk.first), list(walk.first)
-        for number, layer in enumerate(walk.layers):
-            linears = linears_of(layer, bool(source.quantised))
-            with dense_cached(layer):
-                inputs, seen = _inputs(walk, number, linears, made, seen)
-            instead: dict[str, nn.Module] = {}
-            for path in linears:
-                whole = f"{paths}.{number}.{path}"
-                name = names[f"{whole}.weight"]
-                codes, state = rounded(
-                    source.tensor(name, torch.float32, requantise=True), inputs.pop(path), section.double_quant, dtype
-                )
-                shards.add(_tensors(name, codes, state))
-                packed.append(whole)
-                instead[path] = dense_linear(dequantised(codes, state), source.bias(whole), made[0].dtype)
-                trim_heap()
-            with standing(layer, instead):
-                made = [walk.visit(number, batch, hidden) for batch, hidden in enumerate(made)]
-        written = {names[f"{path}.weight"] for path in packed}
         for name, (kind, _) in entries.items():
-            if name not in written:
-                shards.add({name: source.tensor(name, kind, requantise=True)})
+            values = source.tensor(name, kind, requantise=False)
+            if source.names.get(name, "").removesuffix(".weight") in packed:
+                shards.add(_tensors(name, *quantised(values.contiguous(), "nf4", section.double_quant)))
+            else:
+                shards.add({name: values})
+            trim_heap()
         total = shards.end()
         config = source.plain_config("bf16") | {
             "quantization_config": _quantisation(source, packed, section.double_quant)
         }
         new_ends = write_beside(aside, source, config, "nf4", "bf16", chat_template, ends)
     return Merged(out, len(entries), len(source.carrying), 0, total, dtype, new_ends=new_ends)
-
-
-def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A plain linear that computes in ``dtype`` with these values."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-    return linear
-
-
-def _inputs(
-    walk: Walk, number: int, linears: Mapping[str, nn.Module], made: list[Tensor], seen: list[Tensor]
-) -> tuple[dict[str, Inputs], list[Tensor]]:
-    """(what the linears of a layer get, by path; what the layer gives in the trained model). Linears with one input share it."""
-    found: dict[str, Inputs] = {}
-    after = []
-    for batch, (ours, theirs) in enumerate(zip(made, seen, strict=True)):
-        with _caught(linears) as trained:
-            after.append(walk.visit(number, batch, theirs))
-        with _caught(linears) as now:
-            walk.visit(number, batch, ours)
-        leaders: dict[int, str] = {}
-        for path, x in now.items():
-            leader = leaders.setdefault(id(x), path)
-            if path not in found:
-                found[path] = found[leader] if leader != path else Inputs.none_yet(x.shape[-1], x.device)
-            if leader == path:
-                found[path].add(x.reshape(-1, x.shape[-1]), trained[path].reshape(-1, x.shape[-1]))
-    return found, after
-
-
-@contextmanager
-def _caught(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the inputs of the linears are put into what is yielded, by their paths."""
-    found: dict[str, Tensor] = {}
-
-    def catch(path: str) -> Any:
-        return lambda module, args: found.__setitem__(path, args[0])
-
-    hooks = [linear.register_forward_pre_hook(catch(path)) for path, linear in linears.items()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Shards:
@@ -171,11 +113,8 @@ class _Shards:
         self.files = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take these, and write what there is where it is enough for a file. Raises ModelError for a name that came before."""
-        for name, values in tensors.items():
-            if name in self.waiting or name in self.places:
-                raise ModelError(f"Two layers share '{name}', so that it cannot be rounded for both; export it merged.")
-            self.waiting[name] = values.detach().cpu().contiguous()
+        """Take these, and write what there is where it is enough for a file."""
+        self.waiting |= {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
         if sum(values.nbytes for values in self.waiting.values()) >= SHARD:
             self._write(f"model-{self.files + 1:05}.safetensors")
 
@@ -199,7 +138,7 @@ def _tensors(name: str, codes: Tensor, state: QuantState) -> dict[str, Tensor]:
     return {name: codes} | {f"{name}.{key}": values for key, values in state.as_dict(packed=True).items()}
 
 
-def _quantisation(source: Source, packed: Sequence[str], double_quant: bool) -> dict[str, Any]:
+def _quantisation(source: Source, packed: Collection[str], double_quant: bool) -> dict[str, Any]:
     """config.json's ``quantization_config``; every linear that is not packed is named, as transformers would pack it."""
     plain = [
         path

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.data import collate
 from qlora.errors import DiffersError, RunError, listed
 from qlora.export import Merged, Written, export_gguf_adapter
 from qlora.export import export_adapter as write_adapter
@@ -46,9 +45,6 @@ from qlora.runs.folder import (
     template_of,
 )
 from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
-
-CALIBRATION = 8192
-"""Tokens of the training data that the codes of ``export_nf4`` are chosen for."""
 
 CLOSE = 0.02  # nats a token between a model and its merge in 16 bits: ten times what rounding was seen to make of it
 WORSE = 0.1  # nats a token of held-out loss that a model in other weights may have more
@@ -220,35 +216,31 @@ def export_nf4(
 ) -> tuple[Merged, list[Form]]:
     """Write a run's model in bitsandbytes' NF4 into ``out`` (``RUN/nf4`` when left out), and measure what was written.
 
-    Its codes are chosen on ``CALIBRATION`` tokens that it was trained on. The table has the trained model, a merge into
-    either base in plain NF4, and this; it is empty where nothing is held out.
+    The table has the trained model, the merge into the weights it was trained beside in NF4 again, and this; it is empty
+    where nothing is held out.
     """
     run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "nf4"
-    found = subject(run.folder, held_out=False)
-    each = sum(len(row.ids) for row in found.train) / len(found.train)
-    rows = spread(found.train, round(CALIBRATION / each))
-    batches = [{key: value.to(found.model.device) for key, value in collate([row], 0).items()} for row in rows]
     with full_disk_said(place, "export it again"):
         merged = read_adapter(
             run.folder,
             lambda adapter: write_nf4(
-                found.model,
                 run.base,
                 adapter,
                 place,
-                batches,
                 section=run.recipe.model,
                 overwrite=overwrite,
                 chat_template=run.template,
                 ends=run.ends,
             ),
         )
+    found = subject(run.folder, held_out=False)
     if not found.held_out:
         return merged, []
-    forms = {f"{base}, in NF4 again": merged_into(found.source, base, True) for base in ("dequantized", "original")}
-    return merged, measured(
-        found.model, found.source, {**forms, "this NF4": lying_in(place, found.source)}, found.held_out
-    )
+    forms = {
+        "dequantized, in NF4 again": merged_into(found.source, "dequantized", True),
+        "this NF4": lying_in(place, found.source),
+    }
+    return merged, measured(found.model, found.source, forms, found.held_out)
 
 
 def foreign_ends(folder: str | Path) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qlora.data import Row, collate
 from qlora.errors import QloraError, RunError
 from qlora.evaluation.divergence import Divergence
-from qlora.export.nf4 import dense_linear, linears_of
+from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
@@ -193,6 +193,15 @@ def lying_in(folder: Path, source: Source) -> WeightOf:
         return packed.dequantise(torch.bfloat16)
 
     return weight
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A plain linear that computes in ``dtype`` with these values."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return linear
 
 
 def measured(model: AdaptedModel, source: Source, forms: Mapping[str, WeightOf], rows: Sequence[Row]) -> list[Form]:
