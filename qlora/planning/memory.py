@@ -40,7 +40,7 @@ RUNTIME = {"cpu": int(0.55 * GIB), "cuda": int(0.5 * GIB)}
 tensors; on a GPU the CUDA context with its kernels, which is assumed."""
 WIDE_HEAP = int(0.2 * GIB)
 """What the C heap keeps more where a CPU computes in fp32. By the quickstart's model, planned against rehearsed: bf16 1,337 and
-1,331 MiB, recomputing 835 and 842; fp32 2,110 and 2,010, recomputing 1,108 and 1,085."""
+1,331 MiB, recomputing 835 and 842; fp32 2,289 and 2,401, recomputing 1,107 and 1,053."""
 FRAGMENTS = {"cpu": 0, "cuda": 4}
 """Of what comes and goes in a step, the part (one in so many) that torch's allocator reserves beside it and cannot use: on an
 H100 a tenth mostly, and a quarter at most, over 11 arrangements of 8B and 70B, none with segments that expand

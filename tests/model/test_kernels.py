@@ -318,9 +318,15 @@ def test_what_computes_something_else_stays_as_it_is() -> None:
 
 
 def test_a_cpu_takes_the_plain_ways_and_an_old_card_nothing() -> None:
-    for capability, device, expected in [(0, CPU, FAMILIES["Llama"][1]), (0, torch.device("mps"), {}), (7.0, None, {})]:
+    half, full, mps = torch.bfloat16, torch.float32, torch.device("mps")
+    for dtype, capability, device, expected in [
+        (half, 0, CPU, FAMILIES["Llama"][1]),
+        (full, 0, CPU, {}),
+        (half, 0, mps, {}),
+        (half, 7.0, None, {}),
+    ]:
         model = random_model("Llama")
-        fuse(model, torch.bfloat16, capability, device)
+        fuse(model, dtype, capability, device)
         assert fused(model) == expected
 
 

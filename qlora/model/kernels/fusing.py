@@ -44,10 +44,10 @@ def fuse(model: nn.Module, dtype: torch.dtype, capability: float, device: torch.
 
     ``capability`` is CUDA's, 0 where it computes on another device. Given a CUDA ``device`` the kernels are tried there
     first, and if one does not compile or is off, a sentence says so and nothing is changed; without one the card is not here,
-    and is taken to have them, for a plan. A CPU has no kernels, but gains by their plain ways: these keep less for backward,
-    and go over what is in the cache.
+    and is taken to have them, for a plan. A CPU has no kernels, but gains in 16 bits by their plain ways: these keep less for
+    backward, and go over what is in the cache. In fp32 it stays transformers' own, bit for bit.
     """
-    cpu = not capability and device is not None and device.type == "cpu"
+    cpu = not capability and device is not None and device.type == "cpu" and dtype.itemsize == 2
     if not cpu and (capability < OLDEST or (device is not None and not language.HERE)):
         return
     with torch.random.fork_rng(devices=[]):
