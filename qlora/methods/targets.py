@@ -13,6 +13,7 @@ from torch import nn
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
 from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts, is_router, kind, read_as_weights
+from qlora.model.names import OnLoad
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
 
@@ -100,9 +101,9 @@ def left_out(model: nn.Module, wanted: Targets) -> str | None:
 
 
 def _peft_refuses(model: nn.Module) -> list[str]:
-    if getattr(getattr(model, "config", None), "model_type", None) not in WITHOUT_OUT_PROJ:
-        return []
-    return [path for path in find_linears(model) if leaf(path) == "out_proj"]
+    names, refused = OnLoad(model), getattr(getattr(model, "config", None), "model_type", None) in WITHOUT_OUT_PROJ
+    linears = find_linears(model)
+    return [path for path in linears if (refused and leaf(path) == "out_proj") or names.written(path) is None]
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:
