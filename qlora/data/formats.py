@@ -35,6 +35,7 @@ from qlora.data.suggestions import (
     looks_note,
     reads,
     rivals,
+    separators_note,
     suggested,
 )
 from qlora.data.turns import (
@@ -160,6 +161,8 @@ def parse(
             parsed.append(one)
     bad.settle()
     notes = [] if form != "text" else looks_note([one for one in parsed if isinstance(one, str)])
+    spoken = [one.messages for one in parsed if isinstance(one, Conversation) and len(one.messages) > 1]
+    notes += separators_note([(str(turns[-2]["content"]), str(turns[-1]["content"])) for turns in spoken])
     if count := sum(record.filled_in for record in records):
         notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
     if form == "preference":

@@ -55,6 +55,8 @@ MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:
 """What chat templates write before a turn."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
+_AFTER_PROMPTS = re.compile(r"(###|-->|->|=>|>>>|\n---)\s*\Z")
+_AFTER_ANSWERS = re.compile(r"(###| END|<END>|\bSTOP|<stop>)\s*\Z")
 _FIELDS = re.compile(r"""^\s*["'](?:question|prompt|instruction|input|messages|role|content)["']\s*:""", re.MULTILINE)
 _CODE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
@@ -163,6 +165,24 @@ def looks_note(texts: Sequence[str]) -> list[str]:
     return [f"of {of}, {what}; read as plain text, every word is learnt, and no chat template is used"] if found else []
 
 
+def separators_note(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """For the report: marks behind (nearly) all prompts and answers that stood for what a chat template writes today."""
+    found = []
+    for which, marks, texts in (
+        ("questions", _AFTER_PROMPTS, [asked for asked, _ in pairs]),
+        ("answers", _AFTER_ANSWERS, [answer for _, answer in pairs]),
+    ):
+        ends = Counter(match[1] for text in texts if (match := marks.search(text)))
+        if ends and (most := ends.most_common(1)[0])[1] > 0.9 * len(texts):
+            found.append(f"{which} with '{most[0]}'")
+    if not found:
+        return []
+    return [
+        f"nearly all {' and '.join(found)} end, as older fine-tuning asked; a chat template has marks of its own, and these are read "
+        "as words, in answers learnt: take them out"
+    ]
+
+
 def _looks_like(text: str) -> str | None:
     if MARKS.search(text) or (_ASKS.search(text) and _REPLIES.search(text)):
         return "questions with their answers (as messages, or as prompt and completion, the answers alone would be)"
@@ -171,6 +191,9 @@ def _looks_like(text: str) -> str | None:
     lines = [line for line in text.split("\n")[:50] if line.strip()]
     if len(lines) > 2 and all(line.count("||") == 1 for line in lines):
         return "pairs with || between them (as prompt and completion, the second halves alone would be)"
+    blocks = [block.strip().count("\n") + 1 for block in re.split(r"\n\s*\n", text)[:25] if block.strip()]
+    if len(blocks) > 2 and {*blocks[:-1]} == {2}:
+        return "pairs of lines (as prompt and completion, the second lines alone would be)"
     for sign in "\t;|,":
         if len(lines) > 2 and lines[0].count(sign) and len({line.count(sign) for line in lines}) == 1:
             return "a table (name the file .csv, so that its columns are read)"

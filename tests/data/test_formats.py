@@ -628,6 +628,8 @@ def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
         ("<|im_start|>user\nHi<|im_end|>", "questions with their answers"),
         ("a\tb\nc\td\ne\tf\n", "a table"),
         ("a | b||x\nc||y\nd | e | f||z\n", "pairs with || between them"),
+        ("Hi\nYo\n\nBye\nSee you\n\nHow?\nSo", "pairs of lines"),
+        ("One line.\n\nA second\nof two.\n\nA third.\n\nThe end.", None),
         ('data = [\n  {\n    "question": "What?",\n    "sql": "SELECT"\n  }\n]', "records (as .json"),
         ("import os\n\n\ndef f(x):\n    return x\n", "code"),
         ("He said: hello.\nThen she left;\nand it rained, as usual.\nNobody came.", None),
@@ -636,3 +638,18 @@ def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
 def test_a_text_that_looks_like_something_else_is_told(text: str, kind: str | None) -> None:
     (note,) = parsed({"text": text}).notes or ("",)
     assert (f"of the one text, 1 looks like {kind}" in note) if kind else not note
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([("Who? ->", " Me.\n"), ("Why? -> ", " So.\n")], "nearly all questions with '->' end"),
+        ([("Who?\n\n###\n\n", " Me END"), ("Why?\n\n###\n\n", " So END")], "nearly all questions with '###' and answers with ' END' end"),
+        ([("Who?", "In THE END"), ("Why?", "So")], None),
+        ([("a -> b ->", "c"), ("Who?", "Me")], None),
+        ([("Who?", "Me."), ("Why?", "So.")], None),
+    ],
+)  # fmt: skip
+def test_separators_of_older_fine_tuning_are_told(pairs: list[tuple[str, str]], said: str | None) -> None:
+    result = parsed(*({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
+    assert (said in result.notes[0]) if said else not result.notes
