@@ -72,7 +72,7 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
     token on). By the logits of ``count`` tokens after the shortest, behind the padding and alone; how far rounding parts them is
     measured by the same prompt twice in a batch."""
     shortest, longest = (choose(prompts, key=len, default=()) for choose in (min, max))
-    if len(shortest) == len(longest):
+    if len(shortest) == len(longest) or (isinstance(model, Adapters) and model.mixing):  # there rows go together anyway
         return True
 
     def logits(*rows: Ids) -> torch.Tensor:

@@ -163,8 +163,9 @@ class Adapters(OnBase):
     def mixed(self, names: Sequence[str | None]) -> Iterator[None]:
         """Inside, row i of every batch is answered by the adapter ``names[i]``, or by the base where that is None.
 
-        A batch must have exactly as many rows as there are names; with beams, a name for each beam. The frozen product is
-        made once for all rows. Raises MethodError for an adapter that cannot answer single rows (prompts, bottlenecks, an
+        A batch must have exactly as many rows as there are names; with beams, a name for each beam. Prompts of several lengths
+        are padded in front, which a model with states (Mamba, RWKV) reads as text: give it prompts of one length. The frozen
+        product is made once for all rows. Raises MethodError for an adapter that cannot answer single rows (prompts, bottlenecks, an
         adapter that changes the base), and inside for a batch of another size.
         """
         names = tuple(names)
@@ -180,6 +181,11 @@ class Adapters(OnBase):
                     yield
                 finally:
                     self._mixing = False
+
+    @property
+    def mixing(self) -> bool:
+        """Whether rows are answered by an adapter each, so that a batch is always whole."""
+        return self._mixing
 
     @contextmanager
     def _bare(self, name: str) -> Iterator[None]:
