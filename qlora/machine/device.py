@@ -181,6 +181,31 @@ def trim_heap() -> None:
         trim(0)
 
 
+class TrimmedHeap:
+    """Trims the C heap of a process that computes on a CPU where steps of many sizes have left it in pieces.
+
+    Rows of other lengths ask for blocks of other sizes, so that what is freed seldom fits again: 40 steps of a 135M model took
+    1.3 GiB at first and 2.0 at last. A trim costs the next step a seventh of its time, so it waits until a tenth is lost.
+    """
+
+    GROWN = 1.1  # of what the process holds after the first step on a trimmed heap
+
+    def __init__(self, device: torch.device) -> None:
+        self._here = device.type == "cpu" and sys.platform == "linux"
+        self._at_first: int | None = None
+
+    def after_step(self) -> None:
+        """Look, and trim where it is time."""
+        if not self._here:
+            return
+        held = _fields("/proc/self/status")["VmRSS"]
+        if self._at_first is None:
+            self._at_first = held
+        elif held > self.GROWN * self._at_first:
+            trim_heap()
+            self._at_first = None
+
+
 def total_memory_bytes(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes of the device: the GPU's memory, or the machine's. (0, 0) where the system does not tell.
 

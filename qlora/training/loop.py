@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qlora.data import Data, Row, step_rows, steps_per_epoch
 from qlora.errors import DataError, DoesNotFitError, NonFiniteError, first_line, listed
-from qlora.machine.device import peak_memory_bytes, ran_out_of_memory
+from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
 from qlora.methods import AdaptedModel
 from qlora.recipe import MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.training import checkpoint
@@ -71,6 +71,7 @@ class Trainer:
         self.passage = Passage(model, self.rows, self.training, self.memory)
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
+        self._heap = TrimmedHeap(model.device)
         self._check()
 
     def __repr__(self) -> str:
@@ -126,6 +127,7 @@ class Trainer:
             self.model.after_step(state.step, self.total_steps)
         state.masters.drop_gradients()
         state.torn = False
+        self._heap.after_step()
         step = self._told(rows, rate, outcome, time.perf_counter() - started)
         if self.log is not None:
             self.log.write(step.metrics())

@@ -168,3 +168,17 @@ def test_versions_name_what_decides_the_numbers() -> None:
     found = device.versions()
     assert found["torch"] == torch.__version__
     assert all(found[name] for name in ("python", "qlora", "transformers", "bitsandbytes", "safetensors"))
+
+
+def test_the_heap_is_trimmed_when_a_tenth_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, trims = iter([100, 109, 111, 80, 87, 89, 90]), []
+    monkeypatch.setattr(device, "_fields", lambda path: {"VmRSS": next(held)})
+    monkeypatch.setattr(device, "trim_heap", lambda: trims.append(None))
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    heap = device.TrimmedHeap(torch.device("cpu"))
+    counts = []
+    for _ in range(7):
+        heap.after_step()
+        counts.append(len(trims))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+    device.TrimmedHeap(torch.device("cuda")).after_step()  # asks nobody

@@ -63,7 +63,9 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").iterdir(), key=lambda place: int(place.name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["lora", "adalora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pissa", "p_tuning", "two"))]
+)
 def test_a_run_goes_on_from_anothers(
     first: dict[str, Path], name: str, tiny_model: Path, new_data: Path, tmp_path: Path
 ) -> None:
