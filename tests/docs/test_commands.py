@@ -51,6 +51,7 @@ SCRIPTS = {  # likewise of Python
 }
 STAND_INS = ("Qwen/Qwen3-8B", "smollm2-135m-instruct")  # models in whose place the tiny one stands
 TARGETS = set(re.findall(r"(?m)^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8")))
+MADE = {"merged": "merged", "nf4": "nf4", "adapter": "portable", "gguf": "gguf-q8_0", "gguf-adapter": "gguf-adapter"}
 RUN_VERBS = ("resume", "evaluate", "chat", "export", "report")
 RECIPE_VERBS = ("plan", "preview", "train")
 COMMAND = re.compile(r"^\s*(\$ )?(qlora (?!run\b)\w|make |python3? |pip |git |vllm )")
@@ -326,8 +327,9 @@ def run_qlora(bench: Bench, words: list[str]) -> None:
     verb = words[0]
     if verb in RUN_VERBS:
         bench.run(words[1])
-        for made in ("merged", "gguf-q8_0", "gguf-adapter"):
-            shutil.rmtree(bench.folder / words[1] / made, ignore_errors=True)
+        elsewhere = any(word.startswith("out=") for word in words)
+        if verb == "export" and words[2] in MADE and not elsewhere:  # a page shows several ways to make the same
+            shutil.rmtree(bench.folder / words[1] / MADE[words[2]], ignore_errors=True)
     elif verb == "train":  # a page shows several ways to begin the same run
         folder = Recipe.from_yaml(words[1], *(word.removeprefix("--") for word in words[2:])).folder
         shutil.rmtree(bench.folder / str(folder), ignore_errors=True)
