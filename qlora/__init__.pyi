@@ -44,5 +44,8 @@ from qlora.runs.export import merge as merge
 from qlora.runs.session import Run as Run
 from qlora.runs.train import resume as resume
 from qlora.runs.train import train as train
+from qlora.studies import Study as Study
+from qlora.studies import StudySection as StudySection
+from qlora.studies import study as study
 from qlora.training import Step as Step
 from qlora.training import Trainer as Trainer

@@ -134,6 +134,23 @@ def report(words: list[str]) -> None:
     print(write_report(_run("report", words)))
 
 
+def study(words: list[str]) -> int:
+    """STUDY [plan]: many runs compared fairly: methods, ranks, rates, seeds; one page at the end.
+
+    Goes on where it was stopped. plan says what it will take, and trains nothing. Any value may follow: hours=6 data_root=FOLDER
+    size=gpu recipe.training.steps=50. What a study may say is in docs/studies.md.
+    """
+    if not words:
+        raise InputError("qlora study needs a study: qlora study recipes/studies/methods.yaml")
+    from qlora.studies import plan_study
+    from qlora.studies import study as run
+
+    if words[1:2] == ["plan"]:
+        print(visible(plan_study(words[0], *words[2:])))
+        return 0
+    return 2 if any(row.error for row in run(words[0], *words[1:]).rows) else 0
+
+
 def doctor(_: list[str]) -> int:
     """Is this machine ready? One line per check, with the fix."""
     from qlora.doctor import examine, exit_status, print_findings
@@ -151,7 +168,8 @@ def recipe(_: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (plan, preview, train, resume, evaluate, chat, export, report, doctor, recipe)
+    verb.__name__: verb
+    for verb in (plan, preview, train, resume, evaluate, chat, export, report, study, doctor, recipe)
 }
 
 

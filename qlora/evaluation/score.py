@@ -16,7 +16,7 @@ from qlora.errors import DataError, DoesNotFitError, first_line
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
-from qlora.model.loss import batch_loss
+from qlora.model.loss import head_of, hidden_states, token_loss
 
 SMALLEST_CHUNK = 16  # target positions whose logits exist at the same time
 
@@ -28,6 +28,21 @@ class HeldOut:
     loss: float
     perplexity: float
     target_tokens: int
+    rows: tuple[tuple[float, int], ...] = ()
+    """Of each row, as they were given, its summed loss in nats and its target tokens: what a comparison row by row needs."""
+
+
+def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
+    """(how much more loss ``one`` has than ``other`` in nats a target token, its standard error), paired row by row.
+
+    The error is that of a ratio of sums over rows, infinite for a single row. Raises ValueError unless both are of the same rows.
+    """
+    if not one.rows or [count for _, count in one.rows] != [count for _, count in other.rows]:
+        raise ValueError("Two measurements of the same held-out rows were expected.")
+    more = [mine - theirs for (mine, _), (theirs, _) in zip(one.rows, other.rows, strict=True)]
+    mean, count = math.fsum(more) / one.target_tokens, len(more)
+    spread = math.fsum((each - mean * tokens) ** 2 for each, (_, tokens) in zip(more, one.rows, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1)) / one.target_tokens if count > 1 else math.inf
 
 
 @torch.no_grad()
@@ -43,15 +58,16 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
     check_rows(model.model, rows, model.first_position, virtual, "Held-out row")
     was_training = model.model.training
     model.model.eval()
-    total, count, start = 0.0, 0, 0
-    # Rows of like length share a batch, so that little is padded; the sum does not depend on it.
-    ordered = sorted(rows, key=lambda row: len(row.ids) + virtual * len(row.examples))
+    start, found = 0, list[tuple[float, int]]()
+    # Rows of like length share a batch, so that little is padded; a row's loss does not depend on it.
+    places = sorted(range(len(rows)), key=lambda place: len(rows[place].ids) + virtual * len(rows[place].examples))
+    ordered = [rows[place] for place in places]
     try:
         while start < len(ordered):
             together = ordered[start : start + rows_at_once]
             try:
-                loss, targets = _batch_loss(model, together, chunk)
-                total, count, start = total + loss, count + targets, start + len(together)
+                found += _losses(model, together, chunk)
+                start += len(together)
                 continue
             except Exception as error:
                 if not ran_out_of_memory(error):
@@ -69,19 +85,23 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
                 )
     finally:
         model.model.train(was_training)
-    if not count:
+    if not (count := sum(targets for _, targets in found)):
         raise DataError("The held-out rows have no target token to measure; give others, or raise data.max_length.")
-    mean = total / count
-    return HeldOut(mean, math.exp(mean) if mean < 700 else math.inf, count)
+    mean = math.fsum(loss for loss, _ in found) / count
+    by_place = dict(zip(places, found, strict=True))
+    return HeldOut(
+        mean, math.exp(mean) if mean < 700 else math.inf, count, tuple(by_place[place] for place in range(len(rows)))
+    )
 
 
-def _batch_loss(model: AdaptedModel, rows: list[Row], chunk: int) -> tuple[float, int]:
-    """The summed loss of some rows in nats, and their target tokens."""
+def _losses(model: AdaptedModel, rows: list[Row], chunk: int) -> list[tuple[float, int]]:
+    """Of each row its summed loss in nats, and its target tokens."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     batch = collate(rows, 0 if pad is None else int(pad), model.virtual_tokens)
-    loss, targets = batch_loss(
-        model.model,
-        {key: values if key == "labels" else values.to(model.device) for key, values in batch.items()},
-        chunk,
-    )
-    return loss.item(), targets
+    given = {key: values if key == "labels" else values.to(model.device) for key, values in batch.items()}
+    hidden, head = hidden_states(model.model, given), head_of(model.model)
+    each = [
+        token_loss(hidden[place : place + 1], head, given["labels"][place : place + 1], chunk)
+        for place in range(len(rows))
+    ]
+    return [(loss.item(), targets) for loss, targets in each]

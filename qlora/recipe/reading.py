@@ -79,9 +79,14 @@ def _overridden(recipe: type[Section], values: JsonObject, override: str) -> tup
         value, _ = yaml_values(text)
     except Fault as fault:
         raise RecipeError(f"The value in {said} cannot be used: {fault}; quote text, as in key='\"…\"'.") from None
+    return tuple(path), with_value(recipe, values, path, value, said)
+
+
+def with_value(recipe: type[Section], values: JsonObject, path: Sequence[str], value: object, said: str) -> JsonObject:
+    """``values`` with ``value`` at the key's ``path``; ``said`` is how it was given. Raises RecipeError."""
     changed = _with(_without_its_other_name(recipe, values, path), path, value, said)
     assert isinstance(changed, dict)
-    return tuple(path), changed
+    return changed
 
 
 def _without_its_other_name(recipe: type[Section], values: JsonObject, path: Sequence[str]) -> JsonObject:

@@ -22,7 +22,7 @@ from qlora.model.tokenizer import with_new_tokens
 from qlora.planning.continued import continued
 from qlora.planning.rows import load_recipe_data, with_packing
 from qlora.recipe import Recipe
-from qlora.residence.load import load_base
+from qlora.runs.bases import Bases
 from qlora.runs.folder import (
     adapter_folder,
     check_data,
@@ -74,21 +74,23 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
     )
 
 
-def load_run(folder: str | Path, quiet: bool = False) -> AdaptedModel:
+def load_run(folder: str | Path, quiet: bool = False, bases: Bases | None = None) -> AdaptedModel:
     """The base of a run with its trained adapter, or that of its newest checkpoint."""
     folder = Path(folder)
     recipe, environment = open_run(folder)
-    return _trained(recipe, open_base(recipe, environment, folder), folder, quiet)
+    return _trained(recipe, open_base(recipe, environment, folder), folder, quiet, bases)
 
 
-def _trained(recipe: Recipe, checkpoint: Checkpoint, folder: Path, quiet: bool) -> AdaptedModel:
+def _trained(
+    recipe: Recipe, checkpoint: Checkpoint, folder: Path, quiet: bool, bases: Bases | None = None
+) -> AdaptedModel:
     adapter, ends = adapter_folder(folder), end_tokens(recipe, folder, checkpoint)
     use_threads(recipe)
-    device = limited(device_here(recipe), recipe)
+    device, bases = limited(device_here(recipe), recipe), bases or Bases()
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
-        model = load_adapter(load_base(recipe.model, device, not quiet, recipe.memory, checkpoint), adapter)
+        model = load_adapter(bases.take(recipe, checkpoint, device, quiet), adapter)
     else:
-        empty = load_model(recipe, checkpoint, device, quiet, values_follow=True)
+        empty = load_model(recipe, checkpoint, device, quiet, bases, values_follow=True)
         model = read_adapter(folder, lambda place: load_adapter(empty, place), adapter)
     stop_at(model, ends)
     return model

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from qlora.model.checkpoint import Checkpoint
 from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
-from qlora.residence.load import load_base
+from qlora.runs.bases import Bases
 from qlora.training import Trainer
 
 
@@ -107,10 +108,10 @@ def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
 
 
 def load_model(
-    recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool, values_follow: bool = False
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool, bases: Bases, values_follow: bool = False
 ) -> AdaptedModel:
     """The base with its method. ``values_follow``: an adapter will be loaded, so its first values need not be worked out."""
-    base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
+    base = bases.take(recipe, checkpoint, device, quiet)
     return apply_method(base, recipe.method, recipe.training.seed, values_follow=values_follow)
 
 
@@ -169,9 +170,16 @@ def read_evaluation(folder: Path) -> tuple[HeldOut | None, list[Generation]] | N
             return None
         before = values.get("held_out", {}).get("before")
         generations = [Generation(**item) for item in values.get("generations", [])]
-        return (HeldOut(**before) if before else None), generations
+        return held_out_of(before), generations
     except (AttributeError, TypeError, Fault):
         raise damaged_evaluation(folder) from None
+
+
+def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
+    """What ``evaluation.json`` says of one measurement; older ones have no rows."""
+    if not values:
+        return None
+    return HeldOut(**{**values, "rows": tuple((loss, count) for loss, count in values.get("rows", ()))})
 
 
 def write_evaluation(

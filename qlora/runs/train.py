@@ -29,6 +29,7 @@ from qlora.planning.rates import matrix_rate
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
+from qlora.runs.bases import Bases
 from qlora.runs.folder import (
     check_data,
     clear,
@@ -63,8 +64,10 @@ from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
 
 
-def train(recipe: Recipe, quiet: bool = False) -> Run:
+def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Run:
     """Train a recipe from the start and leave a run folder behind.
+
+    ``bases``: where the base comes from and stays afterwards, for runs that follow each other in one process.
 
     Raises InputError, DoesNotFitError, or Stopped after a signal, with a checkpoint saved.
     """
@@ -75,7 +78,7 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
                 pass
         else:
             require_free(folder, recipe.overwrite)
-        session, planned, rate = _packed_or_by_length(recipe, folder, quiet)
+        session, planned, rate = _packed_or_by_length(recipe, folder, quiet, bases or Bases())
         rehearsal = _rehearse(session, planned)
         with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
             clear(folder)
@@ -84,10 +87,10 @@ def train(recipe: Recipe, quiet: bool = False) -> Run:
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
             with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
-                return _finish(session, signals)
+                return _finish(session, signals, bases)
 
 
-def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
+def resume(folder: str | Path, *overrides: str, quiet: bool = False, bases: Bases | None = None) -> Run:
     """Continue a run from its newest checkpoint that is whole, as if it had never stopped.
 
     ``overrides`` are ``section.key=value`` of settings that change memory, speed or safety alone; they hold for this call.
@@ -98,26 +101,26 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False) -> Run:
     if not (folder / "recipe.yaml").is_file():
         open_run(folder)  # which says what is wrong
     with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), run_lock(folder), kernels_kept():
-        session = _old_session(folder, overrides, quiet)
+        session = _old_session(folder, overrides, quiet, bases or Bases())
         session.trainer.begin()
         with stoppable(f"qlora resume {shown(folder)}") as signals:
-            return _finish(session, signals)
+            return _finish(session, signals, bases)
 
 
-def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan, float]:
+def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
     """A session, of examples that share no rows where only the loaded model shows that they cannot."""
     try:
-        return _new_session(recipe, folder, quiet)
+        return _new_session(recipe, folder, quiet, bases)
     except PackingError as error:
         if recipe.data.packing != "auto":
             raise
         why = str(error)
     speaker(quiet)(f"{why} data.packing is auto, so that is done now.")
     data = recipe.data.model_copy(update={"packing": "by_length"})
-    return _new_session(recipe.model_copy(update={"data": data}), folder, quiet)
+    return _new_session(recipe.model_copy(update={"data": data}), folder, quiet, bases)
 
 
-def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Plan, float]:
+def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
     """Everything loaded and planned for the first step, and the device's matrix rate in FLOP/s; nothing is written yet."""
     begun, say = time.perf_counter(), speaker(quiet)
     use_threads(recipe)
@@ -139,7 +142,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     checkpoint = checkpoint.with_weights()
     if origin is not None:
         origin.check_base(checkpoint)
-    model = load_model(resolved, checkpoint, device, quiet, values_follow=origin is not None)
+    model = load_model(resolved, checkpoint, device, quiet, bases, values_follow=origin is not None)
     if data.template is not None and (ends := stop_at(model, data.template.end_tokens)):
         say(ends)
     if origin is not None:
@@ -152,7 +155,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned, rate
 
 
-def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session:
+def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bases) -> Session:
     """Everything loaded as the run's newest whole checkpoint has it."""
     begun, say = time.perf_counter(), speaker(quiet)
     first, environment = open_run(folder)
@@ -173,7 +176,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
     prompts = held_out_prompts(data, recipe)
-    model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
+    model = load_model(recipe, checkpoint, device, quiet, bases, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
     if data.template is not None:
@@ -197,7 +200,7 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
     return rehearsal
 
 
-def _finish(session: Session, signals: Signals) -> Run:
+def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
     """From a trainer at any step to a finished run folder."""
     folder, log = session.folder, session.trainer.log
     assert log is not None  # the run has begun
@@ -220,7 +223,10 @@ def _finish(session: Session, signals: Signals) -> Run:
     ]
     if after is not None or generations:
         write_evaluation(folder, before, after, generations)
-    return session.result(before, after, generations, write_report(folder))
+    result = session.result(before, after, generations, write_report(folder))
+    if bases is not None:
+        bases.give_back(session.recipe, session.model)
+    return result
 
 
 def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, list[Generation]]:
@@ -254,7 +260,8 @@ def _held_out(session: Session, log: MetricsLog, step: int) -> HeldOut:
     rows = session.data.held_out[: session.recipe.evaluation.held_out_rows]
     way = session.trainer.state.way
     result = score(session.model, rows, way.micro_batch_size, way.loss_chunk)
-    log.write({"step": step} | {f"held_out_{name}": value for name, value in asdict(result).items()})
+    told = {name: value for name, value in asdict(result).items() if name != "rows"}
+    log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result
 
 

@@ -1,7 +1,7 @@
 """Every command, recipe and script on every page is run, or checked, or named below with the reason why it is not.
 
     ```sh      each command: qlora's are called on a tiny model; make's targets, scripts and their options are looked up
-    ```yaml    is a part of a recipe; one that begins with "# mine.yaml" is also written there for the commands that follow
+    ```yaml    is a part of a recipe, or a study; one that begins with "# mine.yaml" is also written there for the commands that follow
     ```python  is executed in a folder of its own, with the tiny model in place of the one it names
     ```json    each line is a record in a form that is known
     ```text    what a command prints, or a drawing: has no command in it
@@ -32,6 +32,8 @@ import yaml
 from qlora import cli
 from qlora.data.formats import detect_form
 from qlora.recipe import Recipe, reference
+from qlora.studies import StudySection
+from qlora.studies.spec import settings_of
 from tests.docs.pages import PAGES, ROOT, Block, blocks, name, prose, spans
 
 KINDS = ("sh", "python", "yaml", "json", "text")
@@ -74,7 +76,10 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def tiny(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as a page has it, made small: few rows and steps, files that are here; the model is replaced in its text."""
+    """A recipe or a study as a page has it, made small: few rows and steps, files that are here; the model is replaced in its text."""
+    if "recipe" in values:
+        arms = dict(list(values["arms"].items())[:2])
+        return {**values, "recipe": tiny(values["recipe"]), "arms": arms, "rates": [1e-3], "seeds": [0]}
     data = {key: value for key, value in values.get("data", {}).items() if key not in HUB}
     if data.get("form") != "text" and "columns" not in data:
         data["train"] = "my.jsonl"
@@ -120,7 +125,7 @@ class Bench:
     def recipe(self, path: str, text: str) -> None:
         place = self.folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(yaml.safe_dump(tiny(yaml.safe_load(self.here(text)))), encoding="utf-8")
+        place.write_text(yaml.safe_dump(tiny(yaml.safe_load(self.here(text))), sort_keys=False), encoding="utf-8")
 
     def run(self, path: str) -> None:
         """A finished run under the name that a page uses."""
@@ -197,6 +202,9 @@ def test_every_recipe_and_record_is_valid(page: Path) -> None:
     for block in blocks(page):
         if block.kind == "yaml":
             values = yaml.safe_load(block.text)
+            if "recipe" in values:
+                assert settings_of(StudySection.model_validate(values))
+                continue
             values["data"] = {"train": "my.jsonl", **values.get("data", {})}
             Recipe.from_dict(values)
         elif block.kind == "json":

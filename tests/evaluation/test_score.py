@@ -14,7 +14,8 @@ from qlora.data import IGNORE_INDEX, Row, collate
 from qlora.data.examples import Example, make_example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError
-from qlora.evaluation import score
+from qlora.evaluation import HeldOut, score
+from qlora.evaluation.score import difference
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
@@ -90,7 +91,7 @@ def test_full_logits_never_exist(model: AdaptedModel) -> None:
 
 
 def test_an_endless_perplexity_is_infinite(one_model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "batch_loss", lambda *_: (torch.tensor(8000.0), 10))
+    monkeypatch.setattr(MODULE, "token_loss", lambda *_: (torch.tensor(8000.0), 10))
     assert score(one_model, PACKED[:1]).perplexity == math.inf
 
 
@@ -133,3 +134,20 @@ def test_padding_beside_a_packed_row_has_a_place_in_a_learned_table() -> None:
     rows = [*make_rows(examples[:3], 20, True), *make_rows(examples[3:], 20, True)]
     together, alone = score(model, rows, 2), score(model, rows, 1)
     assert together.loss == pytest.approx(alone.loss, rel=rounding())
+
+
+def test_two_measurements_are_compared_row_by_row(model: AdaptedModel) -> None:
+    base = score(model, PACKED)
+    assert sum(count for _, count in base.rows) == base.target_tokens
+    alone = [score(model, [row]) for row in PACKED]
+    for (loss, count), one in zip(base.rows, alone, strict=True):
+        assert (loss / count, count) == (pytest.approx(one.loss, rel=rounding()), one.target_tokens)
+    worse = HeldOut(0.0, 1.0, base.target_tokens, tuple((loss + 0.5 * count, count) for loss, count in base.rows))
+    assert difference(worse, base) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-6))
+    # by hand: rows of 1, 1 and 2 tokens, 1, 2 and 0 more nats; the mean is 0.75, and 0.25² + 1.25² + 1.5² over 16, times 3 / 2
+    one, other = (
+        HeldOut(0.0, 1.0, 4, rows) for rows in (((1.0, 1), (2.0, 1), (0.0, 2)), ((0.0, 1), (0.0, 1), (0.0, 2)))
+    )
+    assert difference(one, other) == (0.75, pytest.approx(math.sqrt((0.0625 + 1.5625 + 2.25) * 1.5) / 4))
+    with pytest.raises(ValueError, match="the same held-out rows"):
+        difference(one, base)

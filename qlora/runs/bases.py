@@ -1,0 +1,57 @@
+"""A base kept in memory from one run to the next, where the next wants the same.
+
+    run ─► model without its adapter ─► kept ─► the next run's base, if checkpoint, arrangement and device are alike
+
+Knows what makes two bases alike; must not know how either is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qlora.machine.device import release_memory
+from qlora.methods import AdaptedModel
+from qlora.model import Base
+from qlora.model.checkpoint import Checkpoint
+from qlora.recipe import Recipe, parts_of
+from qlora.residence.layers import unwrap_layers
+from qlora.residence.load import load_base
+
+CHANGES_ITS_BASE = {"full"}
+"""Methods behind which the base is another one."""
+
+
+class Bases:
+    """Where runs that follow each other in one process get their base from. A new one keeps nothing until it is given."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], Base] | None = None
+        self._ends: tuple[int, ...] = ()
+
+    def take(self, recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool) -> Base:
+        """The base of a recipe: the one that is kept if that is the same, or loaded now. It is the caller's until it is given back."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] == _key(recipe, checkpoint, device):
+            base = kept[1]
+        else:
+            if kept is not None:
+                del kept
+                release_memory(device)  # before there are two
+            base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
+        self._ends = base.end_tokens  # to which a run adds those of its chat template
+        return base
+
+    def give_back(self, recipe: Recipe, model: AdaptedModel) -> None:
+        """Take the adapter out of a run's model, which came from here, and keep its base for the next one."""
+        base = model.base
+        if base.checkpoint is None or any(part.name in CHANGES_ITS_BASE for part in parts_of(recipe.method)):
+            return
+        unwrap_layers(model.model)
+        model.remove()
+        base.end_tokens = self._ends
+        base.model.eval()
+        self._kept = (_key(recipe, base.checkpoint, base.device), base)
+
+
+def _key(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> tuple[object, ...]:
+    return checkpoint.fingerprint, recipe.model, recipe.memory, str(device)

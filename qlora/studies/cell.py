@@ -1,0 +1,184 @@
+"""One cell: an ordinary run, gone on with where it was stopped, then measured, and told in one file.
+
+    cell ─► train or resume its run folder ─► what was learned, and what it cost ─► results/NAME.json
+
+The file has the layout of PEFT's method comparison (``run_info``, ``train_info``, ``meta_info``), so that its viewer reads it, and
+beside that ``study``. Knows run folders; must not know which cells there are.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
+from qlora.files.durable import delete_folder, write_json
+from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
+from qlora.machine.device import peak_since_reset, ran_out_of_memory, reset_peak_memory, resolve_device, versions
+from qlora.recipe import Recipe
+from qlora.reporting.figures import summarise
+from qlora.reporting.records import read_records
+from qlora.runs.bases import Bases
+from qlora.runs.session import Run
+from qlora.runs.train import resume, train
+from qlora.studies.spec import Cell, StudySection, method_of
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: ``signal`` is that of a stop, after which the study stops too."""
+
+    cell: str
+    error: str = ""
+    signal: int = 0
+
+
+def run_cell(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: bool = False) -> Outcome:
+    """Run ``cell`` of the study in ``folder`` and write its result, also that of a failure. Raises nothing that a cell can."""
+    try:
+        _run(cell, study, folder, bases, quiet)
+        return Outcome(cell.name)
+    except Stopped as error:
+        return Outcome(cell.name, str(error), error.exit_status - 128)
+    except KeyboardInterrupt:
+        return Outcome(cell.name, "stopped before its run began.", 2)
+    except Exception as error:
+        if disk_is_full(error):  # of no use to any other cell either
+            return Outcome(cell.name, f"The disk is full ({first_line(error)}); make room, then go on.", -1)
+        known = isinstance(error, QloraError) or ran_out_of_memory(error)
+        said = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+    fail(cell, folder, said)
+    return Outcome(cell.name, said)
+
+
+def fail(cell: Cell, folder: Path, said: str) -> None:
+    """Write the result of a cell that came to none."""
+    values = _told(cell) | {"train_info": {"status": "failed", "metrics": []}}
+    values["run_info"]["error_msg"] = redacted(said)
+    write_json(folder / "results" / f"{cell.name}.json", values)
+
+
+def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: bool) -> None:
+    recipe = cell.in_folder(folder, study.data_root)
+    place, device = Path(str(recipe.folder)), resolve_device(recipe.device.name)
+    begun, goes_on = time.perf_counter(), (place / "environment.json").is_file()
+    before = (summarise(read_records(place)).seconds or 0.0) if goes_on else 0.0
+    reset_peak_memory(device)
+    run = resume(place, quiet=quiet, bases=bases) if goes_on else train(recipe, quiet=quiet, bases=bases)
+    peak = peak_since_reset(device)
+    values = _told(cell)
+    values["run_info"] |= {
+        "total_time": before + time.perf_counter() - begun,
+        "train_config": _train_config(recipe),
+        "peft_config": _object(place / "adapter" / "adapter_config.json"),
+    }
+    values["train_info"] = _train_info(run, place, peak)
+    values["study"] |= _learned(run)
+    write_json(folder / "results" / f"{cell.name}.json", values)
+    if (place / "checkpoints").is_dir():  # the adapter is all that anybody goes on from
+        delete_folder(place / "checkpoints")
+
+
+def _told(cell: Cell) -> JsonObject:
+    """What is known of a cell before it runs."""
+    found = versions()
+    return {
+        "run_info": {
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "total_time": 0.0,
+            "experiment_name": f"{method_of(cell.recipe)}/{cell.name}",
+            "peft_branch": "",
+            "train_config": _train_config(cell.recipe),
+            "peft_config": None,
+            "error_msg": "",
+        },
+        "meta_info": {
+            "package_info": {f"{name}-version": version for name, version in found.items()}
+            | {"peft-version": None, "datasets-version": found.get("datasets")},
+            "system_info": {
+                "system": platform.system(),
+                "machine": platform.machine(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "N/A",
+            },
+        },
+        "study": {
+            "arm": cell.arm,
+            "setting": cell.setting,
+            "values": dict(cell.values),
+            "rate": cell.rate,
+            "seed": cell.seed,
+            "steps": cell.steps,
+            "method": method_of(cell.recipe),
+        },
+    }
+
+
+def _train_config(recipe: Recipe) -> JsonObject:
+    """A recipe by the names of PEFT's comparison."""
+    training, name = recipe.training, recipe.model.name
+    return {
+        "model_id": name,
+        "dtype": recipe.model.compute_dtype,
+        "quantization": recipe.model.quantization,
+        "max_seq_length": recipe.data.max_length,
+        "batch_size": training.batch_size,
+        "max_steps": training.steps,
+        "epochs": None if training.steps else training.epochs,
+        "seed": training.seed,
+        "grad_norm_clip": training.max_grad_norm,
+        "optimizer_type": training.optimizer,
+        "optimizer_kwargs": {"lr": training.learning_rate, "weight_decay": training.weight_decay},
+        "lr_scheduler": training.schedule,
+    }
+
+
+def _train_info(run: Run, place: Path, peak: int) -> JsonObject:
+    """What it cost, and the curve of its loss. The memory is the most that was held, which is all that is noted."""
+    records = read_records(place)
+    figures = summarise(records)
+    adapter = place / "adapter" / "adapter_model.safetensors"
+    curve = [
+        {
+            "step": step.number,
+            "train loss": step.values.get("loss"),
+            "tokens / sec": step.values.get("tokens_per_second"),
+        }
+        for step in records.steps
+    ]
+    last = {
+        "step": figures.steps_done,
+        "test accuracy": None,
+        "test loss": run.after.loss if run.after else None,
+        "train loss": curve[-1]["train loss"] if curve else None,
+        "train samples": figures.steps_done * (records.recipe.training.batch_size if records.recipe else 0),
+        "train total tokens": figures.tokens,
+    }
+    return {
+        "accelerator_memory_max": peak,
+        "accelerator_memory_reserved_avg": peak,
+        "accelerator_memory_reserved_99th": peak,
+        "train_time": figures.seconds,
+        "tokens_per_second": figures.tokens_per_second,
+        "file_size": adapter.stat().st_size if adapter.is_file() else 0,
+        "num_trainable_params": run.trainable_parameters,
+        "num_total_params": figures.parameters,
+        "status": "success",
+        "metrics": [*curve, last],
+    }
+
+
+def _learned(run: Run) -> JsonObject:
+    """The held-out losses."""
+    return {name: None if one is None else asdict(one) for name, one in (("before", run.before), ("after", run.after))}
+
+
+def _object(path: Path) -> JsonObject | None:
+    try:
+        return read_object(path, MAX_OURS)
+    except Fault:
+        return None

@@ -1,0 +1,272 @@
+"""The study's page: what was asked, what came of it, what was held equal, and what this can and cannot say.
+
+Everything that a stranger wrote is text here, and ``study.html.jinja`` escapes it. Knows rows and what was compared; must not
+know how cells are run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora.files.durable import file_written_aside
+from qlora.machine.device import bytes_text, duration_text
+from qlora.reporting import page
+from qlora.reporting.figures import count_text, exact_text, significant
+from qlora.reporting.page import templates
+from qlora.studies.plots import COLOURS, SIZE, Given, Plot, of_loss, plot
+from qlora.studies.results import Compared, Row
+from qlora.studies.spec import Setting, StudySection, held_equal
+
+PAGE = "study.html"
+
+
+class Line(NamedTuple):
+    """One setting in the table: its texts, in the order of the columns."""
+
+    texts: tuple[str, ...]
+    best: bool
+    """Whether no other one has less held-out loss."""
+
+
+class Order(NamedTuple):
+    """The table in one order."""
+
+    name: str
+    lines: list[Line]
+
+
+COLUMNS = (
+    "setting",
+    "rate",
+    "held-out loss",
+    "against the first",
+    "trainable",
+    "tokens/s",
+    "time",
+    "peak memory",
+    "adapter",
+)
+
+
+def write_page(
+    folder: Path,
+    study: StudySection,
+    settings: Sequence[Setting],
+    rows: Sequence[Row],
+    found: Sequence[Compared],
+    finished: bool,
+) -> Path:
+    """Write the page into the study's folder and return its path. ``finished``: nothing is left to run."""
+    pages = templates(Path(__file__).parent, Path(page.__file__).parent)
+    pages.globals |= {"SIZE": SIZE, "COLOURS": COLOURS}
+    equal, differ = held_equal(list(settings))
+    html = pages.get_template("study.html.jinja").render(
+        name=folder.name,
+        about=study.about,
+        finished=finished,
+        done=f"{sum(not row.error for row in rows)} of at most {sum(len(one.cells) for one in settings)} cells at full length",
+        spent=duration_text(sum(row.seconds for row in rows)),
+        columns=COLUMNS,
+        orders=orders(found),
+        plots=[one for one in plots(study, settings, rows, found) if one is not None],
+        failed=[(row.setting, f"rate {row.rate:g}, seed {row.seed}", row.error) for row in rows if row.error],
+        grid=grid(settings, rows),
+        says=says(study, settings, found),
+        equal=[(key, _text(value)) for key, value in equal.items() if not key.startswith(("folder", "overwrite"))],
+        differ=_in_short(differ),
+    )
+    path = folder / PAGE
+    with file_written_aside(path) as aside:
+        aside.write_text(html, encoding="utf-8")
+    return path
+
+
+def orders(found: Sequence[Compared]) -> list[Order]:
+    """The table in several orders, since nothing on the page runs that could sort it."""
+    if not found:
+        return []
+    least = min(one.loss for one in found)
+    lines = {one.setting: Line(_texts(one), one.loss == least) for one in found}
+
+    def ordered(name: str, key: Any) -> Order:
+        return Order(name, [lines[one.setting] for one in sorted(found, key=key)])
+
+    return [
+        Order("as given", list(lines.values())),
+        ordered("loss", lambda one: one.loss),
+        ordered("trainable", lambda one: one.best.trainable or 0),
+        ordered("speed", lambda one: -(one.best.tokens_per_second or 0)),
+        ordered("memory", lambda one: one.best.peak_memory or 0),
+    ]
+
+
+def _texts(one: Compared) -> tuple[str, ...]:
+    row, error = one.best, one.loss_error
+    return (
+        one.setting,
+        f"{row.rate:g}" + (" (edge)" if one.at_edge else ""),
+        significant(one.loss) + (f" ± {error:.4f}" if error is not None else ""),
+        "—" if one.against is None else f"{one.against[0]:+.4f} ± {one.against[1]:.4f}",
+        count_text(row.trainable),
+        exact_text(row.tokens_per_second and round(row.tokens_per_second)),
+        duration_text(row.seconds),
+        "—" if row.peak_memory is None else bytes_text(row.peak_memory),
+        "—" if row.adapter_bytes is None else bytes_text(row.adapter_bytes),
+    )
+
+
+def grid(settings: Sequence[Setting], rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Every rate that was tried, by setting: its loss, or why there is none."""
+    found = []
+    for setting in settings:
+        tried = [row for row in rows if row.setting == setting.name]
+        cells = [
+            (
+                f"{row.rate:g}"
+                + (f", {row.steps} steps" if row.steps else "")
+                + (f", seed {row.seed}" if len(setting.seeds) > 1 else ""),
+                significant(row.loss) if math.isfinite(row.loss) else "failed" if row.error else "not finite",
+            )
+            for row in tried
+        ]
+        if cells:
+            found.append((setting.name, cells))
+    return found
+
+
+def plots(
+    study: StudySection, settings: Sequence[Setting], rows: Sequence[Row], found: Sequence[Compared]
+) -> list[Plot | None]:
+    """The drawings that there is something for."""
+    before = [row.before.loss for row in rows if row.before is not None]
+    base = (before[0], "the base") if before and max(before) - min(before) < 1e-9 else None
+    drawn: list[Plot | None] = []
+    if any(len(one.rates) > 1 for one in settings):
+        curves: list[Given] = [
+            (
+                one.setting,
+                [
+                    (row.rate, row.loss, f"{one.setting}, rate {row.rate:g}: {of_loss(row.loss)}", 0.0, 0.0)
+                    for row in sorted(one.tried, key=lambda row: row.rate)
+                ],
+            )
+            for one in found
+        ]
+        drawn.append(
+            plot(
+                "Loss by learning rate",
+                "learning rate",
+                "held-out loss, nats a token",
+                curves,
+                log=True,
+                note="each setting's best is compared",
+            )
+        )
+    for key, values in study.grid.items():
+        if len(values) > 1 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            drawn.append(_by_field(key, found))
+    trained = [one for one in found if one.best.trainable]
+    if len(trained) > 1:
+        points: list[Given] = [
+            (
+                one.setting,
+                [
+                    (
+                        float(one.best.trainable or 1),
+                        one.loss,
+                        f"{one.setting}: {count_text(one.best.trainable)} numbers, {of_loss(one.loss)}",
+                        one.loss_error or 0.0,
+                        _share(one, trained),
+                    )
+                ],
+            )
+            for one in trained
+        ]
+        drawn.append(
+            plot(
+                "Loss by what trains",
+                "trainable numbers",
+                "held-out loss, nats a token",
+                points,
+                log=True,
+                line=False,
+                reference=base,
+                x_text=count_text,
+                note="area: peak memory",
+            )
+        )
+    return drawn
+
+
+def _by_field(key: str, found: Sequence[Compared]) -> Plot | None:
+    """The loss of each arm by a numeric field of the grid."""
+    arms: dict[str, list[tuple[float, float, str, float, float]]] = {}
+    for one in found:
+        value = float(one.best.values[key])
+        arms.setdefault(one.best.arm, []).append(
+            (value, one.loss, f"{one.setting}: {of_loss(one.loss)}", one.loss_error or 0.0, 0.0)
+        )
+    log = min((point[0] for points in arms.values() for point in points), default=0) > 0
+    return plot(f"Loss by {key.rpartition('.')[2]}", key, "held-out loss, nats a token", list(arms.items()), log=log)
+
+
+def _share(one: Compared, others: Sequence[Compared]) -> float:
+    """Its memory as a share of the most that any took."""
+    most = max(other.best.peak_memory or 0 for other in others)
+    return (one.best.peak_memory or 0) / most if most else 0.0
+
+
+def says(study: StudySection, settings: Sequence[Setting], found: Sequence[Compared]) -> list[str]:
+    """What this can and cannot say, in sentences."""
+    said = []
+    if edges := [one.setting for one in found if one.at_edge]:
+        said.append(
+            f"The best rate of {', '.join(edges)} is the smallest or the largest that was tried: a better one may lie beyond it."
+        )
+    if any(len(one.rates) > 1 for one in settings):
+        said.append(
+            "Rates were chosen by the same held-out rows that the losses are of, so each setting is a little flattered, the one with most "
+            "rates the most."
+        )
+    else:
+        said.append(
+            "One rate was tried for each setting. Methods want different rates, so this compares rates as much as methods."
+        )
+    if len(study.seeds) == 1:
+        said.append("There is one seed: ± is what other held-out rows would change, not what another run would.")
+    else:
+        said.append(
+            f"± of a loss is the standard error over {len(study.seeds)} seeds; that of a difference is over held-out rows, paired, with the first seed."
+        )
+    if len(study.seeds) > 1 and any(
+        cell.recipe.data.held_out_fraction for one in settings for cell in one.cells.values()
+    ):
+        said.append(
+            "Each seed holds out other rows (data.held_out_fraction), so the error over seeds has their difference in it too."
+        )
+    unclear = [one.setting for one in found if one.against and abs(one.against[0]) < 2 * one.against[1]]
+    if unclear:
+        said.append(
+            f"Less than two standard errors from the first setting, so no clear difference: {', '.join(unclear)}."
+        )
+    if any(one.best.after and one.against is None for one in found[1:]):
+        said.append(
+            "Where no difference from the first is given, the held-out rows are not the same (virtual tokens take room in a row)."
+        )
+    return said
+
+
+def _in_short(keys: Sequence[str]) -> list[str]:
+    """Keys for people: a section of which much differs by its name alone."""
+    sections = [key.partition(".")[0] for key in keys]
+    return list(
+        dict.fromkeys(name if sections.count(name) > 3 else key for key, name in zip(keys, sections, strict=True))
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,244 @@
+"""What a study asks: arms, a grid of recipe fields, learning rates and seeds, and the recipe of every cell that they make.
+
+    study.yaml ─► arms × grid ─► settings ─► × rates, seeds ─► cells, each a recipe with a run folder of its own
+
+Knows recipes and how a value goes into one; must not know results, or how a cell is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from qlora.errors import RecipeError, listed
+from qlora.recipe import Recipe, Section, parts_of
+from qlora.recipe.reading import read_file, validated, with_value
+
+RATE, SEED, STEPS = "training.learning_rate", "training.seed", "training.steps"
+OURS = {"folder": "the study gives every cell a folder of its own", "overwrite": "cells are gone on with"}
+OWN_KEY = {RATE: "rates", SEED: "seeds"}
+
+
+class StudySection(Section):
+    """A study, whole."""
+
+    about: str = ""
+    """The question that it asks, shown above its table."""
+    recipe: str | dict[str, Any]
+    """What all cells share: a recipe's values, or the path of its file. Relative paths start at the working directory."""
+    data_root: str | None = None
+    """The folder that relative paths of data start at."""
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What is compared, by name: the values that make each differ, as `{method.r: 8}`, or `{method: {name: dora, r: 8}}`, which
+    takes the place of the whole section. One arm with the recipe as it is when left out."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Fields of a recipe and the values that each arm takes for them, in every combination."""
+    rates: tuple[Annotated[float, Field(gt=0, le=10)], ...] = ()
+    """Learning rates. Every arm is compared at the one with the least held-out loss. The recipe's own when left out."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = (0,)
+    """`training.seed`: with the first the rates are tried, with each further one the best of them once more."""
+    hours: float | None = Field(None, gt=0)
+    """What the whole study may take. Where all cells at full length would take longer, rates are tried on a part of the steps
+    first and the better half goes on; cells that would end later are left out, and named. No limit when left out."""
+    measure: tuple[Literal["change", "diversity", "latency"], ...] = ()
+    """What is measured of each full-length cell beside held-out loss, the recipe's tasks and its cost: `change`, how the weights
+    changed; `diversity`, how much answers drawn at random differ; `latency`, the time a generated token takes."""
+    engine: str = Field("local", pattern=r"^(local|ray(://.+)?)$")
+    """`local` runs one cell after the other. `ray` gives them to a Ray cluster: one that it starts here, or that of `RAY_ADDRESS`
+    or of an address as `ray://host:10001`; run folders must lie where all its machines reach them."""
+    sizes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Other values for other machines, by name: `size=gpu` takes those of `gpu`."""
+    size: str | None = None
+    """Which of `sizes` holds."""
+    folder: str | None = None
+    """The study's folder; `studies/` and the file's name when left out."""
+
+    @field_validator("grid")
+    @classmethod
+    def _not_empty(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if empty := [key for key, values in grid.items() if not values]:
+            raise ValueError(f"has no value for {listed(empty)}; expected a list of them, or no such key")
+        return grid
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, *overrides: str) -> StudySection:
+        """Read a study's file; each override is ``key=value``, as ``hours=2`` or ``recipe.training.steps=50``. Raises RecipeError."""
+        path = Path(path)
+        values, lines = read_file(path)
+        values.setdefault("folder", str(Path("studies") / path.stem))
+        section = validated(cls, values, overrides, str(path), lines)
+        if section.size is None:
+            return section
+        if section.size not in section.sizes:
+            raise RecipeError(f"{path}: size is '{section.size}'; expected one of {listed(section.sizes, 9)}.")
+        sized = [f"{key}={json.dumps(value)}" for key, value in section.sizes[section.size].items()]
+        return validated(cls, values, [*sized, *overrides], str(path), lines)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    values: Mapping[str, Any]
+    """Of the grid."""
+    rate: float
+    seed: int
+    recipe: Recipe = field(compare=False, repr=False)
+    steps: int | None = None
+    """Of a cell that tries a rate on a part of the steps; None: all."""
+
+    @property
+    def setting(self) -> str:
+        """What is compared: the arm and its values of the grid. ``lora r8 · epochs 2``."""
+        return " · ".join(
+            [self.arm, *(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in self.values.items())]
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder: what people would call it, and a digest of all that decides its result."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"folder", "overwrite", "device", "memory"})
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+        words = [self.setting, f"{self.rate:g}", f"seed {self.seed}", *([f"{self.steps} steps"] if self.steps else [])]
+        return f"{re.sub(r'[^a-z0-9.]+', '-', ' '.join(words).lower()).strip('-.')[:80]}-{digest}"
+
+    def of_steps(self, steps: int) -> Cell:
+        """The same with so many steps."""
+        training = self.recipe.training.model_copy(update={"steps": steps})
+        recipe = self.recipe.model_copy(update={"training": training})
+        return Cell(self.arm, self.values, self.rate, self.seed, recipe, steps)
+
+    def in_folder(self, folder: Path, data_root: str | None = None) -> Recipe:
+        """Its recipe, with its run folder in the study's ``folder``, and its data in ``data_root``."""
+        recipe = _rooted(self.recipe, data_root)
+        return recipe.model_copy(update={"folder": str(folder / "cells" / self.name)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared with others: an arm, at one combination of the grid. ``cells[seed, rate]`` are its runs."""
+
+    name: str
+    cells: Mapping[tuple[int, float], Cell]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The rates that are tried."""
+        return tuple(dict.fromkeys(rate for _, rate in self.cells))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The first tries the rates."""
+        return tuple(dict.fromkeys(seed for seed, _ in self.cells))
+
+
+def settings_of(study: StudySection) -> list[Setting]:
+    """Every setting with all its cells. Raises RecipeError naming the arm, or the field, that makes no recipe."""
+    values, source = _shared(study)
+    arms = study.arms or {"the recipe": {}}
+    for key in {*study.grid, *(key for arm in arms.values() for key in arm)}:
+        if key in OURS:
+            raise RecipeError(f"'{key}' is set by an arm or the grid; leave it out: {OURS[key]}.")
+    for key, other in OWN_KEY.items():
+        if key in study.grid:
+            raise RecipeError(f"'{key}' is in the grid; expected it as '{other}: {study.grid[key]}'.")
+    found: dict[str, Setting] = {}
+    digests: dict[str, str] = {}
+    for arm, changes in arms.items():
+        for combination in _combinations(study.grid):
+            cells = dict(_cells(study, values, source, arm, changes, combination))
+            first = next(iter(cells.values()))
+            if (same := digests.setdefault(first.name.rpartition("-")[2], first.setting)) != first.setting:
+                raise RecipeError(f"'{first.setting}' and '{same}' are the same recipe; leave one of them out.")
+            found[first.setting] = Setting(first.setting, cells)
+    if len(found) < len(digests):
+        raise RecipeError("Two settings have one name; give the arms names that differ in more than signs.")
+    return list(found.values())
+
+
+def _shared(study: StudySection) -> tuple[dict[str, Any], str]:
+    """The values that every cell begins with, and where they are from."""
+    if isinstance(study.recipe, str):
+        values, _ = read_file(Path(study.recipe))
+        return values, study.recipe
+    return study.recipe, "the study's recipe"
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for chosen in itertools.product(*grid.values()):
+        yield dict(zip(grid, chosen, strict=True))
+
+
+def _cells(
+    study: StudySection,
+    shared: dict[str, Any],
+    source: str,
+    arm: str,
+    changes: Mapping[str, Any],
+    grid: Mapping[str, Any],
+) -> Iterator[tuple[tuple[int, float], Cell]]:
+    values = shared
+    for key, value in {**changes, **grid}.items():
+        values = with_value(Recipe, values, key.split("."), value, f"'{key}' of arm '{arm}'")
+    where = f"arm '{arm}' of {source}" + (f" with {_short(dict(grid))}" if grid else "")
+    recipe = Recipe.from_dict({**values, "folder": None, "overwrite": False}, source=where)
+    rates = study.rates or (recipe.training.learning_rate,)
+    if len(set(rates)) > 1 and not (recipe.data.held_out or recipe.data.held_out_fraction):
+        raise RecipeError(f"{where} has several rates and holds nothing out to choose by; set data.held_out_fraction.")
+    for seed, rate in itertools.product(dict.fromkeys(study.seeds), dict.fromkeys(rates)):
+        training = recipe.training.model_copy(update={"learning_rate": rate, "seed": seed})
+        yield (seed, rate), Cell(arm, grid, rate, seed, recipe.model_copy(update={"training": training}))
+
+
+def _rooted(recipe: Recipe, root: str | None) -> Recipe:
+    """The recipe with relative paths of its data inside ``root``."""
+    if root is None:
+        return recipe
+
+    def inside(path: str) -> str:
+        return path if Path(path).expanduser().is_absolute() else str(Path(root) / path)
+
+    data = recipe.data
+    train = inside(data.train) if isinstance(data.train, str) else [inside(path) for path in data.train]
+    held_out = None if data.held_out is None else inside(data.held_out)
+    return recipe.model_copy(update={"data": data.model_copy(update={"train": train, "held_out": held_out})})
+
+
+def held_equal(settings: list[Setting]) -> tuple[dict[str, Any], list[str]]:
+    """(what every cell has alike, by key; the keys that differ): the page says both."""
+    flat = [_flat(cell.recipe.model_dump(mode="json")) for setting in settings for cell in setting.cells.values()]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    differ = [key for key in keys if len({json.dumps(one.get(key, "—"), sort_keys=True) for one in flat}) > 1]
+    return {key: flat[0][key] for key in keys if key not in differ}, differ
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) and value else {f"{before}{key}": value}
+    return found
+
+
+def method_of(recipe: Recipe) -> str:
+    """Its method's name, or those of several."""
+    return " + ".join(part.name for part in parts_of(recipe.method))
+
+
+def _short(value: Any) -> str:
+    """A value of the grid for people: ``{'name': 'dora', 'r': 8}`` → ``dora r 8``."""
+    if isinstance(value, Mapping):
+        return " ".join(
+            _short(part) if key == "name" else f"{key.rpartition('.')[2]} {_short(part)}" for key, part in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return "+".join(map(_short, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
