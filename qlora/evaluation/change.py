@@ -196,25 +196,26 @@ def change_of(model: AdaptedModel, intruders: bool = True) -> Change:
 
     Raises MethodError for full fine-tuning of a model that came from no folder, whose weights before are nowhere.
     """
-    found = []
-    for matrix in _matrices(model):
-        before = matrix.before()
-        delta = matrix.delta() if intruders or matrix.pair is None else None
-        if matrix.pair is not None:
-            values = factored(*matrix.pair)[1]
-            size = float(values.square().sum().sqrt())
-        else:
-            assert delta is not None
-            values, size = singular_values(delta), norm(delta)
-        rows, columns = before.shape
-        strange: dict[str, Intruders] = {}
-        if intruders:
-            assert delta is not None
-            old, generator = Directions(before), generator_of(0, matrix.path)
-            strange["intruders"] = old.intruders(delta.add_(before), generator)
-            strange["control"] = old.intruders(elsewhere(values, rows, columns, generator).add_(before), generator)
-        found.append(MatrixChange(matrix.path, rows, columns, tuple(values.tolist()), size, norm(before), **strange))
-    return Change(tuple(found), tuple(_left_out(model)))
+    found = tuple(_measured(matrix, intruders) for matrix in _matrices(model))
+    return Change(found, tuple(_left_out(model)))
+
+
+def _measured(matrix: _Matrix, intruders: bool) -> MatrixChange:
+    before = matrix.before()
+    rows, columns = before.shape
+    if matrix.pair is not None:
+        values = factored(*matrix.pair)[1]
+        delta = matrix.delta() if intruders else None
+        size = float(values.square().sum().sqrt())
+    else:
+        delta = matrix.delta()
+        values, size = singular_values(delta), norm(delta)
+    strange: dict[str, Intruders] = {}
+    if delta is not None and intruders:
+        old, generator = Directions(before), generator_of(0, matrix.path)
+        strange["intruders"] = old.intruders(delta.add_(before), generator)
+        strange["control"] = old.intruders(elsewhere(values, rows, columns, generator).add_(before), generator)
+    return MatrixChange(matrix.path, rows, columns, tuple(values.tolist()), size, norm(before), **strange)
 
 
 @torch.no_grad()
