@@ -169,7 +169,7 @@ def _parted(path: str) -> tuple[int | None, str]:
 # ── of a model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Matrix(NamedTuple):
+class Matrix(NamedTuple):
     """One matrix of a model, read when it is asked for."""
 
     path: str
@@ -196,11 +196,11 @@ def change_of(model: AdaptedModel, intruders: bool = True) -> Change:
 
     Raises MethodError for full fine-tuning of a model that came from no folder, whose weights before are nowhere.
     """
-    found = tuple(_measured(matrix, intruders) for matrix in _matrices(model))
+    found = tuple(_measured(matrix, intruders) for matrix in matrices_of(model))
     return Change(found, tuple(_left_out(model)))
 
 
-def _measured(matrix: _Matrix, intruders: bool) -> MatrixChange:
+def _measured(matrix: Matrix, intruders: bool) -> MatrixChange:
     before = matrix.before()
     rows, columns = before.shape
     if matrix.pair is not None:
@@ -225,7 +225,7 @@ def directions_of(model: AdaptedModel, most: int = 64) -> dict[str, Tensor]:
     Of a pair they are exact, of a dense change a subspace iteration's (``methods/decomposition.py``).
     """
     found = {}
-    for matrix in _matrices(model):
+    for matrix in matrices_of(model):
         if matrix.pair is not None:
             right = factored(*matrix.pair)[2]
         else:
@@ -261,7 +261,7 @@ def _left_out(model: AdaptedModel) -> Iterator[str]:
                 yield f"{listed(others, 2)} trained too and {'is' if len(others) == 1 else 'are'} left out: no single matrices."
 
 
-def _matrices(model: AdaptedModel) -> Iterator[_Matrix]:
+def matrices_of(model: AdaptedModel) -> Iterator[Matrix]:
     """Every matrix that the model's methods change."""
     for method in model.methods:
         if isinstance(method, FullMethod | ModulesMethod):
@@ -277,7 +277,7 @@ def _matrices(model: AdaptedModel) -> Iterator[_Matrix]:
 Read = Callable[[], Tensor]
 
 
-def _planted(model: AdaptedModel, path: str, layer: Planted) -> _Matrix:
+def _planted(model: AdaptedModel, path: str, layer: Planted) -> Matrix:
     frozen = _weight(model, layer.base, "weight")
 
     def difference() -> Tensor:
@@ -285,10 +285,10 @@ def _planted(model: AdaptedModel, path: str, layer: Planted) -> _Matrix:
         values = turned(layer.base, frozen().double())
         return turned(layer.base, layer.merged("weight", values)).sub_(layer.at_first(frozen().double())).float()
 
-    return _Matrix(path, lambda: layer.at_first(frozen()), layer.low_rank(), difference)
+    return Matrix(path, lambda: layer.at_first(frozen()), layer.low_rank(), difference)
 
 
-def _expert(model: AdaptedModel, path: str, layer: LoraExperts, expert: int) -> _Matrix:
+def _expert(model: AdaptedModel, path: str, layer: LoraExperts, expert: int) -> Matrix:
     lora_A, lora_B = (half.float() for half in layer.pair(expert))
 
     def before() -> Tensor:
@@ -296,7 +296,7 @@ def _expert(model: AdaptedModel, path: str, layer: LoraExperts, expert: int) -> 
             matrix = layer.base.dequantise(expert, model.base.compute_dtype).float()
         return matrix.t() if layer.base.transposed else matrix
 
-    return _Matrix(f"{path}[{expert}]", before, (lora_A, lora_B * layer.scaling))
+    return Matrix(f"{path}[{expert}]", before, (lora_A, lora_B * layer.scaling))
 
 
 def _whole(model: AdaptedModel, method: Method) -> Iterator[tuple[str, tuple[Read, Read]]]:
@@ -325,8 +325,8 @@ def _whole(model: AdaptedModel, method: Method) -> Iterator[tuple[str, tuple[Rea
                 yield f"{path}.{name}".removesuffix(".weight"), (pair[0], pair[1])
 
 
-def _trained(path: str, before: Read, after: Read) -> _Matrix:
-    return _Matrix(path, before, None, lambda: after().sub_(before()))
+def _trained(path: str, before: Read, after: Read) -> Matrix:
+    return Matrix(path, before, None, lambda: after().sub_(before()))
 
 
 def _read(checkpoint: Checkpoint, name: str, module: nn.Module, like: Tensor) -> Tensor:
