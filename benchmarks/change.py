@@ -50,7 +50,7 @@ def main() -> None:
         wide = max((one for one in found.matrices if one.layer == 0), key=lambda one: one.rows * one.columns)
         matrix = next(one for one in matrices_of(model) if one.path == wide.path)
         if matrix.pair is None:
-            delta, half = matrix.delta(), min(wide.rows, wide.columns) // 2
+            delta, half = matrix.delta(matrix.before()), min(wide.rows, wide.columns) // 2
             _, exact = timed(lambda delta=delta: singular_values(delta))
             sketch, rough = timed(lambda delta=delta, half=half: torch.svd_lowrank(delta, q=half, niter=2)[1])
             held = float(sketch.square().sum()) / norm(delta) ** 2

@@ -177,15 +177,15 @@ class Matrix(NamedTuple):
     """W₀ [rows, columns] in fp32, a copy."""
     pair: tuple[Tensor, Tensor] | None
     """(A, B) with ΔW = B A, where that is all."""
-    difference: Callable[[], Tensor] | None = None
-    """Makes ΔW in fp32 where there is no pair."""
+    after: Callable[[], Tensor] | None = None
+    """W₀ + ΔW where there is no pair, a copy; in float64 where it is computed and not read."""
 
-    def delta(self) -> Tensor:
+    def delta(self, before: Tensor) -> Tensor:
         """ΔW [rows, columns] in fp32."""
         if self.pair is not None:
             return self.pair[1] @ self.pair[0]
-        assert self.difference is not None
-        return self.difference()
+        assert self.after is not None
+        return self.after().sub_(before).float()
 
 
 @torch.no_grad()
@@ -205,10 +205,10 @@ def _measured(matrix: Matrix, intruders: bool) -> MatrixChange:
     rows, columns = before.shape
     if matrix.pair is not None:
         values = factored(*matrix.pair)[1]
-        delta = matrix.delta() if intruders else None
+        delta = matrix.delta(before) if intruders else None
         size = float(values.square().sum().sqrt())
     else:
-        delta = matrix.delta()
+        delta = matrix.delta(before)
         values, size = singular_values(delta), norm(delta)
     strange: dict[str, Intruders] = {}
     if delta is not None and intruders:
@@ -229,7 +229,7 @@ def directions_of(model: AdaptedModel, most: int = 64) -> dict[str, Tensor]:
         if matrix.pair is not None:
             right = factored(*matrix.pair)[2]
         else:
-            delta = matrix.delta()
+            delta = matrix.delta(matrix.before())
             right = leading(delta, min(most, *delta.shape), generator_of(0, matrix.path))[2]
         found[matrix.path] = right[:most].float().cpu()
     return found
@@ -265,7 +265,7 @@ def matrices_of(model: AdaptedModel) -> Iterator[Matrix]:
     """Every matrix that the model's methods change."""
     for method in model.methods:
         if isinstance(method, FullMethod | ModulesMethod):
-            yield from (_trained(path, *pair) for path, pair in _whole(model, method))
+            yield from (Matrix(path, before, None, after) for path, (before, after) in _whole(model, method))
         elif method.section.name not in NO_MATRIX:
             for path, layer in method.planted.items():
                 if isinstance(layer, LoraExperts):
@@ -280,12 +280,11 @@ Read = Callable[[], Tensor]
 def _planted(model: AdaptedModel, path: str, layer: Planted) -> Matrix:
     frozen = _weight(model, layer.base, "weight")
 
-    def difference() -> Tensor:
+    def after() -> Tensor:
         # in float64: a change of a thousandth of its weight would lose three of fp32's seven digits
-        values = turned(layer.base, frozen().double())
-        return turned(layer.base, layer.merged("weight", values)).sub_(layer.at_first(frozen().double())).float()
+        return turned(layer.base, layer.merged("weight", turned(layer.base, frozen().double())))
 
-    return Matrix(path, lambda: layer.at_first(frozen()), layer.low_rank(), difference)
+    return Matrix(path, lambda: layer.at_first(frozen()), layer.low_rank(), after)
 
 
 def _expert(model: AdaptedModel, path: str, layer: LoraExperts, expert: int) -> Matrix:
@@ -323,10 +322,6 @@ def _whole(model: AdaptedModel, method: Method) -> Iterator[tuple[str, tuple[Rea
                 owner, _, key = name.rpartition(".")
                 pair = [_weight(model, whole.get_submodule(owner), key) for whole in (layer.base, layer.module)]
                 yield f"{path}.{name}".removesuffix(".weight"), (pair[0], pair[1])
-
-
-def _trained(path: str, before: Read, after: Read) -> Matrix:
-    return Matrix(path, before, None, lambda: after().sub_(before()))
 
 
 def _read(checkpoint: Checkpoint, name: str, module: nn.Module, like: Tensor) -> Tensor:
