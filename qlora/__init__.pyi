@@ -8,6 +8,7 @@ from qlora.evaluation import answer as answer
 from qlora.evaluation import answers as answers
 from qlora.evaluation import change_of as change_of
 from qlora.evaluation import directions_of as directions_of
+from qlora.evaluation import latency_of as latency_of
 from qlora.evaluation import overlaps as overlaps
 from qlora.methods import AdaptedModel as AdaptedModel
 from qlora.methods import Adapters as Adapters

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from qlora.evaluation.change import Change, change_of, directions_of, overlaps
 from qlora.evaluation.generate import answer, answers, room
+from qlora.evaluation.latency import Latency, latency_of
 from qlora.evaluation.score import HeldOut, score
 
-__all__ = ["Change", "HeldOut", "answer", "answers", "change_of", "directions_of", "overlaps", "room", "score"]
+__all__ = [
+    "Change",
+    "HeldOut",
+    "Latency",
+    "answer",
+    "answers",
+    "change_of",
+    "directions_of",
+    "latency_of",
+    "overlaps",
+    "room",
+    "score",
+]
