@@ -14,20 +14,19 @@ import argparse
 import datetime
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qlora
+from qlora.evaluation.latency import seconds_a_token
 from qlora.machine.device import versions
 from qlora.model.tokenizer import with_new_tokens
 from qlora.recipe import parts_of
 from qlora.residence.layers import unwrap_layers
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "methods"
-TOKENS = 16
 
 
 def measure(base: Any, recipe: Any, data: Any, steps: int) -> tuple[float, float]:
@@ -39,12 +38,7 @@ def measure(base: Any, recipe: Any, data: Any, steps: int) -> tuple[float, float
         next(trainer)  # warms up
         speed = statistics.median(next(trainer).tokens_per_second for _ in range(steps))
         unwrap_layers(model.model)
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            qlora.answers(model, [list(range(100, 116))], TOKENS)
-            times.append((time.perf_counter() - begin) / TOKENS)
-        return speed, statistics.median(times)
+        return speed, seconds_a_token(model)
     finally:
         unwrap_layers(model.model)
         model.remove()
@@ -67,8 +61,6 @@ def main() -> None:
         name: recipe for name, recipe in recipes.items() if all(part.name != "full" for part in parts_of(recipe.method))
     }
     base = qlora.load_base(recipes["lora"].model)
-    ends, base.end_tokens = base.end_tokens, ()
-    base.tokenizer.eos_token, base.model.config.eos_token_id = None, None  # answers run to their last token
 
     def measured(name: str) -> tuple[float, float]:
         recipe = recipes[name]
@@ -86,7 +78,6 @@ def main() -> None:
         lora_speed, lora_token = ((a + b) / 2 for a, b in zip(before, after, strict=True))
         rows.append(f"| {name} | {found[0] / lora_speed:.2f} | {found[1] / lora_token:.2f} |")
         before = after
-    base.end_tokens = ends
     found_versions = versions()
     kept = ", ".join(f"{name} {found_versions[name]}" for name in ("torch", "transformers", "bitsandbytes"))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -18,18 +18,17 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "methods"
-ANSWERS, TOKENS = 3, 16  # how many answers of how many tokens the latency is the median of
 
 
 def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: list[str]) -> dict[str, Any]:
     """Train one recipe for ``steps`` steps and measure it. Bytes are of the adapter's file, seconds of a generated token."""
     import qlora
+    from qlora.evaluation.latency import seconds_a_token
     from qlora.machine.device import peak_memory_bytes, resolve_device
     from qlora.recipe import parts_of
     from qlora.runs.evaluate import load_run
@@ -53,12 +52,12 @@ def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: l
     speed = statistics.median(line["tokens_per_second"] for line in lines if "tokens_per_second" in line)
     model = load_run(run_folder, quiet=True)
     reasons = [why for method in model.methods if (why := method.merge.why_not()) is not None]
-    adapted = latency(model)
+    adapted = seconds_a_token(model)
     if any(part.name == "full" for part in parts_of(recipe.method)):
         base = adapted  # the same model with other numbers in it
     else:
         with model.disabled():
-            base = latency(model)
+            base = seconds_a_token(model)
     return {
         "method": recipe_path.stem,
         "trainable_parameters": run.trainable_parameters,
@@ -72,26 +71,6 @@ def measure(recipe_path: Path, folder: Path, steps: int, rows: int, overrides: l
         "seconds_a_token_base": base,
         "report": model.report() if any(part.name == "adalora" for part in parts_of(recipe.method)) else {},
     }
-
-
-def latency(model: Any) -> float:
-    """Median seconds a token of greedy answers to one prompt of 16 tokens, after one answer to warm up."""
-    import qlora
-
-    prompt = list(range(100, 116))
-    seconds = []
-    ends, model.base.end_tokens = model.base.end_tokens, ()
-    tokenizer_end, model.tokenizer.eos_token = model.tokenizer.eos_token, None
-    config_end, model.model.config.eos_token_id = model.model.config.eos_token_id, None
-    try:
-        for _ in range(ANSWERS + 1):
-            begin = time.perf_counter()
-            qlora.answers(model, [prompt], TOKENS)
-            seconds.append((time.perf_counter() - begin) / TOKENS)
-    finally:
-        model.base.end_tokens, model.tokenizer.eos_token = ends, tokenizer_end
-        model.model.config.eos_token_id = config_end
-    return statistics.median(seconds[1:])
 
 
 def table(results: list[dict[str, Any]], steps: int, rows: int) -> str:

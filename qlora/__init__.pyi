@@ -3,8 +3,13 @@
 from qlora.data import Data as Data
 from qlora.data import load_data as load_data
 from qlora.errors import QloraError as QloraError
+from qlora.evaluation import Change as Change
 from qlora.evaluation import answer as answer
 from qlora.evaluation import answers as answers
+from qlora.evaluation import change_of as change_of
+from qlora.evaluation import directions_of as directions_of
+from qlora.evaluation import latency_of as latency_of
+from qlora.evaluation import overlaps as overlaps
 from qlora.methods import AdaptedModel as AdaptedModel
 from qlora.methods import Adapters as Adapters
 from qlora.methods import apply_method as apply_method

@@ -1,8 +1,22 @@
-"""Evaluation: the loss on held-out data, and answers to prompts. Leaves the model as it was."""
+"""Evaluation: the loss on held-out data, answers to prompts, and what became of the weights. Leaves the model as it was."""
 
 from __future__ import annotations
 
+from qlora.evaluation.change import Change, change_of, directions_of, overlaps
 from qlora.evaluation.generate import answer, answers, room
+from qlora.evaluation.latency import Latency, latency_of
 from qlora.evaluation.score import HeldOut, score
 
-__all__ = ["HeldOut", "answer", "answers", "room", "score"]
+__all__ = [
+    "Change",
+    "HeldOut",
+    "Latency",
+    "answer",
+    "answers",
+    "change_of",
+    "directions_of",
+    "latency_of",
+    "overlaps",
+    "room",
+    "score",
+]

@@ -44,7 +44,7 @@ def answers(
 
     It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
     """
-    lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
+    lengths = [answer_length(model, len(prompt), max_new_tokens) for prompt in prompts]
     padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
     # mostly one: how long the answers may become, and how long prompts are where they cannot be padded
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
@@ -55,7 +55,7 @@ def answers(
     return [found[place] for place in range(len(prompts))]
 
 
-def _length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> int:
+def answer_length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> int:
     """How long the answer to a prompt of ``count`` tokens may become, at most ``max_new_tokens``."""
     left = room(model, count)
     if left is not None and left < 1:
@@ -76,7 +76,7 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
         return True
 
     def logits(*rows: Ids) -> torch.Tensor:
-        return torch.stack([of_token[-1].float() for of_token in _generated(model, rows, count).logits])
+        return torch.stack([of_token[-1].float() for of_token in generated(model, rows, count).logits])
 
     found = [logits(shortest), logits(longest, shortest), logits(shortest, shortest)]
     alone, padded, again = (one[: min(map(len, found))] for one in found)  # an end may come early
@@ -90,14 +90,14 @@ def _generate(
 ) -> list[str]:
     """One batch of answers, each up to an end token or ``max_new_tokens``."""
     ends = _end_tokens(model)
-    output = _generated(model, prompts, max_new_tokens, streamer, ends).sequences
+    output = generated(model, prompts, max_new_tokens, streamer, ends).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
     return [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
 
 
 @torch.no_grad()
-def _generated(
+def generated(
     model: AdaptedModel | Adapters,
     prompts: Sequence[Ids],
     max_new_tokens: int,

@@ -64,6 +64,15 @@ class AdaLoraLinear(Planted):
         return AdaptedLinear.apply(as_autocast(x), self.lora_A * self.lora_E, self.lora_B, self, dropout)
 
     @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(E ⊙ A, scaling · B) without the triplets that do nothing; one such where there is no other."""
+        if self.lora_E.is_meta:  # they cannot be counted: the most that it may be
+            return self.lora_A.float(), self.lora_B.float()
+        on = self.lora_E.flatten() != 0
+        on[0] |= ~on.any()
+        return self.lora_A[on].float() * self.lora_E[on].float(), self.lora_B[:, on].float() * self.scaling
+
+    @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, plus scaling · B (E ⊙ A), in place."""
         if name == "weight":
@@ -179,19 +188,8 @@ class AdaLoraLayout(Layout):
         """Once the triplets are multiplied out it is plain LoRA."""
         return None
 
-    @torch.no_grad()
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(E ⊙ A, scaling · B) without the triplets that do nothing; one such where there is no other."""
-        found = {}
-        for path, layer in self.method.planted.items():
-            if layer.lora_E.is_meta:  # they cannot be counted: the most that it may be
-                found[path] = layer.lora_A.float(), layer.lora_B.float()
-                continue
-            on = layer.lora_E.flatten() != 0
-            on[0] |= ~on.any()
-            lora_A = layer.lora_A[on].float() * layer.lora_E[on].float()
-            found[path] = lora_A, layer.lora_B[:, on].float() * layer.scaling
-        return found
+        return {path: layer.low_rank() for path, layer in self.method.planted.items()}  # type: ignore[misc]
 
 
 class AdaLoraMethod(Method):

@@ -79,6 +79,9 @@ class DoraLinear(LoraLinear):
         """The formula above."""
         return _DirectedLinear.apply(x, self.lora_A, self.lora_B, self.lora_magnitude_vector, self, dropout)
 
+    def low_rank(self) -> None:
+        """The magnitudes change W as a whole."""
+
     @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, as (m / ‖W'‖) ⊙ W', in place."""

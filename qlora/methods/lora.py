@@ -105,6 +105,22 @@ class LoraLinear(Planted):
         return act(weight.t()).t() if is_transposed(self.base) else act(weight)
 
     @torch.no_grad()
+    def at_first(self, weight: Tensor) -> Tensor:
+        """With what the pair began as, in place."""
+        if (begun := self.beginning) is not None:
+            weight.addmm_(begun.lora_B.to(weight), begun.lora_A.to(weight), alpha=self.scaling)
+        return weight
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(A, scaling · B); where the pair began as more than nothing (A over A₀, scaling · B beside −scaling · B₀)."""
+        lora_A, lora_B = self.lora_A.float(), self.lora_B.float() * self.scaling
+        if (begun := self.beginning) is not None:
+            lora_A = torch.cat([lora_A, begun.lora_A.float()])
+            lora_B = torch.cat([lora_B, begun.lora_B.float() * -self.scaling], 1)
+        return lora_A, lora_B
+
+    @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight``, [out, in] (Conv1D: [in, out]) in fp32, plus scaling · B A, in place."""
         if name == "weight":
@@ -306,21 +322,14 @@ class LoraLayout(Layout):
             return None
         return f"LoRA on {listed(others, 3)} is on no linear, which few servers load; export it merged"
 
-    @torch.no_grad()
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A, scaling · B); where W gave a part up, on top of W itself: (A over A₀, scaling · B beside −scaling · B₀).
 
         Those have twice the rank. On the unquantised W that PiSSA was trained with, that is the trained model. Trained on a
         quantised base, it differs on any W', the 16-bit one or its NF4, by the frozen weight + scaling · B₀ A₀ − W'.
         """
-        pairs = {}
-        for path, layer in self.method.planted.items():
-            lora_A, lora_B = layer.lora_A.float(), layer.lora_B.float() * layer.scaling
-            if (begun := layer.beginning) is not None:
-                lora_A = torch.cat([lora_A, begun.lora_A.float()])
-                lora_B = torch.cat([lora_B, begun.lora_B.float() * -layer.scaling], 1)
-            pairs[path] = (lora_A, lora_B)
-        return pairs
+        found = {path: layer.low_rank() for path, layer in self.method.planted.items()}
+        return {path: pair for path, pair in found.items() if pair is not None}
 
 
 class LoraMerge(Merge):

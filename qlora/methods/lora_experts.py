@@ -37,11 +37,15 @@ class LoraExperts(Planted):
         return (self.lora_A, self.lora_B) if self.enabled else None
 
     @torch.no_grad()
+    def pair(self, expert: int) -> tuple[Tensor, Tensor]:
+        """One expert's A [r, in] and B [out, r]."""
+        rank = len(self.lora_A) // self.base.count
+        return self.lora_A[expert * rank : (expert + 1) * rank], self.lora_B[:, expert :: self.base.count]
+
+    @torch.no_grad()
     def merged_expert(self, expert: int, values: Tensor) -> Tensor:
         """One expert's matrix, [rows, columns] in fp32, plus scaling · B A, in place."""
-        rank = len(self.lora_A) // self.base.count
-        lora_A = self.lora_A[expert * rank : (expert + 1) * rank].to(values)
-        lora_B = self.lora_B[:, expert :: self.base.count].to(values)
+        lora_A, lora_B = (half.to(values) for half in self.pair(expert))
         turned = values.t() if self.base.transposed else values
         turned.addmm_(lora_B, lora_A, alpha=self.scaling)
         return values

@@ -77,6 +77,11 @@ class LoraEmbedding(Planted):
         return y + added
 
     @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Of the weight as it lies, [vocabulary, width]: (scaling · Bᵀ, Aᵀ)."""
+        return self.lora_embedding_B.t().float() * self.scaling, self.lora_embedding_A.t().float()
+
+    @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``weight`` [vocabulary, width] in fp32, plus scaling · (B A)ᵀ, in place."""
         if name == "weight":
@@ -116,6 +121,11 @@ class LoraConv2d(Planted):
 
     def _slides(self) -> tuple[Any, ...]:
         return self.base.stride, self.base.padding, self.base.dilation
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Of the weight as [out, in · h · w]."""
+        return self.lora_A.flatten(1).float(), self.lora_B.flatten(1).float() * self.scaling
 
     @torch.no_grad()
     def merged(self, name: str, values: Tensor) -> Tensor:

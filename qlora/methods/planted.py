@@ -49,6 +49,14 @@ class Planted(nn.Module):
         """What ``merged`` is added to where the checkpoint's own ``weight`` is to carry the adapter; mostly the same."""
         return weight
 
+    def at_first(self, weight: Tensor) -> Tensor:
+        """What the dense ``weight`` [out, in] of ``base`` stood for at step 0; mostly itself. May be in place."""
+        return weight
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """fp32 (A [k, in], B [out, k]) where all that was learned is B A on top of ``at_first``; None elsewhere."""
+        return None
+
     def merged(self, name: str, values: Tensor) -> Tensor:
         """``values``, the fp32 tensor ``name`` of ``base`` (as ``weight``), with what was learned added; may be in place.
 
