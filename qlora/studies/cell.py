@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
+from qlora.evaluation.change import MatrixChange, change_of
+from qlora.evaluation.latency import latency_of
 from qlora.files.durable import delete_folder, write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import peak_since_reset, ran_out_of_memory, reset_peak_memory, resolve_device, versions
@@ -24,6 +28,8 @@ from qlora.recipe import Recipe
 from qlora.reporting.figures import summarise
 from qlora.reporting.records import read_records
 from qlora.runs.bases import Bases
+from qlora.runs.evaluate import load_run
+from qlora.runs.folder import open_run
 from qlora.runs.session import Run
 from qlora.runs.train import resume, train
 from qlora.studies.spec import Cell, StudySection, method_of
@@ -79,6 +85,8 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     }
     values["train_info"] = _train_info(run, place, peak)
     values["study"] |= _learned(run)
+    if study.measure and cell.steps is None:
+        values["study"] |= _measured(place, study.measure, bases)
     write_json(folder / "results" / f"{cell.name}.json", values)
     if (place / "checkpoints").is_dir():  # the adapter is all that anybody goes on from
         delete_folder(place / "checkpoints")
@@ -175,6 +183,36 @@ def _train_info(run: Run, place: Path, peak: int) -> JsonObject:
 def _learned(run: Run) -> JsonObject:
     """The held-out losses."""
     return {name: None if one is None else asdict(one) for name, one in (("before", run.before), ("after", run.after))}
+
+
+def _measured(place: Path, what: Sequence[str], bases: Bases) -> JsonObject:
+    """What is looked at of the trained model itself. The change of every matrix, with all its values, goes into ``change.json``."""
+    model, found = load_run(place, quiet=True, bases=bases), dict[str, Any]()
+    if "change" in what:
+        change = change_of(model)
+        write_json(place / "change.json", change.to_json())
+        found["change"] = {"matrices": [_in_short(one) for one in change.matrices], "left_out": list(change.left_out)}
+    if "latency" in what:
+        found["latency"] = asdict(latency_of(model))
+    bases.give_back(open_run(place)[0], model)
+    return found
+
+
+def _in_short(one: MatrixChange) -> JsonObject:
+    """The figures of one matrix."""
+    shares = {
+        key: None if part is None else part.energy
+        for key, part in (("intruders", one.intruders), ("control", one.control))
+    }
+    return {
+        "path": one.path,
+        "layer": one.layer,
+        "module": one.module,
+        "relative": one.relative,
+        "effective_rank": one.effective_rank,
+        "rank_90": one.rank_90,
+        **shares,
+    }
 
 
 def _object(path: Path) -> JsonObject | None:

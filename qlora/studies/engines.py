@@ -86,18 +86,24 @@ class Local:
             self._pool.shutdown()
 
 
-_bases = Bases()
+_bases, _parent = Bases(), 0
 
 
 def _in_process(cell: Cell, study: StudySection, folder: Path, quiet: bool) -> Outcome:
     """In the process of its own, whose base stays for the next cell."""
-    return run_cell(cell, study, folder, _bases, quiet)
+    outcome = run_cell(cell, study, folder, _bases, quiet)
+    if os.getppid() != _parent:  # nobody is left to tell, or to ask for another one
+        os._exit(1)
+    return outcome
 
 
 def _apart(parent: int) -> None:
     """Ctrl-C is the study's to hand on, once. Where the study itself is killed, the cell that runs is stopped as by a signal."""
     with suppress(OSError, AttributeError):  # Windows has no such groups
         os.setpgrp()
+
+    global _parent
+    _parent = parent
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -17,7 +17,7 @@ from qlora.machine.device import bytes_text, duration_text
 from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
 from qlora.reporting.page import templates
-from qlora.studies.plots import COLOURS, SIZE, Given, Plot, of_loss, plot
+from qlora.studies.plots import COLOURS, SIZE, Given, HeatMap, Plot, heat_map, of_loss, plot
 from qlora.studies.results import Compared, Row
 from qlora.studies.spec import Setting, StudySection, held_equal
 
@@ -73,6 +73,11 @@ def write_page(
         columns=COLUMNS,
         orders=orders(found),
         plots=[one for one in plots(study, settings, rows, found) if one is not None],
+        maps=maps(found),
+        latencies=[(one.setting, *_latency(one.best)) for one in found if "latency" in one.best.more],
+        unchanged=[
+            (one.setting, said) for one in found for said in one.best.more.get("change", {}).get("left_out", ())
+        ],
         failed=[(row.setting, f"rate {row.rate:g}, seed {row.seed}", row.error) for row in rows if row.error],
         grid=grid(settings, rows),
         says=says(study, settings, found),
@@ -218,6 +223,22 @@ def _share(one: Compared, others: Sequence[Compared]) -> float:
     """Its memory as a share of the most that any took."""
     most = max(other.best.peak_memory or 0 for other in others)
     return (one.best.peak_memory or 0) / most if most else 0.0
+
+
+def maps(found: Sequence[Compared]) -> list[HeatMap]:
+    """How each weight matrix changed, two figures for every setting; all settings' colours mean the same."""
+    drawn: list[HeatMap | None] = []
+    changes = {one.setting: one.best.more["change"]["matrices"] for one in found if "change" in one.best.more}
+    for figure, text in (("relative", "‖ΔW‖ / ‖W₀‖"), ("rank_90", "rank at 90 % of the energy")):
+        most = max((float(one[figure]) for matrices in changes.values() for one in matrices), default=0.0)
+        drawn += [heat_map(setting, figure, matrices, most, text) for setting, matrices in changes.items()]
+    return [one for one in drawn if one is not None]
+
+
+def _latency(row: Row) -> tuple[str, str]:
+    """Milliseconds a generated token, beside the base and merged."""
+    found = row.more["latency"]
+    return f"{1000 * found['unmerged']:.0f}", "—" if found["merged"] is None else f"{1000 * found['merged']:.0f}"
 
 
 def says(study: StudySection, settings: Sequence[Setting], found: Sequence[Compared]) -> list[str]:

@@ -8,8 +8,8 @@ Knows rows and axes; must not know HTML.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from qlora.reporting.axes import Axis, fit_axis
 from qlora.reporting.figures import significant
@@ -130,3 +130,46 @@ def _front(points: Sequence[Point]) -> list[Point]:
 def of_loss(value: float) -> str:
     """A loss in words."""
     return f"{significant(value)} nats"
+
+
+class Square(NamedTuple):
+    """One matrix of a heat map: its column and row, how strong its colour is from 0 to 1, and what is said of it."""
+
+    column: int
+    row: int
+    strength: float
+    about: str
+
+
+class HeatMap(NamedTuple):
+    """One figure of every matrix of a setting, by layer (to the right) and module (down)."""
+
+    title: str
+    note: str
+    columns: int
+    rows: list[str]
+    squares: list[Square]
+
+
+def heat_map(title: str, figure: str, matrices: Sequence[Mapping[str, Any]], most: float, text: str) -> HeatMap | None:
+    """The figure of that name of ``matrices`` as ``cell.py`` writes them, in colours up to ``most``; None where there is none."""
+    known = [one for one in matrices if one["layer"] is not None and one.get(figure) is not None]
+    if not known or most <= 0:
+        return None
+    modules = list(dict.fromkeys(str(one["module"]) for one in known))
+    squares = [
+        Square(
+            int(one["layer"]),
+            modules.index(str(one["module"])),
+            min(1.0, float(one[figure]) / most),
+            f"layer {one['layer']}, {one['module']}: {significant(float(one[figure]), 3)}",
+        )
+        for one in known
+    ]
+    return HeatMap(
+        title,
+        f"{text}, full colour is {significant(most, 3)}",
+        1 + max(one.column for one in squares),
+        modules,
+        squares,
+    )

@@ -49,8 +49,8 @@ class StudySection(Section):
     """What the whole study may take. Where all cells at full length would take longer, rates are tried on a part of the steps
     first and the better half goes on; cells that would end later are left out, and named. No limit when left out."""
     measure: tuple[Literal["change", "diversity", "latency"], ...] = ()
-    """What is measured of each full-length cell beside held-out loss, the recipe's tasks and its cost: `change`, how the weights
-    changed; `diversity`, how much answers drawn at random differ; `latency`, the time a generated token takes."""
+    """What is measured of each full-length cell beside held-out loss, the recipe's tasks and its cost: `change`, how each weight
+    matrix changed; `diversity`, how much answers drawn at random differ; `latency`, the time a generated token takes."""
     engine: str = Field("local", pattern=r"^(local|ray(://.+)?)$")
     """`local` runs one cell after the other. `ray` gives them to a Ray cluster: one that it starts here, or that of `RAY_ADDRESS`
     or of an address as `ray://host:10001`; run folders must lie where all its machines reach them."""
