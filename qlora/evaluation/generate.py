@@ -118,7 +118,7 @@ def _generated(
     was_training = network.training
     network.eval()
     try:
-        with _fast_decoding(model):
+        with fast_decoding(model):
             return network.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -152,7 +152,7 @@ def _until(ids: list[int], ends: Ids) -> list[int]:
 
 
 @contextmanager
-def _fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
+def fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
     """On a CPU, dequantise once per answer instead of once per token, where that takes at most a quarter of the free memory.
 
     Not where layers are streamed: they are there to save memory, and their weights leave while the answer is made.
