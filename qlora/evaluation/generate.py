@@ -1,4 +1,4 @@
-"""Answers: greedy generation from token ids, for the before and after of a run and for chat.
+"""Answers: generation from token ids, for the before and after of a run, for tasks and for chat.
 
 Knows transformers' generate; must not know how a prompt was made.
 """
@@ -38,11 +38,17 @@ def answer(
 
 
 def answers(
-    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None = None
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+    stop: Sequence[str] = (),
+    temperature: float | None = None,
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids) as text, up to an end token or ``max_new_tokens``.
+    """The continuation of each prompt (token ids) as text, up to an end token, one of the texts in ``stop``, or ``max_new_tokens``.
 
-    It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
+    Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
+    before generating, for a prompt that leaves none.
     """
     lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
     padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
@@ -50,7 +56,7 @@ def answers(
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
     for kind in dict.fromkeys(kinds):
         places = [place for place, own in enumerate(kinds) if own == kind]
-        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer)
+        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature)
         found |= dict(zip(places, texts, strict=True))
     return [found[place] for place in range(len(prompts))]
 
@@ -86,14 +92,21 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
 
 
 def _generate(
-    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None,
+    stop: Sequence[str],
+    temperature: float | None,
 ) -> list[str]:
-    """One batch of answers, each up to an end token or ``max_new_tokens``."""
+    """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``."""
     ends = _end_tokens(model)
-    output = _generated(model, prompts, max_new_tokens, streamer, ends).sequences
+    output = _generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
-    return [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
+    texts = [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True) for row in output]
+    cuts = ([text.find(one) for one in stop if one in text] for text in texts)
+    return [text[: min(places, default=len(text))].strip() for text, places in zip(texts, cuts, strict=True)]
 
 
 @torch.no_grad()
@@ -103,6 +116,8 @@ def _generated(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
     ends: Ids = (),
+    stop: Sequence[str] = (),
+    temperature: float | None = None,
 ) -> Any:
     """What transformers' generate gives for one batch: ``sequences`` [prompts, width + new tokens], until every prompt has met
     one of ``ends``; with none, ``logits`` of each new token."""
@@ -123,13 +138,15 @@ def _generated(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                do_sample=temperature is not None,
+                temperature=temperature,
+                top_p=None if temperature is None else 1.0,
+                top_k=None if temperature is None else 0,
                 use_cache=True,
                 pad_token_id=pad,
                 eos_token_id=list(ends) or None,
+                stop_strings=list(stop) or None,
+                tokenizer=tokenizer if stop else None,
                 streamer=streamer,
                 return_dict_in_generate=True,
                 output_logits=not ends,

@@ -8,20 +8,27 @@ Knows tasks and the model; must not know a kind of task beyond what it asks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
+from qlora.data.values import capital
 from qlora.errors import DataError
-from qlora.evaluation.likelihood import TOKENS_AT_ONCE, likelihoods
+from qlora.evaluation.generate import answers as generated
+from qlora.evaluation.likelihood import TOKENS_AT_ONCE, Likelihood, Pair, likelihoods
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.result import Json, Metric, Result, jackknifed, mean_and_error
-from qlora.evaluation.tasks.task import Item, Reply, Task
+from qlora.evaluation.tasks.task import Item, Kind, Reply, Task
 from qlora.files.durable import file_written_aside
 from qlora.methods import AdaptedModel, Adapters
 from qlora.model import anatomy
 
+WINDOW = 2048  # tokens that a long text is read by
+ANSWERS_AT_ONCE = 16  # that are generated together
 Show = Callable[[int, int], None]
 
 
@@ -47,7 +54,7 @@ def score(
         file = None
         if kept is not None and left:
             file = stack.enter_context(_continued(kept, task, whose, answers))
-        for item, reply in _replies(model, left, tokens_at_once):
+        for item, reply in _replies(model, left, task, tokens_at_once):
             answers[item.id] = KINDS[task.kind].answer(item.asked, reply)
             if file is not None:
                 file.write(json.dumps({"id": item.id, "answer": answers[item.id]}) + "\n")
@@ -68,28 +75,75 @@ def measured(task: Task, answers: dict[str, Json]) -> Result:
         if name in next(iter(scores.values())):
             value, error = mean_and_error([one[name] for one in scores.values()])
         elif name in whole:
-            value, error = jackknifed(list(answers), lambda ids: kind.together([answers[key] for key in ids])[name])  # noqa: B023
+            value, error = jackknifed(list(answers), partial(_whole, kind, answers, name))
         else:
             continue
         metrics[name] = Metric(value, error, chance.get(name), better)
     return Result(task.name, task.kind, task.settings, metrics, scores, answers)
 
 
-def _replies(model: AdaptedModel | Adapters, items: list[Item], tokens_at_once: int) -> Iterator[tuple[Item, Reply]]:
-    for number, found in likelihoods(model, [item.pairs for item in items], tokens_at_once):
-        yield items[number], Reply(found)
+def _whole(kind: Kind, answers: Mapping[str, Json], name: str, ids: Sequence[str]) -> float:
+    """A metric of all items, where these are ``ids``."""
+    return kind.together([answers[key] for key in ids])[name]
+
+
+def _replies(
+    model: AdaptedModel | Adapters, items: list[Item], task: Task, tokens_at_once: int
+) -> Iterator[tuple[Item, Reply]]:
+    """What the model gives for each item, as it comes: the shortest first."""
+    generates = any(item.prompt is not None for item in items)
+    ordered = sorted(items, key=lambda item: item.longest)
+    # answers of like prompts together, so that little is padded; what has none goes to likelihoods as a whole
+    size = ANSWERS_AT_ONCE if generates else max(len(ordered), 1)
+    for start in range(0, len(ordered), size):
+        some = ordered[start : start + size]
+        prompts = [item.prompt for item in some if item.prompt is not None]
+        texts = (
+            generated(model, prompts, task.form.max_new_tokens, stop=task.form.stop) if prompts else [""] * len(some)
+        )
+        if not any(item.pairs for item in some):
+            yield from ((item, Reply(text=text)) for item, text in zip(some, texts, strict=True))
+            continue
+        rows = [[_windows(pair, WINDOW if task.kind == "text" else None) for pair in item.pairs] for item in some]
+        for number, found in likelihoods(model, [list(chain(*row)) for row in rows], tokens_at_once):
+            pieces = iter(found)
+            whole = [_joined(list(islice(pieces, len(windows)))) for windows in rows[number]]
+            yield some[number], Reply(whole, texts[number])
+
+
+def _windows(pair: Pair, width: int | None) -> list[Pair]:
+    """A long text as pairs of at most ``width`` tokens to read, so that each token is predicted once, as in lm-eval: the last
+    window is as long as the others, and what it shares with them is context.
+
+    Example, 10 tokens by 4 behind b → b 012|0123, 3 456|4567, 67 8|89 (read | predicted): 5678 are read for the last
+    """
+    context, tokens = pair
+    if width is None or len(context) + len(tokens) - 1 <= width:
+        return [pair]
+    whole = (*context, *tokens)
+    ends = [*range(width, len(whole) - 1, width), len(whole) - 1]
+    begins = [0, *ends[:-1]]
+    return [
+        (whole[max(end - width, 0) : begin + 1], whole[begin + 1 : end + 1])
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+
+
+def _joined(pieces: list[Likelihood]) -> Likelihood:
+    nats, greedy = math.fsum(one.nats for one in pieces), all(one.greedy for one in pieces)
+    return Likelihood(nats, greedy, sum(one.tokens for one in pieces))
 
 
 def _require_room(model: AdaptedModel | Adapters, task: Task) -> None:
     limit = anatomy.position_limit(model.model)
-    if limit is None:
+    if limit is None or task.kind == "text":
         return
     room = limit - model.first_position
     for item in task.items:
         if item.longest > room:
             raise DataError(
-                f"{item.place[:1].upper()}{item.place[1:]} is {item.longest:,} tokens long, and '{model.base.name}' has {room:,} "
-                "positions; leave it out of the data, or take a model with a longer context."
+                f"{capital(item.place)} is {item.longest:,} tokens long, and '{model.base.name}' has {room:,} positions; leave it "
+                "out of the data, or take a model with a longer context."
             )
 
 
