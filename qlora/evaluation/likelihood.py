@@ -19,18 +19,22 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora.data import Row, collate
 from qlora.errors import DoesNotFitError, first_line
 from qlora.evaluation.generate import fast_decoding
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel, Adapters
+from qlora.model import anatomy
 from qlora.model.loss import Head, head_of, hidden_states
 
 Ids = tuple[int, ...]
 Pair = tuple[Ids, Ids]
 """(context, continuation), neither of them empty."""
 TOKENS_AT_ONCE = 4096  # that go through the model together
+WORTH = 32  # tokens a group that need not go through again: with fewer, a second pass is not worth it
 CHUNK = 256  # positions whose logits exist at the same time
 
 
@@ -54,13 +58,15 @@ def likelihoods(
     """
     was_training = model.model.training
     model.model.eval()
-    waiting = sorted(range(len(groups)), key=lambda number: _width(groups[number]))
+    shared = [_shared(group) if _keeps_keys(model) else 0 for group in groups]
+    waiting = sorted(range(len(groups)), key=lambda number: (shared[number], _width(groups[number])))
     try:
         with fast_decoding(model):
             while waiting:
-                together = _fitting(groups, waiting, tokens_at_once)
+                together = _fitting(groups, shared, waiting, tokens_at_once)
                 try:
-                    found = _found(model, [groups[number] for number in together])
+                    several = [groups[number] for number in together]
+                    found = (_behind_contexts if shared[together[0]] else _found)(model, several)
                 except Exception as error:
                     if not ran_out_of_memory(error):
                         raise
@@ -88,15 +94,63 @@ def _tokens(group: Sequence[Pair]) -> int:
     return _width(group) * len(group)
 
 
-def _fitting(groups: Sequence[Sequence[Pair]], waiting: Sequence[int], tokens_at_once: int) -> list[int]:
-    """The first of ``waiting`` that go through together: at least one."""
+def _fitting(
+    groups: Sequence[Sequence[Pair]], shared: Sequence[int], waiting: Sequence[int], tokens_at_once: int
+) -> list[int]:
+    """The first of ``waiting`` that go through together: at least one, and no two that share contexts of other lengths."""
     together, rows = [waiting[0]], len(groups[waiting[0]])
     for number in waiting[1:]:
         rows += len(groups[number])
-        if rows * _width(groups[number]) > tokens_at_once:  # sorted, so that the last is the longest
+        # sorted, so that the last is the longest
+        if shared[number] != shared[waiting[0]] or rows * _width(groups[number]) > tokens_at_once:
             break
         together.append(number)
     return together
+
+
+def _shared(group: Sequence[Pair]) -> int:
+    """The length of the context that all pairs of a group have, where it pays to put it through once; else 0."""
+    contexts, inputs = {context for context, _ in group}, {(context, rest[:-1]) for context, rest in group}
+    length = len(group[0][0])
+    return length if len(contexts) == 1 and length * (len(inputs) - 1) >= WORTH else 0
+
+
+def _keeps_keys(model: AdaptedModel | Adapters) -> bool:
+    """Whether all that a model keeps of a context is keys and values, by place: not where a method puts something before it,
+    rows have an adapter each, or a layer has a state."""
+    if model.first_position or (isinstance(model, Adapters) and model.mixing):
+        return False
+    layers = getattr(DynamicCache(config=anatomy.text_config(model.model)), "layers", [])
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _behind_contexts(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> list[list[Likelihood]]:
+    """As ``_found``, for groups of one context each, all of one length: the contexts go through once, and what follows each goes
+    behind its keys and values."""
+    device, length = model.device, len(groups[0][0][0])
+    cache = DynamicCache(config=anatomy.text_config(model.model))
+    places = torch.arange(length, device=device)[None]
+    last_GD = _through(model, torch.tensor([group[0][0] for group in groups], device=device), places, cache)[:, -1]
+    pairs = [(number, rest) for number, group in enumerate(groups) for _, rest in group]
+    owners = torch.tensor([number for number, _ in pairs], device=device)
+    width = max(len(rest) for _, rest in pairs) - 1
+    cache.batch_select_indices(owners)
+    rows = torch.tensor([[*rest[:-1], *[rest[0]] * (width - len(rest) + 1)] for _, rest in pairs], device=device)
+    after_RTD = _through(model, rows, length + torch.arange(width, device=device)[None], cache)
+    states_RTD = torch.cat([last_GD[owners, None], after_RTD], 1)  # position t judges token t of what follows
+    wanted = torch.arange(width + 1)[None] < torch.tensor([len(rest) for _, rest in pairs])[:, None]
+    found = iter(_judged(states_RTD[wanted.to(device)], head_of(model.model), [rest for _, rest in pairs]))
+    return [[next(found) for _ in group] for group in groups]
+
+
+def _through(model: AdaptedModel | Adapters, ids_RT: Tensor, places: Tensor, cache: DynamicCache) -> Tensor:
+    """The last hidden states of ``ids_RT`` behind what ``cache`` holds, which grows."""
+    output = anatomy.decoder(model.model)(
+        input_ids=ids_RT, position_ids=places.expand_as(ids_RT), past_key_values=cache, use_cache=True, return_dict=True
+    )
+    transform = anatomy.before_head(model.model)
+    states: Tensor = output.last_hidden_state
+    return states if transform is None else transform(states)
 
 
 def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> list[list[Likelihood]]:

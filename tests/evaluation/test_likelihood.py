@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qlora.errors import DoesNotFitError
 from qlora.evaluation.likelihood import Likelihood, likelihoods
-from qlora.methods import AdaptedModel
+from qlora.methods import AdaptedModel, apply_method
+from qlora.model import Base
+from qlora.recipe import LoRA
+from tests import tiny
 from tests.model.test_loss import LargestLogits
 from tests.rounding import rounding
 from tests.tiny import VOCABULARY
@@ -36,8 +41,12 @@ def greedy(model: AdaptedModel, context: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(ids[len(context) :])
 
 
+@pytest.mark.parametrize("worth", [1, 32])
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 4096])
-def test_together_is_alone(model: AdaptedModel, tokens_at_once: int) -> None:
+def test_together_is_alone(
+    model: AdaptedModel, tokens_at_once: int, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora.evaluation.likelihood.WORTH", worth)
     own = [((5, 6, 7), greedy(model, (5, 6, 7))), ((5, 6, 7), (11, 12, 13))]
     groups = [*GROUPS, own]
     model.model.train()
@@ -51,6 +60,52 @@ def test_together_is_alone(model: AdaptedModel, tokens_at_once: int) -> None:
             assert ours.nats == pytest.approx(theirs.nats, rel=rounding())
             assert (ours.greedy, ours.tokens) == (theirs.greedy, theirs.tokens)
     assert [one.greedy for one in found[len(GROUPS)]] == [True, False]
+
+
+@pytest.mark.parametrize("name", [*tiny.SMALL, "gpt2", "gemma3", "mistral"])
+def test_a_shared_context_goes_through_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a family's positions and masks are: learned, rotary, ALiBi, windows shorter than the context."""
+    from qlora.evaluation import likelihood
+
+    if name in tiny.SMALL:
+        model = tiny.small_model(name, tmp_path)
+    else:
+        sizes = {"gemma3": ("Gemma3Text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+                 "mistral": ("Mistral", {"sliding_window": 4}), "gpt2": ("GPT2", {})}[name]  # fmt: skip
+        bare = tiny.random_model(sizes[0], **sizes[1])
+        base = Base(bare, None, tmp_path, "small", None, "none", False, tiny.CPU, torch.float32)
+        model = apply_method(base, LoRA(r=4))
+        tiny.stir(model, 0.05)
+    through, real = list[int](), likelihood._through
+    monkeypatch.setattr(likelihood, "_through", lambda *given: (through.append(given[1].numel()), real(*given))[1])
+    monkeypatch.setattr(likelihood, "WORTH", 1)
+    groups = [GROUPS[0], GROUPS[3], [((5, 6, 7, 8, 9, 10, 11, 12), rest) for rest in ((8, 9, 10), (9, 3), (7, 7))]]
+    found = dict(likelihoods(model, groups))
+    assert through == [6, 12, 8, 6]  # two contexts of 3 and what follows, one of 8 and what follows
+    for number, group in enumerate(groups):
+        for ours, pair in zip(found[number], group, strict=True):
+            assert ours.nats == pytest.approx(alone(model, *pair).nats, rel=rounding())
+
+
+@pytest.mark.parametrize("name", ["falcon-mamba", "qwen3.5", "lfm2"])
+def test_a_model_with_states_shares_nothing(name: str, tmp_path: Path) -> None:
+    family, sizes, _ = tiny.HYBRIDS[name]
+    base = Base(
+        tiny.random_model(family, **{"num_hidden_layers": 3, **sizes}),
+        None,
+        tmp_path,
+        "small",
+        None,
+        "none",
+        False,
+        tiny.CPU,
+        torch.float32,
+    )
+    model = apply_method(base, LoRA(r=4))
+    found = dict(likelihoods(model, GROUPS))
+    for number, group in enumerate(GROUPS):
+        for ours, pair in zip(found[number], group, strict=True):
+            assert ours.nats == pytest.approx(alone(model, *pair).nats, rel=rounding())
 
 
 def test_full_logits_never_exist(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +129,7 @@ def test_less_at_once_where_memory_runs_out(model: AdaptedModel, monkeypatch: py
         return real(model, groups)
 
     monkeypatch.setattr(likelihood, "_found", small)
+    monkeypatch.setattr(likelihood, "release_memory", lambda device: None)
     most = 1
     again = dict(likelihoods(model, GROUPS))
     assert [sizes[0], sizes[-1]] == [len(GROUPS), 1]
