@@ -44,10 +44,11 @@ def answers(
     streamer: BaseStreamer | None = None,
     stop: Sequence[str] = (),
     temperature: float | None = None,
+    stripped: bool = True,
 ) -> list[str]:
     """The continuation of each prompt (token ids) as text, up to an end token, one of the texts in ``stop``, or ``max_new_tokens``.
 
-    Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
+    Without the spaces around it unless ``stripped`` is False. Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
     before generating, for a prompt that leaves none.
     """
     lengths = [_length(model, len(prompt), max_new_tokens) for prompt in prompts]
@@ -58,7 +59,7 @@ def answers(
         places = [place for place, own in enumerate(kinds) if own == kind]
         texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature)
         found |= dict(zip(places, texts, strict=True))
-    return [found[place] for place in range(len(prompts))]
+    return [found[place].strip() if stripped else found[place] for place in range(len(prompts))]
 
 
 def _length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> int:
@@ -82,7 +83,7 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
         return True
 
     def logits(*rows: Ids) -> torch.Tensor:
-        return torch.stack([of_token[-1].float() for of_token in _generated(model, rows, count).logits])
+        return torch.stack([of_token[-1].float() for of_token in generated(model, rows, count).logits])
 
     found = [logits(shortest), logits(longest, shortest), logits(shortest, shortest)]
     alone, padded, again = (one[: min(map(len, found))] for one in found)  # an end may come early
@@ -101,16 +102,16 @@ def _generate(
 ) -> list[str]:
     """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``."""
     ends = _end_tokens(model)
-    output = _generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
+    output = generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
     texts = [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True) for row in output]
     cuts = ([text.find(one) for one in stop if one in text] for text in texts)
-    return [text[: min(places, default=len(text))].strip() for text, places in zip(texts, cuts, strict=True)]
+    return [text[: min(places, default=len(text))] for text, places in zip(texts, cuts, strict=True)]
 
 
 @torch.no_grad()
-def _generated(
+def generated(
     model: AdaptedModel | Adapters,
     prompts: Sequence[Ids],
     max_new_tokens: int,

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qlora.data import Row, collate
-from qlora.errors import DoesNotFitError, first_line
+from qlora.errors import DoesNotFitError, NonFiniteError, first_line
 from qlora.evaluation.generate import fast_decoding
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods import AdaptedModel, Adapters
@@ -159,7 +159,7 @@ def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> 
     pairs = [pair for group in groups for pair in group]
     inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
     rows = {ids: number for number, ids in enumerate(dict.fromkeys(inputs))}
-    hidden_RTD = _states(model, list(rows))
+    hidden_RTD = states(model, list(rows))
     # the token after position t is judged by the state at t: a continuation of n tokens by the last n of its row
     behind = model.virtual_tokens
     at = [
@@ -173,7 +173,7 @@ def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> 
     return [[next(places) for _ in group] for group in groups]
 
 
-def _states(model: AdaptedModel | Adapters, rows: Sequence[Ids]) -> Tensor:
+def states(model: AdaptedModel | Adapters, rows: Sequence[Ids]) -> Tensor:
     """The last hidden states [R, T, D] of rows of token ids, padded on the right, where nothing is seen that follows."""
     made = []
     for ids in rows:
@@ -197,5 +197,9 @@ def _judged(hidden_ND: Tensor, head: Head, continuations: Sequence[Ids]) -> list
         greedy.append(logits_NV.argmax(1) == wanted_N[part])
         del logits_NV
     lengths = [len(ids) for ids in continuations]
+    if not all(part.isfinite().all() for part in nats):
+        raise NonFiniteError(
+            "The model's log-likelihoods are not finite, so there is nothing to compare; nothing was kept of these items"
+        )
     each = zip(torch.cat(nats).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths), lengths, strict=True)
     return [Likelihood(ours.sum().item(), bool(best.all()), count) for ours, best, count in each]

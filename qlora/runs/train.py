@@ -56,6 +56,7 @@ from qlora.runs.session import (
     use_threads,
     write_evaluation,
 )
+from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import differences
@@ -128,6 +129,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
     checkpoint = open_checkpoint(recipe.model, weights=False)
     data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
+    tasks = open_tasks(recipe, data)
     planned = plan(recipe, checkpoint)
     for sentence in planned.why:
         say(sentence)
@@ -149,7 +151,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool) -> tuple[Session, Pl
         model.prepare(trainer.batches())
     else:
         trainer.environment["continued_from"] = origin.as_dict()
-    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned, rate
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun, tasks), planned, rate
 
 
 def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session:
@@ -172,7 +174,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
             f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
-    prompts = held_out_prompts(data, recipe)
+    prompts, tasks = held_out_prompts(data, recipe), open_tasks(recipe, data)
     model = load_model(recipe, checkpoint, device, quiet, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
@@ -185,7 +187,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool) -> Session
     else:
         model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
-    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun)
+    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun, tasks)
 
 
 def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
@@ -202,6 +204,7 @@ def _finish(session: Session, signals: Signals) -> Run:
     folder, log = session.folder, session.trainer.log
     assert log is not None  # the run has begun
     before, generations = _measure_before(session, log)
+    base = score_base(session.model, session.tasks, folder, session.quiet)
     signals.wait = True
     _take_steps(session, log, signals)
     signals.wait = False
@@ -220,7 +223,10 @@ def _finish(session: Session, signals: Signals) -> Run:
     ]
     if after is not None or generations:
         write_evaluation(folder, before, after, generations)
-    return session.result(before, after, generations, write_report(folder))
+    name = f"{session.trainer.step_number:06d}"  # the checkpoint's
+    trained = score_tasks(session.model, session.tasks, folder, name, session.quiet)
+    rows = write_table(folder, base, trained)
+    return session.result(before, after, generations, rows, write_report(folder))
 
 
 def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, list[Generation]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.result import Metric, Paired, Result, difference
 from qlora.evaluation.tasks.scoring import score
+from qlora.evaluation.tasks.table import lines, table
 from qlora.evaluation.tasks.task import Task
 
-__all__ = ["Metric", "Paired", "Result", "Task", "difference", "open_task", "score"]
+__all__ = ["Metric", "Paired", "Result", "Task", "difference", "lines", "open_task", "score", "table"]

@@ -19,13 +19,13 @@ from typing import TextIO
 from qlora.data.values import capital
 from qlora.errors import DataError
 from qlora.evaluation.generate import answers as generated
+from qlora.evaluation.generate import room
 from qlora.evaluation.likelihood import TOKENS_AT_ONCE, Likelihood, Pair, likelihoods
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.result import Json, Metric, Result, jackknifed, mean_and_error
 from qlora.evaluation.tasks.task import Item, Kind, Reply, Task
 from qlora.files.durable import file_written_aside
 from qlora.methods import AdaptedModel, Adapters
-from qlora.model import anatomy
 
 WINDOW = 2048  # tokens that a long text is read by
 ANSWERS_AT_ONCE = 16  # that are generated together
@@ -104,14 +104,21 @@ def _replies(
         if not any(item.pairs for item in some):
             yield from ((item, Reply(text=text)) for item, text in zip(some, texts, strict=True))
             continue
-        rows = [[_windows(pair, WINDOW if task.kind == "text" else None) for pair in item.pairs] for item in some]
+        width = window(model) if task.kind == "text" else None
+        rows = [[windows(pair, width) for pair in item.pairs] for item in some]
         for number, found in likelihoods(model, [list(chain(*row)) for row in rows], tokens_at_once):
             pieces = iter(found)
-            whole = [_joined(list(islice(pieces, len(windows)))) for windows in rows[number]]
+            whole = [joined(list(islice(pieces, len(parts)))) for parts in rows[number]]
             yield some[number], Reply(whole, texts[number])
 
 
-def _windows(pair: Pair, width: int | None) -> list[Pair]:
+def window(model: AdaptedModel | Adapters) -> int:
+    """How many tokens of a long text the model reads at once."""
+    left = room(model, 0)
+    return WINDOW if left is None else min(WINDOW, left)
+
+
+def windows(pair: Pair, width: int | None) -> list[Pair]:
     """A long text as pairs of at most ``width`` tokens to read, so that each token is predicted once, as in lm-eval: the last
     window is as long as the others, and what it shares with them is context.
 
@@ -129,20 +136,19 @@ def _windows(pair: Pair, width: int | None) -> list[Pair]:
     ]
 
 
-def _joined(pieces: list[Likelihood]) -> Likelihood:
+def joined(pieces: list[Likelihood]) -> Likelihood:
     nats, greedy = math.fsum(one.nats for one in pieces), all(one.greedy for one in pieces)
     return Likelihood(nats, greedy, sum(one.tokens for one in pieces))
 
 
 def _require_room(model: AdaptedModel | Adapters, task: Task) -> None:
-    limit = anatomy.position_limit(model.model)
+    limit = room(model, 0)
     if limit is None or task.kind == "text":
         return
-    room = limit - model.first_position
     for item in task.items:
-        if item.longest > room:
+        if item.longest > limit:
             raise DataError(
-                f"{capital(item.place)} is {item.longest:,} tokens long, and '{model.base.name}' has {room:,} positions; leave it "
+                f"{capital(item.place)} is {item.longest:,} tokens long, and '{model.base.name}' has {limit:,} positions; leave it "
                 "out of the data, or take a model with a longer context."
             )
 

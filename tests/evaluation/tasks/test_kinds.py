@@ -16,7 +16,7 @@ from qlora.evaluation.tasks import difference, open_task, score
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.numeric import number_in
 from qlora.evaluation.tasks.result import Result, jackknifed, mean_and_error
-from qlora.evaluation.tasks.scoring import _windows
+from qlora.evaluation.tasks.scoring import windows
 from qlora.methods import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.evaluation.tasks.test_choice import by_hand
@@ -140,7 +140,7 @@ def test_generated_texts_against_several_references(adapted: AdaptedModel, tmp_p
         assert answer["text"] == free.partition("t")[0].strip()
 
 
-def test_bits_per_byte_of_a_text_of_several_windows(
+def test_bits_per_byte_of_a_text_of_severalwindows(
     adapted: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["what does copytree do?", "fine, thank you: ä " + " ".join(WORDS * 2)]
@@ -161,10 +161,10 @@ def test_bits_per_byte_of_a_text_of_several_windows(
 @pytest.mark.parametrize("count", [*range(1, 14)])
 def test_windows_predict_each_token_once(count: int) -> None:
     tokens = tuple(range(count))
-    windows = _windows(((99,), tokens), 4)
-    assert sum((rest for _, rest in windows), ()) == tokens
+    parts = windows(((99,), tokens), 4)
+    assert sum((rest for _, rest in parts), ()) == tokens
     whole = (99, *tokens)
-    for context, rest in windows:
+    for context, rest in parts:
         read = (*context, *rest)
         assert len(read) - 1 == min(4, count)  # as much before each token as there is room for
         assert read == whole[read[-1] + 2 - len(read) : read[-1] + 2]
