@@ -85,7 +85,7 @@ def resume(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
-    """RUN: held-out loss and answers, measured now."""
+    """RUN: held-out loss, answers and tasks, measured now."""
     folder = _run("evaluate", words)
     from qlora.runs.evaluate import evaluate
 
@@ -298,6 +298,10 @@ def _summary(run: Run) -> None:
         for name, text in (("expected", item.expected), ("before", item.before), ("after", item.after)):
             if text is not None:
                 print(f"  {name + ':':<10}{visible(' '.join(text.split()))}")
+    if run.tasks:
+        from qlora.evaluation.tasks import lines
+
+        print("", *map(visible, lines(run.tasks)), sep="\n")
     print(f"\nRun folder   {visible(run.folder)}")
     if run.report:
         print(f"Report       {visible(run.report)}")

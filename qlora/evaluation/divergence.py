@@ -49,8 +49,11 @@ class Divergence:
         return values.mean().item(), error
 
     @torch.no_grad()
-    def add(self, hidden_TD: Tensor, reference_TD: Tensor, labels_T: Tensor, head: Head) -> None:
-        """Take in one row's hidden states of both models, position t to predict ``labels_T[t + 1]``."""
+    def add(
+        self, hidden_TD: Tensor, reference_TD: Tensor, labels_T: Tensor, head: Head, reference: Head | None = None
+    ) -> None:
+        """Take in one row's hidden states of both models, position t to predict ``labels_T[t + 1]``; ``reference``: the other
+        model's head, where it is another one."""
         wanted = labels_T[1:] != IGNORE_INDEX
         ours_ND, theirs_ND, labels_N = hidden_TD[:-1][wanted], reference_TD[:-1][wanted], labels_T[1:][wanted].long()
         if not len(labels_N):
@@ -59,7 +62,7 @@ class Divergence:
         for start in range(0, len(labels_N), CHUNK):
             part = slice(start, start + CHUNK)
             ours = head.logits(ours_ND[part]).log_softmax(-1)
-            theirs = head.logits(theirs_ND[part]).log_softmax(-1)
+            theirs = (reference or head).logits(theirs_ND[part]).log_softmax(-1)
             index = labels_N[part, None]
             loss, before = -ours.gather(1, index).sum().item(), -theirs.gather(1, index).sum().item()
             self.summed_loss += loss

@@ -1,4 +1,4 @@
-"""Answers: greedy generation from token ids, for the before and after of a run and for chat.
+"""Answers: generation from token ids, for the before and after of a run, for tasks and for chat.
 
 Knows transformers' generate; must not know how a prompt was made.
 """
@@ -38,11 +38,18 @@ def answer(
 
 
 def answers(
-    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None = None
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None = None,
+    stop: Sequence[str] = (),
+    temperature: float | None = None,
+    stripped: bool = True,
 ) -> list[str]:
-    """The greedy continuation of each prompt (token ids) as text, up to an end token or ``max_new_tokens``.
+    """The continuation of each prompt (token ids) as text, up to an end token, one of the texts in ``stop``, or ``max_new_tokens``.
 
-    It also ends where the model's positions do. Raises DataError, before generating, for a prompt that leaves none.
+    Without the spaces around it unless ``stripped`` is False. Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
+    before generating, for a prompt that leaves none.
     """
     lengths = [answer_length(model, len(prompt), max_new_tokens) for prompt in prompts]
     padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
@@ -50,9 +57,9 @@ def answers(
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
     for kind in dict.fromkeys(kinds):
         places = [place for place, own in enumerate(kinds) if own == kind]
-        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer)
+        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature)
         found |= dict(zip(places, texts, strict=True))
-    return [found[place] for place in range(len(prompts))]
+    return [found[place].strip() if stripped else found[place] for place in range(len(prompts))]
 
 
 def answer_length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> int:
@@ -86,14 +93,21 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
 
 
 def _generate(
-    model: AdaptedModel | Adapters, prompts: Sequence[Ids], max_new_tokens: int, streamer: BaseStreamer | None
+    model: AdaptedModel | Adapters,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    streamer: BaseStreamer | None,
+    stop: Sequence[str],
+    temperature: float | None,
 ) -> list[str]:
-    """One batch of answers, each up to an end token or ``max_new_tokens``."""
+    """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``."""
     ends = _end_tokens(model)
-    output = generated(model, prompts, max_new_tokens, streamer, ends).sequences
+    output = generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
-    return [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True).strip() for row in output]
+    texts = [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True) for row in output]
+    cuts = ([text.find(one) for one in stop if one in text] for text in texts)
+    return [text[: min(places, default=len(text))] for text, places in zip(texts, cuts, strict=True)]
 
 
 @torch.no_grad()
@@ -103,6 +117,8 @@ def generated(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
     ends: Ids = (),
+    stop: Sequence[str] = (),
+    temperature: float | None = None,
 ) -> Any:
     """What transformers' generate gives for one batch: ``sequences`` [prompts, width + new tokens], until every prompt has met
     one of ``ends``; with none, ``logits`` of each new token."""
@@ -118,18 +134,20 @@ def generated(
     was_training = network.training
     network.eval()
     try:
-        with _fast_decoding(model):
+        with fast_decoding(model):
             return network.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                do_sample=temperature is not None,
+                temperature=temperature,
+                top_p=None if temperature is None else 1.0,
+                top_k=None if temperature is None else 0,
                 use_cache=True,
                 pad_token_id=pad,
                 eos_token_id=list(ends) or None,
+                stop_strings=list(stop) or None,
+                tokenizer=tokenizer if stop else None,
                 streamer=streamer,
                 return_dict_in_generate=True,
                 output_logits=not ends,
@@ -152,7 +170,7 @@ def _until(ids: list[int], ends: Ids) -> list[int]:
 
 
 @contextmanager
-def _fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
+def fast_decoding(model: AdaptedModel | Adapters) -> Iterator[None]:
     """On a CPU, dequantise once per answer instead of once per token, where that takes at most a quarter of the free memory.
 
     Not where layers are streamed: they are there to save memory, and their weights leave while the answer is made.

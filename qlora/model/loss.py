@@ -68,12 +68,13 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in fp32. Only the product has the head's dtype: a model that caps in bf16 rounds twice more."""
+        """Logits [N, V] in fp32, of a model in float64 in that. Only the product has the head's dtype: a model that caps in bf16
+        rounds twice more."""
         return self.scaled(self.module(hidden_ND))
 
     def scaled(self, product_NV: Tensor) -> Tensor:
         """The logits in fp32 of what ``module`` gave."""
-        logits_NV = product_NV.float()
+        logits_NV = product_NV if product_NV.dtype == torch.float64 else product_NV.float()
         if self.multiplier != 1.0:
             logits_NV = logits_NV * self.multiplier
         if self.softcap is not None:

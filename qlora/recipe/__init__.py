@@ -1,6 +1,6 @@
 """The recipe: what is wanted, in one typed and frozen schema.
 
-    schema (what every section shares) ─► methods (a section for each method) ─► config (the recipe itself)
+    schema (what every section shares) ─► methods (a section for each method), tasks ─► config (the recipe itself)
     reading (YAML, overrides, mistakes as sentences) · reference (the fields as Markdown)
 
 Knows YAML and pydantic; must not know torch, a model or a data set.
@@ -45,6 +45,7 @@ from qlora.recipe.methods import (
 from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reference import reference
 from qlora.recipe.schema import Section
+from qlora.recipe.tasks import TaskSection
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -75,6 +76,7 @@ __all__ = [
     "Recipe",
     "Section",
     "TargetedSection",
+    "TaskSection",
     "TokensObjective",
     "TrainingSection",
     "VirtualTokens",

@@ -19,6 +19,7 @@ from qlora.recipe.methods import AnyMethod, LoRA, named, parts_of
 from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reading import read_file, validated
 from qlora.recipe.schema import Section
+from qlora.recipe.tasks import TaskSection
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -221,6 +222,16 @@ class EvaluationSection(Section):
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(64, ge=1)
     """The longest answer in tokens."""
+    tasks: tuple[TaskSection, ...] = ()
+    """[Tasks](evaluation.md) that the base and the trained model are scored on, as `[{name: hellaswag, data: hellaswag.jsonl}]`."""
+
+    @field_validator("tasks", mode="after")
+    @classmethod
+    def _each_name_once(cls, tasks: tuple[TaskSection, ...]) -> tuple[TaskSection, ...]:
+        names = [task.name for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"has two tasks named {', '.join(map(shown, twice))}; give each a name of its own")
+        return tasks
 
 
 class DeviceSection(Section):

@@ -175,9 +175,10 @@ def _place(recipe: type[Section], loc: tuple[str | int, ...]) -> tuple[list[str]
             inside = {"": inside[str(part)]}
             continue
         section = inside.get("")
+        if isinstance(part, int):  # a place in a list, as of tasks
+            path.append(str(part))
+            continue
         if section is None:
-            if isinstance(part, int):
-                path.append(str(part))
             continue
         if path == ["method"] and part == "parts":
             inside = sections_of(section.model_fields["parts"].annotation)

@@ -20,6 +20,9 @@ def reference() -> str:
         for tag, section in sections.items():
             fields = sorted(section.model_fields, key=lambda key: key != "name")
             tables.append((f"{name}: {tag}" if tag else name, section, fields))
+            for key, inner in section.model_fields.items():
+                if one := sections_of(inner.annotation).get(""):  # a list of sections, as evaluation.tasks
+                    tables.append((f"{name}.{key}", one, list(one.model_fields)))
     tables.append(("(top level)", Recipe, top))
     return "# Every value of a recipe\n\n" + "\n".join(_table(*table) for table in tables)
 

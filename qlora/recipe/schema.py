@@ -66,8 +66,9 @@ def sections_of(annotation: object) -> dict[str, type[Section]]:
     found: dict[str, type[Section]] = {}
     for part in typing.get_args(annotation):
         for section in sections_of(part).values():
-            if "name" in section.model_fields:
-                found[str(section.model_fields["name"].default)] = section
+            name = section.model_fields.get("name")
+            # a task's name is its own, and tells no sections apart
+            found["" if name is None or name.is_required() else str(name.default)] = section
     return found
 
 
@@ -92,6 +93,8 @@ def type_text(annotation: object) -> str:
     if origin is dict:
         key, value = typing.get_args(annotation)
         return f"mapping of {type_text(key)} to {type_text(value)}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
     names: dict[object, str] = {
         int: "whole number",
         float: "number",

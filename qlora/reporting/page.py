@@ -63,6 +63,7 @@ def render(records: Records) -> str:
         small_charts=small_charts(records),
         held_out=records.held_out,
         answers=_answers(records.evaluation.get("generations")),
+        tasks=[_task(row) for row in records.tasks],
         ranks=_ranks(section(records.method, "ranks")),
         data=_data(section(records.plan, "data")),
         memory=_memory(section(records.plan, "memory"), summary.peak_memory),
@@ -105,6 +106,20 @@ def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, str | 
             shown = [(key, titles[key], text) for key, text in texts.items() if key != "expected" or text is not None]
             found.append((_said(item.get("prompt")), shown))
     return found
+
+
+def _task(row: Json) -> tuple[str, ...]:
+    """A row of the tasks' table as text: task, items, metric, chance, base, trained, difference."""
+    chance = number(row, "chance")
+    measured = (_measured(section(row, key), "+" * (key == "difference")) for key in ("base", "trained", "difference"))
+    name, metric = (_said(row.get(key)) for key in ("task", "metric"))
+    return (name, exact_text(whole(row, "items")), metric, "—" if chance is None else f"{chance:.3f}", *measured)
+
+
+def _measured(values: Json, sign: str) -> str:
+    """``0.312 ± 0.027``."""
+    value, error = number(values, "value"), number(values, "error")
+    return "—" if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _said(value: object) -> str:
@@ -233,6 +248,8 @@ def _value(value: object) -> str:
         return json.dumps(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
+    if isinstance(value, Section):  # in a list of such, as tasks
+        value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "{}"
     return str(redacted(str(value)))

@@ -40,6 +40,7 @@ class Records:
     environment: Json
     evaluation: Json
     method: Json
+    tasks: list[Json]  # the rows of tasks.json
     steps: list[Step]  # ascending, every step at most once
     held_out: list[HeldOut]
     notes: list[str]  # sentences about what could not be read
@@ -85,6 +86,7 @@ def read_records(folder: Path) -> Records:
         environment=redacted(_object(folder / "environment.json", notes)),
         evaluation=evaluation,
         method=redacted(_object(folder / "method.json", notes)),
+        tasks=_rows(redacted(_object(folder / "tasks.json", notes)).get("tasks")),
         steps=steps,
         held_out=[held_out[step] for step in sorted(held_out)],
         notes=redacted(notes),
@@ -129,6 +131,10 @@ def _object(file: Path, notes: list[str]) -> Json:
         notes.append(f"{file.name} holds {type(value).__name__} where an object was expected, and is left out.")
         return {}
     return value
+
+
+def _rows(value: object) -> list[Json]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOut]]:

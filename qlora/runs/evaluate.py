@@ -33,7 +33,17 @@ from qlora.runs.folder import (
     read_adapter,
     template_of,
 )
-from qlora.runs.session import Generation, Run, limited, load_model, speaker, stop_at, use_threads
+from qlora.runs.session import (
+    Generation,
+    Run,
+    held_out_prompts,
+    limited,
+    load_model,
+    speaker,
+    stop_at,
+    use_threads,
+)
+from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
 
 
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
@@ -47,20 +57,25 @@ def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview
 
 
 def evaluate(folder: str | Path, quiet: bool = False) -> Run:
-    """Held-out loss and answers of a run's adapter, measured now; the run folder stays as it is."""
+    """Held-out loss and answers of a run's adapter, measured now, and its tasks where the run folder does not hold their results
+    yet: these are written there, all else stays as it is."""
     begun, folder = time.perf_counter(), Path(folder)
     recipe, environment = open_run(folder)
     checkpoint = open_base(recipe, environment, folder)
     data = load_recipe_data(recipe, checkpoint)
     check_data(data, environment, folder)
-    if not data.held_out:
+    tasks = open_tasks(recipe, data)
+    if not data.held_out and not tasks:
         raise RunError(
-            f"The recipe of '{folder}' holds nothing out; evaluate needs data.held_out or held_out_fraction."
+            f"The recipe of '{folder}' holds nothing out and names no task; evaluate needs data.held_out, held_out_fraction or "
+            "evaluation.tasks."
         )
-    prompts = data.held_out_prompts(recipe.evaluation.prompts)
+    prompts = held_out_prompts(data, recipe)
     model = _trained(recipe, checkpoint, folder, quiet)
-    rows = data.held_out[: recipe.evaluation.held_out_rows]
-    after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+    after = None
+    if data.held_out:
+        rows = data.held_out[: recipe.evaluation.held_out_rows]
+        after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
     texts = answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens)
     return Run(
         folder=folder,
@@ -71,6 +86,11 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
         generations=[Generation(p.text, p.answer, None, text) for p, text in zip(prompts, texts, strict=True)],
         seconds=time.perf_counter() - begun,
         peak_memory_bytes=peak_memory_bytes(model.device),
+        tasks=write_table(
+            folder,
+            score_base(model, tasks, folder, quiet),
+            score_tasks(model, tasks, folder, adapter_folder(folder).name, quiet),
+        ),
     )
 
 

@@ -43,6 +43,8 @@ RUN_FILES = (
     "checkpoints",
     "adapter",
     "evaluation.json",
+    "tasks",
+    "tasks.json",
     "environment.json",
     "method.json",
     "report.html",

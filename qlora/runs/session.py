@@ -22,8 +22,9 @@ import torch
 from qlora.data import Data, Prompt
 from qlora.errors import RunError, redacted, visible
 from qlora.evaluation import HeldOut, answers
+from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
-from qlora.files.strangers import MAX_OURS, Fault, read_object
+from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
@@ -57,6 +58,8 @@ class Run:
     report: Path | None = None
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    tasks: list[JsonObject] = field(default_factory=list)
+    """The rows of ``tasks.json``: what the base and the adapter scored on each task, in each metric."""
 
     def __repr__(self) -> str:
         losses = [f"{one.loss:.4f} {when}" for when, one in (("before", self.before), ("after", self.after)) if one]
@@ -82,12 +85,20 @@ class Session:
     say: Callable[[str], None]
     quiet: bool
     begun: float = field(default_factory=time.perf_counter)
+    tasks: list[Task] = field(default_factory=list)
 
     def answers(self) -> list[str]:
         """The model's answers to ``prompts``."""
         return answers(self.model, [prompt.ids for prompt in self.prompts], self.recipe.evaluation.max_new_tokens)
 
-    def result(self, before: HeldOut | None, after: HeldOut | None, generations: list[Generation], report: Path) -> Run:
+    def result(
+        self,
+        before: HeldOut | None,
+        after: HeldOut | None,
+        generations: list[Generation],
+        tasks: list[JsonObject],
+        report: Path,
+    ) -> Run:
         """What the caller gets."""
         return Run(
             folder=self.folder,
@@ -99,6 +110,7 @@ class Session:
             report=report,
             seconds=time.perf_counter() - self.begun,
             peak_memory_bytes=peak_memory_bytes(self.model.device),
+            tasks=tasks,
         )
 
 

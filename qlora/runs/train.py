@@ -57,6 +57,7 @@ from qlora.runs.session import (
     use_threads,
     write_evaluation,
 )
+from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import differences
@@ -131,6 +132,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     checkpoint = open_checkpoint(recipe.model, weights=False)
     data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
+    tasks = open_tasks(recipe, data)
     planned = plan(recipe, checkpoint)
     for sentence in planned.why:
         say(sentence)
@@ -152,7 +154,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
         model.prepare(trainer.batches())
     else:
         trainer.environment["continued_from"] = origin.as_dict()
-    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun), planned, rate
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun, tasks), planned, rate
 
 
 def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bases) -> Session:
@@ -175,7 +177,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
             f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
-    prompts = held_out_prompts(data, recipe)
+    prompts, tasks = held_out_prompts(data, recipe), open_tasks(recipe, data)
     model = load_model(recipe, checkpoint, device, quiet, bases, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
@@ -188,7 +190,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     else:
         model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
-    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun)
+    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun, tasks)
 
 
 def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
@@ -205,6 +207,7 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     folder, log = session.folder, session.trainer.log
     assert log is not None  # the run has begun
     before, generations = _measure_before(session, log)
+    base = score_base(session.model, session.tasks, folder, session.quiet)
     signals.wait = True
     _take_steps(session, log, signals)
     signals.wait = False
@@ -223,7 +226,10 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     ]
     if after is not None or generations:
         write_evaluation(folder, before, after, generations)
-    result = session.result(before, after, generations, write_report(folder))
+    name = f"{session.trainer.step_number:06d}"  # the checkpoint's
+    trained = score_tasks(session.model, session.tasks, folder, name, session.quiet)
+    rows = write_table(folder, base, trained)
+    result = session.result(before, after, generations, rows, write_report(folder))
     if bases is not None:
         bases.give_back(session.recipe, session.model)
     return result

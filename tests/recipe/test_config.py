@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.recipe import LoRA, Recipe, Section, parts_of, reference
+from qlora.recipe import LoRA, Recipe, Section, TaskSection, parts_of, reference
 from qlora.recipe import methods as method_sections
 
 MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
@@ -22,6 +22,7 @@ def sections() -> dict[str, type[Section]]:
     return {
         **{name: kind for name, kind in zip(Recipe.model_fields, kinds, strict=True) if fields_of(kind)},
         **{f"method: {kind.model_fields['name'].default}": kind for kind in methods},
+        "evaluation.tasks": TaskSection,
     }
 
 
@@ -32,7 +33,7 @@ def fields_of(kind: Any) -> dict[str, Any]:
 def test_every_field_is_documented_and_in_the_reference() -> None:
     tables = {part.split("`")[0]: part for part in reference().split("## `")[1:]}
     assert tables.keys() == sections().keys() | {"(top level)"}
-    assert len(tables) == 7 + 13 + 1
+    assert len(tables) == 7 + 13 + 1 + 1
     for heading, section in {**sections(), "(top level)": Recipe}.items():
         for name, field in section.model_fields.items():
             if section is not Recipe or name not in ("method", *sections()):

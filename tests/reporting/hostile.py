@@ -85,6 +85,12 @@ def make_hostile(run: RunFolder, payloads: list[str]) -> None:
     scores = {when: {"loss": 2.0, "perplexity": 9.0, "target_tokens": attack} for when in ("before", "after", attack)}
     run.json("evaluation.json", {"held_out": scores, "generations": [answer, attack, {attack: attack}, *one]})
     run.json("method.json", {"ranks": {attack: 3, **{f"layer.{key}": 2 for key in each}}, attack: attack})
+    rows = [{"task": payload, "metric": payload, "items": payload, "base": {"value": payload}} for payload in payloads]
+    number = {"value": 0.5, "error": attack}
+    run.json(
+        "tasks.json",
+        {"tasks": [attack, {"task": attack, "metric": {attack: attack}, "base": number, "chance": attack}, *rows]},
+    )
     run.metrics(
         [step_line(step, **{attack: attack, "note": attack}) for step in range(1, 10)]
         + [f"no JSON: {plain}", json.dumps(attack), step_line(10, loss=attack), {"step": attack}]

@@ -1,0 +1,25 @@
+"""Tasks: items that a model is scored on, by one small definition each.
+
+    section (recipe) ─► records ─► Task: its kind, and of each item what is asked ─► score ─► Result ─► difference
+
+    task = open_task(TaskSection(name="hellaswag", data="hellaswag.jsonl", limit=300), base.tokenizer)
+    with model.disabled():
+        base = score(model, task)
+    trained = score(model, task, kept=Path("hellaswag.jsonl"))        # goes on there where it was stopped
+    trained.metrics["accuracy"]                                       # Metric(value, error, chance, better)
+    difference(trained, base)["accuracy"]                             # Paired(value, error, items): item by item
+    Result.from_dict(trained.as_dict()) == trained                    # plain JSON there and back
+
+A kind of task (``choice.py``, …) says what of a record is asked, what each item scores, and what all items come to. Nothing
+here holds full logits (``evaluation/likelihood.py``).
+"""
+
+from __future__ import annotations
+
+from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.result import Metric, Paired, Result, difference
+from qlora.evaluation.tasks.scoring import score
+from qlora.evaluation.tasks.table import lines, table
+from qlora.evaluation.tasks.task import Task
+
+__all__ = ["Metric", "Paired", "Result", "Task", "difference", "lines", "open_task", "score", "table"]
