@@ -7,6 +7,9 @@ Knows what makes two bases alike; must not know how either is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 
 from qlora.machine.device import release_memory
@@ -17,6 +20,7 @@ from qlora.recipe import Recipe, parts_of
 from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
 
+Measured = TypeVar("Measured")
 CHANGES_ITS_BASE = {"full"}
 """Methods behind which the base is another one."""
 
@@ -27,6 +31,8 @@ class Bases:
     def __init__(self) -> None:
         self._kept: tuple[tuple[object, ...], Base] | None = None
         self._ends: tuple[int, ...] = ()
+        self._taken: tuple[object, ...] = ()
+        self._known: dict[tuple[object, ...], object] = {}
 
     def take(self, recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool) -> Base:
         """The base of a recipe: the one that is kept if that is the same, or loaded now. It is the caller's until it is given back."""
@@ -38,8 +44,16 @@ class Bases:
                 del kept
                 release_memory(device)  # before there are two
             base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
+        self._taken = _key(recipe, checkpoint, device)
         self._ends = base.end_tokens  # to which a run adds those of its chat template
         return base
+
+    def once(self, what: tuple[object, ...], measure: Callable[[], Measured]) -> Measured:
+        """What ``measure`` finds of the base alone: what another run with that base has found, or now. ``what`` says what decides it."""
+        key = (*self._taken, *what)
+        if key not in self._known:
+            self._known[key] = measure()
+        return cast(Measured, self._known[key])
 
     def give_back(self, recipe: Recipe, model: AdaptedModel) -> None:
         """Take the adapter out of a run's model, which came from here, and keep its base for the next one."""

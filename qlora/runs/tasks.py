@@ -8,7 +8,7 @@ and tasks; must not know how either is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,15 @@ def score_base(model: AdaptedModel, tasks: Sequence[Task], folder: Path, quiet: 
         return {name: result for name, result in read.items() if result is not None}
     with model.disabled():
         return score_tasks(model, tasks, folder, BASE, quiet)
+
+
+def keep_base(base: Mapping[str, Result], folder: Path) -> None:
+    """Write what the base scored into the run folder, where another run found it."""
+    for name, result in base.items():
+        place = folder / TASKS / BASE / f"{name}.json"
+        if not place.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_json(place, result.as_dict())
 
 
 def read_result(place: Path, task: Task) -> Result | None:

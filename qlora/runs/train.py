@@ -57,7 +57,7 @@ from qlora.runs.session import (
     use_threads,
     write_evaluation,
 )
-from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
+from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, write_table
 from qlora.training import MetricsLog, Progress, Trainer
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import differences
@@ -206,8 +206,12 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     """From a trainer at any step to a finished run folder."""
     folder, log = session.folder, session.trainer.log
     assert log is not None  # the run has begun
-    before, generations = _measure_before(session, log)
-    base = score_base(session.model, session.tasks, folder, session.quiet)
+    before, generations = _measure_before(session, log, bases or Bases())
+    base = (bases or Bases()).once(
+        ("tasks", *((task.name, task.settings, *(item.id for item in task.items)) for task in session.tasks)),
+        lambda: score_base(session.model, session.tasks, folder, session.quiet),
+    )
+    keep_base(base, folder)
     signals.wait = True
     _take_steps(session, log, signals)
     signals.wait = False
@@ -235,7 +239,7 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     return result
 
 
-def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, list[Generation]]:
+def _measure_before(session: Session, log: MetricsLog, bases: Bases) -> tuple[HeldOut | None, list[Generation]]:
     """Held-out loss and answers of the base alone, or of the adapter that a run goes on from: measured already, or now."""
     measured = read_evaluation(session.folder)
     if measured is not None:
@@ -251,7 +255,8 @@ def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, 
         with nullcontext() if continues else session.model.disabled():
             if session.data.held_out:
                 session.say("Measuring the held-out loss before training …")
-                before = _held_out(session, log, 0)
+                known = ("held out", session.data.fingerprint, session.recipe.evaluation.held_out_rows)
+                before = _held_out(session, log, 0, None if continues else bases, known)
                 session.say(f"Held-out loss before: {before.loss:.4f}")
             generations = [
                 Generation(prompt.text, prompt.answer, answer)
@@ -261,11 +266,17 @@ def _measure_before(session: Session, log: MetricsLog) -> tuple[HeldOut | None, 
     return before, generations
 
 
-def _held_out(session: Session, log: MetricsLog, step: int) -> HeldOut:
-    """Measure the held-out loss and write it down."""
+def _held_out(
+    session: Session, log: MetricsLog, step: int, bases: Bases | None = None, known: tuple[object, ...] = ()
+) -> HeldOut:
+    """Measure the held-out loss, or take what ``bases`` know of the base alone on these rows, and write it down."""
     rows = session.data.held_out[: session.recipe.evaluation.held_out_rows]
     way = session.trainer.state.way
-    result = score(session.model, rows, way.micro_batch_size, way.loss_chunk)
+
+    def measured() -> HeldOut:
+        return score(session.model, rows, way.micro_batch_size, way.loss_chunk)
+
+    result = measured() if bases is None else bases.once(known, measured)
     told = {name: value for name, value in asdict(result).items() if name != "rows"}
     log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result

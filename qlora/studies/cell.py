@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,21 +19,27 @@ from typing import Any
 
 import torch
 
-from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
+from qlora.errors import QloraError, RunError, Stopped, disk_is_full, first_line, redacted
 from qlora.evaluation.change import MatrixChange, change_of
+from qlora.evaluation.diversity import diversity
 from qlora.evaluation.latency import latency_of
 from qlora.files.durable import delete_folder, write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import peak_since_reset, ran_out_of_memory, reset_peak_memory, resolve_device, versions
+from qlora.methods import AdaptedModel
+from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting.figures import summarise
 from qlora.reporting.records import read_records
 from qlora.runs.bases import Bases
 from qlora.runs.evaluate import load_run
-from qlora.runs.folder import open_run
+from qlora.runs.folder import open_base, open_run
 from qlora.runs.session import Run
 from qlora.runs.train import resume, train
 from qlora.studies.spec import Cell, StudySection, method_of
+
+PROMPTS, SAMPLES = 40, 8
+"""Of diversity: held-out prompts, and answers drawn to each (arXiv 2405.09673 draws 50)."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def _train_info(run: Run, place: Path, peak: int) -> JsonObject:
     ]
     last = {
         "step": figures.steps_done,
-        "test accuracy": None,
+        "test accuracy": next((_value(row) for row in run.tasks if row["metric"] in ("accuracy", "exact_match")), None),
         "test loss": run.after.loss if run.after else None,
         "train loss": curve[-1]["train loss"] if curve else None,
         "train samples": figures.steps_done * (records.recipe.training.batch_size if records.recipe else 0),
@@ -181,8 +188,16 @@ def _train_info(run: Run, place: Path, peak: int) -> JsonObject:
 
 
 def _learned(run: Run) -> JsonObject:
-    """The held-out losses."""
-    return {name: None if one is None else asdict(one) for name, one in (("before", run.before), ("after", run.after))}
+    """The held-out losses, and the table of tasks."""
+    losses = {
+        name: None if one is None else asdict(one) for name, one in (("before", run.before), ("after", run.after))
+    }
+    return losses | {"tasks": list(run.tasks)}
+
+
+def _value(row: Mapping[str, Any]) -> float | None:
+    """What the trained model scored in a row of the table."""
+    return None if row["trained"] is None else float(row["trained"]["value"])
 
 
 def _measured(place: Path, what: Sequence[str], bases: Bases) -> JsonObject:
@@ -194,8 +209,28 @@ def _measured(place: Path, what: Sequence[str], bases: Bases) -> JsonObject:
         found["change"] = {"matrices": [_in_short(one) for one in change.matrices], "left_out": list(change.left_out)}
     if "latency" in what:
         found["latency"] = asdict(latency_of(model))
+    if "diversity" in what:
+        found["diversity"] = _diversity(place, model)
     bases.give_back(open_run(place)[0], model)
     return found
+
+
+def _diversity(place: Path, model: AdaptedModel) -> JsonObject:
+    """How different drawn answers to held-out prompts are, of the trained model and, where it can answer alone, of the base."""
+    recipe, environment = open_run(place)
+    data = load_recipe_data(recipe, open_base(recipe, environment, place))
+    prompts = [prompt.ids for prompt in data.held_out_prompts(PROMPTS)] if data.held_out else []
+    if not prompts:
+        raise RunError("measure: diversity needs held-out prompts, and this recipe holds out none; leave it out.")
+
+    def drawn() -> JsonObject:
+        metrics = diversity(model, prompts, SAMPLES, recipe.evaluation.max_new_tokens).metrics
+        return {name: {"value": metric.value, "error": metric.error} for name, metric in metrics.items()}
+
+    alone = all(method.why_not_disabled() is None for method in model.methods)
+    trained = drawn()
+    with model.disabled() if alone else nullcontext():
+        return {"trained": trained, "base": drawn() if alone else None}
 
 
 def _in_short(one: MatrixChange) -> JsonObject:

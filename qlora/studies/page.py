@@ -18,7 +18,7 @@ from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
 from qlora.reporting.page import templates
 from qlora.studies.plots import COLOURS, SIZE, Given, HeatMap, Plot, heat_map, of_loss, plot
-from qlora.studies.results import Compared, Row
+from qlora.studies.results import Compared, Row, forgotten
 from qlora.studies.spec import Setting, StudySection, held_equal
 
 PAGE = "study.html"
@@ -73,6 +73,8 @@ def write_page(
         columns=COLUMNS,
         orders=orders(found),
         plots=[one for one in plots(study, settings, rows, found) if one is not None],
+        tasks=task_table(study, found),
+        diversities=diversities(found),
         maps=maps(found),
         latencies=[(one.setting, *_latency(one.best)) for one in found if "latency" in one.best.more],
         unchanged=[
@@ -174,6 +176,36 @@ def plots(
     for key, values in study.grid.items():
         if len(values) > 1 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             drawn.append(_by_field(key, found))
+    lost = [(one, worse) for one in found if (worse := forgotten(one.best, study.forgetting)) is not None]
+    if lost:
+        metric = lost[0][1][0]
+        against: list[Given] = [
+            (
+                one.setting,
+                [
+                    (
+                        worse,
+                        one.best.loss,
+                        f"{one.setting}: {worse:+.3f} {metric} forgotten, {of_loss(one.best.loss)}",
+                        0.0,
+                        _share(one, found),
+                    )
+                ],
+            )
+            for one, (_, worse) in lost
+        ]
+        drawn.append(
+            plot(
+                "Learning against forgetting",
+                f"{metric} lost on {', '.join(study.forgetting)}",
+                "held-out loss, nats a token",
+                against,
+                line=False,
+                front=True,
+                reference=base,
+                note="best is to the left and low; area: peak memory",
+            )
+        )
     trained = [one for one in found if one.best.trainable]
     if len(trained) > 1:
         points: list[Given] = [
@@ -223,6 +255,46 @@ def _share(one: Compared, others: Sequence[Compared]) -> float:
     """Its memory as a share of the most that any took."""
     most = max(other.best.peak_memory or 0 for other in others)
     return (one.best.peak_memory or 0) / most if most else 0.0
+
+
+def task_table(
+    study: StudySection, found: Sequence[Compared]
+) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
+    """Of every task (name, what, what the base and a guess score), a row for each setting: its score and the difference."""
+    told = []
+    for name in dict.fromkeys(task for one in found for task in one.best.tasks):
+        rows = [(one.setting, row) for one in found if (row := one.best.score(name)) is not None]
+        first = rows[0][1]
+        base = f"base {_scored(first['base'])}" + ("" if first["chance"] is None else f", chance {first['chance']:.3f}")
+        what = f"{first['metric']} over {first['items']:,} items, {first['better']} is better"
+        title = f"{name} (forgetting)" if name in study.forgetting else name
+        told.append(
+            (
+                title,
+                what,
+                base,
+                [(setting, _scored(row["trained"]), _scored(row["difference"], "+")) for setting, row in rows],
+            )
+        )
+    return told
+
+
+def _scored(value: Any, sign: str = "") -> str:
+    if value is None:
+        return "—"
+    return f"{value['value']:{sign}.3f}" + ("" if value["error"] is None else f" ± {value['error']:.3f}")
+
+
+def diversities(found: Sequence[Compared]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """By setting, each metric of the answers that were drawn, the base's first."""
+    known = [(one.setting, one.best.more["diversity"]) for one in found if "diversity" in one.best.more]
+    rows = [(setting, values["trained"]) for setting, values in known]
+    if known and (base := next((values["base"] for _, values in known if values["base"]), None)):
+        rows.insert(0, ("the base", base))
+    return [
+        (setting, [(metric.replace("_", " "), _scored(value)) for metric, value in values.items()])
+        for setting, values in rows
+    ]
 
 
 def maps(found: Sequence[Compared]) -> list[HeatMap]:

@@ -53,6 +53,15 @@ class Row:
     more: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """What else was measured: tasks, change, diversity, latency."""
 
+    def score(self, task: str) -> Mapping[str, Any] | None:
+        """The row of the table of tasks that stands for a task: that of its first metric; None where it was not scored."""
+        return next((row for row in self.more.get("tasks", ()) if row["task"] == task), None)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of its tasks."""
+        return list(dict.fromkeys(str(row["task"]) for row in self.more.get("tasks", ())))
+
     @property
     def loss(self) -> float:
         """The held-out loss; infinite where there is none, so that such a cell is never the best."""
@@ -67,6 +76,10 @@ class Row:
             "trainable_parameters": self.trainable, "seconds": self.seconds, "train_seconds": self.train_seconds,
             "tokens": self.tokens, "tokens_per_second": self.tokens_per_second, "peak_memory_bytes": self.peak_memory,
             "adapter_bytes": self.adapter_bytes,
+            **{
+                f"{row['task']}.{row['metric']}{'' if when == 'trained' else '.base'}": row[when]["value"]
+                for row in self.more.get("tasks", ()) for when in ("base", "trained") if row[when]
+            },
         }  # fmt: skip
 
 
@@ -149,6 +162,16 @@ def compared(settings: Sequence[Setting], rows: Mapping[str, Row], best: Mapping
         against = None if done[0] is reference else _against(done[0], reference)
         found.append(Compared(setting.name, done, tuple(row for row in tried if row is not None), edge, against))
     return found
+
+
+def forgotten(one: Row, tasks: Sequence[str]) -> tuple[str, float] | None:
+    """(a metric, the mean over ``tasks`` of how much worse than the base it became): over those with the first one's metric."""
+    rows = [row for name in tasks if (row := one.score(name)) is not None and row["difference"]]
+    if not rows:
+        return None
+    alike = [row for row in rows if row["metric"] == rows[0]["metric"]]
+    worse = [row["difference"]["value"] * (-1 if row["better"] == "higher" else 1) for row in alike]
+    return str(alike[0]["metric"]), statistics.fmean(worse)
 
 
 def _against(row: Row, reference: Row) -> tuple[float, float] | None:

@@ -48,6 +48,8 @@ class StudySection(Section):
     hours: float | None = Field(None, gt=0)
     """What the whole study may take. Where all cells at full length would take longer, rates are tried on a part of the steps
     first and the better half goes on; cells that would end later are left out, and named. No limit when left out."""
+    forgetting: tuple[str, ...] = ()
+    """Those of `evaluation.tasks` that are not about the data: what is scored less on them than by the base is forgotten."""
     measure: tuple[Literal["change", "diversity", "latency"], ...] = ()
     """What is measured of each full-length cell beside held-out loss, the recipe's tasks and its cost: `change`, how each weight
     matrix changed; `diversity`, how much answers drawn at random differ; `latency`, the time a generated token takes."""
@@ -151,6 +153,11 @@ def settings_of(study: StudySection) -> list[Setting]:
     for key, other in OWN_KEY.items():
         if key in study.grid:
             raise RecipeError(f"'{key}' is in the grid; expected it as '{other}: {study.grid[key]}'.")
+    named = {task.name for task in Recipe.from_dict({**values, "folder": None}, source=source).evaluation.tasks}
+    if unknown := [name for name in study.forgetting if name not in named]:
+        raise RecipeError(
+            f"forgetting names {listed(unknown)}; expected names of evaluation.tasks in {source} ({listed(named) if named else 'it has none'})."
+        )
     found: dict[str, Setting] = {}
     digests: dict[str, str] = {}
     for arm, changes in arms.items():
@@ -200,17 +207,27 @@ def _cells(
 
 
 def _rooted(recipe: Recipe, root: str | None) -> Recipe:
-    """The recipe with relative paths of its data inside ``root``."""
+    """The recipe with relative paths of data inside ``root``, also those of tasks; a hub id stays one."""
     if root is None:
         return recipe
+    folder = Path(root).expanduser()
 
     def inside(path: str) -> str:
-        return path if Path(path).expanduser().is_absolute() else str(Path(root) / path)
+        there = folder / path
+        return str(there) if there.suffix or there.exists() else path
 
-    data = recipe.data
+    data, evaluation = recipe.data, recipe.evaluation
     train = inside(data.train) if isinstance(data.train, str) else [inside(path) for path in data.train]
     held_out = None if data.held_out is None else inside(data.held_out)
-    return recipe.model_copy(update={"data": data.model_copy(update={"train": train, "held_out": held_out})})
+    tasks = tuple(
+        task if task.data is None else task.model_copy(update={"data": inside(task.data)}) for task in evaluation.tasks
+    )
+    return recipe.model_copy(
+        update={
+            "data": data.model_copy(update={"train": train, "held_out": held_out}),
+            "evaluation": evaluation.model_copy(update={"tasks": tasks}),
+        }
+    )
 
 
 def held_equal(settings: list[Setting]) -> tuple[dict[str, Any], list[str]]:
