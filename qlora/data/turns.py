@@ -40,7 +40,7 @@ _PAIRS = {
 """Who speaks by the name of what they say, in a turn that holds a question and its answer."""
 _EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
 _WHO = ("role", "from", "speaker", "sender", "author")
-_WHAT = ("content", "value", "text", "message", "parts")
+_WHAT = ("content", "value", "text", "message", "parts", "refusal")
 _TRAINED = (
     "weight",
     "train",
@@ -66,7 +66,7 @@ _TOOLS = ("tools", "functions")
 SEEN = ("image", "images", "video", "videos", "audio", "audios")
 """What a text model can't see; an answer about it would be made up."""
 _PARTS = {
-    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), "text"),
     **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
     **dict.fromkeys(("tool_call", "tool_use", "function_call"), "call"),
 }
@@ -218,15 +218,16 @@ def _part(part: object, number: int) -> tuple[str, str]:
         return "text", text(part, f"the content of turn {number}")
     if not isinstance(part, dict):
         raise Mistake(f"has a list with {kind(part)} in the content of turn {number}; expected parts of type text")
-    what = _PARTS.get(str(part.get("type", "text")))
+    what = _PARTS.get("thinking" if part.get("thought") is True else str(part.get("type", "text")))  # Gemini's thoughts
     if flag := next((name for name in (*_TRAINED, *_MASKED) if part.get(name) is not None), None):
         raise Mistake(
             f"has '{flag}' in a part of turn {number}'s content; here a turn is trained whole or not at all, so give it to the "
             "turn, or make turns of the parts"
         )
     if what == "call" and "input" in part:  # Anthropic's
-        return "call", json.dumps({"id": part.get("id"), "name": part.get("name"), "arguments": part["input"]})
-    said = next((part[name] for name in ("text", "value", "thinking", "content") if part.get(name) is not None), None)
+        return "call", json.dumps({name: part.get(name) for name in ("id", "name", "input")})
+    names = ("text", "value", "thinking", "refusal", "content")
+    said = next((part[name] for name in names if part.get(name) is not None), None)
     if what is None or not isinstance(said, str):
         raise Mistake(
             f"has a part of type '{shown(part.get('type', listed(part)))}' in the content of turn {number}, which is no text; "

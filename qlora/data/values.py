@@ -16,6 +16,8 @@ import sys
 
 from qlora.files.strangers import JsonObject
 
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
+"""What people call a call's arguments: OpenAI, Llama 3, LangChain, Anthropic."""
 DEEPEST = 64
 """Levels of lists and objects inside a field: above any function's schema, and far below the depth at which Python gives
 up, which moves with the caller and with the version."""
@@ -120,15 +122,17 @@ def function_calls(value: object, where: str) -> list[JsonObject]:
     """Calls as chat templates take them: ``{"type": "function", "function": {"name": "f", "arguments": {}}}``.
 
     Also taken: a call without that frame, ``{"name": "f", "arguments": {}}``; arguments as JSON text, which is how OpenAI
-    writes them, or as JSON text of that text; and none, for a function without parameters.
+    writes them, or as JSON text of that text; by another name; and none, for a function without parameters.
     """
     calls = []
     for call in objects(value, where):
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Mistake(f"has a call without its function's name in {where}; expected name and arguments")
-        frame = call if "function" in call else {"type": "function"}
-        calls.append({**frame, "function": {**function, "arguments": _arguments(function.get("arguments"), where)}})
+        given = next((function[name] for name in _ARGUMENTS if function.get(name) is not None), None)
+        rest = {name: value for name, value in function.items() if name not in (*_ARGUMENTS, "id", "type")}
+        frame = call if "function" in call else {**({"id": call["id"]} if call.get("id") else {}), "type": "function"}
+        calls.append({**frame, "function": {**rest, "arguments": _arguments(given, where)}})
     return calls
 
 

@@ -225,6 +225,9 @@ def test_calls_of_every_well_defined_shape_are_taken_as_one() -> None:
     ):
         (one,) = parsed(calling(tool_calls)).conversations
         assert one.messages[1] == {"role": "assistant", "content": "", "tool_calls": framed}
+    for name in ("parameters", "args", "input"):  # Llama 3, LangChain, Anthropic
+        (one,) = parsed(calling([{"id": "c1", "type": "tool_call", "name": "f", name: {"a": 1}}])).conversations
+        assert one.messages[1]["tool_calls"] == [{"id": "c1", **framed[0]}]
     for nothing in ({}, {"arguments": None}, {"arguments": " "}):
         (one,) = parsed(calling([{"name": "f", **nothing}])).conversations
         assert one.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
@@ -596,6 +599,15 @@ def test_parts_of_a_content_by_their_types() -> None:
     for part in ({"type": "image", "text": "a.png"}, {"type": "tool_call", "value": "f(1)"}, {"type": "text"}):
         with pytest.raises(DataError, match=r"part of type '(image|text)'|broken JSON in a call of turn 2"):
             parsed({"messages": [turns[0], {"role": "assistant", "content": [part]}]})
+
+
+def test_thoughts_and_refusals_of_other_providers() -> None:
+    gemini = {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Yo"}]}
+    (one,) = parsed({"messages": [HI, gemini]}).conversations
+    assert one.messages[1] == {**YO, "reasoning_content": "Hm."}
+    for refused in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        (one,) = parsed({"messages": [HI, {"role": "assistant", **refused}]}).conversations
+        assert one.messages[1] == {"role": "assistant", "content": "No."}
 
 
 def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
