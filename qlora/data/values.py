@@ -18,6 +18,10 @@ from qlora.files.strangers import JsonObject
 
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
 """What people call a call's arguments: OpenAI, Llama 3, LangChain, Anthropic."""
+_VERDICTS = {
+    **dict.fromkeys(("desirable", "good", "chosen", "accepted", "thumbs_up", "like", "correct", "positive"), True),
+    **dict.fromkeys(("undesirable", "bad", "rejected", "thumbs_down", "dislike", "incorrect", "negative"), False),
+}
 DEEPEST = 64
 """Levels of lists and objects inside a field: above any function's schema, and far below the depth at which Python gives
 up, which moves with the caller and with the version."""
@@ -48,6 +52,12 @@ def yes_or_no(value: object) -> bool | None:
     if isinstance(value, str):
         return {"0": False, "false": False, "1": True, "true": True}.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def verdict(value: object) -> bool | None:
+    """Whether a value says of an answer that it is good: true or false, 1 and -1, or a word for one of them; None for anything else."""
+    said = value.strip().lower() if isinstance(value, str) else None
+    return _VERDICTS[said] if said in _VERDICTS else False if value == -1 else yes_or_no(value)
 
 
 def text(value: object, where: str) -> str:
