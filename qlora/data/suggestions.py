@@ -54,6 +54,10 @@ OTHERS = {
 _LOOKED_AT = 20_000  # characters of a text
 MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>")
 """What chat templates write before a turn."""
+ENDS = re.compile(
+    r"(?:</s>|<(?:\|im_end\||\|eot_id\||\|endoftext\||\|end\||end_of_turn|eos|｜end▁of▁sentence｜)>)\s*\Z"
+)
+"""What they write behind one, or a tokenizer behind a text."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
 _AFTER_PROMPTS = re.compile(r"(###|-->|->|=>|>>>|\n---)\s*\Z")

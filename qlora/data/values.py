@@ -42,7 +42,7 @@ def capital(place: str) -> str:
 
 def kind(value: object) -> str:
     """What a value is, in words: ``text``, ``a list``, ``a number (3)``."""
-    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    kinds = {str: "text", list: "a list", dict: "an object", bytes: "bytes", bool: "true or false", type(None): "null"}
     other = f"a number ({str(value)[:40]})" if isinstance(value, int | float) else f"a {type(value).__name__}"
     return kinds.get(type(value), other)
 

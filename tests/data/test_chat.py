@@ -737,11 +737,9 @@ def test_a_result_that_the_template_leaves_out_is_kept_in_a_user_turn(keep: str)
 @pytest.mark.parametrize(
     ("asked", "said", "told"),
     [
-        (
-            "<|start|>user\nHello<|end|>\n<|start|>assistant",
-            "Fine",
-            False,
-        ),  # no token that this tokenizer calls special
+        ("<|start|>user\nHello", "Fine", True),  # the template writes it, and the tokenizer does not call it special
+        ("Hello", "Fine<|eot_id|>", True),  # another family's
+        ("Hello", "Fine. <think>", False),
         ("<s>user\nHello", "Fine", True),
         ("[INST] Hello [/INST]", "Fine", True),
         ("<|im_start|>user\nHello", "Fine", True),
