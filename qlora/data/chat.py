@@ -41,7 +41,7 @@ from qlora.data.examples import Example, adds_bos, doubled_note, make_example, w
 from qlora.data.formats import Conversation, Message
 from qlora.data.mistakes import BadRecords
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
-from qlora.data.suggestions import MARKS
+from qlora.data.suggestions import ENDS, MARKS
 from qlora.data.values import Mistake, capital
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
@@ -99,10 +99,6 @@ class ChatTemplate:
         source = _FIXED_CLOCK + self.text if "strftime_now" in self.text else self.text
         self.renderer = Renderer(source, {**tokenizer.special_tokens_map, "date_string": _DATE})
         self._special = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        special = sorted(
-            (token for token in tokenizer.all_special_tokens if not token.isalnum()), key=len, reverse=True
-        )
-        self._marks = re.compile("|".join([MARKS.pattern, r"</s>\s*\Z", *map(re.escape, special)]))
         self._states_mask = _GENERATION.search(self.text) is not None
         with one_child():
             try:
@@ -116,7 +112,11 @@ class ChatTemplate:
             map(int, tokenizer.convert_tokens_to_ids([*self.endings.tokens[:1], *self.endings.calls]))
         )
         bos = tokenizer.bos_token
-        self._begin = bos if bos and self.endings.text([{"role": "user", "content": "Hi"}]).startswith(bos) else None
+        asked = self.endings.text([{"role": "user", "content": "Hi"}])
+        self._begin = bos if bos and asked.startswith(bos) else None
+        own = {*tokenizer.all_special_tokens, *(token for token in self._special if token in asked)}
+        words = sorted((token for token in own if not token.isalnum()), key=len, reverse=True)
+        self._marks = re.compile("|".join([MARKS.pattern, ENDS.pattern, *map(re.escape, words)]))
         self._doubled = 0
         several = file is None and named == "default" and isinstance(tokenizer.chat_template, dict)
         self._for_tools = (
@@ -295,7 +295,7 @@ class ChatTemplate:
                 content = without_begin(content, self._begin)
             if message["role"] == "assistant":
                 content = without_end(content, ends)
-            messages.append({**message, "content": content if content.strip() else message["content"]})
+            messages.append({**message, "content": content})
         return replace(conversation, messages=tuple(messages))
 
     def _answer(self, place: str, job: Job, at: int, asked: str, upto: str) -> _Text:

@@ -26,6 +26,7 @@ from typing import cast
 
 from qlora.data.formats import Conversation, Message
 from qlora.data.rendering import Refused
+from qlora.data.turns import THOUGHTS
 from qlora.data.values import Mistake, function_calls, json_inside
 from qlora.files.strangers import JsonObject
 
@@ -34,7 +35,6 @@ TOOLS_INTRODUCTION = "You can call these functions. To call one, answer with a J
 
 _MARK = "qlora_probe"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _SECRET = secrets.token_hex(8)  # no data can hold it, and no text that leaves here does
 _HIDDEN = re.compile(rf"qlora-{_SECRET}-([0-9a-f]*)-")
 
@@ -60,7 +60,7 @@ def shown(text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[str, list[t
 
 def parts(message: Message) -> list[tuple[str, str]]:
     """What an answer says, as (``reasoning`` or ``text``, its text) in order: thoughts may be a field or inside the content."""
-    found = _THOUGHTS.match(message["content"])
+    found = THOUGHTS.match(message["content"])
     inside = [("reasoning", found[1]), ("text", found[2])] if found else [("text", message["content"])]
     return [one for one in [("reasoning", message.get("reasoning_content", "")), *inside] if one[1].strip()]
 
@@ -200,8 +200,9 @@ class Dialect:
             told.add("text stands before the function calls, since the chat template has no place for it")
         elif calls and not self.beside:  # chat.py tells what the template leaves out
             as_text = False
-        elif self.hides and not self.thoughts and _THOUGHTS.match(content):
-            changed["content"] = hidden(content)
+        elif self.hides and not self.thoughts and "</think>" in content:
+            # an answer of a model whose prompt opened the thoughts (DeepSeek-R1) holds their end alone
+            changed["content"] = hidden(content if "<think>" in content else f"<think>\n{content}")
             told.add("reasoning stays in the answer, from which the chat template would take it")
         if as_text:
             told.add("reasoning stands as text in the answer, since the chat template has no place for it")

@@ -59,6 +59,10 @@ def decoded(content: bytes, source: str) -> str:
         return content.decode(marked or "utf-8")
     except UnicodeDecodeError as error:
         if other := next((kind for start, kind in _OTHER_KINDS.items() if content.startswith(start)), None):
+            if program := unpacker(expanded(source)):
+                raise DataError(
+                    f"'{source}' is packed twice; unpack it once: {program} -dk {shlex.quote(source)}"
+                ) from None
             raise DataError(f"By its first bytes '{source}' is {other}.") from None
         line = content.count(b"\n", 0, error.start) + 1
         place = f"byte 0x{content[error.start]:02x} at offset {error.start} (line {line})"

@@ -22,6 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
@@ -39,20 +40,24 @@ from qlora.data.suggestions import (
     suggested,
 )
 from qlora.data.turns import (
-    SEEN,
+    LIKE_A_LABEL,
     UNSEEN,
     Turn,
     filled,
     is_flag,
     is_spoken,
     is_turn,
+    may_decide,
+    not_trained,
     read_turn,
     read_turns,
+    say_thoughts_once,
+    seen_in,
     spoken_in,
     tools_of,
 )
 from qlora.data.turns import Message as Message
-from qlora.data.values import Mistake, capital, json_inside, kind, text, yes_or_no
+from qlora.data.values import Mistake, capital, function_calls, json_inside, kind, text, verdict
 from qlora.errors import DataError, listed, nearest
 from qlora.files.strangers import JsonObject
 
@@ -67,6 +72,8 @@ Fields = Mapping[str, object]
 
 _DOCUMENTS = ("documents", "contexts", "passages", "chunks", "context")
 _BESIDE = ("system", "history", "tools", "functions")
+_SWITCHES = ("on", "off", "yes", "no", "true", "false", "none")
+"""What a field called reasoning says that holds none: whether a model was asked for it (Nemotron's)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def parse(
     known = theirs | {name.partition(".")[0] for name in theirs if name in columns.values()}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
-    undesired = others_marked = pictured = 0
+    undesired = others_marked = pictured = nulls = 0
     for before, record in zip(records, renamed, strict=True):
         try:
             if record.fault is not None:
@@ -151,9 +158,15 @@ def parse(
             continue
         unread.update(f"'{name}' beside the records" for name in before.beside)
         unread.update(f"'{name}'" for name, value in before.fields.items() if name not in known and filled(value))
+        if form != "text" and _is_switch(record.fields.get("reasoning")):
+            unread["'reasoning'"] += 1
         if isinstance(read, _Talk):
             others_marked += read.marks_others
             pictured += any(_PICTURE.search(turn.message["content"]) for turn in read.turns)
+            calls = [
+                call["function"]["arguments"] for turn in read.turns for call in turn.message.get("tool_calls", [])
+            ]
+            nulls += any(value is None for arguments in calls for value in arguments.values())
             unread.update({f"'{name}' of turns" for turn in read.turns for name in turn.unread})
         if one is None:
             undesired += 1
@@ -175,6 +188,8 @@ def parse(
         notes.append(
             f"only answers are trained: turns of others are marked as trained in {_counted(others_marked)}, which has no effect"
         )
+    if nulls:
+        notes.append(f"arguments of calls are null in {_counted(nulls)}, and learnt so")
     if pictured:
         notes.append(f"pictures are named in {_counted(pictured)}, and read as text: a text model can't see them")
     if unread:
@@ -210,16 +225,13 @@ def _found_form(records: Sequence[Record]) -> str:
             f"objective learns from the two yet. Set data.form=preference{columns} to train the chosen answers alone{other}."
         )
     if plain in _JUDGED:
-        for name in ("label", *OTHERS["label"]):
-            labels = [label for record in records if (label := record.fields.get(name)) is not None]
-            said = [_desirable(label) for label in labels]
-            if labels and None not in said and (name in SURE_LABELS or False in said):
-                columns = f" {columns_of({'label': name})}" if name != "label" else ""
-                raise DataError(
-                    f"{capital(first.place)} has the form kto, {plain} with '{name}', which says whether the answer is desirable, and "
-                    f"no objective learns from undesirable ones yet. Set data.form=kto{columns} to train the desirable answers "
-                    f"alone, or data.form={plain} if '{name}' says something else, and is not to be read."
-                )
+        _require_desired(records, plain)
+    tree = next((name for name, value in first.fields.items() if isinstance(value, dict) and is_spoken(value)), None)
+    if plain is None and tree:
+        raise DataError(
+            f"{capital(first.place)} has one turn of a conversation in its field {tree}; expected all turns of a conversation in one "
+            'record, as in {"messages": [{"role": …, "content": …}, …]}: of a tree of answers (OpenAssistant), a record for each path.'
+        )
     if plain in (None, "text") and is_spoken(first.fields):
         raise DataError(
             f"{capital(first.place)} is one turn of a conversation ({listed(first.fields, 12)}); expected all turns of a conversation in one record, "
@@ -235,6 +247,8 @@ def _found_form(records: Sequence[Record]) -> str:
             f"data.form=text to learn the text alone, or {columns_of(theirs)} to read the records as {name}."
         )
     if plain:
+        if _FORMS[plain].turns and reads(_FORMS[plain], first.fields):
+            _require_last_answer(first, plain)
         _require_all_read(records, plain)
         return plain
     heads = ", by the file's first row" if first.unit == "row" else ""
@@ -254,6 +268,44 @@ def _found_form(records: Sequence[Record]) -> str:
             )
     forms = "; ".join(f"{name} ({', '.join(form.needs)})" for name, form in _FORMS.items())
     raise DataError(f"{found} {guess(first.fields)} The forms are {forms}.")
+
+
+def _require_desired(records: Sequence[Record], form: str) -> None:
+    """Refuse a set that says of some answers that they are bad, or not to be trained, by a field of the record."""
+    place = capital(records[0].place)
+    for name in dict.fromkeys(name for record in records for name in record.fields):
+        values = [value for record in records if (value := record.fields.get(name)) is not None]
+        if name in ("rejected", *OTHERS["rejected"]) and any(map(filled, values)):
+            raise DataError(
+                f"{place} has the form preference, {form} with '{name}', and no objective learns from a rejected answer yet. Set "
+                f"data.form={form} to train the other answers alone."
+            )
+        if name in SURE_LABELS or LIKE_A_LABEL.search(name):
+            said = [verdict(value) for value in values]
+            if said and None not in said and (name in SURE_LABELS or False in said):
+                columns = f" {columns_of({'label': name})}" if name != "label" else ""
+                raise DataError(
+                    f"{place} has the form kto, {form} with '{name}', which says whether the answer is desirable, and "
+                    f"no objective learns from undesirable ones yet. Set data.form=kto{columns} to train the desirable answers "
+                    f"alone, or data.form={form} if '{name}' says something else, and is not to be read."
+                )
+        if any(may_decide(name, value) for value in values):
+            raise DataError(
+                f"{place} has '{name}', which may say whether a record is trained, and by that name or value is not known here. "
+                f"Leave out what is not to be trained, and set data.form={form} to train all the others alike."
+            )
+
+
+def _require_last_answer(record: Record, form: str) -> None:
+    """Refuse turns that end with a question whose answer stands beside them."""
+    turns = _FORMS[form].needs[0]
+    said = _turns(record.fields[turns], turns)
+    answer = next((n for n in ("completion", *OTHERS["completion"]) if str(record.fields.get(n) or "").strip()), None)
+    if answer and said and said[-1].message["role"] == "user":
+        raise DataError(
+            f"{capital(record.place)} has turns that end with a question, and beside them {answer}. Set "
+            f"{columns_of({'prompt': turns, 'completion': answer})} to read that as the answer, or data.form={form} to leave it out."
+        )
 
 
 def _require_one_answer(record: Record, form: str | None) -> None:
@@ -287,13 +339,14 @@ def _require_all_read(records: Sequence[Record], form: str) -> None:
                 f"{capital(record.place)} has the form {form}, and beside it {name}, which its answer may be about. Write them into "
                 f"the question, or set data.form={form} to leave them out."
             )
-        systems = [
+        apart = [
             name
             for name, value in record.fields.items()
-            if isinstance(value, dict) and name.lower() in OTHERS["system"]
+            if (isinstance(value, dict) and name.lower() in OTHERS["system"])
+            or (isinstance(value, list) and value and name.lower() in OTHERS["tools"])
         ]
         new = {name for name, value in record.fields.items() if isinstance(value, str) and value.strip()}
-        new = {*new, *systems} - known - seen
+        new = {*new, *apart} - known - seen
         seen |= new
         said = {name: value for name, value in record.fields.items() if filled(value)}
         best = suggested(said, _FORMS) if new else None
@@ -304,7 +357,7 @@ def _require_all_read(records: Sequence[Record], form: str) -> None:
         more = [
             one
             for one in theirs.values()
-            if one in new and (one in systems or json.dumps(record.fields[one].strip())[1:-1] not in read)
+            if one in new and (one in apart or json.dumps(record.fields[one].strip())[1:-1] not in read)
         ]
         if more:
             raise DataError(
@@ -354,11 +407,10 @@ def _require_form(record: Record, form: str, first: str) -> None:
 
 def _require_trained(fields: Fields) -> None:
     """Refuse a record that says of all of itself that it is not to be trained."""
-    for name in ("weight", "train", "trainable", "training"):
-        if yes_or_no(value := fields.get(name)) is False or (isinstance(value, int | float) and value < 0):
-            raise Mistake(
-                f"has the {name} {value} for all of it, and would be learnt all the same; leave the record out"
-            )
+    if name := not_trained(fields):
+        raise Mistake(
+            f"has the {name} {fields[name]} for all of it, and would be learnt all the same; leave the record out"
+        )
     for name, value in fields.items():
         if isinstance(value, list) and value and all(is_flag(name, one) for one in value):
             raise Mistake(
@@ -399,30 +451,52 @@ class _Talk:
 
 
 def _messages(fields: Fields) -> _Talk:
-    return _talk(fields, _turns(fields["messages"], "messages"))
+    return _talk(fields, _thought(fields, _turns(fields["messages"], "messages")))
 
 
 def _sharegpt(fields: Fields) -> _Talk:
-    return _talk(fields, _turns(fields["conversations"], "conversations"))
+    return _talk(fields, _thought(fields, _turns(fields["conversations"], "conversations")))
 
 
 def _alpaca(fields: Fields) -> _Talk:
-    answer = _said(text(fields["output"], "'output'"), "assistant", "output")
+    answer = _answered(fields, text(fields["output"], "'output'"), "output")
     return _talk(fields, [_instruction(fields), *_thought(fields, answer)])
 
 
 def _prompt_completion(fields: Fields) -> _Talk:
     asked = _said(fields["prompt"], "user", "prompt")
-    return _talk(fields, [*asked, *_thought(fields, _said(fields["completion"], "assistant", "completion"))])
+    return _talk(fields, [*asked, *_thought(fields, _answered(fields, fields["completion"], "completion"))])
+
+
+def _answered(fields: Fields, value: object, name: str) -> list[Turn]:
+    """What answers; beside tools it may be their calls as JSON, by itself (xLAM)."""
+    calls = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            calls = json_inside(value, f"'{name}'")
+        except Mistake:  # text that begins like that
+            return _said(value, "assistant", name)
+    calls = [calls] if isinstance(calls, dict) else calls
+    named = isinstance(calls, list) and calls and all(isinstance(one, dict) and "name" in one for one in calls)
+    if not named or not (filled(fields.get("tools")) or filled(fields.get("functions"))):
+        return _said(value, "assistant", name)
+    return [Turn({"role": "assistant", "content": "", "tool_calls": function_calls(calls, f"'{name}'")})]
 
 
 def _thought(fields: Fields, answer: list[Turn]) -> list[Turn]:
     """An answer with the reasoning that stands beside it."""
-    if not (reasoning := _optional(fields, "reasoning")).strip() or answer[-1].message["role"] != "assistant":
+    if _is_switch(fields.get("reasoning")) or not (reasoning := _optional(fields, "reasoning")).strip():
         return answer
-    last = answer[-1]
-    message: Message = {**last.message, "reasoning_content": reasoning}
-    return [*answer[:-1], last._replace(message=message)]
+    last = dict(answer[-1].message) if answer else {}
+    if last.get("role") != "assistant" or last.get("reasoning_content", reasoning) != reasoning:
+        raise Mistake("has 'reasoning' beside turns that do not end with its answer, or have another; keep one of them")
+    last["reasoning_content"] = reasoning
+    say_thoughts_once(last)
+    return [*answer[:-1], answer[-1]._replace(message=cast(Message, last))]
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def _text(fields: Fields) -> str:
@@ -458,20 +532,13 @@ def _preference(fields: Fields) -> _Talk:
 
 def _kto(fields: Fields) -> _Talk | None:
     """None when the answer is not desirable."""
-    if (desirable := _desirable(fields["label"])) is None:
+    if (desirable := verdict(fields["label"])) is None:
         raise Mistake(f"has {kind(fields['label'])} in 'label'; expected true or false")
     form = next((name for name in _JUDGED if _FORMS[name].matches(fields)), None)
     if form is None:
         raise Mistake(f"has a label and none of the forms {listed(_JUDGED)}; its fields are {listed(fields, 12)}")
     talk = _FORMS[form].read(fields)
     return talk if desirable and isinstance(talk, _Talk) else None
-
-
-def _desirable(label: object) -> bool | None:
-    """What a label says: true or false, 1 and -1, or a word for one of them; None for anything else."""
-    if isinstance(label, str) and label.strip().lower() in _VERDICTS:
-        return _VERDICTS[label.strip().lower()]
-    return False if label == -1 else yes_or_no(label)
 
 
 def _instruction(fields: Fields) -> Turn:
@@ -512,7 +579,7 @@ def _transcript(told: str) -> list[Turn]:
 
 def _talk(fields: Fields, turns: Iterable[Turn]) -> _Talk:
     """The turns, with what stands beside them in the record."""
-    if seen := next((name for name in SEEN if filled(fields.get(name))), None):
+    if seen := seen_in(fields):
         raise Mistake(f"has '{seen}', {UNSEEN}")
     turns = list(turns)
     asked = (turn.message["content"] for turn in turns if turn.message["role"] == "user")
@@ -571,7 +638,7 @@ def _optional(fields: Fields, name: str) -> str:
 class _Form:
     needs: tuple[str, ...]
     read: Callable[[Fields], _Talk | str | None]
-    takes: tuple[str, ...] = (*_BESIDE, *SEEN)
+    takes: tuple[str, ...] = ("reasoning", *_BESIDE)
     trains: str = "assistant"
     """What carries loss where the recipe leaves it open."""
     turns: bool = False
@@ -584,23 +651,17 @@ class _Form:
         return not self.turns or isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
 
-_VERDICTS = {
-    **dict.fromkeys(("desirable", "good", "chosen", "accepted", "thumbs_up", "like", "correct", "positive"), True),
-    **dict.fromkeys(("undesirable", "bad", "rejected", "thumbs_down", "dislike", "incorrect", "negative"), False),
-}
 _JUDGED = ("messages", "sharegpt", "alpaca", "prompt_completion")
 _FORMS = {
     "messages": _Form(("messages",), _messages, turns=True),
     "sharegpt": _Form(("conversations",), _sharegpt, turns=True),
-    "alpaca": _Form(("instruction", "output"), _alpaca, ("input", "reasoning", *_BESIDE, *SEEN), trains="completion"),
-    "prompt_completion": _Form(
-        ("prompt", "completion"), _prompt_completion, ("reasoning", *_BESIDE, *SEEN), trains="completion"
-    ),
+    "alpaca": _Form(("instruction", "output"), _alpaca, ("input", "reasoning", *_BESIDE), trains="completion"),
+    "prompt_completion": _Form(("prompt", "completion"), _prompt_completion, trains="completion"),
     "text": _Form(("text",), _text, (), trains="all"),
     "preference": _Form(
         ("chosen", "rejected"),
         _preference,
-        ("prompt", "instruction", "input", "messages", "conversations", *_BESIDE, *SEEN),
+        ("prompt", "instruction", "input", "messages", "conversations", *_BESIDE),
         trains="completion",
     ),
 }

@@ -149,8 +149,10 @@ def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Reco
     known = _is_known(path)
     if path.exists():
         if not known:
+            advice = next((_OTHER_FILES[end] for end in _OTHER_FILES if path.name.lower().endswith(end)), "")
             raise DataError(
                 f"'{source}' ends in '{path.suffix}'; expected one of {listed(_ENDINGS, 9)}, text also packed as in .jsonl.gz."
+                f"{advice.format(shlex.quote(str(path)), shlex.quote(f'{path.stem}.parquet'))}"
             )
         if ending(path) == ".parquet":
             return _parquet(path, source)
@@ -233,8 +235,9 @@ def _json(text: str, source: str) -> Iterator[Record]:
     if isinstance(values, dict):
         inner = [values] if any(map(_are_turns, values.values())) else values.get("data")
         if not isinstance(inner, list):
-            lists = (name for name, value in values.items() if isinstance(value, list) and value)
-            within = next((name for name in lists if isinstance(values[name][0], list | dict)), None)
+            lists = {name: str(value) for name, value in values.items() if isinstance(value, list) and value}
+            most = sorted(lists, key=lambda name: -len(lists[name]))  # the records are longer than what describes them
+            within = next((name for name in most if isinstance(values[name][0], list | dict)), None)
             write = (
                 ""
                 if within is None
@@ -363,7 +366,9 @@ def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
             )
             yield Record({}, source, "row", number, fault=fault)
     except csv.Error as error:
-        raise DataError(f"'{source}' is not valid CSV after row {number}: {error}.") from None
+        raise DataError(
+            f"'{source}' is not valid CSV after row {number}: {error}; a quote inside a quoted field is written twice."
+        ) from None
 
 
 def _fits(text: str, separator: str) -> tuple[float, int]:
@@ -386,8 +391,12 @@ def _rows(text: str, separator: str) -> Iterator[list[str]]:
 
 def _parquet(path: Path, source: str) -> tuple[Iterator[Record], Any]:
     from datasets import Dataset
+    from pyarrow import parquet
 
     refuse_pointer(path, source)
+    with _quiet(source):
+        if not parquet.read_metadata(path).num_rows:  # `datasets` would not say so
+            return iter(()), None
     with _quiet(source), tempfile.TemporaryDirectory() as cache:
         table = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
         rows = table.to_list()
@@ -465,6 +474,19 @@ _READERS: dict[str, Callable[[str, str], Iterator[Record]]] = {
 }
 _ENDINGS = (*_READERS, ".parquet")
 _TURN = ({"role", "content"}, {"from", "value"})
+_ARROW = " To write it as Parquet: python -c 'import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).to_parquet(sys.argv[2])' {} {}"
+_OTHER_FILES = {
+    ".tar.gz": " Unpack it: tar -xzf {}",
+    ".tgz": " Unpack it: tar -xzf {}",
+    ".tar": " Unpack it: tar -xf {}",
+    ".zip": " Unpack it: unzip {}",
+    ".xz": " Unpack it: xz -dk {}",
+    ".7z": " Unpack it: 7z x {}",
+    ".xlsx": " Save the table as CSV.",
+    ".arrow": _ARROW,
+    ".feather": _ARROW.replace("datasets; datasets.Dataset.from_file(", "pandas; pandas.read_feather("),
+}
+"""What to do with a file that is not read here, by how its name ends: {} is its path, and the second the name to write."""
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _HEADER = 64 * 1024  # characters that are looked at for what separates columns
 _HELD_OUT = re.compile(r"(?:^|[^a-z])(?:tests?|dev|val|valid|validation|eval|held.?out)(?:[^a-z]|$)", re.IGNORECASE)

@@ -10,8 +10,9 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from qlora.data.turns import REASONING, is_turn
 from qlora.data.values import Mistake
 from qlora.errors import listed
 
@@ -23,7 +24,7 @@ NOTHING = object()
 
 _ANSWERS = (
     "answer", "response", "reply", "solution", "canonical_solution", "assistant", "gpt", "target", "a", "code", "summary",
-    "highlights", "answers", "targets",
+    "highlights", "answers", "targets", "ideal", "ground_truth",
 )  # fmt: skip
 _QUESTIONS = ("question", "query", "problem", "task", "user", "human", "inputs")
 SURE_LABELS = ("label", "kto_tag", "desirable", "is_desirable")
@@ -37,14 +38,14 @@ OTHERS = {
         "rejected_response", "rejected_messages", "response_k", "non_preferred_output", "dispreferred_response", "dispreferred",
         "non_preferred", "worse_response", "worse", "losing_response", "loser", "lose",
     ),
-    "prompt": ("instruction", *_QUESTIONS, "input", "source", "q", "text"),
+    "prompt": ("instruction", *_QUESTIONS, "input", "source", "q", "text", "document", "article"),
     "instruction": ("prompt", *_QUESTIONS, "q", "text"),
     "completion": ("output", *_ANSWERS),
     "output": ("completion", *_ANSWERS),
-    "input": ("context", "passage", "background"),
+    "input": ("context", "passage", "background", "query", "question"),
     "system": ("system_prompt", "system_message", "system_instruction", "systeminstruction"),
-    "reasoning": ("reasoning_content", "thinking", "complex_cot", "chain_of_thought", "cot", "thoughts"),
-    "label": (*SURE_LABELS[1:], "is_correct", "correct", "accepted", "approved", "thumbs_up", "is_good", "rating", "feedback", "vote"),
+    "reasoning": REASONING[1:],
+    "tools": ("available_tools", "available_functions", "tool_schemas", "tool_definitions", "tool_list", "function_definitions"),
     "text": ("content", "document", "body"),
 }  # fmt: skip
 """What people call a form's fields, likeliest first."""
@@ -53,11 +54,17 @@ OTHERS = {
 _LOOKED_AT = 20_000  # characters of a text
 MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|<｜User｜>")
 """What chat templates write before a turn."""
+ENDS = re.compile(
+    r"(?:</s>|<(?:\|im_end\||\|eot_id\||\|endoftext\||\|end\||end_of_turn|eos|｜end▁of▁sentence｜)>)\s*\Z"
+)
+"""What they write behind one, or a tokenizer behind a text."""
 _ASKS = re.compile(r"(?:^|\n|### ?)(?:user|human|question|q|prompt|instruction|input) ?:", re.IGNORECASE)
 _REPLIES = re.compile(r"(?:\n|### ?)(?:assistant|gpt|bot|ai|answer|a|response|output|completion) ?:", re.IGNORECASE)
 _AFTER_PROMPTS = re.compile(r"(###|-->|->|=>|>>>|\n---)\s*\Z")
 _AFTER_ANSWERS = re.compile(r"(###| END|<END>|\bSTOP|<stop>)\s*\Z")
-_FIELDS = re.compile(r"""^\s*["'](?:question|prompt|instruction|input|messages|role|content)["']\s*:""", re.MULTILINE)
+_FIELDS = re.compile(
+    r"""^\s*\{?\s*["'](?:question|prompt|instruction|input|messages|role|content)["']\s*:""", re.MULTILINE
+)
 _CODE = re.compile(
     r"[;{}]\s*$|^\s*(?:def |class |import |from \S+ import |return\b|if .*:$|else:$|for .*:$|while .*:$|#include|@\w+|//)|\w+\(.*\)\s*$"
 )
@@ -84,7 +91,7 @@ class Form(Protocol):
 
 def suggested(fields: Fields, forms: Mapping[str, Form]) -> tuple[str, dict[str, str]] | None:
     """The form that takes most of these fields by their other names, and which of them stands for which of its own."""
-    lower = {name.lower(): name for name in reversed(list(fields))}
+    lower = {name.strip().lower(): name for name in reversed(list(fields))}
     best: tuple[str, dict[str, str]] | None = None
     for name in ("messages", "preference", "prompt_completion", "alpaca", "text"):
         form = forms[name]
@@ -130,7 +137,7 @@ def rivals(fields: Fields) -> tuple[list[str], list[str]]:
 
 def guess(fields: Fields) -> str:
     """What to try where no name is known: the two longest texts may be a question and its answer; one alone is a text."""
-    flat = {name: value for name, value in fields.items() if not isinstance(value, dict)}
+    flat: dict[str, Any] = {name: value for name, value in fields.items() if not isinstance(value, dict)}
     for outer, value in fields.items():
         flat |= {f"{outer}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {}
     known = ("system", "tools", "functions", "history")
@@ -139,6 +146,8 @@ def guess(fields: Fields) -> str:
     longest = sorted(texts, key=lambda name: -len(texts[name]))[:2]
     theirs = [name for name in texts if name in longest]
     lists = [name for name, value in flat.items() if isinstance(value, list) and value]
+    if turns := next((name for name in lists if is_turn(flat[name][0])), None):
+        return f"If the turns of a conversation stand in '{turns}', set {columns_of({'messages': turns})}."
     if lists and (
         len(theirs) < 2 or any(_RIVAL.fullmatch(name.partition(".")[0].lower().removesuffix("s")) for name in lists)
     ):

@@ -22,13 +22,13 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Required, TypedDict, cast
 
-from qlora.data.values import Mistake, function_calls, json_inside, kind, objects, text, yes_or_no
+from qlora.data.values import Mistake, function_calls, json_inside, kind, objects, text, verdict, yes_or_no
 from qlora.errors import listed, nearest
 from qlora.files.strangers import JsonObject
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
@@ -40,7 +40,7 @@ _PAIRS = {
 """Who speaks by the name of what they say, in a turn that holds a question and its answer."""
 _EXPECTED = "expected system, user (or human), assistant (or gpt) or tool"
 _WHO = ("role", "from", "speaker", "sender", "author")
-_WHAT = ("content", "value", "text", "message", "parts")
+_WHAT = ("content", "value", "text", "message", "parts", "refusal")
 _TRAINED = (
     "weight",
     "train",
@@ -53,20 +53,33 @@ _TRAINED = (
     "output_with_loss",
 )
 _MASKED = ("masked",)
-_LIKE_A_FLAG = re.compile(r"train|loss|mask|ignore|weight|learn|supervis", re.IGNORECASE)
+_LIKE_A_FLAG = re.compile(r"train|loss|mask|ignore|weight|learn|supervis|skip|is_target|exclud", re.IGNORECASE)
+LIKE_A_LABEL = re.compile(
+    r"correct|accept|approv|good|success|passed|valid$|verified|solved|reward|score|rating|vote|feedback|thumb|desir|verdict",
+    re.IGNORECASE,
+)
+"""The names of what judges an answer."""
 _DETAILS = ("train_detail", "training_detail")
 _CALLS = ("tool_calls", "function_call")
+REASONING = (
+    "reasoning", "reasoning_content", "thinking", "thoughts", "thought", "reasoning_text", "complex_cot", "chain_of_thought", "cot",
+    "rationale",
+)  # fmt: skip
 _TEXTS = {
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts", "thought"), "reasoning_content"),
+    **dict.fromkeys(REASONING, "reasoning_content"),
     "name": "name",
     "tool_call_id": "tool_call_id",
 }
 """What else a turn may hold, as text, for the template to use."""
 _TOOLS = ("tools", "functions")
-SEEN = ("image", "images", "video", "videos", "audio", "audios")
+_SEEN = re.compile(
+    r"(?:input_)?(?:image|img|picture|photo|video|audio|wav)s?(?:_(?:path|file|url|name|id|bytes|data)s?)?"
+)
 """What a text model can't see; an answer about it would be made up."""
+THOUGHTS = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+"""Thoughts at the beginning of an answer, and the rest of it."""
 _PARTS = {
-    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), "text"),
     **dict.fromkeys(("reasoning", "thinking"), "reasoning"),
     **dict.fromkeys(("tool_call", "tool_use", "function_call"), "call"),
 }
@@ -108,7 +121,7 @@ def is_turn(value: object) -> bool:
 def is_spoken(fields: Mapping[str, object]) -> bool:
     """Whether a record is a turn: a known role, and beside it what was said."""
     roles = (fields.get(name) for name in ("role", "from", "speaker"))
-    known = any(isinstance(role, str) and (role.lower() in _ROLES or role == "prompter") for role in roles)
+    known = any(isinstance(role, str) and role.lower() in _ROLES for role in roles)
     return known and any(isinstance(fields.get(name), str) for name in _WHAT)
 
 
@@ -161,7 +174,7 @@ def read_turn(turn: object, number: int) -> Turn:
         if role != "assistant":
             raise Mistake(f"has 'tool_calls' in turn {number}, the {role}'s; expected them in the assistant's")
         message["tool_calls"] = calls
-    if seen := next((name for name in SEEN if filled(fields.get(name))), None):
+    if seen := seen_in(fields):
         raise Mistake(f"has '{seen}' in turn {number}, {UNSEEN}")
     if not content.strip() and not calls and role not in ("system", "tool"):
         raise Mistake(f"has an empty turn (turn {number}, {message['role']})")
@@ -171,6 +184,7 @@ def read_turn(turn: object, number: int) -> Turn:
             spoken = name != "reasoning_content" or message["role"] == "assistant"
             if not spoken or message.setdefault(name, value) != value:
                 unread.add(theirs)
+    say_thoughts_once(message)
     known = {who, what, *_TRAINED, *_MASKED, *_DETAILS, *_CALLS, *_TEXTS, *_TOOLS}
     unread |= {name for name, value in fields.items() if name not in known and filled(value)}
     if role == "assistant" and (flag := next((name for name in sorted(unread) if is_flag(name, fields[name])), None)):
@@ -178,8 +192,27 @@ def read_turn(turn: object, number: int) -> Turn:
             f"has '{flag}' in turn {number}, which may say whether the turn is trained, and by that name is not known here; "
             "call it 'train' (false: the turn is not trained), or take it out"
         )
+    if role == "assistant" and (label := next((name for name in sorted(unread) if _says_no(name, fields[name])), None)):
+        raise Mistake(
+            f"has {label} {shown(fields[label])} in turn {number}, which would be learnt all the same; set 'train' to false in that "
+            "turn, or take the field out"
+        )
+    if fields.get("channel") == "analysis":  # gpt-oss's
+        raise Mistake(f"has thoughts as turn {number}, in the channel analysis; write them as 'thinking' of the answer")
     tools = [tool for name in _TOOLS for tool in tools_of(fields.get(name), f"'{name}' of turn {number}")]
     return Turn(cast(Message, message), _trained(fields, number), tuple(sorted(unread)), tuple(tools))
+
+
+def say_thoughts_once(message: dict[str, object]) -> None:
+    """Take thoughts out of the content that has them a second time."""
+    found = THOUGHTS.match(str(message["content"]))
+    if found and found[2].strip() and found[1].strip() == str(message.get("reasoning_content", "")).strip():
+        message["content"] = found[2].lstrip()
+
+
+def _says_no(name: str, value: object) -> bool:
+    """Whether a field of an answer says that it is bad. A 0 may be any score."""
+    return LIKE_A_LABEL.search(name) is not None and (value is False or (str(value) != "0" and verdict(value) is False))
 
 
 def is_flag(name: str, value: object) -> bool:
@@ -199,11 +232,11 @@ def tools_of(value: object, where: str) -> list[JsonObject]:
 def _role(role: object, number: int) -> str:
     if not isinstance(role, str):
         raise Mistake(f"has {kind(role)} as the role of turn {number}; {_EXPECTED}")
-    if role.lower() not in _ROLES:
+    if role.strip().lower() not in _ROLES:
         raise Mistake(
             f"has an unknown role {shown(role)!r} in turn {number};{nearest(shown(role), _ROLES).lower()} {_EXPECTED}"
         )
-    return _ROLES[role.lower()]
+    return _ROLES[role.strip().lower()]
 
 
 def _parts(content: object, number: int) -> list[tuple[str, str]]:
@@ -218,15 +251,16 @@ def _part(part: object, number: int) -> tuple[str, str]:
         return "text", text(part, f"the content of turn {number}")
     if not isinstance(part, dict):
         raise Mistake(f"has a list with {kind(part)} in the content of turn {number}; expected parts of type text")
-    what = _PARTS.get(str(part.get("type", "text")))
+    what = _PARTS.get("thinking" if part.get("thought") is True else str(part.get("type", "text")))  # Gemini's thoughts
     if flag := next((name for name in (*_TRAINED, *_MASKED) if part.get(name) is not None), None):
         raise Mistake(
             f"has '{flag}' in a part of turn {number}'s content; here a turn is trained whole or not at all, so give it to the "
             "turn, or make turns of the parts"
         )
     if what == "call" and "input" in part:  # Anthropic's
-        return "call", json.dumps({"id": part.get("id"), "name": part.get("name"), "arguments": part["input"]})
-    said = next((part[name] for name in ("text", "value", "thinking", "content") if part.get(name) is not None), None)
+        return "call", json.dumps({name: part.get(name) for name in ("id", "name", "input")})
+    names = ("text", "value", "thinking", "refusal", "content")
+    said = next((part[name] for name in names if part.get(name) is not None), None)
     if what is None or not isinstance(said, str):
         raise Mistake(
             f"has a part of type '{shown(part.get('type', listed(part)))}' in the content of turn {number}, which is no text; "
@@ -264,6 +298,28 @@ def _trained(fields: Mapping[str, object], number: int) -> bool | None:
                 "so take the field out, or set 'train' to false"
             )
     return next(iter(said.values()), None)
+
+
+def not_trained(fields: Mapping[str, object]) -> str | None:
+    """The flag by which a record says of all of itself that it is not to be trained."""
+    for name in (*_TRAINED, *_MASKED):
+        value = fields.get(name)
+        if yes_or_no(value) is (name in _MASKED) or (isinstance(value, int | float) and value < 0):
+            return name
+    return None
+
+
+def may_decide(name: str, value: object) -> bool:
+    """Whether a record's field may say whether, or how much, the record is trained, and nobody knows in which way."""
+    known = name in (*_TRAINED, *_MASKED) and yes_or_no(value) is not None
+    return not known and is_flag(name, value)
+
+
+def seen_in(fields: Mapping[str, object]) -> str | None:
+    """The field with what a text model can't see."""
+    return next(
+        (n for n, one in fields.items() if _SEEN.fullmatch(n.lower()) and filled(one) and one is not False), None
+    )
 
 
 def filled(value: object) -> bool:

@@ -16,6 +16,12 @@ import sys
 
 from qlora.files.strangers import JsonObject
 
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
+"""What people call a call's arguments: OpenAI, Llama 3, LangChain, Anthropic."""
+_VERDICTS = {
+    **dict.fromkeys(("desirable", "good", "chosen", "accepted", "thumbs_up", "like", "correct", "positive"), True),
+    **dict.fromkeys(("undesirable", "bad", "rejected", "thumbs_down", "dislike", "incorrect", "negative"), False),
+}
 DEEPEST = 64
 """Levels of lists and objects inside a field: above any function's schema, and far below the depth at which Python gives
 up, which moves with the caller and with the version."""
@@ -36,7 +42,7 @@ def capital(place: str) -> str:
 
 def kind(value: object) -> str:
     """What a value is, in words: ``text``, ``a list``, ``a number (3)``."""
-    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
+    kinds = {str: "text", list: "a list", dict: "an object", bytes: "bytes", bool: "true or false", type(None): "null"}
     other = f"a number ({str(value)[:40]})" if isinstance(value, int | float) else f"a {type(value).__name__}"
     return kinds.get(type(value), other)
 
@@ -46,6 +52,12 @@ def yes_or_no(value: object) -> bool | None:
     if isinstance(value, str):
         return {"0": False, "false": False, "1": True, "true": True}.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def verdict(value: object) -> bool | None:
+    """Whether a value says of an answer that it is good: true or false, 1 and -1, or a word for one of them; None for anything else."""
+    said = value.strip().lower() if isinstance(value, str) else None
+    return _VERDICTS[said] if said in _VERDICTS else False if value == -1 else yes_or_no(value)
 
 
 def text(value: object, where: str) -> str:
@@ -120,15 +132,17 @@ def function_calls(value: object, where: str) -> list[JsonObject]:
     """Calls as chat templates take them: ``{"type": "function", "function": {"name": "f", "arguments": {}}}``.
 
     Also taken: a call without that frame, ``{"name": "f", "arguments": {}}``; arguments as JSON text, which is how OpenAI
-    writes them, or as JSON text of that text; and none, for a function without parameters.
+    writes them, or as JSON text of that text; by another name; and none, for a function without parameters.
     """
     calls = []
     for call in objects(value, where):
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise Mistake(f"has a call without its function's name in {where}; expected name and arguments")
-        frame = call if "function" in call else {"type": "function"}
-        calls.append({**frame, "function": {**function, "arguments": _arguments(function.get("arguments"), where)}})
+        given = next((function[name] for name in _ARGUMENTS if function.get(name) is not None), None)
+        rest = {name: value for name, value in function.items() if name not in (*_ARGUMENTS, "id", "type")}
+        frame = call if "function" in call else {**({"id": call["id"]} if call.get("id") else {}), "type": "function"}
+        calls.append({**frame, "function": {**rest, "arguments": _arguments(given, where)}})
     return calls
 
 

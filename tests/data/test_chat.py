@@ -365,6 +365,17 @@ def test_reasoning_is_trained_where_the_template_has_a_place_and_elsewhere_as_te
     assert sorted(chat.notes) == sorted(notes)
 
 
+@pytest.mark.parametrize("begin", ["", "<think>\n", "Well. <think>\n"])
+def test_thoughts_stay_in_an_answer_that_holds_their_end_alone_or_begins_otherwise(begin: str) -> None:
+    tokenizer = make_tokenizer(families.CUT_THOUGHTS)
+    talk = [TALK[0], {"role": "assistant", "content": f"{begin}Hm.\n</think>\n\nYes."}]
+    ((example,),) = (chat := ChatTemplate(tokenizer)).encode(conversations(talk), "assistant")
+    (run,) = trained_runs(tokenizer, example)
+    opened = begin.partition("<think>")[0]
+    assert run == f"{opened and begin}Hm.\n</think>\n\nYes.<|end|>"
+    assert chat.notes == [STAYS]
+
+
 def test_text_beside_calls_is_trained_before_the_calls_as_the_template_writes_them() -> None:
     calls = [{"function": {"name": "tip", "arguments": {"bill": 50}}}]
     talk = [
@@ -726,11 +737,9 @@ def test_a_result_that_the_template_leaves_out_is_kept_in_a_user_turn(keep: str)
 @pytest.mark.parametrize(
     ("asked", "said", "told"),
     [
-        (
-            "<|start|>user\nHello<|end|>\n<|start|>assistant",
-            "Fine",
-            False,
-        ),  # no token that this tokenizer calls special
+        ("<|start|>user\nHello", "Fine", True),  # the template writes it, and the tokenizer does not call it special
+        ("Hello", "Fine<|eot_id|>", True),  # another family's
+        ("Hello", "Fine. <think>", False),
         ("<s>user\nHello", "Fine", True),
         ("[INST] Hello [/INST]", "Fine", True),
         ("<|im_start|>user\nHello", "Fine", True),

@@ -85,6 +85,20 @@ MISTAKES = [
     ([{**MESSAGES, "weight": "0"}], "has the weight 0 for all of it"),
     ([{"text": "Hi", "weight": 0}], "has the weight 0 for all of it"),
     ([{**MESSAGES, "train": False}], "has the train False for all of it"),
+    ([{**MESSAGES, "loss": 0}], "has the loss 0 for all of it"),
+    ([{**MESSAGES, "masked": True}], "has the masked True for all of it"),
+    ([{**MESSAGES, "ignore_loss": True}], "has 'ignore_loss', which may say whether a record .* data.form=messages to train"),
+    ([{**PAIR, "sample_weight": 0.5}, PAIR], "has 'sample_weight', which may say .* data.form=prompt_completion to train"),
+    ([{"messages": [HI, {**YO, "skip": True}]}], "has 'skip' in turn 2, which may say whether the turn is trained"),
+    ([{"messages": [HI, {**YO, "rating": "bad"}]}], "has rating bad in turn 2, .*; set 'train' to false in that turn"),
+    ([{"messages": [HI, {**YO, "channel": "analysis"}, YO]}], "has thoughts as turn 2, in the channel analysis"),
+    ([{**MESSAGES, "rejected_response": "No"}], "has the form preference, messages with 'rejected_response', .* data.form=messages"),
+    ([{"messages": [HI], "response": "Yo"}], r"turns that end with a question, and beside them response. Set data.columns='\{prompt: messages, completion: response\}'"),
+    ([{**ALPACA, "query": "Who?"}], r"has the form alpaca, and beside it query. Set data.columns='\{input: query\}'"),
+    ([{**MESSAGES, "available_tools": [{"name": "f"}]}], r"beside it available_tools. Set data.columns='\{tools: available_tools\}'"),
+    ([{**MESSAGES, "image_path": "a.png"}], "has 'image_path', which a text model can't see"),
+    ([{"prompt": {"role": "prompter", "text": "Hi", "replies": []}}], "one turn of a conversation in its field prompt; .* a tree of answers"),
+    ([{"messages": [HI], "reasoning": "Hm"}], "has 'reasoning' beside turns that do not end with its answer"),
     ([{"messages": [HI, {**YO, "ignore": True}]}], "has 'ignore' in turn 2, which may say whether the turn is trained"),
     ([{"messages": [HI, {**YO, "loss_factor": 0.5}]}], "has 'loss_factor' in turn 2, which may say whether"),
     ([{"messages": [HI, {"role": "assistant", "content": [{"type": "text", "text": "Yo", "train": False}]}]}],
@@ -225,6 +239,9 @@ def test_calls_of_every_well_defined_shape_are_taken_as_one() -> None:
     ):
         (one,) = parsed(calling(tool_calls)).conversations
         assert one.messages[1] == {"role": "assistant", "content": "", "tool_calls": framed}
+    for name in ("parameters", "args", "input"):  # Llama 3, LangChain, Anthropic
+        (one,) = parsed(calling([{"id": "c1", "type": "tool_call", "name": "f", name: {"a": 1}}])).conversations
+        assert one.messages[1]["tool_calls"] == [{"id": "c1", **framed[0]}]
     for nothing in ({}, {"arguments": None}, {"arguments": " "}):
         (one,) = parsed(calling([{"name": "f", **nothing}])).conversations
         assert one.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
@@ -397,6 +414,8 @@ def test_every_field_that_is_not_read_is_named_once_with_its_records() -> None:
         ("is_correct", False, True),
         ("correct", "false", "true"),
         ("rating", "thumbs_down", "thumbs_up"),
+        ("reward", -1.0, 1.0),
+        ("tests_passed", False, True),
         ("vote", -1, 1),
     ],
 )
@@ -438,6 +457,7 @@ ACCEPTED = [
     {"messages": [{"input": "Hi", "output": "Yo", "output_with_loss": True}]},
     {"messages": [{"role": "system", "content": " "}, HI, YO]},
     {"messages": [HI, YO], "system": ""},
+    {"messages": [{"role": "Prompter", "content": "Hi"}, {"role": " Assistant", "content": "Yo"}], "loss": True, "score": 3},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, YO]},
     {"prompt": [HI], "completion": [YO]},
 ]  # fmt: skip
@@ -523,6 +543,9 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
         ({"input": ["Hi", "Who?"], "output": ["Yo", "Me."]}, "are no known form. Lists stand in input, output: of turns, each"),
         ({"context": "Bob it was.", "question": "Who?", "answers": {"text": ["Bob"], "answer_start": [0]}}, "Lists stand in answers.text"),
         ({"messages": [HI, YO], "systemInstruction": {"parts": [{"text": "S"}]}}, r"data.columns='\{system: systemInstruction\}'"),
+        ({"document": "A long text.", "summary": "A text."}, "{prompt: document, completion: summary}"),
+        ({"prompt": "Hi", " completion": "Yo"}, "data.columns='{completion: \" completion\"}'"),
+        ({"items": [HI, YO]}, "If the turns of a conversation stand in 'items', set data.columns='{messages: items}'"),
         ({"dialogue": ["Hi", "Yo"]}, "Lists stand in dialogue: of turns, each has to say who speaks"),
         # what only names or numbers a record is no text to learn
         ({"uuid": "a-very-long-name-of-a-record", "file_path": "an/other/long/name", "toy": "A text."}, "If 'toy' is the text to learn"),
@@ -598,6 +621,46 @@ def test_parts_of_a_content_by_their_types() -> None:
             parsed({"messages": [turns[0], {"role": "assistant", "content": [part]}]})
 
 
+def test_reasoning_beside_the_turns_or_twice_is_read_once() -> None:
+    thought = {**YO, "reasoning_content": "Hm"}
+    twice = {**YO, "content": "<think>\nHm\n</think>\n\nYo"}
+    for row in (
+        {**MESSAGES, "reasoning": "Hm"},
+        {"messages": [HI, {**YO, "cot": "Hm"}]},
+        {"messages": [HI, {**twice, "reasoning": "Hm"}]},
+        {"prompt": "Hi", "completion": twice["content"], "reasoning": "Hm"},
+    ):
+        assert parsed(row).conversations[0].messages == (HI, thought)
+    result = parsed({**PAIR, "reasoning": "on"})
+    assert result.conversations[0].messages == (HI, YO)
+    assert result.notes == ("fields that are not read: 'reasoning' (1 record)",)
+
+
+def test_calls_that_a_pair_has_as_its_answer() -> None:
+    """As xLAM has them; an answer of JSON is text where no function may be called."""
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    for answer in (json.dumps(calls), calls):
+        (one,) = parsed({"prompt": "Hi", "completion": answer, "tools": '[{"name": "f"}]'}).conversations
+        assert [call["function"] for call in one.messages[1]["tool_calls"]] == calls
+    for row in ({"completion": json.dumps(calls)}, {"completion": "[1]", "tools": [{"name": "f"}]}):
+        (one,) = parsed({"prompt": "Hi", **row}).conversations
+        assert one.messages[1] == {"role": "assistant", "content": row["completion"]}
+
+
+def test_null_arguments_are_told() -> None:
+    (note,) = parsed(calling([{"name": "f", "arguments": {"a": None}}])).notes
+    assert note == "arguments of calls are null in 1 record, and learnt so"
+
+
+def test_thoughts_and_refusals_of_other_providers() -> None:
+    gemini = {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Yo"}]}
+    (one,) = parsed({"messages": [HI, gemini]}).conversations
+    assert one.messages[1] == {**YO, "reasoning_content": "Hm."}
+    for refused in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        (one,) = parsed({"messages": [HI, {"role": "assistant", **refused}]}).conversations
+        assert one.messages[1] == {"role": "assistant", "content": "No."}
+
+
 def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
     tool = {"name": "f", "parameters": {}}
     (one,) = parsed({"messages": [{**HI, "tools": [tool]}, YO]}).conversations
@@ -630,6 +693,7 @@ def test_nothing_that_a_record_says_is_lost_on_its_way() -> None:
         ("a | b||x\nc||y\nd | e | f||z\n", "pairs with || between them"),
         ("Hi\nYo\n\nBye\nSee you\n\nHow?\nSo", "pairs of lines"),
         ("One line.\n\nA second\nof two.\n\nA third.\n\nThe end.", None),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "records (as .json"),
         ('data = [\n  {\n    "question": "What?",\n    "sql": "SELECT"\n  }\n]', "records (as .json"),
         ("import os\n\n\ndef f(x):\n    return x\n", "code"),
         ("He said: hello.\nThen she left;\nand it rained, as usual.\nNobody came.", None),

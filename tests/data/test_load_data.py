@@ -343,7 +343,9 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
     assert data.fingerprint == plain.fingerprint
     skipped = "data.on_bad_record=skip left out 1 of 41 records: is refused by the chat template (1)"
     assert data.report.notes == (skipped, *plain.report.notes)
-    assert "1 records begin or end with a token" in plain.report.notes[0]  # counted once, though tried twice
+    marks, doubled = plain.report.notes  # each counted once, though tried twice
+    assert "1 records begin or end with a token" in doubled
+    assert marks.endswith("already (1 records)")
     held = load(write("g.jsonl", good), tokenizer, held_out=path, on_bad_record="skip")
     assert held.report.notes[0] == f"held-out data: {skipped}"
     assert len(held.held_out_prompts(100)) == len(held.held_out_conversations) == held.report.held_out.records == 40

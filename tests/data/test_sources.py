@@ -91,7 +91,13 @@ BAD_FILES = [
     ("a.csv", "a,a\n1,2\n", "names a column twice"),
     ("a.csv", 'a,b\n1,"2\n', r"not valid CSV after row 0"),
     ("a.parquet", b"PAR1 not really", r"a.parquet' cannot be read"),
-    ("a.xlsx", b"x", r"ends in '.xlsx'; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet"),
+    ("a.json", '{"features": [{"name": "text"}], "rows": [{"row": {"text": "a long text"}}]}', r"jq '\.\[\"rows\"\]' writes"),
+    ("a.csv", 'text\n"a \\"b\\" c"\n', "not valid CSV after row 0: .*; a quote inside a quoted field is written twice"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}")), r"is packed twice; unpack it once: gzip -dk .*a\.jsonl\.gz"),
+    ("a.jsonl.zip", b"PK", r"ends in '.zip'; .* Unpack it: unzip .*a\.jsonl\.zip"),
+    ("a.tar.gz", b"x", r"ends in '.gz'; .* Unpack it: tar -xzf .*a\.tar\.gz"),
+    ("a.arrow", b"x", r"datasets\.Dataset\.from_file\(.* .*a\.arrow a\.parquet"),
+    ("a.xlsx", b"x", r"ends in '.xlsx'; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet.* Save the table as CSV"),
     ("a.parquet.gz", b"x", r"ends in '.gz'; expected one of"),
     ("a.csv", "a;b\n1;2;3\n", r"has 3 fields where the header has 2 \(a, b\); quote fields that hold semicolons"),
 ]  # fmt: skip
@@ -483,3 +489,12 @@ def test_records_without_names_and_over_several_lines(write: Any) -> None:
         assert [one.place for one in records] == [f"line {n} of '{records[0].source}'" for n in (2, 6, 10)]
     assert fields(write("a.txt", '\n{"text": "a"}\n{"text": "b"}\n')) == [{"text": "a"}, {"text": "b"}]
     assert fields(write("b.txt", "{curly} text\n")) == [{"text": "{curly} text\n"}]
+
+
+def test_a_parquet_file_without_rows_is_empty(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": []}).to_parquet(path)
+    with pytest.raises(DataError, match="is empty; expected at least one record"):
+        read_records(str(path))
