@@ -252,10 +252,11 @@ def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]
         section.form,
         section.columns,
         section.on_bad_record,
+        section.labels,
     )
     if section.held_out is not None:
         given = read_records(section.held_out, section.subset, section.held_out_split)
-        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record)), False
+        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record, section.labels)), False
     if needs_pieces(parsed, section.held_out_fraction):
         return (parsed, Parsed(parsed.form)), True
     if section.held_out_fraction:

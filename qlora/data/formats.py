@@ -21,18 +21,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
+from qlora.data.columns import Labels, fields_of
+from qlora.data.columns import renamed as as_named
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
 from qlora.data.suggestions import (
-    NOTHING,
     OTHERS,
     SURE_LABELS,
     columns_of,
     guess,
-    inside,
     looks_note,
     reads,
     rivals,
@@ -58,7 +58,7 @@ from qlora.data.turns import (
 )
 from qlora.data.turns import Message as Message
 from qlora.data.values import Mistake, capital, function_calls, json_inside, kind, text, verdict
-from qlora.errors import DataError, listed, nearest
+from qlora.errors import DataError, listed
 from qlora.files.strangers import JsonObject
 
 _PLACEHOLDER = re.compile(
@@ -125,23 +125,31 @@ class Parsed:
 
 
 def parse(
-    records: Sequence[Record], form: str = "auto", columns: Mapping[str, str] | None = None, on_bad_record: str = "stop"
+    records: Sequence[Record],
+    form: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    on_bad_record: str = "stop",
+    labels: Labels | None = None,
 ) -> Parsed:
-    """Give every record its meaning. ``columns`` maps a form's field to the name it has in the records.
+    """Give every record its meaning. ``columns`` and ``labels`` say where a form's fields are (``columns.py``).
 
     ``auto`` takes the form of the first record, and every other record must have it too. All records are checked before
     DataError is raised; it says of the first five that are wrong what they hold, and how many more there are. With
     ``on_bad_record='skip'`` they are left out and counted by kind, if they are few.
     """
     columns, bad = columns or {}, BadRecords(len(records), on_bad_record)
-    renamed = _renamed(records, columns)
+    fields = sorted({name for one in _FORMS.values() for name in (*one.needs, *one.takes)})
+    renamed = as_named(records, columns, labels or {}, fields)
     readable = [record for record in renamed if record.fault is None]
     first = (readable or renamed)[0]
     if form == "auto":
         form = _found_form(readable) if readable else "text"  # of which no record will be
     wanted = _FORMS[form]
-    theirs = {columns.get(name, name) for name in (*wanted.needs, *wanted.takes)}
-    known = theirs | {name.partition(".")[0] for name in theirs if name in columns.values()}
+    own = [name for name in (*wanted.needs, *wanted.takes) if name not in columns]
+    read_from = [
+        theirs for name in (*wanted.needs, *wanted.takes) if name in columns for theirs in fields_of(columns[name])
+    ]
+    known = {*own, *read_from, *(name.partition(".")[0] for name in read_from)}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
     undesired = others_marked = pictured = nulls = 0
@@ -364,32 +372,6 @@ def _require_all_read(records: Sequence[Record], form: str) -> None:
                 f"{capital(record.place)} has the form {form}, and beside it {listed(more)}. Set {columns_of(theirs)} to read that "
                 f"as well (as {name}), or data.form={form} to leave it out."
             )
-
-
-def _renamed(records: Sequence[Record], columns: Mapping[str, str]) -> Sequence[Record]:
-    known = sorted({name for form in _FORMS.values() for name in (*form.needs, *form.takes)})
-    for name in columns:
-        if name not in known:
-            raise DataError(
-                f"data.columns maps '{name}', which is no form's field.{nearest(name, known)} Write the form's field "
-                f"first, as in {{prompt: question}}; the fields are {listed(known, 30)}."
-            )
-    readable = [record for record in records if record.fault is None]
-    for name, theirs in columns.items():
-        # what some records lack is a mistake of theirs, if their form needs it
-        if readable and all(inside(record.fields, theirs) is NOTHING for record in readable):
-            first = readable[0]
-            raise DataError(
-                f"{capital(first.place)} has no field '{theirs}', which data.columns names for '{name}'."
-                f"{nearest(theirs, first.fields)} Its fields: {listed(first.fields, 12)}."
-            )
-    renamed = []
-    for record in records:
-        fields = {name: value for name, value in record.fields.items() if name not in columns.values()}
-        found = {name: inside(record.fields, theirs) for name, theirs in columns.items()}
-        fields |= {name: value for name, value in found.items() if value is not NOTHING}
-        renamed.append(replace(record, fields=fields))
-    return renamed
 
 
 def _require_form(record: Record, form: str, first: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 
 from qlora.files.strangers import JsonObject
 
@@ -172,3 +173,21 @@ def _check(value: object, where: str, level: int = 0) -> None:
             _check(inner, where, level + 1)
     elif not (value is None or isinstance(value, int | float)):  # Parquet also has dates and bytes
         raise Mistake(f"has {kind(value)} in {where}; expected JSON values")
+
+
+def label_key(value: object) -> str:
+    """A value as the keys of ``labels`` have it: true and 1 as ``true`` and ``1``."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def filled_in(text: str, of: Callable[[str], str]) -> str:
+    """``text`` with what ``of`` says of each ``{field}``; ``{{`` and ``}}`` are braces."""
+    return _PLACE.sub(lambda found: {"{{": "{", "}}": "}"}.get(found[0]) or of(found[1]), text)
+
+
+def fields_in(text: str) -> list[str]:
+    """The fields that ``filled_in`` asks for."""
+    return [name for name in _PLACE.findall(text) if name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -18,7 +18,7 @@ from qlora.files.strangers import JsonObject, Lines, shown
 from qlora.recipe.methods import AnyMethod, LoRA, named, parts_of
 from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reading import read_file, validated
-from qlora.recipe.schema import Section
+from qlora.recipe.schema import Section, by_text
 from qlora.recipe.tasks import TaskSection
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -74,7 +74,10 @@ class DataSection(Section):
     """The form of a record. `auto` detects it from the fields, and says what it found. `preference` trains the chosen
     answers alone, `kto` the desirable ones; both have to be asked for."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Other names for a form's fields, as `{prompt: question, completion: answer}`."""
+    """Other names for a form's fields, as `{prompt: question, completion: answer}`, or texts with fields in them, as
+    `{prompt: "Review: {review}\\nSentiment:", completion: label}`."""
+    labels: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """What stands for a field's values, as `{label: {0: negative, 1: positive}}`."""
     train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
     """Which tokens carry loss. `auto`: the assistant's turns of a conversation, the completion of a pair, all of a text."""
     chat_template: str | None = None
@@ -96,6 +99,11 @@ class DataSection(Section):
     shows the first five. `skip` leaves them out and counts them by kind, up to a tenth of all."""
     limit: int | None = Field(None, ge=1)
     """Use only the first N records."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _by_text(cls, labels: Any) -> Any:
+        return {name: by_text(texts) for name, texts in labels.items()} if isinstance(labels, dict) else labels
 
     @property
     def packs(self) -> bool:

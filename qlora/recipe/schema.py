@@ -72,6 +72,13 @@ def sections_of(annotation: object) -> dict[str, type[Section]]:
     return found
 
 
+def by_text(texts: Any) -> Any:
+    """A mapping by texts: YAML reads {0: negative} with a number for a key, and {yes: …} with a truth value."""
+    if not isinstance(texts, dict):
+        return texts
+    return {str(key).lower() if isinstance(key, bool) else str(key): text for key, text in texts.items()}
+
+
 def name_of(value: object) -> str | None:
     """What tells the sections of a union apart: the ``name`` of a section, or of its values."""
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from qlora.recipe.schema import Section
+from qlora.recipe.schema import Section, by_text
 
 
 class TaskSection(Section):
@@ -55,5 +55,4 @@ class TaskSection(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _by_text(cls, values: Any) -> Any:
-        # YAML reads {0: negative} with a number for a key, and {yes: …} with a truth value, which JSON writes as text
-        return {str(key): text for key, text in values.items()} if isinstance(values, dict) else values
+        return by_text(values)

@@ -8,11 +8,11 @@ Knows texts and numbers; must not know a file, a tokenizer or a model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from qlora.data.values import filled_in
 from qlora.data.values import kind as kind_of
 from qlora.evaluation.likelihood import Ids, Likelihood, Pair
 from qlora.evaluation.tasks.result import Json
@@ -119,11 +119,7 @@ class Task:
 
 def filled(text: str, fields: Mapping[str, Any], what: str) -> str:
     """``text`` with each ``{column}`` replaced by what the record has there. Raises Unusable. ``{{`` is a brace."""
-
-    def of(found: re.Match[str]) -> str:
-        return {"{{": "{", "}}": "}"}.get(found[0]) or said(column(fields, found[1], what), found[1])
-
-    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", of, text)
+    return filled_in(text, lambda name: said(column(fields, name, what), name))
 
 
 def column(fields: Mapping[str, Any], name: str | None, what: str) -> Any:
