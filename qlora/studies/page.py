@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,9 +173,12 @@ def plots(
                 note="each setting's best is compared",
             )
         )
-    for key, values in study.grid.items():
-        if len(values) > 1 and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            drawn.append(_by_field(key, found))
+    for key in dict.fromkeys(_number_of(values) for values in study.grid.items()):
+        if key is not None:
+            drawn += [
+                _by_field(key, found, task)
+                for task in (None, *dict.fromkeys(name for one in found for name in one.best.tasks))
+            ]
     lost = [(one, worse) for one in found if (worse := forgotten(one.best, study.forgetting)) is not None]
     if lost:
         metric = lost[0][1][0]
@@ -239,16 +242,37 @@ def plots(
     return drawn
 
 
-def _by_field(key: str, found: Sequence[Compared]) -> Plot | None:
-    """The loss of each arm by a numeric field of the grid."""
+def _number_of(field: tuple[str, Sequence[Any]]) -> str | None:
+    """The key of a field of the grid, or of the first that changes together there, if its values are several numbers."""
+    key, values = field
+    if isinstance(values[0], Mapping):
+        key = next(iter(values[0]), key)
+        values = [value.get(key) for value in values]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return key if numbers and len(set(values)) > 1 else None
+
+
+def _by_field(key: str, found: Sequence[Compared], task: str | None) -> Plot | None:
+    """The held-out loss of each arm by a numeric field of the grid, or what it scores on a task."""
     arms: dict[str, list[tuple[float, float, str, float, float]]] = {}
+    title, base = "held-out loss, nats a token", None
     for one in found:
+        score, error = one.loss, one.loss_error
+        if task is not None:
+            row = one.best.score(task)
+            if row is None or row["trained"] is None:
+                continue
+            title, score, error = f"{task}, {row['metric']}", row["trained"]["value"], row["trained"]["error"]
+            base = (row["base"]["value"], "the base") if row["base"] else None
         value = float(one.best.values[key])
         arms.setdefault(one.best.arm, []).append(
-            (value, one.loss, f"{one.setting}: {of_loss(one.loss)}", one.loss_error or 0.0, 0.0)
+            (value, score, f"{one.setting}: {significant(score)}", error or 0.0, 0.0)
         )
     log = min((point[0] for points in arms.values() for point in points), default=0) > 0
-    return plot(f"Loss by {key.rpartition('.')[2]}", key, "held-out loss, nats a token", list(arms.items()), log=log)
+    name = key.rpartition(".")[2]
+    return plot(
+        f"{'Loss' if task is None else task} by {name}", name, title, list(arms.items()), log=log, reference=base
+    )
 
 
 def _share(one: Compared, others: Sequence[Compared]) -> float:

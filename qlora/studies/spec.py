@@ -38,9 +38,10 @@ class StudySection(Section):
     """The folder that relative paths of data start at."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What is compared, by name: the values that make each differ, as `{method.r: 8}`, or `{method: {name: dora, r: 8}}`, which
-    takes the place of the whole section. One arm with the recipe as it is when left out."""
+    takes the place of the whole section; `rates` in an arm are its own. One arm with the recipe as it is when left out."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    """Fields of a recipe and the values that each arm takes for them, in every combination."""
+    """Fields of a recipe and the values that each arm takes for them, in every combination. What changes together has any name
+    and mappings for values, as `{rank: [{method.r: 8, method.alpha: 8}, {method.r: 16, method.alpha: 16}]}`."""
     rates: tuple[Annotated[float, Field(gt=0, le=10)], ...] = ()
     """Learning rates. Every arm is compared at the one with the least held-out loss. The recipe's own when left out."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = (0,)
@@ -147,12 +148,13 @@ def settings_of(study: StudySection) -> list[Setting]:
     """Every setting with all its cells. Raises RecipeError naming the arm, or the field, that makes no recipe."""
     values, source = _shared(study)
     arms = study.arms or {"the recipe": {}}
-    for key in {*study.grid, *(key for arm in arms.values() for key in arm)}:
+    combinations = list(_combinations(study.grid))
+    for key in {*(key for one in combinations for key in one), *(key for arm in arms.values() for key in arm)}:
         if key in OURS:
             raise RecipeError(f"'{key}' is set by an arm or the grid; leave it out: {OURS[key]}.")
     for key, other in OWN_KEY.items():
-        if key in study.grid:
-            raise RecipeError(f"'{key}' is in the grid; expected it as '{other}: {study.grid[key]}'.")
+        if any(key in one for one in combinations):
+            raise RecipeError(f"'{key}' is in the grid; expected its values as '{other}: […]'.")
     named = {task.name for task in Recipe.from_dict({**values, "folder": None}, source=source).evaluation.tasks}
     if unknown := [name for name in study.forgetting if name not in named]:
         raise RecipeError(
@@ -161,7 +163,7 @@ def settings_of(study: StudySection) -> list[Setting]:
     found: dict[str, Setting] = {}
     digests: dict[str, str] = {}
     for arm, changes in arms.items():
-        for combination in _combinations(study.grid):
+        for combination in combinations:
             cells = dict(_cells(study, values, source, arm, changes, combination))
             first = next(iter(cells.values()))
             if (same := digests.setdefault(first.name.rpartition("-")[2], first.setting)) != first.setting:
@@ -181,8 +183,13 @@ def _shared(study: StudySection) -> tuple[dict[str, Any], str]:
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """By key, what one setting takes of each of the grid's fields."""
     for chosen in itertools.product(*grid.values()):
-        yield dict(zip(grid, chosen, strict=True))
+        together: dict[str, Any] = {}
+        for key, value in zip(grid, chosen, strict=True):
+            several = isinstance(value, Mapping) and "name" not in value  # a section has a name
+            together |= value if several else {key: value}
+        yield together
 
 
 def _cells(
@@ -193,12 +200,16 @@ def _cells(
     changes: Mapping[str, Any],
     grid: Mapping[str, Any],
 ) -> Iterator[tuple[tuple[int, float], Cell]]:
-    values = shared
+    values, changes = shared, dict(changes)
+    own_rates = changes.pop("rates", None)
     for key, value in {**changes, **grid}.items():
         values = with_value(Recipe, values, key.split("."), value, f"'{key}' of arm '{arm}'")
     where = f"arm '{arm}' of {source}" + (f" with {_short(dict(grid))}" if grid else "")
     recipe = Recipe.from_dict({**values, "folder": None, "overwrite": False}, source=where)
-    rates = study.rates or (recipe.training.learning_rate,)
+    try:
+        rates = tuple(map(float, own_rates)) if own_rates else study.rates or (recipe.training.learning_rate,)
+    except (TypeError, ValueError):
+        raise RecipeError(f"rates of arm '{arm}' are {_short(own_rates)}; expected a list of learning rates.") from None
     if len(set(rates)) > 1 and not (recipe.data.held_out or recipe.data.held_out_fraction):
         raise RecipeError(f"{where} has several rates and holds nothing out to choose by; set data.held_out_fraction.")
     for seed, rate in itertools.product(dict.fromkeys(study.seeds), dict.fromkeys(rates)):

@@ -39,6 +39,21 @@ def test_arms_times_grid_make_settings_and_rates_times_seeds_their_cells(tmp_pat
     assert {"method.r", "training.learning_rate", "training.seed", "method.name"} <= set(differ)
 
 
+def test_what_changes_together_is_one_field_and_an_arm_may_have_its_own_rates(tmp_path: Path) -> None:
+    pairs = [{"method.r": r, "method.alpha": r} for r in (2, 4)]
+    settings = settings_of(
+        written(tmp_path, arms={"published": {"rates": [1e-4]}, "tuned": {}}, grid={"rank": pairs}, rates=[1e-3, 1e-2])
+    )
+    assert [one.name for one in settings] == [
+        f"{arm} · r {r} · alpha {r}" for arm in ("published", "tuned") for r in (2, 4)
+    ]
+    assert [one.rates for one in settings] == [(1e-4,), (1e-4,), (1e-3, 1e-2), (1e-3, 1e-2)]
+    assert {(cell.recipe.method.r, cell.recipe.method.alpha) for one in settings for cell in one.cells.values()} == {
+        (2, 2.0),
+        (4, 4.0),
+    }
+
+
 def test_a_cell_has_the_same_folder_wherever_the_data_are(tmp_path: Path) -> None:
     here, there = (settings_of(written(tmp_path, f"data_root={root}"))[0] for root in ("/data", "/elsewhere"))
     (one,), (other,) = here.cells.values(), there.cells.values()
@@ -61,7 +76,7 @@ def test_a_size_takes_the_place_of_values_and_overrides_that_of_a_size(tmp_path:
     [
         ({"grid": {"training.lr": [1e-3]}}, r"'training\.lr' is not a known key"),
         ({"grid": {"method.r": []}}, r"'grid' .*has no value for method\.r; expected a list"),
-        ({"grid": {"training.learning_rate": [1e-3]}}, r"in the grid; expected it as 'rates: \[0\.001\]'"),
+        ({"grid": {"training.learning_rate": [1e-3]}}, r"in the grid; expected its values as 'rates: \[…\]'"),
         ({"grid": {"folder": ["a"]}}, r"leave it out: the study gives every cell a folder"),
         ({"arms": {"a": {"method.r": 8}, "b": {"method.r": 8}}}, r"'b' and 'a' are the same recipe"),
         ({"arms": {"a": {"method.rank": 8}}}, r"arm 'a' of the study's recipe: 'method\.rank' is not a known key"),
