@@ -98,3 +98,19 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("recipe: r.yaml\narms:\n  a: {method.r: 2}\n  a: {method.r: 4}\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="stands twice"):
         StudySection.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_study_that_is_shipped_makes_cells_in_each_of_its_sizes(path: Path) -> None:
+    sizes = StudySection.from_yaml(path).sizes
+    for size in [(), *((f"size={name}",) for name in sizes)]:
+        found = StudySection.from_yaml(path, *size, "data_root=/data")
+        settings = settings_of(found)
+        assert len(settings) >= 5
+        for setting in settings:
+            for cell in setting.cells.values():
+                recipe = cell.in_folder(Path("studies"), found.data_root)
+                assert str(recipe.data.train).startswith("/data/")
+                assert all(str(task.data).startswith("/data/") for task in recipe.evaluation.tasks)
