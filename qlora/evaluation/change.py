@@ -138,9 +138,9 @@ class Change:
             ) from None
 
     def __str__(self) -> str:
-        """A line for each module, with the medians over its layers, in Markdown; then what was left out."""
+        """In Markdown a line for each module: the medians over its layers, of intruders the mean; then what was left out."""
         lines = [
-            f"| {'module':<24} | matrices | ‖ΔW‖ / ‖W₀‖ | effective rank | rank at 90 % | intruders | at random |",
+            f"| {'module':<24} | matrices | ‖ΔW‖ / ‖W₀‖ | effective rank | rank at 90 % | energy of intruders | of a random change's |",
             "|---|--:|--:|--:|--:|--:|--:|",
         ]
         for module, several in self.by_module().items():
@@ -156,7 +156,7 @@ class Change:
 def _share(several: list[Intruders | None]) -> str:
     """The mean energy of intruders, for people."""
     known = [one.energy for one in several if one is not None]
-    return f"{sum(known) / len(known):>9.2%}" if known else f"{'–':>9}"
+    return f"{sum(known) / len(known):>19.2%}" if known else f"{'–':>19}"
 
 
 def _parted(path: str) -> tuple[int | None, str]:
@@ -308,10 +308,14 @@ def _whole(model: AdaptedModel, method: Method) -> Iterator[tuple[str, tuple[Rea
                 "read; load the base with load_base."
             )
         stored = {id(values): names[alias] for alias, values in method.aliases.items() if alias in names}
+        owners = {  # by identity: while it trains, layers are wrapped and have other paths
+            id(values): (module, key)
+            for module in model.model.modules()
+            for key, values in module.named_parameters(recurse=False)
+        }
         for name, values in method.trained.items():
             if values.dim() in (2, 4) and id(values) in stored:
-                owner, _, key = name.rpartition(".")
-                module = model.model.get_submodule(owner)
+                module, key = owners[id(values)]
                 before = partial(_read, checkpoint, stored[id(values)], module, values)
                 yield name.removesuffix(".weight"), (before, _weight(model, module, key))
         return

@@ -19,6 +19,7 @@ from qlora.methods import METHODS, AdaptedModel, apply_method
 from qlora.methods.lora_experts import LoraExperts
 from qlora.methods.planted import unplanted
 from qlora.model.nf4 import features
+from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
 from tests.methods.test_lora import tiny_gpt2
 from tests.rounding import difference, rounding
@@ -155,6 +156,17 @@ def test_streamed_layers_say_the_same(checkpoint: Path) -> None:
         models.append(apply_method(base, config.DoRA(r=4, alpha=8, target_modules=TARGETS)))
         stir(models[-1])
     assert change_of(models[0]) == change_of(models[1])
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "modules"])
+def test_while_it_trains_layers_are_wrapped(checkpoint: Path, name: str) -> None:
+    section, quantization, _ = CASES[name]
+    model = apply_method(tiny_base(checkpoint, quantization), section)
+    stir(model)
+    expected = change_of(model, intruders=False)
+    wrap_layers(model.model, 1)
+    assert change_of(model, intruders=False) == expected
+    assert expected.matrices[0].intruders is None
 
 
 def test_one_matrix_is_in_memory_at_a_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def values(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPathF
     data = str(write_lines(place / "choice.jsonl", records()))
     section = {"data": data, "kind": "choice", "prompt": "{query}", "choices": "choices", "answer": "gold"}
     made = tiny_values(tiny_model, chat_data, place / "run")
-    made["training"]["steps"] = 3
+    made["training"]["steps"], made["memory"] = 3, {"rehearse": False}
     made["evaluation"] = {
         "prompts": 0,
         "tasks": [{"name": "own", **section}, {"name": "chat", "chat": True, **section}],

@@ -51,6 +51,10 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
         raise RecipeError(
             f"The task '{section.name}' asks for chat, and this run has no chat template; leave chat out."
         )
+    if section.chat and kind == "text":
+        raise RecipeError(
+            f"The task '{section.name}' asks for chat, but a text is no turn of a conversation; leave chat out."
+        )
     form = _form(section, preset)
     hub = (
         preset.hub
@@ -74,7 +78,12 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
         name = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         prompt = None if one.prompt is None else encode(one.prompt, "")[0]
         place = f"{record.place} of the task '{section.name}'"
-        items.append(Item(name, place, one, tuple(encode(*pair) for pair in one.pairs), prompt))
+        pairs = tuple(encode(*pair) for pair in one.pairs)
+        if not all(before and rest for before, rest in pairs):
+            raise DataError(
+                f"{capital(place)} has an answer that adds no token to its prompt, so that nothing can be scored."
+            )
+        items.append(Item(name, place, one, pairs, prompt))
     return Task(section.name, kind, settings, tuple(items), form, len(tokenizer))
 
 

@@ -72,8 +72,8 @@ class Item:
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest row."""
-        return max([len(self.prompt or ()), *(len(context) + len(rest) for context, rest in self.pairs)])
+        """Tokens of its longest row, with the first that is generated behind a prompt."""
+        return max([len(self.prompt or ()) + 1, *(len(context) + len(rest) for context, rest in self.pairs)])
 
 
 class Kind(Protocol):

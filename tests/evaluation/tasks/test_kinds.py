@@ -9,7 +9,9 @@ from typing import Any
 import numpy
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
+from tokenizers.normalizers import Replace
 
+from qlora.data.chat import ChatTemplate
 from qlora.errors import DataError, RecipeError
 from qlora.evaluation import answers
 from qlora.evaluation.tasks import difference, open_task, score
@@ -184,8 +186,21 @@ def test_a_jackknife_of_a_mean_is_its_standard_error() -> None:
         ({"name": "own", "preset": "arc", "data": "x.jsonl"}, "has the preset 'arc'; expected one of"),
         ({"name": "own", "kind": "text"}, "has no data"),
         ({"name": "hellaswag", "data": "x.jsonl", "chat": True}, "asks for chat, and this run has no chat template"),
+        ({"name": "own", "kind": "text", "data": "x.jsonl", "chat": "yes"}, "a text is no turn of a conversation"),
     ],
 )
 def test_a_task_that_cannot_be_opened(adapted: AdaptedModel, section: dict[str, Any], sentence: str) -> None:
+    template = ChatTemplate(adapted.tokenizer) if section.get("chat") == "yes" else None
     with pytest.raises(RecipeError, match=sentence):
-        open_task(TaskSection(**section), adapted.tokenizer)
+        open_task(TaskSection(**section), adapted.tokenizer, template)
+
+
+def test_an_answer_without_a_token_is_told(adapted: AdaptedModel, tmp_path: Path) -> None:
+    section = {"kind": "choice", "prompt": "{query}", "choices": "choices", "answer": "gold", "delimiter": ""}
+    records = [{"query": "what does", "choices": ["it do", "\u200b"], "gold": 0}]
+    adapted.tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
+    try:
+        with pytest.raises(DataError, match=r"^Line 1 of .* has an answer that adds no token to its prompt"):
+            scored(adapted, tmp_path, records, **section)
+    finally:
+        adapted.tokenizer.backend_tokenizer.normalizer = None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora.data.chat import ChatTemplate
+from qlora.data.sources import Record
 from qlora.errors import DataError
 from qlora.evaluation.tasks import open_task
 from qlora.evaluation.tasks.presets import PRESETS
@@ -95,6 +96,29 @@ def test_every_public_set_is_tested() -> None:
     assert {one[0] for one in SETS} == PRESETS.keys() - {"e2e_nlg"}  # whose libraries are an extra
     e2e = PRESETS["e2e_nlg"].tidy({"meaning_representation": "name[A]", "references": ["A.", "It is A."]})
     assert e2e == {"mr": "name[A]", "refs": ["A.", "It is A."]}
+
+
+@pytest.mark.parametrize(
+    ("section", "asked"),
+    [
+        ({"name": "winogrande"}, ("allenai/winogrande", "winogrande_xl", "validation")),
+        ({"name": "w", "preset": "winogrande", "split": "train"}, ("allenai/winogrande", "winogrande_xl", "train")),
+        ({"name": "winogrande", "data": "me/winogrande"}, ("me/winogrande", None, "test")),
+    ],
+)
+def test_without_data_it_comes_from_the_hub(
+    adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], asked: tuple[str, str, str]
+) -> None:
+    given = list[Any]()
+    hubs = next(one[1] for one in SETS if one[0] == "winogrande")
+
+    def read(*names: Any) -> list[Record]:
+        given.extend(names)
+        return [Record(hubs, names[0], "row", 1)]
+
+    monkeypatch.setattr("qlora.evaluation.tasks.opening.read_records", read)
+    open_task(TaskSection(**section, limit=3), adapted.tokenizer)
+    assert tuple(given) == (*asked, 3)
 
 
 def test_other_columns_are_told(adapted: AdaptedModel, tmp_path: Path) -> None:
