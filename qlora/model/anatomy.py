@@ -49,8 +49,8 @@ BY_PLACE = (
 """Families that count positions from the beginning of a row, whatever they are told."""
 ALIBI = ("bloom", "mpt")
 """Families whose attention is biased by places in a row, always; Falcon's is where its configuration says so."""
-ACROSS = ("deepseek_v4", "inkling2_text")
-"""Families that mix neighbouring tokens of a row by code of their own: DeepSeek V4 compresses blocks of keys, Inkling 2 convolves."""
+ACROSS = ("deepseek_v4", "glm5_next_text", "inkling2_text")
+"""Families that mix neighbouring tokens of a row by code of their own: DeepSeek V4 and GLM 5 Next look at blocks of keys, Inkling 2 convolves."""
 OWN_USE = ("prediction_coefs", "correction_coefs", "o_a_proj")
 """Linears whose weight a family's code uses by itself, by the last part of their path: Gemma 3n clamps it, DeepSeek V4 takes it in groups."""
 TO_ENCODER = ("encoder_attn", "crossattention")
