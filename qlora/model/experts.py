@@ -118,13 +118,8 @@ class PackedExperts(FourBit):
 
 
 def matrices(module: nn.Module) -> tuple[str, str] | None:
-    """What a family's experts module calls its two matrices, as (``gate_up_proj``, ``down_proj``); None for any other module.
-
-    An expert that normalises its answer itself (``has_post_expert_norm``) is none that we know.
-    """
+    """What a family's experts module calls its two matrices, as (``gate_up_proj``, ``down_proj``); None for any other module."""
     if not hasattr(module, "_apply_gate") or not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
-        return None
-    if getattr(module, "has_post_expert_norm", False):
         return None
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     return names if all(hasattr(module, name) for name in names) else None
@@ -346,7 +341,8 @@ ALL_EXPERTS_FUNCTIONS.register(PACKED, answer)
 def _answer_of(experts: Any, up: _Side, down: _Side, expert: int, x: Tensor) -> Tensor:
     """What one expert answers for x [n, H], before it is weighed."""
     hidden = _gate(experts, up.product(expert, x, up.weight(expert, x.dtype)))
-    return down.product(expert, hidden, down.weight(expert, x.dtype))
+    found = down.product(expert, hidden, down.weight(expert, x.dtype))
+    return found if (norm := _norm(experts)) is None else norm(found)
 
 
 def _gradients_of(
@@ -365,12 +361,23 @@ def _gradients_of(
         between = up.product(expert, x, weight).detach().requires_grad_()
         gated = _gate(experts, between)
     hidden = gated.detach()
-    inner = down.back(expert, grad, down.weight(expert, x.dtype))  # of an answer that counts whole
-    grad_score = (inner * hidden).sum(-1, keepdim=True, dtype=_wide(x.dtype))
-    if down.bias is not None:
-        grad_score = grad_score + (grad @ down.bias[expert].to(grad.dtype)).unsqueeze(-1)
-    down.learn(expert, hidden, (grad * score).to(x.dtype), *grads[2:])
-    (through,) = torch.autograd.grad(gated, between, (inner * score).to(x.dtype))
+    if (norm := _norm(experts)) is None:
+        weighed = (grad * score).to(x.dtype)
+        inner = down.back(expert, grad, down.weight(expert, x.dtype))  # of an answer that counts whole
+        grad_score = (inner * hidden).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+        if down.bias is not None:
+            grad_score = grad_score + (grad @ down.bias[expert].to(grad.dtype)).unsqueeze(-1)
+        inner = (inner * score).to(x.dtype)
+    else:  # what the score weighs is no longer a product, and is computed again
+        weight_down = down.weight(expert, x.dtype)
+        with torch.enable_grad():
+            bare = down.product(expert, hidden, weight_down).detach().requires_grad_()
+            normed = norm(bare)
+        grad_score = (normed.detach() * grad).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+        (weighed,) = torch.autograd.grad(normed, bare, (grad * score).to(x.dtype))
+        inner = down.back(expert, weighed, weight_down)
+    down.learn(expert, hidden, weighed, *grads[2:])
+    (through,) = torch.autograd.grad(gated, between, inner)
     del gated, hidden, inner
     up.learn(expert, x, through, *grads[:2])
     return up.back(expert, through, weight), grad_score
@@ -389,6 +396,11 @@ def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:
 def _gate(experts: Any, hidden: Tensor) -> Tensor:
     found: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     return found
+
+
+def _norm(experts: Any) -> Any:
+    """What every expert's answer goes through before it is weighed (Muse Spark); None for most families."""
+    return experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
 
 
 def _packed(experts: Any, number: int) -> PackedExperts:
