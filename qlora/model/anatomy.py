@@ -166,9 +166,15 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
     multiplier = 1.0
     for field in ("logit_scale", "output_multiplier"):  # Cohere and Muse Glimmer multiply
         multiplier *= named(field) or 1.0
-    if scale := named("logits_scaling"):  # Granite divides
-        multiplier /= scale
+    for field in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite and Inkling divide
+        multiplier /= named(field) or 1.0
     return multiplier, named("final_logit_softcapping")  # Gemma 2
+
+
+def logit_rows(model: nn.Module | PretrainedConfig) -> int | None:
+    """How many rows of the head a family gives logits of, where it cuts off those that only fill it up (Inkling)."""
+    found: int | None = getattr(text_config(model), "unpadded_vocab_size", None)
+    return found
 
 
 def _fields_of_forward(model: Any) -> set[str]:
