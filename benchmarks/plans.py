@@ -92,7 +92,6 @@ TEN = [
     "gpt-oss-20b", "Qwen3-30B-A3B", "Gemma-4-26B-A4B", "Qwen3.5-9B", "Gemma-3-12B", "Mistral-Small-3-24B", "LFM2-8B-A1B",
     "Llama-3.1-8B", "GLM-4.5-Air", "Granite-4.0-H-Small",
 ]  # fmt: skip
-UNPACKED = ("gpt-oss-20b",)  # its masks ignore positions, and train refuses to pack it
 
 
 def main() -> None:
@@ -122,7 +121,7 @@ def main() -> None:
                     {
                         "model": {"name": str(Path(scratch) / model)},
                         "method": {"name": "lora", "r": 16, "alpha": 32},
-                        "data": {"train": "data.jsonl", "max_length": options.length, "packing": model not in UNPACKED},
+                        "data": {"train": "data.jsonl", "max_length": options.length, "packing": True},
                         "training": {"batch_size": options.rows, "optimizer": "paged_adamw_8bit"},
                         "memory": {"budget": "auto"},
                         "device": {"memory": name, "host_memory": options.host_memory},

@@ -31,6 +31,8 @@ MLP_OUTPUT = ("output.dense", *MLP, "fc2")
 """What gives the MLP's output. OPT has the MLP's two linears in the layer itself."""
 LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
 """The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
+BEHIND = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""A norm between the MLP, or the experts, and the sum that a layer ends with (Gemma, GLM-4)."""
 EXPERTS = "experts"
 """A mixture's experts, in the layer's MLP or in the layer itself."""
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -267,6 +269,11 @@ def attention(layer: nn.Module) -> str | None:
 def mlp(layer: nn.Module) -> str | None:
     """The path of the whole MLP inside ``layer``; None where no known name fits."""
     return first(layer, MLP)
+
+
+def norms_behind(layer: nn.Module) -> bool:
+    """Whether what the layer's MLP answers is normalised before it is added."""
+    return first(layer, BEHIND) is not None
 
 
 def mlp_output(layer: nn.Module) -> str | None:

@@ -278,7 +278,7 @@ class _Answer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, index: Tensor, experts: Any, *factors: Tensor | None) -> Tensor:
         ctx.linear, ctx.some = experts, index.shape[1]
-        order, counts = _sorted(index, _packed(experts, 0).count)
+        order, counts = _sorted(index, packed_of(experts, 0).count)
         ctx.counts = counts
         ctx.save_for_backward(x, scores, order, *factors)
         if experts.unread:
@@ -325,7 +325,7 @@ class _Answer(torch.autograd.Function):
 
 def answer(experts: Any, x: Tensor, index: Tensor, scores: Tensor) -> Tensor:
     """What packed ``experts`` answer for x [T, H]: token t asks ``index`` [T, k] and weighs them by ``scores`` [T, k]."""
-    dtype = _packed(experts, 0).compute_dtype
+    dtype = packed_of(experts, 0).compute_dtype
     factors: list[Tensor | None] = []
     for name in matrices(experts) or ():
         adapted = getattr(experts, name)
@@ -389,7 +389,7 @@ def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:
         adapted = getattr(experts, name)
         bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
         scaling = adapted.scaling if isinstance(adapted, Adapted) else 0.0
-        made.append(_Side(_packed(experts, number), bias, factors[2 * number], factors[2 * number + 1], scaling))
+        made.append(_Side(packed_of(experts, number), bias, factors[2 * number], factors[2 * number + 1], scaling))
     return made
 
 
@@ -403,7 +403,7 @@ def _norm(experts: Any) -> Any:
     return experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
 
 
-def _packed(experts: Any, number: int) -> PackedExperts:
+def packed_of(experts: Any, number: int) -> PackedExperts:
     """The first or the second of its matrices."""
     names = matrices(experts)
     assert names is not None
