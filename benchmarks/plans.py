@@ -36,7 +36,7 @@ from qlora.machine.device import DTYPES, bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
-from qlora.planning.ladder import Arranger, changed
+from qlora.planning.ladder import Arrangement, Arranger, changed
 from qlora.planning.plan import card_elsewhere, ladder_lines
 from qlora.planning.shapes import dense_of
 from qlora.recipe import Recipe
@@ -92,7 +92,14 @@ TEN = [
     "gpt-oss-20b", "Qwen3-30B-A3B", "Gemma-4-26B-A4B", "Qwen3.5-9B", "Gemma-3-12B", "Mistral-Small-3-24B", "LFM2-8B-A1B",
     "Llama-3.1-8B", "GLM-4.5-Air", "Granite-4.0-H-Small",
 ]  # fmt: skip
-UNPACKED = ("gpt-oss-20b",)  # its masks ignore positions, and train refuses to pack it
+
+
+def arrangement(one: Arrangement) -> str:
+    """What was chosen, with the two things that a recipe leaves to the plan."""
+    training = one.recipe.training
+    decided = {"training.recompute": training.recompute, "training.accumulation": training.accumulation}
+    words = (f"{key.partition('.')[2]}={value}" for key, value in {**decided, **one.changes}.items())
+    return " ".join(words).replace("_batch_major", "").replace("_major", "")
 
 
 def main() -> None:
@@ -122,7 +129,7 @@ def main() -> None:
                     {
                         "model": {"name": str(Path(scratch) / model)},
                         "method": {"name": "lora", "r": 16, "alpha": 32},
-                        "data": {"train": "data.jsonl", "max_length": options.length, "packing": model not in UNPACKED},
+                        "data": {"train": "data.jsonl", "max_length": options.length, "packing": True},
                         "training": {"batch_size": options.rows, "optimizer": "paged_adamw_8bit"},
                         "memory": {"budget": "auto"},
                         "device": {"memory": name, "host_memory": options.host_memory},
@@ -152,7 +159,7 @@ def main() -> None:
                     alone = Arranger(planted[dtype], one_text, target)
                     last = f"{alone.longest_context(alone.look(ladder[-1].changes)) or 0:,}"
                 print(
-                    f"| {model} | {name} | {str(chosen).replace('memory.', '').replace('training.', '')} "
+                    f"| {model} | {name} | {arrangement(chosen)} "
                     f"| {bytes_text(chosen.needed.total)} | {bytes_text(chosen.needed.host_total)} "
                     f"| {tokens / seconds.expected:,.0f} ({tokens / seconds.high:,.0f} to {tokens / seconds.low:,.0f}) "
                     f"| {last} |",

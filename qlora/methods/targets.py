@@ -53,25 +53,19 @@ def choose_targets(
 ) -> dict[str, nn.Module]:
     """The modules that ``wanted`` names, in the model's order. ``fits`` says what the method can adapt, in words ``what``.
 
-    Raises MethodError when a name matches nothing that fits, listing the names that do, when it matches experts that are
+    Raises MethodError when a name matches nothing that fits, listing the names that do, when it is of experts that are
     fused into one parameter, and when another method has planted something there already.
     """
-    fused = fused_experts(model)
     if wanted == "all-linear":
         without = _peft_refuses(model)
         chosen = {path: module for path, module in find_linears(model).items() if path not in without}
-        if fused:
-            raise MethodError(
-                f"method.target_modules is 'all-linear', but the experts of {type(model).__name__} are no linears: they are "
-                f"fused into parameters of three dimensions ({listed(fused, 2)}), which cannot be adapted; name the "
-                f"linears to adapt without them, as {listed(sorted({leaf(path) for path in chosen}), 12)}."
-            )
         if not chosen:
             raise MethodError(
                 f"{type(model).__name__} has no linear below its layers to adapt; name modules in method.target_modules."
             )
     else:
         every = {path: module for path, module in modules_unplanted(model) if fits(unplanted(module))}
+        fused = fused_experts(model)
         for name in wanted:
             if found := [path for path in fused if matches(name, path) or matches(name, path.rpartition(".")[0])]:
                 raise MethodError(
@@ -89,15 +83,22 @@ def choose_targets(
     return chosen
 
 
-def left_out(model: nn.Module, wanted: Targets) -> str | None:
-    """A sentence where ``all-linear`` leaves out what PEFT could not load."""
-    without = _peft_refuses(model) if wanted == "all-linear" else []
-    return (
-        f"method.target_modules is all-linear without {listed(sorted({leaf(path) for path in without}))}: PEFT loads no "
-        f"adapter there in {kind(model)} models. Name it to adapt it all the same."
-        if without
-        else None
-    )
+def left_out(model: nn.Module, wanted: Targets) -> list[str]:
+    """A sentence for each kind of what ``all-linear`` leaves out: what PEFT could not load, and experts that are no linears."""
+    if wanted != "all-linear":
+        return []
+    said = []
+    if without := _peft_refuses(model):
+        said.append(
+            f"method.target_modules is all-linear without {listed(sorted({leaf(path) for path in without}))}: PEFT loads no "
+            f"adapter there in {kind(model)} models. Name it to adapt it all the same."
+        )
+    if fused := fused_experts(model):
+        said.append(
+            f"method.target_modules is all-linear without {len(fused)} parameters of three dimensions, each of several experts "
+            f"({listed(fused, 2)}), which are no linears: they stay as they are."
+        )
+    return said
 
 
 def _peft_refuses(model: nn.Module) -> list[str]:

@@ -31,6 +31,8 @@ MLP_OUTPUT = ("output.dense", *MLP, "fc2")
 """What gives the MLP's output. OPT has the MLP's two linears in the layer itself."""
 LAST_LINEAR = ("dense", "dense_4h_to_h", "down_proj")
 """The last linear of a sublayer that is handed the residual and adds it, as in Bloom and MPT."""
+BEHIND = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""A norm between the MLP, or the experts, and the sum that a layer ends with (Gemma, GLM-4)."""
 EXPERTS = "experts"
 """A mixture's experts, in the layer's MLP or in the layer itself."""
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -49,8 +51,8 @@ BY_PLACE = (
 """Families that count positions from the beginning of a row, whatever they are told."""
 ALIBI = ("bloom", "mpt")
 """Families whose attention is biased by places in a row, always; Falcon's is where its configuration says so."""
-ACROSS = ("deepseek_v4", "inkling2_text")
-"""Families that mix neighbouring tokens of a row by code of their own: DeepSeek V4 compresses blocks of keys, Inkling 2 convolves."""
+ACROSS = ("deepseek_v4", "glm5_next_text", "inkling2_text")
+"""Families that mix neighbouring tokens of a row by code of their own: DeepSeek V4 and GLM 5 Next look at blocks of keys, Inkling 2 convolves."""
 OWN_USE = ("prediction_coefs", "correction_coefs", "o_a_proj")
 """Linears whose weight a family's code uses by itself, by the last part of their path: Gemma 3n clamps it, DeepSeek V4 takes it in groups."""
 TO_ENCODER = ("encoder_attn", "crossattention")
@@ -166,9 +168,15 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
     multiplier = 1.0
     for field in ("logit_scale", "output_multiplier"):  # Cohere and Muse Glimmer multiply
         multiplier *= named(field) or 1.0
-    if scale := named("logits_scaling"):  # Granite divides
-        multiplier /= scale
+    for field in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite and Inkling divide
+        multiplier /= named(field) or 1.0
     return multiplier, named("final_logit_softcapping")  # Gemma 2
+
+
+def logit_rows(model: nn.Module | PretrainedConfig) -> int | None:
+    """How many rows of the head a family gives logits of, where it cuts off those that only fill it up (Inkling)."""
+    found: int | None = getattr(text_config(model), "unpadded_vocab_size", None)
+    return found
 
 
 def _fields_of_forward(model: Any) -> set[str]:
@@ -261,6 +269,11 @@ def attention(layer: nn.Module) -> str | None:
 def mlp(layer: nn.Module) -> str | None:
     """The path of the whole MLP inside ``layer``; None where no known name fits."""
     return first(layer, MLP)
+
+
+def norms_behind(layer: nn.Module) -> bool:
+    """Whether what the layer's MLP answers is normalised before it is added."""
+    return first(layer, BEHIND) is not None
 
 
 def mlp_output(layer: nn.Module) -> str | None:

@@ -118,13 +118,8 @@ class PackedExperts(FourBit):
 
 
 def matrices(module: nn.Module) -> tuple[str, str] | None:
-    """What a family's experts module calls its two matrices, as (``gate_up_proj``, ``down_proj``); None for any other module.
-
-    An expert that normalises its answer itself (``has_post_expert_norm``) is none that we know.
-    """
+    """What a family's experts module calls its two matrices, as (``gate_up_proj``, ``down_proj``); None for any other module."""
     if not hasattr(module, "_apply_gate") or not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
-        return None
-    if getattr(module, "has_post_expert_norm", False):
         return None
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     return names if all(hasattr(module, name) for name in names) else None
@@ -283,7 +278,7 @@ class _Answer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, index: Tensor, experts: Any, *factors: Tensor | None) -> Tensor:
         ctx.linear, ctx.some = experts, index.shape[1]
-        order, counts = _sorted(index, _packed(experts, 0).count)
+        order, counts = _sorted(index, packed_of(experts, 0).count)
         ctx.counts = counts
         ctx.save_for_backward(x, scores, order, *factors)
         if experts.unread:
@@ -330,7 +325,7 @@ class _Answer(torch.autograd.Function):
 
 def answer(experts: Any, x: Tensor, index: Tensor, scores: Tensor) -> Tensor:
     """What packed ``experts`` answer for x [T, H]: token t asks ``index`` [T, k] and weighs them by ``scores`` [T, k]."""
-    dtype = _packed(experts, 0).compute_dtype
+    dtype = packed_of(experts, 0).compute_dtype
     factors: list[Tensor | None] = []
     for name in matrices(experts) or ():
         adapted = getattr(experts, name)
@@ -346,7 +341,8 @@ ALL_EXPERTS_FUNCTIONS.register(PACKED, answer)
 def _answer_of(experts: Any, up: _Side, down: _Side, expert: int, x: Tensor) -> Tensor:
     """What one expert answers for x [n, H], before it is weighed."""
     hidden = _gate(experts, up.product(expert, x, up.weight(expert, x.dtype)))
-    return down.product(expert, hidden, down.weight(expert, x.dtype))
+    found = down.product(expert, hidden, down.weight(expert, x.dtype))
+    return found if (norm := _norm(experts)) is None else norm(found)
 
 
 def _gradients_of(
@@ -365,12 +361,23 @@ def _gradients_of(
         between = up.product(expert, x, weight).detach().requires_grad_()
         gated = _gate(experts, between)
     hidden = gated.detach()
-    inner = down.back(expert, grad, down.weight(expert, x.dtype))  # of an answer that counts whole
-    grad_score = (inner * hidden).sum(-1, keepdim=True, dtype=_wide(x.dtype))
-    if down.bias is not None:
-        grad_score = grad_score + (grad @ down.bias[expert].to(grad.dtype)).unsqueeze(-1)
-    down.learn(expert, hidden, (grad * score).to(x.dtype), *grads[2:])
-    (through,) = torch.autograd.grad(gated, between, (inner * score).to(x.dtype))
+    if (norm := _norm(experts)) is None:
+        weighed = (grad * score).to(x.dtype)
+        inner = down.back(expert, grad, down.weight(expert, x.dtype))  # of an answer that counts whole
+        grad_score = (inner * hidden).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+        if down.bias is not None:
+            grad_score = grad_score + (grad @ down.bias[expert].to(grad.dtype)).unsqueeze(-1)
+        inner = (inner * score).to(x.dtype)
+    else:  # what the score weighs is no longer a product, and is computed again
+        weight_down = down.weight(expert, x.dtype)
+        with torch.enable_grad():
+            bare = down.product(expert, hidden, weight_down).detach().requires_grad_()
+            normed = norm(bare)
+        grad_score = (normed.detach() * grad).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+        (weighed,) = torch.autograd.grad(normed, bare, (grad * score).to(x.dtype))
+        inner = down.back(expert, weighed, weight_down)
+    down.learn(expert, hidden, weighed, *grads[2:])
+    (through,) = torch.autograd.grad(gated, between, inner)
     del gated, hidden, inner
     up.learn(expert, x, through, *grads[:2])
     return up.back(expert, through, weight), grad_score
@@ -382,7 +389,7 @@ def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:
         adapted = getattr(experts, name)
         bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
         scaling = adapted.scaling if isinstance(adapted, Adapted) else 0.0
-        made.append(_Side(_packed(experts, number), bias, factors[2 * number], factors[2 * number + 1], scaling))
+        made.append(_Side(packed_of(experts, number), bias, factors[2 * number], factors[2 * number + 1], scaling))
     return made
 
 
@@ -391,7 +398,12 @@ def _gate(experts: Any, hidden: Tensor) -> Tensor:
     return found
 
 
-def _packed(experts: Any, number: int) -> PackedExperts:
+def _norm(experts: Any) -> Any:
+    """What every expert's answer goes through before it is weighed (Muse Spark); None for most families."""
+    return experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+
+
+def packed_of(experts: Any, number: int) -> PackedExperts:
     """The first or the second of its matrices."""
     names = matrices(experts)
     assert names is not None

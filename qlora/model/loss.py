@@ -66,11 +66,13 @@ class Head:
     module: nn.Module
     multiplier: float = 1.0
     softcap: float | None = None
+    rows: int | None = None
+    """How many of the module's rows are a token's, where others behind them only fill it up; None for all."""
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in fp32, of a model in float64 in that. Only the product has the head's dtype: a model that caps in bf16
         rounds twice more."""
-        return self.scaled(self.module(hidden_ND))
+        return self.scaled(self.module(hidden_ND))[..., : self.rows]
 
     def scaled(self, product_NV: Tensor) -> Tensor:
         """The logits in fp32 of what ``module`` gave."""
@@ -81,16 +83,18 @@ class Head:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
 
-    def scale_(self, product_NV: Tensor, sloped: bool) -> Tensor | float | None:
-        """``scaled`` in place, for an fp32 product that nobody else reads. Returns d logits / d product, where it is wanted
-        (``sloped``) and is not 1: a number, or [N, V] under a cap."""
+    def scale_(self, product_NV: Tensor, sloped: bool, first: int = 0) -> Tensor | float | None:
+        """``scaled`` in place, for an fp32 product, of the rows from ``first`` on, that nobody else reads; what is no token's
+        becomes -inf. Returns d logits / d product, where it is wanted (``sloped``) and is not 1: a number, or [N, V] under a cap."""
+        slope: Tensor | float | None = self.multiplier if sloped and self.multiplier != 1.0 else None
         if self.multiplier != 1.0:
             product_NV.mul_(self.multiplier)
-        if self.softcap is None:
-            return self.multiplier if sloped and self.multiplier != 1.0 else None
-        product_NV.div_(self.softcap).tanh_()
-        slope = product_NV.square().neg_().add_(1).mul_(self.multiplier) if sloped else None
-        product_NV.mul_(self.softcap)
+        if self.softcap is not None:
+            product_NV.div_(self.softcap).tanh_()
+            slope = product_NV.square().neg_().add_(1).mul_(self.multiplier) if sloped else None
+            product_NV.mul_(self.softcap)
+        if self.rows is not None:
+            product_NV[:, max(0, self.rows - first) :] = -torch.inf
         return slope
 
     def trained(self) -> list[nn.Parameter]:
@@ -102,7 +106,7 @@ def head_of(model: nn.Module) -> Head:
     """The output head of a causal language model, with the scaling that its family puts on logits."""
     module = anatomy.head(model)
     assert module is not None
-    return Head(module, *anatomy.logit_scale(model))
+    return Head(module, *anatomy.logit_scale(model), anatomy.logit_rows(model))
 
 
 def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -272,7 +276,7 @@ def _over_slices(
     ) -> tuple[Tensor, Tensor | float | None]:
         bias = linear.bias_of(start, stop, dtype)
         logits_NV = F.linear(hidden_ND[places[at]], weight, bias).float()
-        return logits_NV, head.scale_(logits_NV, sloped)
+        return logits_NV, head.scale_(logits_NV, sloped, start)
 
     def targets_in(at: slice, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(the targets' places in the slice, whether they are there at all)."""
@@ -280,7 +284,7 @@ def _over_slices(
         return (targets[at] - start).clamp(0, stop - start - 1), inside
 
     for start, stop, weight in linear.slices(dtype) if count else ():
-        for at in chunks:
+        for at in chunks if head.rows is None or start < head.rows else ():
             logits_NV, _ = logits_of(at, start, stop, weight, sloped=False)
             place, inside = targets_in(at, start, stop)
             picked[at] = torch.where(inside, logits_NV.gather(1, place), picked[at])
@@ -291,7 +295,7 @@ def _over_slices(
         return total, None
     grads = torch.zeros(count, hidden_ND.shape[1], device=hidden_ND.device)  # fp32: a sum over the slices
     for start, stop, weight in linear.slices(dtype) if count else ():
-        for at in chunks:
+        for at in chunks if head.rows is None or start < head.rows else ():
             logits_NV, slope = logits_of(at, start, stop, weight, sloped=True)
             place, inside = targets_in(at, start, stop)
             grad_NV = logits_NV.sub_(log_sums[at].float()).exp_()

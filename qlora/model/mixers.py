@@ -52,7 +52,7 @@ class _Apart(nn.Module):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden_RTD: Tensor = args[0] if args else kwargs["hidden_states"]
         shape = hidden_RTD.shape[:2]
-        found = []
+        found: list[list[Tensor | None]] = []
         for tokens, places, size in mask.groups(hidden_RTD.device):
 
             def rows(value: Any, tokens: Tensor = tokens, places: Tensor = places, size: Any = size) -> Any:
@@ -64,9 +64,17 @@ class _Apart(nn.Module):
                 return padded.index_copy(0, places, value.flatten(0, 1)[tokens]).view(*size, *inner)
 
             answer = super().forward(*map(rows, args), **{key: rows(value) for key, value in kwargs.items()})  # type: ignore[misc]
-            found.append((answer[0] if isinstance(answer, tuple) else answer).flatten(0, 1)[places])
-        states_RTD = torch.cat(found)[mask.back(hidden_RTD.device)].view(*shape, -1)
-        return (states_RTD, *(None,) * (len(answer) - 1)) if isinstance(answer, tuple) else states_RTD
+            parts = answer if isinstance(answer, tuple) else (answer,)  # Zaya's gives queries, keys and values
+            has_tokens = [isinstance(one, Tensor) and one.shape[:2] == torch.Size(size) for one in parts]
+            found.append(
+                [one.flatten(0, 1)[places] if has else None for one, has in zip(parts, has_tokens, strict=True)]
+            )
+        back = mask.back(hidden_RTD.device)
+        whole = tuple(
+            None if parts[0] is None else torch.cat(parts)[back].view(*shape, *parts[0].shape[1:])  # type: ignore[arg-type]
+            for parts in zip(*found, strict=True)
+        )
+        return whole if isinstance(answer, tuple) else whole[0]
 
 
 @cache

@@ -237,7 +237,12 @@ class Ledger(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            result = _all_of(args[0])
+        elif func.overloadpacket in BY_MASK:
+            result = func(args[0], _without_masks(args[1]), *args[2:], **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for values in tree_leaves(result):
             if isinstance(values, Tensor):
                 self._track(values.untyped_storage())
@@ -260,6 +265,24 @@ class Ledger(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         if key in self.storages:
             self.live -= self.storages.pop(key)[1]
+
+
+BY_MASK = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
+"""Operators whose second argument are indices, masks among them."""
+
+
+def _all_of(mask: Tensor) -> Tensor:
+    """Where ``mask`` is true: nobody knows how often that is, and everywhere is what takes most."""
+    return torch.empty(mask.numel(), mask.dim(), dtype=torch.long)
+
+
+def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Numbers in the place of masks, as many as these could choose."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+        found += _all_of(index).unbind(1) if is_mask else [index]  # type: ignore[arg-type]
+    return found
 
 
 def _in_backward() -> bool:

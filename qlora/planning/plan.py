@@ -214,7 +214,7 @@ def _plan(
     if origin is not None:
         origin.check(adapted)
     for wanted in {getattr(part, "target_modules", ()) for part in parts_of(resolved.method)}:
-        why += filter(None, [left_out(adapted.model, wanted)])
+        why += left_out(adapted.model, wanted)
     if left := [path for method in adapted.methods for path in method.left_out]:
         why.append(f"Left out of all-linear, since they are narrower than method.r: {listed(left, 3)}.")
     account = account_of(adapted, parameters, resolved.training.optimizer)

@@ -6,7 +6,7 @@ Knows modules and their sizes; must not know a recipe, a rate or what fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from qlora.errors import ModelError
 from qlora.machine.device import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.experts import PackedExperts
+from qlora.model.experts import PackedExperts, is_packed, packed_of
 from qlora.model.nf4 import Packed, features, is_linear
 from qlora.residence.image import ALIGNMENT, Image, Piece
 
@@ -30,6 +30,10 @@ class Shapes:
     """Quantised numbers in linears."""
     experts: int
     """Quantised numbers in experts, visited or not."""
+    experts_up: int
+    """Of these, in the first of an expert's two products, which its backward computes again."""
+    experts_again: int
+    """Of these, what a recompute computes again: elsewhere it is the last product of its layer, and left out."""
     visited: float
     """The share of a layer's experts that a token visits; 1 where there are none."""
     trained: int
@@ -106,6 +110,13 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         blocks=sum(counts) - unvisited,
         packed=sum(count for count, one in zip(counts, linears, strict=True) if isinstance(one, Packed)) - in_experts,
         experts=in_experts,
+        experts_up=sum(one.count * math.prod(one.sides) for layer in layers for one in _first_products(layer)),
+        experts_again=sum(
+            count
+            for layer in layers
+            if anatomy.norms_behind(layer)
+            for count in (math.prod(features(one)) for one in layer.modules() if isinstance(one, PackedExperts))
+        ),
         visited=1 - unvisited / in_experts if in_experts else 1.0,
         trained=sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad and p.dim() > 1),
         head=math.prod(features(head)) if head is not None and is_linear(head) else sizes.vocabulary * sizes.hidden,
@@ -116,6 +127,13 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         attention=sizes.attention,
         layer_bytes=tuple(image_bytes(layer) * len(layers) // depth for layer in layers) * (depth // len(layers)),
     )
+
+
+def _first_products(layer: nn.Module) -> Iterator[PackedExperts]:
+    """The packed matrices that a layer's experts begin with."""
+    for module in layer.modules():
+        if is_packed(module):
+            yield packed_of(module, 0)
 
 
 def _without_graph(model: nn.Module, layers: list[nn.Module]) -> int:

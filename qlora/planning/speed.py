@@ -17,8 +17,8 @@ all are as likely: of Qwen3's 128, with k = 8, 64 % at T = 16 and 98 % at T = 64
 one: a step of a thousand tokens visits them all. Those that are visited are dequantised once for each micro-batch and way, in
 either order of accumulation, since never more than one is dense at a time.
 
-A recompute leaves out each layer's last product where it can (residence/layers.py), some 9 % of all; that is not counted,
-nor is the optimizer.
+A recompute leaves out each layer's last product where it can (residence/layers.py). Experts are one whole, and not counted
+then; of other layers it is some 9 % of all, and is. Experts' backward makes their first product again. Not counted is the optimizer.
 
 Knows counts of FLOPs and bytes; must not know what fits, a recipe's whole, or which arrangement is best.
 """
@@ -82,7 +82,9 @@ def work_of(
     attention = (4 if masked else 2) * shapes.layers * shapes.attention * length
     forward = 2 * shapes.blocks + 2 * shapes.trained + attention
     backward = deep * (2 * shapes.blocks + 2 * attention) + 4 * shapes.trained
-    backward += recomputed * (2 * shapes.blocks + attention + 2 * shapes.trained)
+    backward += deep * 2 * shapes.visited * shapes.experts_up
+    left_out = shapes.visited * (shapes.experts - shapes.experts_again)
+    backward += recomputed * (2 * (shapes.blocks - left_out) + attention + 2 * shapes.trained)
     # a head in slices has the logits made twice: for their sum, and for the gradient (model/loss.py)
     sweeps = 1 + (memory.head == "host" and not shapes.head_trains)
     loss = (2 * sweeps + 2 * (shapes.with_graph > 0) + 2 * shapes.head_trains) * shapes.head
@@ -91,18 +93,18 @@ def work_of(
     # a visit keeps the dense weights for all its micro-batches; with one alone they are made for each product
     again = (deep if layer_major and micro_batches > 1 else deep + recomputed) * dense
     share = 1 - (1 - shapes.visited) ** (min(training.micro_batch_size, training.batch_size) * length)
-    experts = micro_batches * share * dtype_bytes * shapes.experts
+    experts = micro_batches * share * dtype_bytes
     up, down = _fetched(shapes, memory)
     on_disk = memory.tier == "disk"
     away = recomputed * shapes.layers if memory.layer_inputs == "host" else 0
     inputs = tokens * dtype_bytes * shapes.width * away
     head = 2 * turns * dtype_bytes * shapes.head if memory.head == "host" else 0
     return Work(
-        Pass(tokens * forward, dense + experts, max(turns * up, inputs), turns * up if on_disk else 0),
+        Pass(tokens * forward, dense + experts * shapes.experts, max(turns * up, inputs), turns * up if on_disk else 0),
         Pass(tokens * loss, copied=head),
         Pass(
             tokens * backward,
-            again + (deep + recomputed) * experts,
+            again + experts * (deep * shapes.experts + recomputed * shapes.experts_again),
             turns * down + inputs,
             turns * down if on_disk else 0,
         ),

@@ -314,6 +314,11 @@ def _run(
         )
     if not isinstance(output, tuple | list):
         return output, None
+    if any(isinstance(one, Tensor) and one.is_floating_point() and one.dim() == 3 for one in output[1:]):
+        raise ModelError(  # Zaya's routers read the states of those below
+            f"A {type(layer).__name__} hands more than its hidden states on to later layers, and the recompute boundary would "
+            "lose their gradients; set training.recompute=none training.accumulation=micro_batch_major."
+        )
     return output[0], tuple(
         one if isinstance(one, Tensor) and not one.is_floating_point() else None for one in output[1:]
     )

@@ -37,7 +37,7 @@ LAYER_COUNTS = (
 SIZES: dict[str, int] = {
     name: size
     for names, size in {
-        "vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input additional_vocab_size "
+        "vocab_size decoder_vocab_size vocab_size_per_layer_input additional_vocab_size "
         "codebook_size num_embeddings audio_vocab_size mel_vocab_size ngram_vocab_size_base "
         "encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size": VOCABULARY,
         "hidden_size d_model n_embd embed_dim dim_model_base emb_dim embedding_dim hidden_size_global projector_hidden_size "
@@ -50,6 +50,7 @@ SIZES: dict[str, int] = {
         "shared_expert_intermediate_size shared_intermediate_size intermediate_size_mlp dense_intermediate_size "
         "feed_forward_size moe_shared_expert_intermediate_size shared_experts_intermediate_size share_expert_dim "
         "alignment_intermediate_size projection_intermediate_size merged_hidden_size mamba_d_ssm": 128,
+        "unpadded_vocab_size": VOCABULARY - 8,
         "max_position_embeddings n_positions max_seq_len n_ctx model_max_length max_target_positions "
         "original_max_position_embeddings context_length": 256,
         "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads n_heads attention_heads "
@@ -109,7 +110,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     ),
     "bailing_hybrid": {"layer_group_size": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "chameleon": {"vocabulary_map": {"<image>": 100}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 100},
+        "intermediate_size": 4096,
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32},
+    },
     "cohere_compass": {"text_config": COMPASS},
     "cohere_compass_text": COMPASS,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
@@ -153,6 +158,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 32, "rope_parameters": {"partial_rotary_factor": 0.5}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "paddleocr_vl": {"text_config": ROPE},
+    "phi4_multimodal": {
+        "intermediate_size": 4096,
+        "audio_config": {"nemo_conv_channels": 64, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64},
+    },
     "qwen2_5_omni_thinker": {"text_config": ROPE},
     "qwen2_5_vl": {"text_config": ROPE},
     "qwen2_vl": {"text_config": ROPE},

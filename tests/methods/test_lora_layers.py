@@ -21,6 +21,7 @@ from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.files import save_portable
 from qlora.methods.lora_layers import LoraConv2d, LoraEmbedding, sides
+from qlora.methods.targets import left_out
 from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
 from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values
@@ -316,13 +317,16 @@ def mixture(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])  # of qwen3_moe's two layers one has a plain MLP
-@pytest.mark.parametrize("name", ["experts", "gate_up_proj", "down_proj", "mlp.experts.down_proj", "all-linear"])
+@pytest.mark.parametrize("name", ["experts", "gate_up_proj", "down_proj", "mlp.experts.down_proj"])
 def test_fused_experts_are_refused_in_a_sentence(kind: str, name: str) -> None:
     model = mixture(kind)
     with pytest.raises(
         MethodError, match=r"experts of \w+ForCausalLM .* fused .*of three dimensions \(model.layers.0.mlp"
     ):
-        apply_method(model, config.LoRA(r=2, target_modules=name if name == "all-linear" else (name, "q_proj")))
+        apply_method(model, config.LoRA(r=2, target_modules=(name, "q_proj")))
+    assert not any("experts" in path for path in apply_method(mixture(kind), config.LoRA(r=2)).planted)
+    (said,) = left_out(model, "all-linear")
+    assert "of several experts (model.layers.0.mlp.experts.gate_up_proj" in said
     if kind == "qwen3_moe":
         plain = apply_method(model, config.LoRA(r=2, target_modules=("layers.1.mlp.down_proj",)))
         assert list(plain.planted) == ["model.layers.1.mlp.down_proj"]

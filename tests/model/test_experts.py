@@ -280,6 +280,29 @@ def test_peft_reads_adapters_on_experts_and_has_our_logits_and_gradients(
     assert torch.equal(logits_of(again.model), logits_of(model.model))
 
 
+def test_an_answer_may_be_normalised_before_it_is_weighed(checkpoint: Any, tmp_path: Path) -> None:
+    """Muse Spark's; transformers' own way through dense experts does it for whatever family asks."""
+
+    def normalised(model: nn.Module) -> nn.Module:
+        for module in list(model.modules()):
+            if hasattr(module, "has_post_expert_norm"):
+                module.has_post_expert_norm, module.post_expert_norm = True, nn.RMSNorm(64, eps=1e-6)  # type: ignore[assignment]
+                module.post_expert_norm.weight.requires_grad_(False).copy_(torch.linspace(0.5, 1.5, 64))
+        return model
+
+    folder = checkpoint("Qwen3Moe")
+    model = adapted(folder, target_parameters=PARAMETERS)
+    save_adapter(model, tmp_path / "adapter")
+    before, peft = logits_of(model.model), of_peft(folder, tmp_path / "adapter", model.model)
+    peft.config._experts_implementation = "batched_mm"
+    assert difference(logits_of(normalised(model.model)), logits_of(normalised(peft))) <= rounding()
+    assert difference(logits_of(model.model), before) > 1e-2
+    peft(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    theirs = {name.replace(".default", ""): p.grad for name, p in peft.named_parameters() if p.requires_grad}
+    (layout,) = (method.layout for method in model.methods)
+    close({layout.key(name): grad for name, grad in backward(model).items()}, theirs, rounding(GRADIENT))  # type: ignore[arg-type]
+
+
 @SOME
 def test_adapters_on_experts_begin_as_nothing_are_merged_and_streamed(
     family: str, parameters: tuple[str, ...], checkpoint: Any, tmp_path: Path

@@ -32,6 +32,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "multiplier": {"multiplier": 0.25},
     "softcap": {"softcap": 3.0},
+    "filled up": {"rows": 50, "softcap": 3.0},
     "both": {"multiplier": 1.5, "softcap": 3.0, "bias": True},
 }
 IDS = [int(token) for token in torch.arange(3, 40) * 7 % VOCABULARY]
@@ -39,7 +40,7 @@ IDS = [int(token) for token in torch.arange(3, 40) * 7 % VOCABULARY]
 
 def random_head(bias: bool = False, trained: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Head:
     generator = torch.Generator().manual_seed(1)
-    linear = nn.Linear(16, 50, bias=bias)
+    linear = nn.Linear(16, 57 if "rows" in options else 50, bias=bias)
     with torch.no_grad():
         for values in linear.parameters():
             values.normal_(generator=generator)
@@ -65,6 +66,7 @@ def plain_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     logits = head.module(hidden) * head.multiplier
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
+    logits = logits[..., : head.rows]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     wanted = labels[:, 1:].reshape(-1)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, ignore_index=IGNORE_INDEX, reduction="sum")

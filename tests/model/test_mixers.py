@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from qlora.errors import ModelError
 from qlora.model import anatomy
-from qlora.model.attention import PackedMask, keep_apart
+from qlora.model.attention import PackedMask, keep_apart, packed_rows
 from qlora.model.checks import check_packing
 from qlora.model.loss import hidden_states
 from qlora.model.mixers import begin_anew
@@ -76,6 +76,32 @@ def test_packed_examples_are_what_they_are_alone(name: str) -> None:
     )
     assert difference(found, wanted) < rounding(DEPTH * MODEL)
     assert difference(grad, grad_alone) < rounding(DEPTH * GRADIENT)
+
+
+def test_whatever_a_mixer_answers_comes_back_in_its_rows() -> None:
+    """Zaya's gives queries, keys and values, each with a number of heads of its own, and beside them what has no tokens."""
+
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3)
+
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            summed = hidden.cumsum(1)
+            return summed, summed.view(*hidden.shape[:2], 2, 2), hidden.sum()
+
+    model, (ids, positions) = nn.Sequential(Three()), packed()
+    plain, hidden = Three(), torch.nn.functional.one_hot(ids % 4, 4).double()
+    begin_anew(model)
+    with packed_rows(PackedMask.of(positions)):
+        states, heads, rest = model(hidden)
+    alone = [
+        torch.cat([plain(part[None])[0][0] for part in row.split(lengths)])
+        for row, lengths in zip(hidden, LENGTHS, strict=True)
+    ]
+    assert torch.equal(states, torch.stack(alone))
+    assert torch.equal(heads.flatten(2), states)
+    assert rest is None
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

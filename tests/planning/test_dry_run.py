@@ -275,6 +275,20 @@ def test_what_lives_is_counted_and_what_dies_is_not() -> None:
             assert ledger.gradients() == 64 * 64 * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_what_a_mask_chooses_is_counted_as_if_it_chose_all(dtype: torch.dtype) -> None:
+    """Forward and backward: an operator whose answer is as large as its mask has places has no shape in a dry run."""
+    with FakeTensorMode():
+        x, mask = torch.rand(6, 5, requires_grad=True), torch.ones(6, dtype=dtype)
+        with Ledger(nn.Linear(1, 1), "cpu"):
+            chosen, places = x[mask], torch.nonzero(mask)
+            whole = torch.zeros(6, 5)
+            whole[mask] = chosen * 2
+            whole.sum().backward()  # type: ignore[no-untyped-call]
+        assert (chosen.shape, places.shape) == ((6, 5), (6, 1))
+        assert x.grad is not None
+
+
 def test_a_gpu_is_not_counted_as_a_cpu() -> None:
     """Its allocator rounds up, and its attention takes more in backward; a CPU makes numbers of dropout's mask."""
     found = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, Gemma4TextConfig, LlamaConfig, OPTConfig
+from transformers import BloomConfig, Gemma4TextConfig, GptOssConfig, LlamaConfig, OPTConfig
 
 from qlora.cli import main
 from qlora.errors import DoesNotFitError, RecipeError
@@ -291,6 +291,7 @@ ODD: dict[str, tuple[Any, dict[str, Any]]] = {
     "no MLP to cut": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4096), {}),
     "rows that cannot be cut": (BloomConfig(**SMALL), {}),
     "layers that hand on their keys": (Gemma4TextConfig(**SMALL | {"num_hidden_layers": 4}, intermediate_size=64, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, vocab_size_per_layer_input=96, architectures=["Gemma4ForCausalLM"]), {}),
+    "MLPs that give scores too": (GptOssConfig(**SMALL, intermediate_size=64, head_dim=8, num_local_experts=4, architectures=["GptOssForCausalLM"]), {}),
     "every weight trains": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "full"}),
     "the head is adapted": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "lora", "r": 2, "target_modules": ["q_proj", "lm_head"]}),
     "new tokens": (LlamaConfig(**SMALL, intermediate_size=64), [{"name": "lora", "r": 2}, {"name": "new_tokens", "tokens": ["<x>"]}]),
@@ -319,7 +320,7 @@ def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_
     rungs = Arranger(apply_method(base, recipe.method), recipe, target).ladder()
     assert rungs
     memories = [one.recipe.memory for one in rungs]
-    if name == "no MLP to cut":
+    if name in ("no MLP to cut", "MLPs that give scores too"):
         assert {memory.mlp_tile for memory in memories} == {None}
     if name == "rows that cannot be cut":
         assert {one.recipe.training.accumulation for one in rungs} == {"micro_batch_major"}

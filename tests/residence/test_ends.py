@@ -7,6 +7,7 @@ Here host and device are the same memory. That every tensor is where it is used 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def on_host(head: Head, rows: int, travels: bool = True) -> Head:
     """The same head in host memory, ``rows`` of it to a slice; ``travels``: through places of their own."""
     linear = Poisoned(head.module.weight, head.module.bias, torch.device("cpu"))
     linear.rows, linear.travels = rows, travels
-    return Head(linear, head.multiplier, head.softcap)
+    return dataclasses.replace(head, module=linear)
 
 
 def to_host(model: Any, rows: int | None = None, device: torch.device | None = None) -> Any:
@@ -110,7 +111,7 @@ def test_the_loss_over_slices_is_the_loss(kind: str, rows: int, chunk: int) -> N
     truth = value_and_gradient(plain_loss, hidden.double(), in_dtype(head, torch.float64), labels)
     no_worse(value, expected, truth[0])
     no_worse(gradient, expected_gradient, truth[1])
-    spans = -(-50 // rows)
+    spans = -(-head.module.out_features // rows)
     assert sliced.module.fetched == 2 * spans  # once a pass, however many chunks there are
     with torch.no_grad():
         assert torch.equal(token_loss(hidden, sliced, labels, chunk)[0], value)

@@ -193,6 +193,19 @@ def test_states_that_layers_hand_on_are_refused(kind: Any) -> None:
         boundary(torch.ones(2, 3, 4), handed=kind())
 
 
+def test_states_that_layers_answer_with_are_refused() -> None:
+    """Zaya's routers read what those below found. Attention weights, a number for each pair, nobody reads."""
+
+    class Handing(nn.Linear):
+        def forward(self, hidden: Tensor, second: Tensor | None = None) -> tuple[Tensor, Any]:
+            return hidden, super().forward(hidden) if second is None else second
+
+    boundary = RecomputedLayer(Handing(4, 4), rows=2).train()
+    with pytest.raises(ModelError, match=r"hands more than its hidden states on.* set training\.recompute=none"):
+        boundary(torch.ones(2, 3, 4))
+    assert boundary(torch.ones(2, 3, 4), torch.ones(2, 1, 3, 3))[1] is None
+
+
 def test_states_given_by_name_are_refused() -> None:
     boundary = RecomputedLayer(nn.Linear(4, 4), rows=2).train()
     with pytest.raises(ModelError, match=r"takes its hidden states by name.* set training\.recompute=none"):

@@ -54,7 +54,7 @@ def test_it_is_chosen_said_and_resumed(place: Path, tmp_path: Path, capfd: Any, 
     kept = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text(encoding="utf-8"))
     assert kept["data"]["packing"] == "by_length"
     shutil.copytree(tmp_path / "run", tmp_path / "again")
-    for gone in ("adapter", "checkpoints/step-000004", "evaluation.json", "report.html"):
+    for gone in ("adapter", "checkpoints/000004", "evaluation.json", "report.html"):
         found = tmp_path / "again" / gone
         shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
     resume(tmp_path / "again", quiet=True)
