@@ -284,14 +284,19 @@ def _taken(words: list[str], *names: str) -> dict[str, str]:
 
 def _summary(run: Run) -> None:
     """What a run came to, on standard output."""
+    from qlora.evaluation.score import verdict
     from qlora.machine.device import bytes_text
 
     print(f"\nTrainable parameters   {run.trainable_parameters:,}")
     if run.before and run.after:
         change = run.after.loss / run.before.loss - 1
         print(f"Held-out loss          {run.before.loss:.4f} before, {run.after.loss:.4f} after ({change:+.1%})")
+        if run.before.rows:  # a run that an older release began has none
+            print(f"Verdict                {verdict(run.before, run.after)}")
     elif run.after:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
+    else:
+        print("Held-out loss          not measured, since nothing is held out: set data.held_out_fraction=0.05")
     print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
     for item in run.generations:
         print(f"\n? {visible(item.prompt)}")

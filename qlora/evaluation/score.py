@@ -45,6 +45,17 @@ def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
     return mean, math.sqrt(spread * count / (count - 1)) / one.target_tokens if count > 1 else math.inf
 
 
+def verdict(before: HeldOut, after: HeldOut) -> str:
+    """What training came to, in a sentence: better, worse, or no clear change where the difference is below two standard errors."""
+    if not math.isfinite(after.loss):
+        return "diverged: the loss is not finite any more; lower training.learning_rate"
+    more, error = difference(after, before)
+    said = f"{abs(more):.4f} ± {error:.4f} nats a token {'more' if more > 0 else 'less'}, over {after.target_tokens:,} held-out tokens"
+    if abs(more) < 2 * error:
+        return f"no clear change: {said}"
+    return f"worse: {said}; lower training.learning_rate, or train for fewer steps" if more > 0 else f"better: {said}"
+
+
 @torch.no_grad()
 def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk: int = 256) -> HeldOut:
     """The mean loss over all target tokens of ``rows``, ``rows_at_once`` to a batch, ``chunk`` targets' logits at a time.

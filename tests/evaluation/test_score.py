@@ -15,7 +15,7 @@ from qlora.data.examples import Example, make_example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError
 from qlora.evaluation import HeldOut, score
-from qlora.evaluation.score import difference
+from qlora.evaluation.score import difference, verdict
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
@@ -151,3 +151,21 @@ def test_two_measurements_are_compared_row_by_row(model: AdaptedModel) -> None:
     assert difference(one, other) == (0.75, pytest.approx(math.sqrt((0.0625 + 1.5625 + 2.25) * 1.5) / 4))
     with pytest.raises(ValueError, match="the same held-out rows"):
         difference(one, base)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((0.5, 0.6, 0.55), "better: 0.4500 ± 0.0289 nats a token less, over 3 held-out tokens"),
+        (
+            (1.5, 1.6, 1.55),
+            "worse: 0.5500 ± 0.0289 nats a token more, over 3 held-out tokens; lower training.learning_rate",
+        ),
+        ((1.5, 0.5, 1.05), "no clear change: 0.0167 ± 0.2892 nats a token more"),
+        ((math.inf, 1.0, 1.0), "diverged: the loss is not finite any more"),
+    ],
+)
+def test_the_verdict_is_one_of_four(losses: tuple[float, ...], said: str) -> None:
+    before = HeldOut(1.0, math.e, 3, ((1.0, 1), (1.0, 1), (1.0, 1)))
+    after = HeldOut(sum(losses) / 3, 0.0, 3, tuple((loss, 1) for loss in losses))
+    assert verdict(before, after).startswith(said)

@@ -26,7 +26,7 @@ def test_a_cell_whose_worker_is_killed_goes_on(tiny_model: Path, chat_data: Path
     recipe["evaluation"] = {"prompts": 0}
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump({"recipe": recipe, "rates": [1e-3, 1e-2, 3e-2], "folder": str(tmp_path / "ray")}))
-    command = [sys.executable, "-m", "qlora.cli", "study", str(path), *LONG, "engine=ray"]
+    command = [sys.executable, "-m", "qlora", "study", str(path), *LONG, "engine=ray"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not any('"step": 3' in (begun := file).read_text() for file in tmp_path.glob("ray/cells/*/metrics.jsonl")):

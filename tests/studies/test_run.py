@@ -131,7 +131,7 @@ def test_a_plan_says_what_it_takes_and_a_budget_below_one_cell_is_refused(
 
 def _begun(path: Path, *overrides: str) -> subprocess.Popen[str]:
     """A study in a process of its own, whose first cell has taken steps, and has more to take."""
-    command = [sys.executable, "-m", "qlora.cli", "study", str(path), *overrides]
+    command = [sys.executable, "-m", "qlora", "study", str(path), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any('"step": 3' in file.read_text() for file in path.parent.glob("study/cells/*/metrics.jsonl")):
