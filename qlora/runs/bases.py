@@ -21,8 +21,8 @@ from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
 
 Measured = TypeVar("Measured")
-CHANGES_ITS_BASE = {"full"}
-"""Methods behind which the base is another one."""
+CHANGES_ITS_BASE = {"full", "new_tokens"}
+"""Methods behind which the base is another one: other weights, or rows that stay in embedding and head."""
 
 
 class Bases:

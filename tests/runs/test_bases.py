@@ -28,7 +28,6 @@ OTHERS: list[Any] = [
     {"name": "prefix_tuning", "tokens": 4},
     {"name": "p_tuning", "tokens": 4},
     {"name": "modules", "modules": ["norm"]},
-    {"name": "new_tokens", "tokens": ["<new>"]},
 ]
 
 
@@ -73,9 +72,14 @@ def test_a_run_behind_another_one_is_the_run_alone(
     assert trained.base.end_tokens == load_run(alone, quiet=True).base.end_tokens
 
 
-def test_a_base_that_was_trained_is_not_kept(tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
-    recipe = _recipe(tiny_model, chat_data, tmp_path / "full", {"name": "full"})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
+@pytest.mark.parametrize(
+    ("method", "quantization"), [({"name": "full"}, "none"), ({"name": "new_tokens", "tokens": ["<new>"]}, "nf4")]
+)
+def test_a_base_that_is_another_one_is_not_kept(
+    method: Any, quantization: str, tiny_model: Path, chat_data: Path, tmp_path: Path
+) -> None:
+    recipe = _recipe(tiny_model, chat_data, tmp_path / "run", method)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": quantization})})
     bases = Bases()
     train(recipe, quiet=True, bases=bases)
     assert bases._kept is None
