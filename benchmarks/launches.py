@@ -1,11 +1,13 @@
-"""Kernels that a layer of an 8B model launches and bytes that they read and write, with and without fused operators.
+"""Kernels that a layer of an 8B model launches, bytes that they read and write, and waits of a step: as transformers has them,
+with packed rows kept apart, and with fused operators beside.
 
     python -m benchmarks.launches
 
 Counted, not measured: a step on fake tensors, every operator that computes something taken for one kernel, its tensors for
 its traffic. A middle layer is what three layers have more than two: a row forward, recomputed and back, with LoRA r 16 at
-every linear, bf16, dequantising included. Whatever waited for the device would look at a value, which raises on fake tensors:
-a layer waits never, and a step twice, for its losses and for the norm of its gradients.
+every linear, bf16, dequantising included. Whatever waited for the device would look at a value, which raises on fake tensors
+(tests/training/test_loop.py holds a step to it): a layer waits never, and a step twice, for its losses and for the norm of its
+gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from qlora.planning import dry_run
 from qlora.recipe import LoRA
 
 HOPPER = 9.0
-CASES = {"2k": (2048, False), "2k packed": (2048, True), "8k": (8192, False)}
+CASES = {"2k": (2048, False), "2k packed": (2048, True), "8k": (8192, False), "8k packed": (8192, True)}
 
 
 class Kernels(dry_run.Ledger):
@@ -50,10 +52,11 @@ class Kernels(dry_run.Ledger):
         return result
 
 
-def counted(layers: int, length: int, packed: bool, fused: bool) -> tuple[Counter[str], Counter[str]]:
-    """(launches, bytes) by operator, of a step of one row."""
+def counted(layers: int, length: int, packed: bool, apart: bool, fused: bool) -> tuple[Counter[str], Counter[str]]:
+    """(launches, bytes) by operator, of a step of one row; ``apart``: packed rows without a mask of all pairs."""
     base = empty_base(llama("8b", length, layers), torch.device("meta"), torch.bfloat16)
-    keep_apart(base.model, torch.bfloat16, HOPPER)
+    if apart:
+        keep_apart(base.model, torch.bfloat16, HOPPER)
     fuse(base.model, torch.bfloat16, HOPPER if fused else 0)
     adapted = apply_method(base, LoRA(r=16, adapter_dtype="bf16"))
     shape = dry_run.Shape(rows=1, at_once=1, length=length, passes=1, chunk=256, kept=(), packed=packed)
@@ -64,11 +67,11 @@ def counted(layers: int, length: int, packed: bool, fused: bool) -> tuple[Counte
 
 def main() -> None:
     dry_run.Ledger = Kernels  # type: ignore[misc]
-    print("| a layer and row | launches | GB | launches, fused | GB, fused |\n|---|--:|--:|--:|--:|")
+    print("| a layer and row | before | GB | kept apart | GB | fused too | GB |\n|---|--:|--:|--:|--:|--:|--:|")
     for name, (length, packed) in CASES.items():
         cells = []
-        for fused in (False, True):
-            two, three = counted(2, length, packed, fused), counted(3, length, packed, fused)
+        for apart, fused in ((False, False), (True, False), (True, True)):
+            two, three = (counted(layers, length, packed, apart, fused) for layers in (2, 3))
             cells += [f"{(three[0] - two[0]).total()}", f"{(three[1] - two[1]).total() / 1e9:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
 

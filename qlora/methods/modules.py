@@ -67,6 +67,13 @@ class TrainedModule(Planted):
         cast = {name: values.to(self.dtypes[name]) for name, values in parameters.items()}
         return torch.func.functional_call(self.module, cast, args, kwargs)
 
+    @torch.no_grad()
+    def widen(self) -> None:
+        """Compute in fp32 from here on, with the values that it computed with so far."""
+        for name, values in self.module.named_parameters():
+            if values.is_floating_point():
+                values.data, self.dtypes[name] = values.to(self.dtypes[name]).float(), torch.float32
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """By their names in the module that was copied."""
         return dict(self.module.named_parameters())

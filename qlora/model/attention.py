@@ -350,14 +350,17 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, packed: PackedMask) -> tuple
 
 
 SHORT = 192  # tokens, from which on torch's 16-bit kernel for CPUs computes a gradient faster than its fp32 kernel does
-_CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch's own, from 2.11 to 2.13 at least; without them SDPA's gradient is taken
+_CPU_FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+CPU_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def _mostly_short(heads: Sequence[Tensor], lengths: Sequence[int]) -> bool:
     """Whether a CPU, in 16 bits, has mostly examples whose gradient it finds faster in fp32."""
     query, _, value = heads
     short = sum(length for length in lengths if length < SHORT)
+    if _CPU_FORWARD is None or CPU_BACKWARD is None:
+        return False
     half = query.device.type == "cpu" and query.dtype.itemsize == 2 and query.shape[3] == value.shape[3]
     return half and 2 * short > sum(lengths) and all(one.stride(3) == 1 for one in heads)
 
@@ -390,7 +393,7 @@ class _ShortExamples(torch.autograd.Function):
         parts, places = (zip(*(one.split(ctx.lengths, dim=2) for one in many), strict=True) for many in (heads, grads))
         for example, log_sum, into in zip(parts, log_sums, places, strict=True):
             wide = [one.float() for one in example] if example[0].shape[2] < SHORT else example
-            for place, found in zip(into, _CPU_BACKWARD(*wide, log_sum, 0.0, True, scale=ctx.scale), strict=True):
+            for place, found in zip(into, CPU_BACKWARD(*wide, log_sum, 0.0, True, scale=ctx.scale), strict=True):
                 place.copy_(found)
         return *grads, None, None
 

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from qlora.errors import ModelError, first_line
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
-from qlora.model.attention import PackedMask
+from qlora.model.attention import CPU_BACKWARD, PackedMask
 from qlora.model.kernels.language import PIECE
 from qlora.model.loss import IGNORE_INDEX, WIDENED, head_of, hidden_states, summed_loss
 from qlora.planning.few_layers import layers_of, shortened
@@ -339,7 +339,7 @@ INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
     "cuda": {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+        **({CPU_BACKWARD.default: _attention_backward} if CPU_BACKWARD is not None else {}),
         torch.ops.torch_attn._varlen_attn_backward.default: _attention_backward,
     },
 }

@@ -26,6 +26,7 @@ from qlora.export.source import Source
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
 from qlora.methods import AdaptedModel
+from qlora.methods.modules import TrainedModule
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT
@@ -110,6 +111,9 @@ def widen(model: AdaptedModel) -> bool:
     if model.device.type != "cpu" or model.base.placement is not None or bytes_more > free / 2:
         return False
     model.model.float()
+    for module in model.model.modules():
+        if isinstance(module, TrainedModule):
+            module.widen()
     for linear in linears:
         linear.kept = {torch.float32: linear.dequantise(linear.compute_dtype).float()}
         linear.compute_dtype = torch.float32

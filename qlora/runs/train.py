@@ -197,7 +197,8 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
     if not session.recipe.memory.rehearse:
         return None
     rehearsal = session.trainer.rehearse()
-    for sentence in (*rehearsal.notes, f"{rehearsal} {bytes_text(planned.memory.total)} were predicted."):
+    pieces = " Steps of other lengths may take a quarter more, in pieces." if session.model.device.type == "cpu" else ""
+    for sentence in (*rehearsal.notes, f"{rehearsal} {bytes_text(planned.memory.total)} were predicted.{pieces}"):
         session.say(sentence)
     return rehearsal
 

@@ -24,10 +24,13 @@ from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, sav
 from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
-from qlora.recipe import TrainingSection
+from qlora.model.walk import Walk
+from qlora.recipe import ModelSection, TrainingSection
+from qlora.residence.load import load_base
+from qlora.runs.measured import widen
 from qlora.training import Trainer
 from tests.rounding import GRADIENT, rounding
-from tests.tiny import FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
+from tests.tiny import CPU, FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -94,6 +97,7 @@ CASES = {
         )
     ),
 }
+ENDS = config.Modules(modules=("embed_tokens", "lm_head"))
 every_method = pytest.mark.parametrize("name", CASES)
 # the slowest laws: each method once here, its other forms in make test-all
 FORMS = (
@@ -223,6 +227,18 @@ def test_disabled_is_the_base_and_removed_leaves_it(checkpoint: Path, name: str)
     with model.disabled():
         pass
     assert model.layers()[0].enabled
+
+
+@pytest.mark.parametrize("section", [*(case.section for case in CASES.values()), ENDS], ids=[*CASES, "ends"])
+def test_a_model_of_16_bits_is_measured_in_fp32(checkpoint: Path, section: Any) -> None:
+    quantization = "none" if isinstance(section, config.Full) else "nf4"
+    base = load_base(ModelSection(name=str(checkpoint), compute_dtype="bf16", quantization=quantization), CPU)
+    model = apply_method(base, section)
+    batch = collate(ROWS[:2], 0, model.virtual_tokens)
+    for expected in (torch.bfloat16, torch.float32):
+        walk = Walk(model.model, [batch])
+        assert {hidden.dtype for hidden in (*walk.first, *walk.last)} == {expected}
+        assert widen(model)
 
 
 @every_method

@@ -184,6 +184,10 @@ def test_gradients_of_short_examples_in_16_bits_on_a_cpu(
     assert torch.equal(ours[0], plain[0])
     for found, theirs, wanted in zip(ours, plain, exact, strict=True):
         no_worse(found, theirs, wanted, HALF)
+    monkeypatch.setattr(attention, "SHORT", 16)
+    assert attention._mostly_short(inputs[:3], [5, 3, 9])
+    monkeypatch.setattr(attention, "CPU_BACKWARD", None)  # a torch without its private operator
+    assert not attention._mostly_short(inputs[:3], [5, 3, 9])
 
 
 @pytest.mark.parametrize("rows", [1, 2])
