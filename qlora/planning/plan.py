@@ -171,6 +171,13 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     return planned
 
 
+def timed(recipe: Recipe) -> Plan:
+    """The plan for this machine, with the seconds of a step: a survey without what else would fit."""
+    recipe, origin = continued(recipe)
+    checkpoint = open_checkpoint(recipe.model, weights=False)
+    return _plan(checkpoint, *_here(recipe, checkpoint, rates=True), choose=True, origin=origin)[0]
+
+
 def survey(recipe: Recipe) -> Survey:
     """A plan for this machine, or for the card or the amount of memory in ``device.memory``, with the whole ladder.
 

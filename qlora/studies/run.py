@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.data import steps_per_epoch
 from qlora.errors import DoesNotFitError, InputError, RunError, Stopped, listed
 from qlora.files.durable import expanded, file_written_aside, write_json
 from qlora.files.lock import run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import bytes_text, duration_text
-from qlora.planning.plan import survey
+from qlora.model.checkpoint import open_checkpoint
+from qlora.planning.plan import timed
+from qlora.planning.rows import load_recipe_data
 from qlora.runs.session import speaker
 from qlora.studies.cell import Outcome, fail
 from qlora.studies.engines import Engine, engine_of
@@ -74,7 +77,7 @@ def study(given: str | Path | StudySection, *overrides: str, quiet: bool = False
         _require_own(folder, settings)
         (folder / "results").mkdir(exist_ok=True)
         write_json(folder / SPEC, section.model_dump(mode="json", exclude_defaults=True))
-        expected = None if section.hours is None else {one.name: expectation(one, section) for one in settings}
+        expected = None if section.hours is None else expectations(settings, section)
         rounds = _rounds(folder, section, settings, expected)
         going = _Going(section, settings, rounds, folder, expected or {}, quiet)
         going.run(say)
@@ -87,7 +90,7 @@ def plan_study(given: str | Path | StudySection, *overrides: str) -> str:
     """What a study will take: cells, time, memory and disk, setting by setting, for people. Nothing is trained or written."""
     section = StudySection.from_yaml(given, *overrides) if isinstance(given, str | Path) else given
     settings = settings_of(section)
-    expected = {one.name: expectation(one, section) for one in settings}
+    expected = expectations(settings, section)
     budget = None if section.hours is None else section.hours * 3600
     halvings = halvings_within(settings, expected, budget)
     cells, seconds = needed(settings, expected, halvings)
@@ -113,21 +116,25 @@ def plan_study(given: str | Path | StudySection, *overrides: str) -> str:
     return "\n".join(lines)
 
 
-def expectation(setting: Setting, section: StudySection) -> Expected:
-    """What a cell of a setting takes, by the plan. Raises InputError or DoesNotFitError, naming the setting."""
-    cell = next(iter(setting.cells.values()))
-    try:
-        found = survey(cell.in_folder(Path(section.folder or "studies/study"), section.data_root))
-    except (InputError, DoesNotFitError) as error:
-        raise type(error)(f"{setting.name}: {error}") from None
-    seconds = found.plan.chosen.seconds
-    steps = found.reading.steps or cell.recipe.training.steps
-    if steps is None:
-        raise RunError(
-            f"{setting.name}: its data were not read ({found.reading.why_not}); set training.steps, or mend that."
-        )
-    a_step = seconds.expected if seconds is not None else 0.0
-    return Expected(steps, a_step, FIXED, found.plan.memory.total, found.plan.disk_bytes)
+def expectations(settings: Sequence[Setting], section: StudySection) -> dict[str, Expected]:
+    """By setting, what a cell of it takes, by the plan. Raises InputError or DoesNotFitError, naming the setting."""
+    rows: dict[str, int] = {}  # by what decides it: settings mostly share their data
+    found = {}
+    for setting in settings:
+        cell = next(iter(setting.cells.values()))
+        recipe = cell.in_folder(Path(section.folder or "studies/study"), section.data_root)
+        try:
+            planned = timed(recipe)
+            data = repr((recipe.model, recipe.data, recipe.method.virtual_tokens))
+            if data not in rows:
+                rows[data] = len(load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False)).train)
+        except (InputError, DoesNotFitError) as error:
+            raise type(error)(f"{setting.name}: {error}") from None
+        training, seconds = recipe.training, planned.chosen.seconds
+        steps = training.steps or training.epochs * steps_per_epoch(rows[data], training.batch_size)
+        a_step = seconds.expected if seconds is not None else 0.0
+        found[setting.name] = Expected(steps, a_step, FIXED, planned.memory.total, planned.disk_bytes)
+    return found
 
 
 def _require_own(folder: Path, settings: Sequence[Setting]) -> None:
