@@ -31,6 +31,7 @@ OWNERS = {
         "qlora/data/sandbox.py",
         "qlora/planning/",
         "qlora/runs/",
+        "qlora/evaluation/likelihood.py",
         "qlora/chat.py",
     },
     "datasets": {"qlora/data/sources.py"},
