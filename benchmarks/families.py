@@ -25,10 +25,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-26-families.jsonl"
+PLANS = "2026-11-27-plans.md"
 SECONDS = 60.0
 OUTCOMES = ("works", "works, packing off", "refused", "crashes", "silently wrong", "not judged")
 COLUMNS = {
-    "type": "type", "class": "class", "outcome": "outcome", "logits": "logits", "gradients": "gradients", "packing": "packing", "padding": "padding",
+    "type": "type", "class": "class", "year": "year", "outcome": "outcome", "logits": "logits", "gradients": "gradients", "packing": "packing", "padding": "padding",
     "targets": "LoRA on", "without gradient": "no gradient", "dense": "in 16 bits", "merged": "merged", "peft": "PEFT",
     "plan": "plan", "plain": "transformers + PEFT",
 }  # fmt: skip
@@ -115,10 +116,33 @@ def cell(row: dict[str, Any], key: str, sentences: Sentences) -> str:
         return "0" if value == 0 else f"{value:.0e}"
     if isinstance(value, list):
         return " ".join(f"`{one}`" for one in value)
-    if value is None or key in ("type", "class", "packing") or value == "works" or str(value).startswith("trains"):
+    if (
+        value is None
+        or key in ("type", "class", "year", "packing")
+        or value == "works"
+        or str(value).startswith("trains")
+    ):
         return str(value or "")
     head, _, _ = str(value).partition(":")
     return f"{'fails' if head == 'fails' or key in ('peft', 'plan') else head}, {sentences.number(str(value), row)}"
+
+
+SINCE = 2023
+
+
+def aim(rows: Iterable[dict[str, Any]]) -> str:
+    """How many of the younger decoders that plain transformers and PEFT train are trained here too, and which are not."""
+    trained = [
+        row
+        for row in rows
+        if row.get("decoder") and (row.get("year") or 0) >= SINCE and row.get("plain", "").startswith("trains")
+    ]
+    lacking = [row for row in trained if row["outcome"] not in OUTCOMES[:2]]
+    named = f" (not {', '.join(str(row['type']) for row in lacking)})" if lacking else ""
+    return (
+        f"Of {len(trained)} decoders from {SINCE} on that plain transformers and PEFT train, {len(trained) - len(lacking)} are trained "
+        f"here: {1 - len(lacking) / max(1, len(trained)):.1%}{named}."
+    )
 
 
 def table_page(about: dict[str, str], rows: dict[str, dict[str, Any]], day: str) -> str:
@@ -152,6 +176,9 @@ def table_page(about: dict[str, str], rows: dict[str, dict[str, Any]], day: str)
             "",
             *lines,
             "",
+            f"**{aim(rows.values())}** A type's *year* is that in the head of its files in transformers, Llama's that of GPT-NeoX; a",
+            "decoder is what is neither a half of an encoder-decoder nor an encoder that its configuration makes one.",
+            "",
             "## Sentences",
             "",
             *(f"{number}. {sentence}" for sentence, number in sentences.numbers.items()),
@@ -182,6 +209,10 @@ def models_page(about: dict[str, str], rows: dict[str, dict[str, Any]]) -> str:
         "A model's type stands in its config.json as `model_type`. This page is made from a run over tiny checkpoints of every type of",
         f"transformers {about['transformers']} ([the table](../benchmarks/results/{RESULTS.stem}.md), with each difference measured); "
         "`python benchmarks/families.py` makes both anew. Other versions may know more types.",
+        "",
+        aim(rows.values()),
+        f"What ten models of 2026 need on cards of 12, 16 and 24 GB, and how they are held there: [the plans](../benchmarks/results/{PLANS}).",
+        "Of a model of images and text the text is trained; its towers stay in their files, and a merge copies them.",
         "",
         f"- **Trained, with packing** ({len(by['works'])}): {named(by['works'])}.",
         f"- **Trained one example a row, in steps of like length, which `data.packing=auto` chooses** ({len(by['works, packing off'])}): {named(by['works, packing off'])}.",
@@ -225,17 +256,19 @@ def main() -> None:
         import qlora.planning.plan
         import qlora.runs.train  # noqa: F401
         import tests.families.judge  # noqa: F401
-        from tests.families.checkpoints import types
+        from tests.families.checkpoints import origin, types
 
         torch.set_num_threads(1)
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         if about != versions():
             about, rows = versions(), {}  # of other versions
+        for kind in rows:
+            rows[kind] |= origin(kind)
         for kind in options.only or types():
             if kind in rows and not options.again:
                 continue
-            rows[kind] = row = judged(kind, options.seconds)
+            rows[kind] = row = judged(kind, options.seconds) | origin(kind)
             print(f"{kind}: {row['outcome']}{': ' + row['why'][:200] if 'why' in row else ''}", flush=True)
             write_rows(options.rows, about, rows.values())
     rows = dict(sorted(rows.items()))

@@ -14,6 +14,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.errors import ModelError, listed
@@ -52,13 +54,28 @@ def find_towers(model: PreTrainedModel) -> list[str]:
 
 
 def take_out(model: PreTrainedModel, towers: Collection[str]) -> None:
-    """Put nothing in the place of ``towers``, and forget the weights that are tied to theirs."""
+    """Put nothing that has weights in the place of ``towers``, and forget the weights that are tied to theirs."""
     for path in towers:
-        holder, _, name = path.rpartition(".")
-        model.get_submodule(holder).register_module(name, None)
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        read = inspect.unwrap(type(holder).forward).__code__.co_names
+        # Qwen2-Audio asks its tower where it is, whatever it is given
+        holder.register_module(name, _Gone(model) if {name, "device"} <= {*read} else None)
     tied = anatomy.tied_names(model)
     for target in [name for name, origin in tied.items() if within(name, towers) or within(origin, towers)]:
         del tied[target]
+
+
+class _Gone(nn.Module):
+    """In the place of a tower: it is where its model is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.__dict__["model"].parameters()).device  # type: ignore[no-any-return]
 
 
 def within(path: str, places: Collection[str]) -> bool:

@@ -9,6 +9,8 @@ Knows transformers' configurations and how their sizes are called; must not know
 
 from __future__ import annotations
 
+import inspect
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from qlora.model.anatomy import BY_PLACE
 
 VOCABULARY = 128
 LETTERS = string.ascii_letters + string.digits
@@ -194,6 +198,17 @@ def types() -> dict[str, str]:
     """Every model type that is trained on text: its class, by ``model_type``; where there are two, the one with images."""
     known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     return {kind: name if isinstance(name, str) else name[0] for kind, name in sorted(known.items())}
+
+
+def origin(kind: str) -> dict[str, Any]:
+    """The year in the head of the files of ``kind``, which is that of what it was made from where that is all they name, and whether
+    it is a decoder alone: no half of an encoder-decoder, and no encoder that is told to be a decoder."""
+    cls = CONFIG_MAPPING[kind]
+    files = Path(inspect.getfile(cls)).parent.glob("*.py")
+    heads = [path.read_text(encoding="utf-8")[:1500] for path in files if path.stem.startswith(("modeling", "config"))]
+    years = [int(year) for head in heads for year in re.findall(r"(?i)copyright \D{0,12}(\d{4})", head)]
+    half = cls.is_encoder_decoder or EXCEPTIONS.get(kind, {}).get("is_decoder") or kind in BY_PLACE
+    return {"year": max(years, default=None), "decoder": not half}
 
 
 def tiny_config(kind: str) -> PretrainedConfig:

@@ -10,7 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    BitsAndBytesConfig,
+    Qwen2AudioForConditionalGeneration,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError
@@ -22,7 +27,9 @@ from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.checks import check_loss_path, check_packing
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import assemble
+from qlora.model.towers import find_towers, take_out
 from qlora.recipe import LoRA, ModelSection
+from tests.families.checkpoints import tiny_config
 from tests.rounding import difference
 from tests.tiny import TOKENS, WRAPPERS, logits_of, random_wrapper, stir, tiny_base, word_tokenizer, wrapper_checkpoint
 
@@ -197,3 +204,14 @@ def test_an_unchanged_merge_sees_images_as_before(folder: Path, family: str, tmp
         blind = models[0](input_ids=ids, pixel_values=torch.zeros_like(image)).logits
     assert torch.equal(before, after)
     assert not torch.equal(before, blind)
+
+
+def test_a_tower_may_be_asked_where_it_is() -> None:
+    """Qwen2-Audio asks, also where it is given text alone."""
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(tiny_config("qwen2_audio")).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        take_out(model, find_towers(model))
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+    assert not any("audio" in name or "projector" in name for name, _ in model.named_parameters())
