@@ -10,6 +10,7 @@ Knows modules, configurations and attention masks; must not know a step.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Collection, Hashable
 from typing import Any
 
@@ -22,7 +23,7 @@ from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
 from qlora.methods.method import Method
 from qlora.model import anatomy
-from qlora.model.attention import EACH, PLAIN, VARLEN
+from qlora.model.attention import EACH, PLAIN, VARLEN, attention_of
 from qlora.model.base import Base
 from qlora.residence.layers import unwrap_layers
 
@@ -72,6 +73,14 @@ def shortened(
 def kinds_of(adapted: AdaptedModel, keep: Collection[int]) -> list[Hashable]:
     """For each decoder layer what it is, equal where one takes the memory that another takes."""
     return _kinds(adapted.model.config, layers_of(adapted.model), keep)
+
+
+def sketch_of(adapted: AdaptedModel) -> Hashable:
+    """What a dry run sees of a model, in few bytes: of models that were loaded or planned apart, the same where they are alike."""
+    model: Any = adapted.model
+    forwards = [getattr(vars(module).get("forward"), "operator", None) for module in model.modules()]
+    seen = repr((_structure(model), forwards, attention_of(model), adapted.section, adapted.base.compute_dtype))
+    return hashlib.sha256((seen + model.config.to_json_string(use_diff=False)).encode()).digest()
 
 
 def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:

