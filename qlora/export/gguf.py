@@ -198,6 +198,14 @@ def _quantised(values: Tensor, kind: Any, name: str) -> Any:
     return gguf.quants.quantize(values.cpu().contiguous().numpy(), kind)
 
 
+def stands_for(values: Tensor, type: str) -> Tensor:
+    """What a layer's matrix [out, in] in fp32 is in a file of ``type``, one of ``TYPES``, as the gguf library reads it."""
+    import gguf
+
+    kind = _type("blk.0.weight", tuple(values.shape), type)
+    return torch.from_numpy(gguf.quants.dequantize(_quantised(values, kind, "a weight"), kind)).to(values.device)
+
+
 def _by_quantiser(file: Path, type: str, out: Path) -> tuple[Path, str, str | None]:
     """``file`` in one of llama.cpp's K types; or as it is, with the command that makes it one."""
     made = file.with_name(f"model-{type}.gguf")

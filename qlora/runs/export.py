@@ -237,7 +237,7 @@ def export_nf4(
     if not found.held_out:
         return merged, []
     forms = {
-        "dequantized, in NF4 again": merged_into(found.source, "dequantized", True),
+        "dequantized, in NF4 again": merged_into(found.source, "dequantized", "nf4"),
         "this NF4": lying_in(place, found.source),
     }
     return merged, measured(found.model, found.source, forms, found.held_out)

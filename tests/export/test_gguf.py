@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export import export_gguf, export_gguf_adapter, gguf_tokenizer, merge
+from qlora.export.gguf import stands_for
 from qlora.export.gguf_models import Converted
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import ModelSection
@@ -69,6 +70,8 @@ def test_tensors_are_the_merged_models(tmp_path: Path, family: str) -> None:
             found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
             wanted = expected[tensor.name].numpy()
             stored = tensor.tensor_type.name.lower()
+            if wanted.ndim == 2 and tensor.name.startswith("blk") and "conv1d" not in tensor.name:
+                assert np.array_equal(found, stands_for(expected[tensor.name], kind).numpy()), tensor.name
             assert stored == ("f32" if wanted.ndim == 1 or "norm" in tensor.name or "conv1d" in tensor.name else stored)
             if stored in STEP:
                 blocks = np.abs(wanted.reshape(-1, 32)).max(1)

@@ -23,6 +23,7 @@ import qlora
 from qlora.chat import talk
 from qlora.cli import main
 from qlora.errors import RunError
+from qlora.export import gguf_tokenizer
 from qlora.files.durable import write_json
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
@@ -250,7 +251,7 @@ def test_export_loads_in_plain_transformers(finished: Path, tmp_path: Path, caps
 
 
 def test_forms_are_measured_before_one_is_chosen(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copytree(finished, tmp_path / "run")
     assert main(["export", str(copy), "merged"]) == 0
@@ -280,6 +281,12 @@ def test_forms_are_measured_before_one_is_chosen(
     assert "this NF4" in capsys.readouterr().out
     opened = AutoModelForCausalLM.from_pretrained(copy / "nf4")
     assert opened.config.quantization_config.load_in_4bit
+    monkeypatch.setattr(gguf_tokenizer, "_kind", lambda tokenizer, described: None)
+    assert main(["export", str(copy), "gguf", "type=q4_0"]) == 0
+    measured = [line for line in capsys.readouterr().out.splitlines() if ", q4_0 " in line]
+    assert [line.split("|")[1].strip() for line in measured] == ["dequantized, q4_0", "original, q4_0"]
+    assert "\n".join(measured) in (copy / "gguf-q4_0/README.md").read_text(encoding="utf-8")
+    assert (copy / "forms.md").read_text(encoding="utf-8") == text
 
 
 def test_peft_loads_the_adapter_strictly(finished: Path) -> None:
