@@ -51,11 +51,7 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
         print(said[-1])
     try:
         found = compare_merged(folder, made)
-        said.append(
-            f"In plain transformers, on {found.examples} held-out examples: logits differ by at most "
-            f"{found.largest:.3g} (of {found.largest_logit:.3g}), {found.divergence:.2g} nats per token, "
-            f"the same next token at {found.same_choice:.1%} of the positions."
-        )
+        said.append(found.told("plain transformers"))
     except DiffersError:
         raise
     except QloraError as error:  # the export is done and whole; only the comparison is not
@@ -129,9 +125,12 @@ def check(folder: Path, options: dict[str, Any]) -> None:
     from qlora.runs.export import check
     from qlora.runs.measured import table
 
-    tensors, forms = check(folder, options.get("from"))
+    tensors, forms, opened = check(folder, options.get("from"), options.get("program"))
     print(f"{tensors} tensors are those of the run.")
-    print(table(forms) if forms else "Nothing is held out, so its answers were not compared.")
+    if forms:
+        print(table(forms))
+    if opened:
+        print(opened.told("llama.cpp"))
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ TARGETS = {
     "adapter": Target("a plain LoRA adapter", {"keys": ("whole", "text"), **COMMON}, adapter),
     "gguf": Target("the merged model for llama.cpp and Ollama", {"base": BASES, "type": ANY, **COMMON}, gguf),
     "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
-    "check": Target("an export compared with the run", {"from": ANY}, check),
+    "check": Target("an export compared with the run", {"from": ANY, "program": ("llama.cpp",)}, check),
     "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
 }
 

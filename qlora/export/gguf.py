@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 # what only llama.cpp's own program writes, out of a 16-bit file
 QUANTISER = "llama-quantize"
 BY_QUANTISER = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+WEIGHTS = "qlora.weights"  # the key that says which base it was merged into, as qlora_merge.json does of safetensors
 # small and decisive, or read as fp32 by llama.cpp's kernels, like all vectors
 ALWAYS_F32 = ("ssm_conv1d.weight", "_norm.weight")
 
@@ -94,32 +95,26 @@ def export_gguf(
         )
     converted = Converted(source.model.config.get_text_config())
     later, type = (type, "bf16") if type in BY_QUANTISER else (None, type)
-    entries = _entries(source, converted, type)
+    entries = entries_of(source, converted, type)
     factors = converted.factors()
     total = sum(gguf.quant_shape_to_byte_shape(shape, kind)[-1] * _rows(shape) for _, shape, kind in entries.values())
     require_disk(out, total * (2 if later else 1) + 64 * 1024**2, "The GGUF file")
-    template = chat_template if chat_template is not None else _own_template(checkpoint.tokenizer)
-    stops = sorted({*ends, *end_tokens(checkpoint)})
+    writer, stops = described(source, converted, entries, base, chat_template, ends)
     with folder_written_aside(out, overwrite) as aside:
         file = aside / f"model-{type}.gguf"
-        writer = gguf.GGUFWriter(file, converted.family.arch)
-        writer.add_name(Path(checkpoint.name).name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[TYPES[type]])
-        rows = _vocabulary(entries)
-        converted.describe(writer, rows)
-        add_tokenizer(writer, checkpoint.tokenizer, rows, stops, template)
         for name in factors:
             _promise(writer, name, tuple(factors[name].shape), gguf.GGMLQuantizationType.F32)
         for name, shape, kind in entries.values():
             _promise(writer, name, shape, kind)
-        _write_head(writer)
+        _write_head(writer, file)
         for values in factors.values():
             writer.write_tensor_data(values.numpy())
         for stored, (_, _, kind) in entries.items():
             target = source.names.get(stored, stored)
             values = converted.values(target, source.tensor(stored, torch.float32, requantise=base == "dequantized"))
-            writer.write_tensor_data(_quantised(values, kind, stored))
+            writer.write_tensor_data(bytes_of(values, kind, stored))
             del values
             trim_heap()
         writer.close()
@@ -131,7 +126,30 @@ def export_gguf(
     return Written(out / file.name, len(entries) + len(factors), size, type, command)
 
 
-def _entries(source: Source, converted: Converted, type: str) -> dict[str, tuple[str, tuple[int, ...], Any]]:
+def described(
+    source: Source,
+    converted: Converted,
+    entries: Mapping[str, tuple[str, tuple[int, ...], Any]],
+    base: str,
+    chat_template: str | None,
+    ends: Sequence[int],
+) -> tuple[Any, list[int]]:
+    """A gguf.GGUFWriter that knows all that the file says but its tensors and their types; the tokens that end an answer."""
+    import gguf
+
+    checkpoint = source.checkpoint
+    template = chat_template if chat_template is not None else _own_template(checkpoint.tokenizer)
+    stops = sorted({*ends, *end_tokens(checkpoint)})
+    writer = gguf.GGUFWriter(None, converted.family.arch)
+    writer.add_name(Path(checkpoint.name).name)
+    writer.add_string(WEIGHTS, base)
+    rows = next(shape[0] for name, shape, _ in entries.values() if name == "token_embd.weight")
+    converted.describe(writer, rows)
+    add_tokenizer(writer, checkpoint.tokenizer, rows, stops, template)
+    return writer, stops
+
+
+def entries_of(source: Source, converted: Converted, type: str) -> dict[str, tuple[str, tuple[int, ...], Any]]:
     """For each tensor of the merge its GGUF name, shape and type, in order."""
     entries = {}
     for promised in source.promise(torch.float32).values():
@@ -164,10 +182,6 @@ def _type(name: str, shape: tuple[int, ...], type: str) -> Any:
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
-def _vocabulary(entries: dict[str, tuple[str, tuple[int, ...], Any]]) -> int:
-    return next(shape[0] for name, shape, _ in entries.values() if name == "token_embd.weight")
-
-
 def _rows(shape: tuple[int, ...]) -> int:
     rows = 1
     for size in shape[:-1]:
@@ -183,13 +197,13 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
     writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), stored[-1] * _rows(shape), raw_dtype=kind)
 
 
-def _write_head(writer: Any) -> None:
-    writer.write_header_to_file()
+def _write_head(writer: Any, file: Path) -> None:
+    writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
 
-def _quantised(values: Tensor, kind: Any, name: str) -> Any:
+def bytes_of(values: Tensor, kind: Any, name: str) -> Any:
     """A tensor in fp32 as the bytes of a GGUF type. Raises MethodError for values that fp16 does not have."""
     import gguf
 
@@ -203,7 +217,7 @@ def stands_for(values: Tensor, type: str) -> Tensor:
     import gguf
 
     kind = _type("blk.0.weight", tuple(values.shape), type)
-    return torch.from_numpy(gguf.quants.dequantize(_quantised(values, kind, "a weight"), kind)).to(values.device)
+    return torch.from_numpy(gguf.quants.dequantize(bytes_of(values, kind, "a weight"), kind)).to(values.device)
 
 
 def _by_quantiser(file: Path, type: str, out: Path) -> tuple[Path, str, str | None]:
@@ -278,13 +292,13 @@ def export_gguf_adapter(
         tensors[f"{name}.lora_{part[0].lower()}"] = values.float().contiguous()
     require_disk(out, sum(values.nbytes for values in tensors.values()) + 1024**2, "The GGUF file")
     with folder_written_aside(out, overwrite) as aside:
-        writer = gguf.GGUFWriter(aside / "adapter.gguf", converted.family.arch)
+        writer = gguf.GGUFWriter(None, converted.family.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, values in tensors.items():
             _promise(writer, name, tuple(values.shape), gguf.GGMLQuantizationType.F32)
-        _write_head(writer)
+        _write_head(writer, aside / "adapter.gguf")
         for values in tensors.values():
             writer.write_tensor_data(values.numpy())
         writer.close()

@@ -23,8 +23,10 @@ from qlora.data import Row, collate
 from qlora.errors import QloraError, RunError
 from qlora.evaluation.divergence import Divergence, mean_with_error
 from qlora.export.gguf import stands_for
+from qlora.export.gguf_models import Converted
 from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
+from qlora.export.verify import GgufFile
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
 from qlora.methods import AdaptedModel
@@ -182,8 +184,11 @@ def merged_into(source: Source, base: str, kind: str | None = None) -> WeightOf:
     return weight
 
 
-def lying_in(folder: Path, source: Source) -> WeightOf:
-    """An export that was written, in 16 bits or as bitsandbytes packed it."""
+def lying_in(folder: Path | GgufFile, source: Source) -> WeightOf:
+    """An export that was written: in 16 bits, as bitsandbytes packed it, or a GGUF file."""
+    if isinstance(folder, GgufFile):
+        file, converted = folder, Converted(source.model.config.get_text_config())
+        return lambda path, linear: file.linear(f"{path}.weight", converted).to(source.device)
     checkpoint = Checkpoint(folder, str(folder))
     names = {target: name for name, target in source.names.items()}
 
