@@ -116,7 +116,7 @@ def verify_gguf(source: Source, found: GgufFile, chat_template: str | None, ends
             continue
         kind = found.tensors[name].tensor_type
         if stored:
-            values = source.tensor(stored, torch.float32, requantise=found.weights == "dequantized")
+            values = source.tensor(stored, source.exact(stored), requantise=found.weights == "dequantized")
             values = converted.values(source.names.get(stored, stored), values)
         else:
             values = factors[name]
@@ -197,7 +197,7 @@ def _off(name: str, found: Tensor, expected: Tensor, kind: torch.dtype) -> dict[
 
 def _counted(place: Path, promised: Mapping[str, Any], wrong: Mapping[str, float]) -> int:
     if wrong:
-        worst = sorted(wrong, key=lambda name: -wrong[name])
+        worst = sorted(wrong, key=lambda name: (-wrong[name], name))
         raise DiffersError(
             f"'{place}' is not what this run exports: {listed(worst)} differ ({len(wrong)} of {len(promised)} tensors). Export it "
             "again; if it was copied, the copy is damaged."
