@@ -29,18 +29,13 @@ class Target(NamedTuple):
 def merged(folder: Path, options: dict[str, Any]) -> None:
     from qlora.machine.device import bytes_text
     from qlora.runs.export import compare_merged, merge
-    from qlora.runs.measured import best_base
 
     purpose = options.pop("for", None)
     if purpose and "base" in options:
         raise InputError("for and base say the same; expected one of them.")
     if purpose:
         options["base"] = PURPOSES[purpose]
-    said = []
-    if "base" not in options:
-        options["base"], why = best_base(folder)
-        said += [why] if why else []
-        print(*said, sep="\n", end="\n" if said else "")
+    said = _base(folder, options)
     made = merge(folder, options.pop("out", None), **options)
     size = f"{made.tensors} tensors, {bytes_text(made.bytes)}, {made.adapted} adapted"
     print(f"Merged model: {made.folder} ({size})")
@@ -56,17 +51,24 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
         print(said[-1])
     try:
         found = compare_merged(folder, made)
-        said.append(
-            f"In plain transformers, on {found.examples} held-out examples: logits differ by at most "
-            f"{found.largest:.3g} (of {found.largest_logit:.3g}), {found.divergence:.2g} nats per token, "
-            f"the same next token at {found.same_choice:.1%} of the positions."
-        )
+        said.append(found.told("plain transformers"))
     except DiffersError:
         raise
     except QloraError as error:  # the export is done and whole; only the comparison is not
         said.append(f"Its logits were not compared with the adapter model's: {error}")
     print(said[-1])
     _card(folder, made.folder, "merged", said)
+
+
+def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> list[str]:
+    """Have ``options`` name the base to merge into: the better one, measured, and why, where they do not."""
+    from qlora.runs.measured import best_base
+
+    if "base" in options:
+        return []
+    options["base"], why = best_base(folder, type)
+    print(why, end="\n" if why else "")
+    return [why] if why else []
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
@@ -103,15 +105,16 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
     from qlora.machine.device import bytes_text
     from qlora.runs.export import export_gguf
 
-    if (kind := options.get("type")) is not None and kind not in (*TYPES, *BY_QUANTISER):
+    if (kind := options.get("type", "q8_0")) not in (*TYPES, *BY_QUANTISER):
         raise InputError(f"type is '{kind}'; expected {' or '.join((*TYPES, *BY_QUANTISER))}.")
+    said = [] if alone else _base(folder, options, kind if kind in TYPES else None)
     written = export_gguf(folder, options.pop("out", None), adapter=alone, **options)
     print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
     if written.command:
         print(
             f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
         )
-    _card(folder, written.file.parent, "gguf-adapter" if alone else "gguf", [])
+    _card(folder, written.file.parent, "gguf-adapter" if alone else "gguf", said)
 
 
 def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
@@ -122,9 +125,12 @@ def check(folder: Path, options: dict[str, Any]) -> None:
     from qlora.runs.export import check
     from qlora.runs.measured import table
 
-    tensors, forms = check(folder, options.get("from"))
+    tensors, forms, opened = check(folder, options.get("from"), options.get("program"))
     print(f"{tensors} tensors are those of the run.")
-    print(table(forms) if forms else "Nothing is held out, so its answers were not compared.")
+    if forms:
+        print(table(forms))
+    if opened:
+        print(opened.told("llama.cpp"))
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
@@ -161,7 +167,7 @@ TARGETS = {
     "adapter": Target("a plain LoRA adapter", {"keys": ("whole", "text"), **COMMON}, adapter),
     "gguf": Target("the merged model for llama.cpp and Ollama", {"base": BASES, "type": ANY, **COMMON}, gguf),
     "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
-    "check": Target("an export compared with the run", {"from": ANY}, check),
+    "check": Target("an export compared with the run", {"from": ANY, "program": ("llama.cpp",)}, check),
     "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
 }
 

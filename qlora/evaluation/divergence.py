@@ -6,6 +6,7 @@ Knows hidden states, heads and labels; must not know which models they are of.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,9 +45,7 @@ class Divergence:
     @property
     def difference(self) -> tuple[float, float]:
         """(the mean over rows of how much more loss than the reference's, its standard error), paired row by row."""
-        values = torch.tensor(self.differences, dtype=torch.float64)
-        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return values.mean().item(), error
+        return mean_with_error(self.differences)
 
     @torch.no_grad()
     def add(
@@ -71,3 +70,9 @@ class Divergence:
             self.same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         self.tokens += len(labels_N)
         self.differences.append(difference / len(labels_N))
+
+
+def mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """(the mean, its standard error)."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return found.mean().item(), found.std().item() / math.sqrt(len(found)) if len(found) > 1 else math.inf

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from qlora.errors import RunError
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
 from qlora.methods.files import keep_apart, save_portable
@@ -42,11 +41,7 @@ def export_adapter(
     replaces it, if it is an adapter).
     """
     out = Path(out)
-    keep_apart(out, base.folder, Path(adapter_folder))
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
-        raise RunError(
-            f"'{out}' holds no adapter (no adapter_config.json), so it is not overwritten; choose another folder."
-        )
+    keep_apart(out, base.folder, Path(adapter_folder), replaces="adapter_config.json" if overwrite else None)
     cpu = torch.device("cpu")  # the model stays on meta, the adapter is here
     dtype = resolve_compute_dtype(cpu, section.compute_dtype)
     model = load_adapter(bare(base, section, dtype).base(cpu, base.tokenizer), adapter_folder)

@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,13 @@ from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.adapter import export_adapter
 from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
+from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
 from qlora.methods.files import keep_apart
-from qlora.model.checkpoint import Checkpoint
-from qlora.model.load import end_tokens
+from qlora.model.checkpoint import Checkpoint, read_json
+from qlora.model.load import GENERATION, end_tokens
 from qlora.model.skeleton import bare
 from qlora.recipe import ModelSection
 
@@ -39,6 +40,8 @@ TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 # what only llama.cpp's own program writes, out of a 16-bit file
 QUANTISER = "llama-quantize"
 BY_QUANTISER = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+WEIGHTS = "qlora.weights"  # the key that says which base it was merged into, as qlora_merge.json does of safetensors
+CHUNK = 2**23  # numbers that are in fp32 at once
 # small and decisive, or read as fp32 by llama.cpp's kernels, like all vectors
 ALWAYS_F32 = ("ssm_conv1d.weight", "_norm.weight")
 
@@ -82,8 +85,7 @@ def export_gguf(
     import gguf
 
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
-    keep_apart(out, base_folder, adapter_folder)
-    _check_taken(out, overwrite)
+    keep_apart(out, base_folder, adapter_folder, replaces="*.gguf" if overwrite else None)
     if checkpoint is None:
         checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=section.trust_remote_code)
     device = torch.device("cpu") if device is None else device
@@ -94,44 +96,69 @@ def export_gguf(
         )
     converted = Converted(source.model.config.get_text_config())
     later, type = (type, "bf16") if type in BY_QUANTISER else (None, type)
-    entries = _entries(source, converted, type)
+    entries = entries_of(source, converted, type)
     factors = converted.factors()
     total = sum(gguf.quant_shape_to_byte_shape(shape, kind)[-1] * _rows(shape) for _, shape, kind in entries.values())
     require_disk(out, total * (2 if later else 1) + 64 * 1024**2, "The GGUF file")
-    template = chat_template if chat_template is not None else _own_template(checkpoint.tokenizer)
-    stops = sorted({*ends, *end_tokens(checkpoint)})
+    writer, stops = described(source, converted, entries, base, chat_template, ends)
     with folder_written_aside(out, overwrite) as aside:
         file = aside / f"model-{type}.gguf"
-        writer = gguf.GGUFWriter(file, converted.family.arch)
-        writer.add_name(Path(checkpoint.name).name)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[TYPES[type]])
-        rows = _vocabulary(entries)
-        converted.describe(writer, rows)
-        add_tokenizer(writer, checkpoint.tokenizer, rows, stops, template)
         for name in factors:
             _promise(writer, name, tuple(factors[name].shape), gguf.GGMLQuantizationType.F32)
         for name, shape, kind in entries.values():
             _promise(writer, name, shape, kind)
-        _write_head(writer)
+        _write_head(writer, file)
         for values in factors.values():
             writer.write_tensor_data(values.numpy())
         for stored, (_, _, kind) in entries.items():
             target = source.names.get(stored, stored)
-            values = converted.values(target, source.tensor(stored, torch.float32, requantise=base == "dequantized"))
-            writer.write_tensor_data(_quantised(values, kind, stored))
-            del values
+            merged = source.tensor(stored, source.exact(stored), requantise=base == "dequantized")
+            values = converted.values(target, merged)
+            writer.write_tensor_data(bytes_of(values, kind, stored))
+            del merged, values
             trim_heap()
         writer.close()
         command = None
         if later is not None:
             file, type, command = _by_quantiser(file, later, out)
-        _write_modelfile(aside, file.name, checkpoint.tokenizer.convert_ids_to_tokens(stops))
+        kept = checkpoint.folder / GENERATION
+        write_modelfile(
+            aside,
+            file.name,
+            checkpoint.tokenizer.convert_ids_to_tokens(stops),
+            checkpoint.tokenizer,
+            template_of(checkpoint, chat_template),
+            read_json(kept.parent, kept.name, "a generation configuration") if kept.is_file() else {},
+        )
         size = file.stat().st_size
     return Written(out / file.name, len(entries) + len(factors), size, type, command)
 
 
-def _entries(source: Source, converted: Converted, type: str) -> dict[str, tuple[str, tuple[int, ...], Any]]:
+def described(
+    source: Source,
+    converted: Converted,
+    entries: Mapping[str, tuple[str, tuple[int, ...], Any]],
+    base: str,
+    chat_template: str | None,
+    ends: Sequence[int],
+) -> tuple[Any, list[int]]:
+    """A gguf.GGUFWriter that knows all that the file says but its tensors and their types; the tokens that end an answer."""
+    import gguf
+
+    checkpoint = source.checkpoint
+    stops = sorted({*ends, *end_tokens(checkpoint)})
+    writer = gguf.GGUFWriter(None, converted.family.arch)
+    writer.add_name(Path(checkpoint.name).name)
+    writer.add_string(WEIGHTS, base)
+    rows = next(shape[0] for name, shape, _ in entries.values() if name == "token_embd.weight")
+    converted.describe(writer, rows)
+    add_tokenizer(writer, checkpoint.tokenizer, rows, stops, template_of(checkpoint, chat_template))
+    return writer, stops
+
+
+def entries_of(source: Source, converted: Converted, type: str) -> dict[str, tuple[str, tuple[int, ...], Any]]:
     """For each tensor of the merge its GGUF name, shape and type, in order."""
     entries = {}
     for promised in source.promise(torch.float32).values():
@@ -164,10 +191,6 @@ def _type(name: str, shape: tuple[int, ...], type: str) -> Any:
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
-def _vocabulary(entries: dict[str, tuple[str, tuple[int, ...], Any]]) -> int:
-    return next(shape[0] for name, shape, _ in entries.values() if name == "token_embd.weight")
-
-
 def _rows(shape: tuple[int, ...]) -> int:
     rows = 1
     for size in shape[:-1]:
@@ -183,19 +206,36 @@ def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
     writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), stored[-1] * _rows(shape), raw_dtype=kind)
 
 
-def _write_head(writer: Any) -> None:
-    writer.write_header_to_file()
+def _write_head(writer: Any, file: Path) -> None:
+    writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
 
-def _quantised(values: Tensor, kind: Any, name: str) -> Any:
-    """A tensor in fp32 as the bytes of a GGUF type. Raises MethodError for values that fp16 does not have."""
+def bytes_of(values: Tensor, kind: Any, name: str) -> Any:
+    """A tensor as the bytes of a GGUF type, a few rows in fp32 at a time. Raises MethodError for values that fp16 does not have."""
+    import gguf
+    import numpy
+
+    rows = max(1, CHUNK // values[0].numel()) if values.ndim > 1 else len(values)
+    made = None
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows].float().cpu().contiguous()
+        if kind == gguf.GGMLQuantizationType.F16 and part.abs().max() > torch.finfo(torch.float16).max:
+            raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; export it with type=bf16.")
+        found = gguf.quants.quantize(part.numpy(), kind)
+        if made is None:
+            made = numpy.empty((len(values), *found.shape[1:]), found.dtype) if len(part) < len(values) else found
+        made[start : start + rows] = found
+    return made
+
+
+def stands_for(values: Tensor, type: str) -> Tensor:
+    """What a layer's matrix [out, in] in fp32 is in a file of ``type``, one of ``TYPES``, as the gguf library reads it."""
     import gguf
 
-    if kind == gguf.GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
-        raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; export it with type=bf16.")
-    return gguf.quants.quantize(values.cpu().contiguous().numpy(), kind)
+    kind = _type("blk.0.weight", tuple(values.shape), type)
+    return torch.from_numpy(gguf.quants.dequantize(bytes_of(values, kind, "a weight"), kind)).to(values.device)
 
 
 def _by_quantiser(file: Path, type: str, out: Path) -> tuple[Path, str, str | None]:
@@ -214,20 +254,10 @@ def _by_quantiser(file: Path, type: str, out: Path) -> tuple[Path, str, str | No
     return made, type, None
 
 
-def _own_template(tokenizer: Any) -> str | None:
-    own = tokenizer.chat_template
-    return own.get("default") if isinstance(own, dict) else own
-
-
-def _write_modelfile(folder: Path, file: str, stops: Sequence[str]) -> None:
-    """Ollama reads the template out of the GGUF file; the stops it is told."""
-    lines = [f"FROM ./{file}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
-    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _check_taken(out: Path, overwrite: bool) -> None:
-    if overwrite and out.is_dir() and any(out.iterdir()) and not any(out.glob("*.gguf")):
-        raise RunError(f"'{out}' holds no GGUF file, so it is not overwritten; choose another folder.")
+def template_of(checkpoint: Checkpoint, given: str | None) -> str | None:
+    """The chat template that was ``given``, or the tokenizer's own."""
+    own = checkpoint.tokenizer.chat_template
+    return given if given is not None else own.get("default") if isinstance(own, dict) else own
 
 
 def export_gguf_adapter(
@@ -245,8 +275,7 @@ def export_gguf_adapter(
     from safetensors.torch import load_file
 
     out = Path(out)
-    keep_apart(out, base.folder, Path(adapter_folder))
-    _check_taken(out, overwrite)
+    keep_apart(out, base.folder, Path(adapter_folder), replaces="*.gguf" if overwrite else None)
     model = bare(base, section, resolve_compute_dtype(torch.device("cpu"), section.compute_dtype)).model
     converted = Converted(model.config.get_text_config())
     with tempfile.TemporaryDirectory() as scratch:
@@ -270,16 +299,17 @@ def export_gguf_adapter(
         tensors[f"{name}.lora_{part[0].lower()}"] = values.float().contiguous()
     require_disk(out, sum(values.nbytes for values in tensors.values()) + 1024**2, "The GGUF file")
     with folder_written_aside(out, overwrite) as aside:
-        writer = gguf.GGUFWriter(aside / "adapter.gguf", converted.family.arch)
+        writer = gguf.GGUFWriter(None, converted.family.arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, values in tensors.items():
             _promise(writer, name, tuple(values.shape), gguf.GGMLQuantizationType.F32)
-        _write_head(writer)
+        _write_head(writer, aside / "adapter.gguf")
         for values in tensors.values():
             writer.write_tensor_data(values.numpy())
         writer.close()
+        write_adapter_modelfile(aside, "adapter.gguf", base.name)
         size = (aside / "adapter.gguf").stat().st_size
     return Written(out / "adapter.gguf", len(tensors), size, "f32")
 

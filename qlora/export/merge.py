@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora.errors import ModelError, RunError
+from qlora.errors import ModelError
 from qlora.export.source import Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
@@ -85,9 +85,7 @@ def merge(
     when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
     """
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
-    keep_apart(out, base_folder, adapter_folder)
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
+    keep_apart(out, base_folder, adapter_folder, replaces="config.json" if overwrite else None)
     if checkpoint is None:
         checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=trust_remote_code)
     section = ModelSection(

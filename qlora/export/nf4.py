@@ -18,7 +18,7 @@ from bitsandbytes.functional import QuantState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.errors import ModelError, RunError
+from qlora.errors import ModelError
 from qlora.export.merge import Merged, write_beside, write_plain
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
@@ -62,9 +62,7 @@ def export_nf4(
     taken; DoesNotFitError when the disk is too small.
     """
     out = Path(out)
-    keep_apart(out, checkpoint.folder, Path(adapter_folder))
-    if overwrite and out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise RunError(f"'{out}' holds no model (no config.json), so it is not overwritten; choose another folder.")
+    keep_apart(out, checkpoint.folder, Path(adapter_folder), replaces="config.json" if overwrite else None)
     device, dtype = torch.device("cpu") if device is None else device, torch.bfloat16
     source = Source(
         checkpoint, section, Path(adapter_folder), device, resolve_compute_dtype(device, section.compute_dtype)

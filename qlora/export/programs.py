@@ -8,7 +8,7 @@
     DoRA, whole modules, anything else   no                  no                  no
 
 vLLM's and llama.cpp's columns are held against the programs (tests/programs); SGLang's and Ollama's follow their
-documentation. Experts: vLLM has a way for some on a GPU, which was not tried. Knows an adapter's two files.
+documentation; Ollama takes safetensors too, of Llama, Mistral and Gemma 1 and 2. Experts: vLLM has a way for some on a GPU, which was not tried. Knows an adapter's two files.
 """
 
 from __future__ import annotations

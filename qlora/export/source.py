@@ -174,8 +174,9 @@ class Source:
             values = self._new_tensors()[name].to(self.device)
         else:
             target, source = (name, self.untied[name]) if name in self.untied else (self.names[name], name)
-            values = self._requantised(name, target) if requantise and target in self.quantised else self._plain(source)
-            if values.is_floating_point():
+            again = requantise and target in self.quantised
+            values = self._requantised(name, target) if again else self.checkpoint.read(source).to(self.device)
+            if values.is_floating_point() and self._touched(target):
                 values = values.to(torch.float32)
                 for method in self.adapted.methods:
                     if not requantise or target not in self.quantised:
@@ -216,9 +217,15 @@ class Source:
                 self.carrying.add(target)
         return values
 
-    def _plain(self, name: str) -> Tensor:
-        """The checkpoint's own values, to be changed in place."""
-        return self.checkpoint.read(name).to(self.device).clone()
+    def _touched(self, target: str) -> bool:
+        return any(method.merge.touches(target) for method in self.adapted.methods)
+
+    def exact(self, name: str) -> torch.dtype:
+        """The dtype that has the merged tensor ``name`` unrounded: the checkpoint's own of a matrix to which nothing is added."""
+        entry, target = self.checkpoint.entries.get(name), self.names.get(name, name)
+        plain = name in self.names and not self._touched(target) and target not in {*self.quantised, *self.stacks}
+        kept = entry is not None and len(entry.shape) > 1 and entry.dtype in (torch.bfloat16, torch.float16)
+        return entry.dtype if entry and plain and kept else torch.float32
 
     def _left(self, name: str, dtype: torch.dtype) -> Tensor:
         """What was not loaded: as it is there, or dense where bitsandbytes packed it."""

@@ -284,8 +284,13 @@ def header_of(folder: Path) -> Header:
         ) from None
 
 
-def keep_apart(out: Path, *sources: Path) -> None:
-    """Raise RunError when ``out`` is, or holds, a folder that is being read: overwriting must never delete that."""
+def keep_apart(out: Path, *sources: Path, replaces: str | None = None) -> None:
+    """Raise RunError when ``out`` is, or holds, a folder that is being read: overwriting must never delete that.
+
+    ``replaces``: the file without which what is at ``out`` is no such thing as is going to take its place.
+    """
     for source in sources:
         if source.resolve() == out.resolve() or out.resolve() in source.resolve().parents:
             raise RunError(f"'{out}' holds '{source}', which is being read; choose another folder for the result.")
+    if replaces and out.is_dir() and any(out.iterdir()) and not any(out.glob(replaces)):
+        raise RunError(f"'{out}' holds no {replaces}, so it is not overwritten; choose another folder.")

@@ -57,6 +57,9 @@ class FullMerge(Merge):
 
     method: FullMethod
 
+    def touches(self, name: str) -> bool:
+        return name in self.method.aliases
+
     def merged(self, name: str, values: Tensor) -> Tensor:
         """In the place of the base's, under whichever of its names the checkpoint has it."""
         trained = self.method.aliases.get(name)

@@ -30,6 +30,10 @@ class Merge:
         """``reason``, or what speaks against merging in this model."""
         return self.reason
 
+    def touches(self, name: str) -> bool:
+        """Whether ``merged`` may change the tensor ``name``."""
+        return self.layer_of(name)[0] is not None
+
     def merged(self, name: str, values: Tensor) -> Tensor:
         """The model's tensor ``name`` (as ``model.layers.0.mlp.up_proj.weight``), in fp32, with what was learned added."""
         layer, inside = self.layer_of(name)

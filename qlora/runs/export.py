@@ -21,10 +21,12 @@ from qlora.export import export_adapter as write_adapter
 from qlora.export import export_gguf as write_gguf
 from qlora.export import export_nf4 as write_nf4
 from qlora.export import merge as merge_files
+from qlora.export.llama_cpp import LlamaCpp
 from qlora.export.programs import Verdict, programs
-from qlora.export.verify import verify
+from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import expanded
 from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
+from qlora.methods.files import CONFIG
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
@@ -62,6 +64,13 @@ class Difference:
     """Mean Kullback-Leibler divergence, in nats per token."""
     same_choice: float
     """Share of positions at which both choose the same token."""
+
+    def told(self, program: str) -> str:
+        return (
+            f"In {program}, on {self.examples} held-out examples: logits differ by at most {self.largest:.3g} (of "
+            f"{self.largest_logit:.3g}), {self.divergence:.2g} nats per token, the same next token at "
+            f"{self.same_choice:.1%} of the positions."
+        )
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,7 @@ def export_nf4(
     if not found.held_out:
         return merged, []
     forms = {
-        "dequantized, in NF4 again": merged_into(found.source, "dequantized", True),
+        "dequantized, in NF4 again": merged_into(found.source, "dequantized", "nf4"),
         "this NF4": lying_in(place, found.source),
     }
     return merged, measured(found.model, found.source, forms, found.held_out)
@@ -257,13 +266,7 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     trained model is further from it than ``CLOSE``.
     """
     folder = Path(folder)
-    recipe, environment = open_run(folder)
-    data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
-    check_data(data, environment, folder)
-    every = [row.ids[begin:end].tolist() for row in data.held_out for begin, end in row.spans()]
-    if not every:
-        raise RunError("the run has no held-out text.")
-    examples = spread(every, count)
+    recipe, examples = _examples(folder, count)
     device = device_here(recipe)
     trained = load_run(folder, quiet=True)
     widened = widen(trained)
@@ -275,30 +278,81 @@ def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Diffe
     del trained
     found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
     difference = _difference(found, expected)
-    _hold(merged.folder, difference.divergence, 0.0)
+    _hold(merged.folder, Checkpoint(merged.folder, "").merge.get("weights") == "dequantized", difference.divergence)
     return difference
 
 
-def check(folder: str | Path, place: str | Path | None = None) -> tuple[int, list[Form]]:
-    """(how many tensors the export in ``place`` has, a table of the trained model and of it, empty where nothing is held out).
+def in_llama_cpp(folder: Path, file: GgufFile, count: int = 20) -> Difference:
+    """Logits of a GGUF file in llama.cpp against the adapter model's. Raises as ``compare_merged``."""
+    recipe, examples = _examples(folder, count)
+    opened = LlamaCpp(file.file, context=max(map(len, examples)))
+    found = []
+    for ids in examples:
+        opened.begin()
+        found.append(torch.from_numpy(opened.logits(ids)))
+    opened.close()
+    trained = load_run(folder, quiet=True)
+    widen(trained)
+    difference = _difference(found, _logits(trained.model, examples, device_here(recipe)))
+    _hold(file.file, _is_trained(file), difference.divergence)
+    return difference
 
-    ``place`` is what ``merge`` or ``export_nf4`` wrote, here or elsewhere; ``RUN/merged`` when left out. One tensor, and then one
-    layer, is dense at a time. Raises DiffersError where a tensor is not the merge's, or where it answers otherwise: a merge into
-    the weights that were trained on by more than ``CLOSE``, any other by more than ``WORSE`` of loss.
+
+def _examples(folder: Path, count: int) -> tuple[Recipe, list[list[int]]]:
+    """A run's recipe and ``count`` of its held-out examples. Raises RunError where nothing is held out."""
+    recipe, environment = open_run(folder)
+    data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
+    check_data(data, environment, folder)
+    every = [row.ids[begin:end].tolist() for row in data.held_out for begin, end in row.spans()]
+    if not every:
+        raise RunError("the run has no held-out text.")
+    return recipe, spread(every, count)
+
+
+def check(
+    folder: str | Path, place: str | Path | None = None, program: str | None = None
+) -> tuple[int, list[Form], Difference | None]:
+    """(how many tensors the export in ``place`` has; a table of the trained model and of it, empty where nothing is held out
+    and for adapters; how far ``program``, llama.cpp, is from the trained model, where it was asked).
+
+    ``place`` is what an export wrote, here or elsewhere, or a GGUF file; ``RUN/merged`` when left out. One tensor, and then one
+    layer, is dense at a time. Raises DiffersError where a tensor is not the export's, or where it answers otherwise: a merge into
+    the weights that were trained on, in 8 bits or more, by more than ``CLOSE``, any other by more than ``WORSE`` of loss.
     """
-    place = expanded(place) if place is not None else Path(folder) / "merged"
-    run = subject(Path(folder), held_out=False)
-    tensors = verify(run.source, place)
-    if not run.held_out:
-        return tensors, []
-    forms = measured(run.model, run.source, {place.name: lying_in(place, run.source)}, run.held_out)
-    _hold(place, forms[1].found.divergence, forms[1].found.difference[0])
-    return tensors, forms
+    folder, place = Path(folder), expanded(place) if place is not None else Path(folder) / "merged"
+    files = [place] if place.suffix == ".gguf" else sorted(place.glob("*.gguf"))
+    if len(files) > 1:
+        raise RunError(f"'{place}' holds {listed([file.name for file in files])}; say which: from={files[0]}")
+    if program is not None and (not files or (place / "adapter.gguf").is_file()):
+        raise RunError(f"llama.cpp opens models as GGUF, and '{place}' holds none; check it without program=.")
+    file = GgufFile(files[0]) if files else None
+    if (place / CONFIG).is_file() or (file is not None and file.said.get("general.type") == "adapter"):
+        run, at = _opened(folder), place if file is None else file.file
+        return read_adapter(folder, lambda found: verify_adapter(run.recipe.model, run.base, found, at)), [], None
+    found = subject(folder, held_out=False)
+    if file is None:
+        tensors, lying = verify(found.source, place), lying_in(place, found.source)
+        same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
+    else:
+        run = _opened(folder)
+        tensors, lying = verify_gguf(found.source, file, run.template, run.ends), lying_in(file, found.source)
+        same = _is_trained(file)
+    if not found.held_out:
+        return tensors, [], None
+    forms = measured(found.model, found.source, {place.name: lying}, found.held_out)
+    _hold(place, same, forms[1].found.divergence, forms[1].found.difference[0])
+    del found
+    return tensors, forms, in_llama_cpp(folder, file) if program and file else None
 
 
-def _hold(place: Path, divergence: float, more: float) -> None:
-    """Raise DiffersError where an export that lies in ``place`` is too far from what was trained, in nats a token."""
-    same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
+def _is_trained(file: GgufFile) -> bool:
+    """Whether a GGUF file should be the trained model: merged into the weights that were trained on, in 8 bits or more."""
+    kinds = {tensor.tensor_type.name for tensor in file.tensors.values()}
+    return file.weights == "dequantized" and kinds <= {"F32", "F16", "BF16", "Q8_0"}
+
+
+def _hold(place: Path, same: bool, divergence: float, more: float = 0.0) -> None:
+    """Raise DiffersError where an export is too far from what was trained, in nats a token; ``same``: it should be that."""
     if same and not divergence <= CLOSE:
         raise DiffersError(
             f"'{place}' is {divergence:.2g} nats a token from the trained model; expected at most {CLOSE}. Export it again; if it "

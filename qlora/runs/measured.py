@@ -2,7 +2,8 @@
 
     held-out rows ─► the trained model ─────────────────────────────┐
                  ├─► merged into either base, in 16 bits            ├─► loss, divergence, same choice, paired errors
-                 └─► each of these in NF4 again, and what lies there ┘
+                 └─► each of these in NF4 again or in a GGUF type,   ┘
+                     and what lies there
 
 All go side by side, a layer at a time, so nothing is written for it and one layer of each is dense. Only linears of layers
 differ: all else is the trained model's.
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 
 from qlora.data import Row, collate
 from qlora.errors import QloraError, RunError
-from qlora.evaluation.divergence import Divergence
+from qlora.evaluation.divergence import Divergence, mean_with_error
+from qlora.export.gguf import stands_for
+from qlora.export.gguf_models import Converted
 from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
+from qlora.export.verify import GgufFile
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
 from qlora.methods import AdaptedModel
@@ -120,11 +124,11 @@ def widen(model: AdaptedModel) -> bool:
     return True
 
 
-def best_base(folder: Path) -> tuple[str, str]:
+def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
     """(the base to merge into where nobody says what for, why): measured, where both are at hand.
 
-    The original one where it has less loss by twice the error of the paired difference: then it is better as it is and once
-    more when it is quantised. Else the weights that the adapter was trained beside, which give the trained model.
+    ``type``: of a GGUF file; without it in 16 bits, and in NF4 again beside. The original base where it has less loss by twice
+    the error of the paired difference. Else the weights that the adapter was trained beside, which give the trained model.
     """
     recipe, _ = open_run(folder)
     if recipe.model.quantization not in FOUR_BIT:
@@ -133,14 +137,11 @@ def best_base(folder: Path) -> tuple[str, str]:
         run = subject(folder)
         if run.source.empty.scheme.prequantised:
             return "dequantized", ""
+        kinds = (type,) if type else (None, "nf4")
         forms = measured(
             run.model,
             run.source,
-            {
-                f"{base}{', in NF4 again' if again else ', 16 bits'}": merged_into(run.source, base, again)
-                for base in ("dequantized", "original")
-                for again in (False, True)
-            },
+            {f"{base}, {HOW.get(kind, kind)}": merged_into(run.source, base, kind) for base in WHY for kind in kinds},
             run.held_out,
         )
     except QloraError as error:
@@ -149,17 +150,20 @@ def best_base(folder: Path) -> tuple[str, str]:
             "is the trained model in 16 bits, and loses what it learned when it is quantised to 4 bits again (for=quantising)."
         )
     found = table(forms)
-    with file_written_aside(folder / FORMS) as aside:
-        aside.write_text(found + "\n", encoding="utf-8")
-    by_name = {form.name: form.found for form in forms}
-    more, uncertain = by_name["original, 16 bits"].difference
+    if type is None:
+        with file_written_aside(folder / FORMS) as aside:
+            aside.write_text(found + "\n", encoding="utf-8")
+    rows = {form.name: form.found.differences for form in forms}
+    trained_on, original = (rows[f"{base}, {HOW.get(kinds[0], kinds[0])}"] for base in WHY)
+    more, uncertain = mean_with_error([ours - theirs for ours, theirs in zip(original, trained_on, strict=True)])
     base = "original" if more < -2 * uncertain else "dequantized"
     return base, f"{found}\nMerged into the {base} base: {WHY[base]}"
 
 
+HOW = {None: "16 bits", "nf4": "in NF4 again"}
 WHY = {
-    "original": "it has less held-out loss, and is what it is when it is quantised again (for=serving: the trained model itself).",
     "dequantized": "it is the trained model, for 16 bits or 8 (for=quantising: what may be quantised to 4 bits, or trained on).",
+    "original": "it has less held-out loss, and is what it is when it is quantised again (for=serving: the trained model itself).",
 }
 
 
@@ -169,20 +173,26 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def merged_into(source: Source, base: str, again: bool) -> WeightOf:
-    """A merge into that base, in bf16; ``again``: and quantised to NF4 as a loader does it."""
+def merged_into(source: Source, base: str, kind: str | None = None) -> WeightOf:
+    """A merge into that base, in bf16; ``kind``: that in ``nf4`` as a loader does it, or the merge in a GGUF type."""
     names = {target: name for name, target in source.names.items()}
+    dtype = torch.bfloat16 if kind in HOW else torch.float32
 
     def weight(path: str, linear: nn.Module) -> Tensor:
-        values = source.tensor(names[f"{path}.weight"], torch.bfloat16, requantise=base == "dequantized")
+        values = source.tensor(names[f"{path}.weight"], dtype, requantise=base == "dequantized")
         values = turned(linear, values).contiguous()
-        return dequantised(*quantised(values, "nf4", True)) if again else values
+        if kind is None:
+            return values
+        return dequantised(*quantised(values, "nf4", True)) if kind == "nf4" else stands_for(values, kind)
 
     return weight
 
 
-def lying_in(folder: Path, source: Source) -> WeightOf:
-    """An export that was written, in 16 bits or as bitsandbytes packed it."""
+def lying_in(folder: Path | GgufFile, source: Source) -> WeightOf:
+    """An export that was written: in 16 bits, as bitsandbytes packed it, or a GGUF file."""
+    if isinstance(folder, GgufFile):
+        file, converted = folder, Converted(source.model.config.get_text_config())
+        return lambda path, linear: file.linear(f"{path}.weight", converted).to(source.device)
     checkpoint = Checkpoint(folder, str(folder))
     names = {target: name for name, target in source.names.items()}
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export import export_gguf, export_gguf_adapter, gguf_tokenizer, merge
+from qlora.export.gguf import stands_for
 from qlora.export.gguf_models import Converted
+from qlora.export.modelfile import go_template, write_modelfile
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import ModelSection
-from tests.export.gguf_models import FAMILIES, checkpoint, trained
+from tests.export.gguf_models import FAMILIES, checkpoint, sentencepiece_like, trained
 from tests.tiny import chat_checkpoint, tiny_checkpoint
 
 # the largest error of a block, as a share of its largest value: half a step of 127, and of 8
@@ -69,6 +71,8 @@ def test_tensors_are_the_merged_models(tmp_path: Path, family: str) -> None:
             found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
             wanted = expected[tensor.name].numpy()
             stored = tensor.tensor_type.name.lower()
+            if wanted.ndim == 2 and tensor.name.startswith("blk") and "conv1d" not in tensor.name:
+                assert np.array_equal(found, stands_for(expected[tensor.name], kind).numpy()), tensor.name
             assert stored == ("f32" if wanted.ndim == 1 or "norm" in tensor.name or "conv1d" in tensor.name else stored)
             if stored in STEP:
                 blocks = np.abs(wanted.reshape(-1, 32)).max(1)
@@ -134,10 +138,54 @@ def test_ends_and_template_of_the_run(tmp_path: Path) -> None:
     assert (field(reader, "tokenizer.ggml.eos_token_id"), field(reader, "tokenizer.ggml.eot_token_id")) == (2, 263)
     assert field(reader, "tokenizer.chat_template") == "mine"
     assert field(reader, "tokenizer.ggml.add_bos_token") is True
-    stops = [
-        json.loads(line.split(" ", 2)[2]) for line in (tmp_path / "out" / "Modelfile").read_text().splitlines()[1:]
-    ]
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    stops = [json.loads(line.split(" ", 2)[2]) for line in lines if line.startswith("PARAMETER stop ")]
     assert stops == ["</s>", Checkpoint(base, "base").tokenizer.convert_ids_to_tokens(263)]
+
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+            '{{ range .Messages }}{{ if eq .Role "system" }}[system] {{ .Content }}\n{{ else if eq .Role "user" }}[user] {{ .Content }}\n'
+            '{{ else if eq .Role "assistant" }}[assistant] {{ .Content }}\n{{ end }}{{ end }}[assistant]',
+        ),
+        (
+            CHATML,
+            '{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nBe kind<|im_end|>\n{{ end }}{{ range .Messages }}'
+            + "{{ else ".join(f'if eq .Role "{role}" }}}}<|im_start|>{role}\n{{{{ .Content }}}}<|im_end|>\n' for role in ("system", "user", "assistant")).replace("if eq", "{{ if eq", 1)
+            + "{{ end }}{{ end }}<|im_start|>assistant\n",
+        ),
+        (CHATML.replace("{% if loop", "{% if not loop.last and m.role == 'assistant' %}(old){% endif %}{% if loop"), "(old)<|im_start|>assistant"),
+        (CHATML + "{{ strftime_now('%d') }}", None),  # of the day it was exported
+        (CHATML + "{% if messages | length > 4 %}long{% endif %}", None),  # not turn by turn
+        (CHATML.replace("m.content", "m.content | upper"), None),
+        (CHATML.replace("Be kind", "{{ '{{' }}"), None),  # Go would read it
+        ("{{ raise_exception('no') }}", None),
+    ],
+)  # fmt: skip
+def test_a_chat_template_in_go(template: str, expected: str | None) -> None:
+    found = go_template(sentencepiece_like(), template)
+    assert found == expected if expected is None or expected.startswith("{{") else expected in str(found)
+
+
+def test_ollama_is_told_how_to_sample(tmp_path: Path) -> None:
+    kept = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": 2}
+    write_modelfile(tmp_path, "m.gguf", ["<end>"], sentencepiece_like(), CHATML, kept)
+    text = (tmp_path / "Modelfile").read_text()
+    assert text.startswith('FROM ./m.gguf\nTEMPLATE """{{ if ne (index')
+    assert text.endswith(
+        'PARAMETER stop "<end>"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.1\n'
+    )
+    write_modelfile(tmp_path, "m.gguf", [], sentencepiece_like(), None, {**kept, "do_sample": False})
+    assert (tmp_path / "Modelfile").read_text() == "FROM ./m.gguf\n"
 
 
 def test_k_types_are_the_quantisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def test_a_taken_folder_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(RunError, match="not empty"):
         merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
-    with pytest.raises(RunError, match="holds no model"):
+    with pytest.raises(RunError, match=r"holds no config\.json"):
         merge(base, tmp_path / "adapter", tmp_path / "out", overwrite=True, compute_dtype="fp32")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     (tmp_path / "out" / "config.json").write_text("{}")

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.export import gguf_tokenizer, merge
+from qlora.cli import main
+from qlora.export import gguf_tokenizer, llama_cpp, merge
 from qlora.export.gguf import export_gguf, export_gguf_adapter
 from qlora.machine.device import cache_folder
 from qlora.methods import apply_method, save_adapter
@@ -19,11 +21,10 @@ from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import DEFAULT_MODEL, LoRA, ModelSection
 from qlora.residence.load import load_base
 from tests.export.gguf_models import FAMILIES, checkpoint, sentencepiece_like, trained
-from tests.programs import llama_cpp
 from tests.rounding import difference
-from tests.tiny import WORDS, stir
+from tests.tiny import WORDS, stir, tiny_values
 
-pytestmark = pytest.mark.skipif(bool(llama_cpp.MISSING), reason=llama_cpp.MISSING)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(llama_cpp.MISSING), reason=llama_cpp.MISSING)]
 
 # llama.cpp keeps windows, rotary angles and normalisations in fp32 as we do, but sums in its own order and takes exp and
 # gelu from tables of 16 bits where it has them: a wrong permutation or a lost factor is off by 0.1 and more
@@ -81,6 +82,23 @@ def test_sentencepiece_tokens(tmp_path: Path) -> None:
     opened.close()
 
 
+def test_a_run_is_checked_in_it(
+    tiny_model: Path, chat_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_values(tiny_model, chat_data, tmp_path / "run")))
+    assert main(["train", str(tmp_path / "tiny.yaml")]) == 0
+    check = ["export", str(tmp_path / "run"), "check", f"from={tmp_path / 'run/gguf-f16'}", "program=llama.cpp"]
+    assert main(["export", str(tmp_path / "run"), "gguf", "type=f16", "base=dequantized"]) == 0
+    assert main(check) == 0
+    assert "In llama.cpp, on 8 held-out examples: logits differ" in capsys.readouterr().out
+    file = tmp_path / "run/gguf-f16/model-f16.gguf"
+    epsilon = np.float32(1e-6).tobytes()  # of all norms: its tensors are whole, and it answers otherwise
+    assert file.read_bytes().count(epsilon) == 1
+    file.write_bytes(file.read_bytes().replace(epsilon, np.float32(0.5).tobytes()))
+    assert main(check) == 4
+    assert "layer_norm_rms_epsilon differ" in capsys.readouterr().err
+
+
 # ── a real model ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PIECES = ["🚀", "😶\u200d🌫️", "日本語", "한국어", "naïve", "Български", "  ", "\n", "\n\n", "\t", "def f(x):", "    return x", "3.14", "12345",
@@ -127,7 +145,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     return Real(model, tokenizer, files, answers)
 
 
-@pytest.mark.slow
 def test_a_real_tokenizer(real: Real) -> None:
     opened = llama_cpp.LlamaCpp(real.files["q8_0"])
     draw = random.Random(0)
@@ -137,7 +154,6 @@ def test_a_real_tokenizer(real: Real) -> None:
     opened.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "nats"), [("f32", 1e-6), ("f16", 1e-4), ("q8_0", 2e-2), ("q4_0", 2.0)])
 def test_a_real_model(real: Real, kind: str, nats: float) -> None:
     """Bounds for nats a token: rounding in fp32 and fp16, and what 8 and 4 bits are known to cost; a wrong layout costs several."""
@@ -159,7 +175,6 @@ def test_a_real_model(real: Real, kind: str, nats: float) -> None:
     assert divergence / positions < nats
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_a_real_answer(real: Real, kind: str) -> None:
     """Greedy answers word for word, to where they end; in fp16 they may part where two tokens are as likely as it can tell."""

@@ -23,6 +23,7 @@ import qlora
 from qlora.chat import talk
 from qlora.cli import main
 from qlora.errors import RunError
+from qlora.export.verify import GgufFile
 from qlora.files.durable import write_json
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
@@ -279,6 +280,52 @@ def test_forms_are_measured_before_one_is_chosen(
     assert "this NF4" in capsys.readouterr().out
     opened = AutoModelForCausalLM.from_pretrained(copy / "nf4")
     assert opened.config.quantization_config.load_in_4bit
+    assert main(["export", str(copy), "gguf", "type=q4_0"]) == 0
+    measured = [line for line in capsys.readouterr().out.splitlines() if ", q4_0 " in line]
+    assert [line.split("|")[1].strip() for line in measured] == ["dequantized, q4_0", "original, q4_0"]
+    assert "\n".join(measured) in (copy / "gguf-q4_0/README.md").read_text(encoding="utf-8")
+    assert (copy / "forms.md").read_text(encoding="utf-8") == text
+
+
+def test_an_export_elsewhere_is_checked_against_the_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, away = shutil.copytree(finished, tmp_path / "run"), tmp_path / "away"
+
+    def checked(place: Path, status: int) -> str:
+        assert main(["export", str(copy), "check", f"from={place}"]) == status
+        said = capsys.readouterr()
+        return said.err if status else said.out
+
+    for what in (["gguf", "type=q8_0", "base=dequantized"], ["gguf-adapter"], ["adapter"]):
+        assert main(["export", str(copy), *what, f"out={away / what[0]}"]) == 0
+    shutil.copytree(copy / "adapter", away / "own")
+    capsys.readouterr()
+    assert "| gguf " in checked(away / "gguf", 0)
+    for name, tensor, said in (
+        ("gguf/model-q8_0.gguf", "blk.1.ffn_up.weight", b"gpt-2"),
+        ("gguf-adapter/adapter.gguf", "blk.0.attn_q.weight.lora_b", b"lora"),
+    ):
+        file = away / name
+        assert "tensors are those of the run" in checked(file, 0)
+        whole, place = file.read_bytes(), int(GgufFile(file).tensors[tensor].data_offset)
+        file.write_bytes(whole[:place] + bytes(64) + whole[place + 64 :])
+        assert tensor in checked(file, 4)
+        file.write_bytes(whole.replace(said, b"x" * len(said), 1))
+        checked(file, 4)
+        file.write_bytes(whole[:200])
+        assert "is no whole GGUF file" in checked(file, 4)
+        file.write_bytes(whole)
+    for folder in (away / "adapter", away / "own"):
+        assert "tensors are those of the run" in checked(folder, 0)
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps({**values, "lora_alpha": 3}), encoding="utf-8")
+        assert "adapter_config.json's lora_alpha differ" in checked(folder, 4)
+        (folder / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+        tensors = load_file(folder / WEIGHTS)
+        name = next(name for name in tensors if "down_proj.lora_B" in name)
+        save_file({**tensors, name: tensors[name] * 1.1}, folder / WEIGHTS)
+        assert f"{name} differ" in checked(folder, 4)
 
 
 def test_peft_loads_the_adapter_strictly(finished: Path) -> None:

@@ -1,7 +1,7 @@
 """llama.cpp's own library through its C interface: tokens, logits and LoRA of a GGUF file.
 
-Where ``QLORA_LLAMA_CPP`` names no folder with ``libllama*.so`` there is none, and what needs it is skipped. Parameters go as
-bytes of the length that any release has; those set here lie at the front, and their defaults are checked first.
+``QLORA_LLAMA_CPP`` names the folder with its ``libllama.so``. Parameters go as bytes of more than the length that any release
+has, as x86-64 allows; those set here lie at the front, and their defaults are checked first. Knows files and the library alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from qlora.errors import DiffersError, RunError
 
 FOLDER = Path(os.environ.get("QLORA_LLAMA_CPP", "/nonexistent"))
 LIBRARY = next(iter(sorted(FOLDER.glob("libllama.*so*")) + sorted(FOLDER.glob("libllama.so"))), None)
@@ -41,7 +43,8 @@ _TAKE = _LOG(lambda level, text, _: _SAID.append((text or b"").decode(errors="re
 
 
 def _library() -> Any:
-    assert LIBRARY is not None
+    if MISSING:
+        raise RunError(f"llama.cpp cannot open it here: {MISSING}.")
     for name in ("libggml-base", "libggml.", "libggml-cpu-x64"):
         for path in FOLDER.glob(f"{name}*so"):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -69,6 +72,15 @@ def _library() -> Any:
     return lib
 
 
+def _reason() -> str:
+    """Of what it said last, the lines that name an error."""
+    lines = "".join(_SAID).splitlines()
+    return (
+        " ".join([line for line in lines if "error" in line or "fail" in line][-3:] or lines[-1:])
+        or "it gave no reason"
+    )
+
+
 class LlamaCpp:
     """A GGUF file open in llama.cpp on one thread, with a cache of keys and values in fp32."""
 
@@ -80,26 +92,28 @@ class LlamaCpp:
         lib = self.lib
         _SAID.clear()
         self.model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
-        assert self.model, "".join(_SAID)[-1500:]
+        if not self.model:
+            raise DiffersError(f"llama.cpp does not open '{file}': {_reason()}")
         self.vocab = lib.llama_model_get_vocab(self.model)
         params = lib.llama_context_default_params()
         words = params.words
-        assert (words[0], words[1], words[2]) == (512, 2048, 512), list(words[:12])
-        words[0] = context
-        threads = next(n for n in range(5, 9) if words[n] == words[n + 1] and 0 < words[n] < 256)
-        words[threads] = words[threads + 1] = 1
+        threads = next((n for n in range(5, 9) if words[n] == words[n + 1] and 0 < words[n] < 256), 5)
         attention = threads + 6  # after the kinds of context, rope scaling, pooling and attention
-        assert words[attention] == 0xFFFFFFFF, list(words[:40])
+        keys = next((n for n in range(attention + 8, 40) if (words[n], words[n + 1]) == (1, 1)), 0)
+        if (*words[:3], words[attention]) != (512, 2048, 512, 0xFFFFFFFF) or not keys:
+            raise RunError(f"'{LIBRARY}' is a release of llama.cpp whose parameters lie otherwise than is known here.")
+        words[0], words[1], words[2] = context, max(words[1], context), max(words[2], context)
+        words[threads] = words[threads + 1] = 1
         words[attention] = 0  # no fused attention, which rounds to 16 bits
-        keys = next(n for n in range(attention + 8, 40) if (words[n], words[n + 1]) == (1, 1))
         words[keys] = words[keys + 1] = 0
         self.context = lib.llama_init_from_model(self.model, params)
-        assert self.context, "".join(_SAID)[-1500:]
+        if not self.context:
+            raise DiffersError(f"llama.cpp does not open '{file}': {_reason()}")
         if lora is not None:
             adapter = lib.llama_adapter_lora_init(self.model, str(lora).encode())
-            assert adapter, "".join(_SAID)[-1500:]
             array, scale = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
-            assert lib.llama_set_adapters_lora(self.context, array, 1, scale) == 0
+            if not adapter or lib.llama_set_adapters_lora(self.context, array, 1, scale):
+                raise DiffersError(f"llama.cpp does not take '{lora}': {_reason()}")
         self.place = 0
 
     def tokens(self, text: str, special: bool = True) -> list[int]:
@@ -107,7 +121,8 @@ class LlamaCpp:
         raw = text.encode()
         room = (ctypes.c_int32 * (len(raw) + 16))()
         count = self.lib.llama_tokenize(self.vocab, raw, len(raw), room, len(room), True, special)
-        assert count >= 0
+        if count < 0:
+            raise RunError("llama.cpp did not cut the text into tokens.")
         return list(room[:count])
 
     def ends(self, token: int) -> bool:
@@ -120,7 +135,8 @@ class LlamaCpp:
             batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, self.place + n, 1, 1
             batch.seq_id[n][0] = 0
         batch.n_tokens = len(ids)
-        assert self.lib.llama_decode(self.context, batch) == 0, "".join(_SAID)[-1500:]
+        if self.lib.llama_decode(self.context, batch):
+            raise RunError(f"llama.cpp did not compute {len(ids)} tokens: {_reason()}")
         self.place += len(ids)
         width = self.lib.llama_vocab_n_tokens(self.vocab)
         found = np.ctypeslib.as_array(self.lib.llama_get_logits(self.context), (len(ids), width)).copy()
