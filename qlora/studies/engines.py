@@ -118,9 +118,9 @@ class OnRay:
 
     def __init__(self, engine: str) -> None:
         try:
-            import ray  # type: ignore[import-not-found, unused-ignore]
+            import ray
         except ImportError:
-            raise RunError("engine is ray, which is not installed; pip install 'ray' (or engine=local).") from None
+            raise RunError("engine is ray, which is not installed; pip install ray, or set engine=local.") from None
         self._ray = ray
         address = engine if "://" in engine else os.environ.get("RAY_ADDRESS")
         if not ray.is_initialized():

@@ -58,7 +58,7 @@ class Study:
 
     def frame(self) -> Any:
         """The rows as a pandas frame. Raises ImportError where pandas is not installed."""
-        import pandas  # type: ignore[import-untyped, unused-ignore]
+        import pandas
 
         return pandas.DataFrame([row.plain() for row in self.rows])
 
