@@ -27,6 +27,7 @@ from qlora.model.checkpoint import open_checkpoint
 from qlora.planning.plan import timed
 from qlora.planning.rows import load_recipe_data
 from qlora.runs.session import speaker
+from qlora.runs.tasks import open_tasks
 from qlora.studies.cell import Outcome, fail
 from qlora.studies.engines import Engine, engine_of
 from qlora.studies.page import write_page
@@ -75,6 +76,8 @@ def study(given: str | Path | StudySection, *overrides: str, quiet: bool = False
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         _require_own(folder, settings)
+        if not (folder / "results").is_dir():  # a study that goes on has read them before
+            require_data(settings, section)
         (folder / "results").mkdir(exist_ok=True)
         write_json(folder / SPEC, section.model_dump(mode="json", exclude_defaults=True))
         expected = None if section.hours is None else expectations(settings, section)
@@ -135,6 +138,25 @@ def expectations(settings: Sequence[Setting], section: StudySection) -> dict[str
         a_step = seconds.expected if seconds is not None else 0.0
         found[setting.name] = Expected(steps, a_step, FIXED, planned.memory.total, planned.disk_bytes)
     return found
+
+
+def require_data(settings: Sequence[Setting], section: StudySection) -> None:
+    """Open what the settings read, each once: data or tasks that cannot be used are said now, and not by every cell.
+
+    Raises InputError naming the setting.
+    """
+    seen = set()
+    for setting in settings:
+        recipe = next(iter(setting.cells.values())).in_folder(Path("studies"), section.data_root)
+        what = repr((recipe.model, recipe.data, recipe.method.virtual_tokens, recipe.evaluation.tasks))
+        if what in seen:
+            continue
+        seen.add(what)
+        try:
+            data = load_recipe_data(recipe, open_checkpoint(recipe.model, weights=False))
+            open_tasks(recipe, data)
+        except InputError as error:
+            raise type(error)(f"{setting.name}: {error}") from None
 
 
 def _require_own(folder: Path, settings: Sequence[Setting]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora.errors import RunError
+from qlora.errors import InputError, RunError
 from qlora.studies import StudySection, plan_study, study
 from tests.tiny import tiny_values
 
@@ -127,6 +127,24 @@ def test_a_plan_says_what_it_takes_and_a_budget_below_one_cell_is_refused(
     assert not (tmp_path / "study").exists()
     with pytest.raises(RunError, match=r"hours is 1e-05; give it more"):
         study(path, "hours=1e-5", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["recipe.data.train=missing.jsonl"], r"the recipe: .*missing\.jsonl"),
+        (
+            ["recipe.evaluation.tasks=[{name: sst2, data: missing.jsonl}]"],
+            r"the recipe: The task 'sst2' cannot be read",
+        ),
+    ],
+)
+def test_what_no_cell_could_read_is_said_before_the_first(
+    overrides: list[str], said: str, tiny_model: Path, chat_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        study(written(tmp_path, tiny_model, chat_data), *overrides, quiet=True)
+    assert not (tmp_path / "study" / "results").exists()
 
 
 def _begun(path: Path, *overrides: str) -> subprocess.Popen[str]:
