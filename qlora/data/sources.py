@@ -152,7 +152,7 @@ def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Reco
             advice = next((_OTHER_FILES[end] for end in _OTHER_FILES if path.name.lower().endswith(end)), "")
             raise DataError(
                 f"'{source}' ends in '{path.suffix}'; expected one of {listed(_ENDINGS, 9)}, text also packed as in .jsonl.gz."
-                f"{advice.format(shlex.quote(str(path)), shlex.quote(f'{path.stem}.parquet'))}"
+                f"{advice.replace('{}', shlex.quote(str(path)), 1).replace('{}', shlex.quote(f'{path.stem}.parquet'))}"
             )
         if ending(path) == ".parquet":
             return _parquet(path, source)

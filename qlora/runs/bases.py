@@ -21,6 +21,8 @@ from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
 
 Measured = TypeVar("Measured")
+OTHER_BESIDE = ("pissa", "loftq")
+"""Ways to begin that leave another base beside the adapter: the remainder, quantised."""
 CHANGES_ITS_BASE = {"full", "new_tokens"}
 """Methods behind which the base is another one: other weights, or rows that stay in embedding and head."""
 
@@ -44,7 +46,8 @@ class Bases:
                 del kept
                 release_memory(device)  # before there are two
             base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
-        self._taken = _key(recipe, checkpoint, device)
+        beside = [part for part in parts_of(recipe.method) if getattr(part, "init", None) in OTHER_BESIDE]
+        self._taken = (*_key(recipe, checkpoint, device), repr(beside))
         self._ends = base.end_tokens  # to which a run adds those of its chat template
         return base
 

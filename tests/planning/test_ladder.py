@@ -291,7 +291,7 @@ ODD: dict[str, tuple[Any, dict[str, Any]]] = {
     "no MLP to cut": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4096), {}),
     "rows that cannot be cut": (BloomConfig(**SMALL), {}),
     "layers that hand on their keys": (Gemma4TextConfig(**SMALL | {"num_hidden_layers": 4}, intermediate_size=64, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, vocab_size_per_layer_input=96, architectures=["Gemma4ForCausalLM"]), {}),
-    "MLPs that give scores too": (GptOssConfig(**SMALL, intermediate_size=64, head_dim=8, num_local_experts=4, architectures=["GptOssForCausalLM"]), {}),
+    "MLPs that give scores too": (GptOssConfig(**SMALL | {"num_key_value_heads": 2}, intermediate_size=64, head_dim=8, num_local_experts=4, architectures=["GptOssForCausalLM"]), {}),
     "every weight trains": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "full"}),
     "the head is adapted": (LlamaConfig(**SMALL, intermediate_size=64), {"name": "lora", "r": 2, "target_modules": ["q_proj", "lm_head"]}),
     "new tokens": (LlamaConfig(**SMALL, intermediate_size=64), [{"name": "lora", "r": 2}, {"name": "new_tokens", "tokens": ["<x>"]}]),

@@ -162,6 +162,8 @@ def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
 
     measured = evaluation_of(finished)
     for name, line in (("before", held_out[0]), ("after", held_out[-1])):
+        rows = measured["held_out"][name].pop("rows")
+        assert sum(loss for loss, _ in rows) / sum(count for _, count in rows) == pytest.approx(line["held_out_loss"])
         assert measured["held_out"][name] == {
             "loss": line["held_out_loss"],
             "perplexity": line["held_out_perplexity"],

@@ -398,17 +398,18 @@ def test_scoring_takes_fewer_rows_and_smaller_chunks(model: AdaptedModel, monkey
     expected = score(model, ROWS[:6], 4)
     asked: list[tuple[int, int]] = []
 
-    def little(network: Any, batch: Any, chunk: int) -> Any:
-        asked.append((len(batch["input_ids"]), chunk))
+    def little(network: Any, rows: Any, chunk: int) -> Any:
+        asked.append((len(rows), chunk))
         if asked[-1] > (1, 32):
             refuse()
-        return batch_loss(network, batch, chunk)
+        return losses(network, rows, chunk)
 
-    monkeypatch.setattr(module, "batch_loss", little)
+    losses = module._losses
+    monkeypatch.setattr(module, "_losses", little)
     found = score(model, ROWS[:6], 4, 64)
     assert (found.loss, found.target_tokens) == (pytest.approx(expected.loss, rel=LOSS), expected.target_tokens)
     assert asked == [(4, 64), (2, 64), (1, 64), *[(1, 32)] * len(ROWS[:6])]
-    monkeypatch.setattr(module, "batch_loss", losses_in_chunks_of(0))
+    monkeypatch.setattr(module, "_losses", lambda *_: refuse())
     with pytest.raises(DoesNotFitError, match=r"one held-out row of \d+ tokens .*no smaller way"):
         score(model, ROWS[:6], 4)
     assert not model.model.training
