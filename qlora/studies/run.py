@@ -10,7 +10,6 @@ What lies in the folder is gone on with: cells that ended are not run again, cel
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from qlora.studies.page import write_page
 from qlora.studies.results import Compared, Row, compared, csv_text, read_row, table
 from qlora.studies.schedule import Expected, due, halvings_within, left_out, needed, rungs, tries, within
 from qlora.studies.spec import Cell, Setting, StudySection, settings_of
+from qlora.training.stopping import stoppable
 
 SPEC = "study.json"
 """What the study in a folder asked."""
@@ -83,7 +83,9 @@ def study(given: str | Path | StudySection, *overrides: str, quiet: bool = False
         expected = None if section.hours is None else expectations(settings, section)
         rounds = _rounds(folder, section, settings, expected)
         going = _Going(section, settings, rounds, folder, expected or {}, quiet)
-        going.run(say)
+        command = f"qlora study {given}" if isinstance(given, str | Path) else "the same study"
+        with stoppable(command):
+            going.run(say)
         found = going.written()
         say(f"\n{found}\n\nStudy   {folder}\nPage    {found.page}")
         return found
@@ -274,7 +276,10 @@ class _Going:
                 for future in done:
                     self._ended(running.pop(future), future.result(), say)
         except KeyboardInterrupt:
-            self._stop(engine, running)
+            if engine is not None and running:
+                engine.stop()
+                wait(running, timeout=600)  # their states are saved
+            raise
         finally:
             if engine is not None:
                 engine.close()
@@ -295,16 +300,6 @@ class _Going:
         assert row is not None
         self.rows[cell.name] = row
         self.written()
-
-    def _stop(self, engine: Engine | None, running: Mapping[Future[Outcome], Cell]) -> None:
-        """Have what is running saved, then raise Stopped."""
-        if engine is not None and running:
-            engine.stop()
-            wait(running, timeout=600)
-        raise Stopped(
-            f"The study in '{self.folder}' was stopped; what was saved is whole. The same command goes on with it.",
-            signal.SIGINT,
-        )
 
     def written(self) -> Study:
         """What has ended so far, with its page and its table on disk."""
