@@ -9,6 +9,7 @@ name. Knows JSON and YAML; must not know what the values mean.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import reprlib
@@ -59,6 +60,18 @@ def read_object(path: Path, most: int = MAX_JSON) -> JsonObject | None:
         raise Fault(f"it cannot be read ({error})") from None
 
 
+def json_values(text: str, **how: Any) -> Any:
+    """What ``json.loads`` finds. No garbage is collected meanwhile: deep nesting uses the stack up, and the finalizers of others
+    that a collection ran at its end would fail."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text, **how)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def json_object(content: bytes, strict: bool = False, most: int | None = None) -> JsonObject:
     """The object in UTF-8 ``content``. Raises Fault for anything else, and for what is deeper than ``MAX_DEPTH``.
 
@@ -78,7 +91,7 @@ def json_object(content: bytes, strict: bool = False, most: int | None = None) -
         return values
 
     try:
-        values = json.loads(
+        values = json_values(
             content.decode("utf-8"), object_pairs_hook=once, parse_constant=_refuse if strict else float
         )
     except Fault:

@@ -29,6 +29,7 @@ from torch import nn
 
 from qlora.errors import ModelError, QloraError, first_line
 from qlora.files.durable import expanded, sync
+from qlora.files.strangers import json_values
 from qlora.machine.device import bytes_text, cache_folder, require_disk
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import MemorySection
@@ -160,7 +161,7 @@ def _make(
 def _damage(place: Path, home: FileHome, images: Sequence[Image]) -> str | None:
     """What is wrong with a cache, in a few words, or None; where nothing is, the linears know how they are packed."""
     try:
-        index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        index = json_values((place / INDEX).read_text(encoding="utf-8"))
         if index.pop("own_crc32") != _own_checksum(index):
             return f"the checksum of {INDEX} is wrong"
         layout, packing, checksums = index["layout"], index["packing"], index["crc32"]
