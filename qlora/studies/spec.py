@@ -108,8 +108,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its run folder: what people would call it, and a digest of all that decides its result."""
-        recipe = self.recipe.model_dump(mode="json", exclude={"folder", "overwrite", "device", "memory"})
+        """The name of its run folder: what people would call it, and a digest of all that decides its result.
+
+        Values that are left at their defaults are not in it, so that a study goes on after an upgrade brought new ones.
+        """
+        unlike = {"folder", "overwrite", "device", "memory"}
+        recipe = self.recipe.model_dump(mode="json", exclude=unlike, exclude_defaults=True)
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
         words = [self.setting, f"{self.rate:g}", f"seed {self.seed}", *([f"{self.steps} steps"] if self.steps else [])]
         return f"{re.sub(r'[^a-z0-9.]+', '-', ' '.join(words).lower()).strip('-.')[:80]}-{digest}"
