@@ -54,13 +54,18 @@ class Before:
     head: Head | None
 
     @classmethod
-    def of(cls, model: AdaptedModel | Adapters, tasks: Sequence[Task], text: Task | None = None) -> Before:
-        """Look at ``model`` as it stands now. ``text``: a task of kind ``text`` whose texts are general."""
+    def of(
+        cls, model: AdaptedModel | Adapters, tasks: Sequence[Task], text: Task | None = None, keep_head: bool = False
+    ) -> Before:
+        """Look at ``model`` as it stands now. ``text``: a task of kind ``text`` whose texts are general. ``keep_head``: the head is
+        frozen now and will be another one, as where a base is trained whole later."""
         rows = () if text is None else tuple(text_rows(text))
         found = tuple(_states(model, row).cpu() for row in rows)
         head = head_of(model.model)
         # one that trains, or holds what trains, is kept as it is now
-        changes = isinstance(head.module, Planted) or any(one.requires_grad for one in head.module.parameters())
+        changes = (
+            keep_head or isinstance(head.module, Planted) or any(one.requires_grad for one in head.module.parameters())
+        )
         results = {task.name: score(model, task) for task in tasks}
         return cls(tuple(tasks), results, rows, found, copy.deepcopy(head) if changes else None)
 

@@ -60,14 +60,23 @@ class Bases:
 
     def give_back(self, recipe: Recipe, model: AdaptedModel) -> None:
         """Take the adapter out of a run's model, which came from here, and keep its base for the next one."""
-        base = model.base
-        if base.checkpoint is None or any(part.name in CHANGES_ITS_BASE for part in parts_of(recipe.method)):
+        if changes_its_base(recipe):
             return
         unwrap_layers(model.model)
         model.remove()
-        base.end_tokens = self._ends
-        base.model.eval()
-        self._kept = (_key(recipe, base.checkpoint, base.device), base)
+        model.base.end_tokens = self._ends
+        model.base.model.eval()
+        self.keep(recipe, model.base)
+
+    def keep(self, recipe: Recipe, base: Base) -> None:
+        """Keep a base that came from here, and carries no adapter, for the next run."""
+        if base.checkpoint is not None:
+            self._kept = (_key(recipe, base.checkpoint, base.device), base)
+
+
+def changes_its_base(recipe: Recipe) -> bool:
+    """Whether behind the recipe's method the base is another one."""
+    return any(part.name in CHANGES_ITS_BASE for part in parts_of(recipe.method))
 
 
 def _key(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> tuple[object, ...]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,27 +18,18 @@ from typing import Any
 
 import torch
 
-from qlora.errors import QloraError, RunError, Stopped, disk_is_full, first_line, redacted
-from qlora.evaluation.change import MatrixChange, change_of
-from qlora.evaluation.diversity import diversity
-from qlora.evaluation.latency import latency_of
+from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
 from qlora.files.durable import delete_folder, write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import peak_since_reset, ran_out_of_memory, reset_peak_memory, resolve_device, versions
-from qlora.methods import AdaptedModel
-from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting.figures import summarise
 from qlora.reporting.records import read_records
 from qlora.runs.bases import Bases
-from qlora.runs.evaluate import load_run
-from qlora.runs.folder import open_base, open_run
 from qlora.runs.session import Run
 from qlora.runs.train import resume, train
+from qlora.studies.measured import measured
 from qlora.studies.spec import Cell, StudySection, method_of
-
-PROMPTS, SAMPLES = 40, 8
-"""Of diversity: held-out prompts, and answers drawn to each (arXiv 2405.09673 draws 50)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     values["train_info"] = _train_info(run, place, peak)
     values["study"] |= _learned(run)
     if study.measure and cell.steps is None:
-        values["study"] |= _measured(place, study.measure, bases)
+        values["study"] |= measured(place, study.measure, bases)
     write_json(folder / "results" / f"{cell.name}.json", values)
     if (place / "checkpoints").is_dir():  # the adapter is all that anybody goes on from
         delete_folder(place / "checkpoints")
@@ -198,56 +188,6 @@ def _learned(run: Run) -> JsonObject:
 def _value(row: Mapping[str, Any]) -> float | None:
     """What the trained model scored in a row of the table."""
     return None if row["trained"] is None else float(row["trained"]["value"])
-
-
-def _measured(place: Path, what: Sequence[str], bases: Bases) -> JsonObject:
-    """What is looked at of the trained model itself. The change of every matrix, with all its values, goes into ``change.json``."""
-    model, found = load_run(place, quiet=True, bases=bases), dict[str, Any]()
-    if "change" in what:
-        change = change_of(model)
-        write_json(place / "change.json", change.to_json())
-        found["change"] = {"matrices": [_in_short(one) for one in change.matrices], "left_out": list(change.left_out)}
-    if "latency" in what:
-        found["latency"] = asdict(latency_of(model))
-    if "diversity" in what:
-        found["diversity"] = _diversity(place, model)
-    bases.give_back(open_run(place)[0], model)
-    return found
-
-
-def _diversity(place: Path, model: AdaptedModel) -> JsonObject:
-    """How different drawn answers to held-out prompts are, of the trained model and, where it can answer alone, of the base."""
-    recipe, environment = open_run(place)
-    data = load_recipe_data(recipe, open_base(recipe, environment, place))
-    prompts = [prompt.ids for prompt in data.held_out_prompts(PROMPTS)] if data.held_out else []
-    if not prompts:
-        raise RunError("measure: diversity needs held-out prompts, and this recipe holds out none; leave it out.")
-
-    def drawn() -> JsonObject:
-        metrics = diversity(model, prompts, SAMPLES, recipe.evaluation.max_new_tokens).metrics
-        return {name: {"value": metric.value, "error": metric.error} for name, metric in metrics.items()}
-
-    alone = all(method.why_not_disabled() is None for method in model.methods)
-    trained = drawn()
-    with model.disabled() if alone else nullcontext():
-        return {"trained": trained, "base": drawn() if alone else None}
-
-
-def _in_short(one: MatrixChange) -> JsonObject:
-    """The figures of one matrix."""
-    shares = {
-        key: None if part is None else part.energy
-        for key, part in (("intruders", one.intruders), ("control", one.control))
-    }
-    return {
-        "path": one.path,
-        "layer": one.layer,
-        "module": one.module,
-        "relative": one.relative,
-        "effective_rank": one.effective_rank,
-        "rank_90": one.rank_90,
-        **shares,
-    }
 
 
 def _object(path: Path) -> JsonObject | None:

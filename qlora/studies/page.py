@@ -75,6 +75,7 @@ def write_page(
         plots=[one for one in plots(study, settings, rows, found) if one is not None],
         tasks=task_table(study, found),
         diversities=diversities(found),
+        divergences=divergences(found),
         maps=maps(found),
         latencies=[(one.setting, *_latency(one.best)) for one in found if "latency" in one.best.more],
         unchanged=[
@@ -318,6 +319,15 @@ def diversities(found: Sequence[Compared]) -> list[tuple[str, list[tuple[str, st
     return [
         (setting, [(metric.replace("_", " "), _scored(value)) for metric, value in values.items()])
         for setting, values in rows
+    ]
+
+
+def divergences(found: Sequence[Compared]) -> list[tuple[str, str, str, str, str]]:
+    """By setting and text: KL from the base, how often both think the same token likeliest, how much more loss."""
+    return [
+        (one.setting, name, f"{of['divergence']:.4f}", f"{of['same_choice']:.1%}", _scored(of["loss"], "+"))
+        for one in found
+        for name, of in one.best.more.get("divergence", {}).items()
     ]
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from qlora.errors import RecipeError, listed
+from qlora.evaluation.tasks import kind_of
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.recipe.reading import read_file, validated, with_value
 
@@ -51,9 +52,10 @@ class StudySection(Section):
     first and the better half goes on; cells that would end later are left out, and named. No limit when left out."""
     forgetting: tuple[str, ...] = ()
     """Those of `evaluation.tasks` that are not about the data: what is scored less on them than by the base is forgotten."""
-    measure: tuple[Literal["change", "diversity", "latency"], ...] = ()
+    measure: tuple[Literal["change", "divergence", "diversity", "latency"], ...] = ()
     """What is measured of each full-length cell beside held-out loss, the recipe's tasks and its cost: `change`, how each weight
-    matrix changed; `diversity`, how much answers drawn at random differ; `latency`, the time a generated token takes."""
+    matrix changed; `divergence`, KL from the base on the texts of the recipe's tasks of kind `text`; `diversity`, how much answers
+    drawn at random differ; `latency`, the time a generated token takes."""
     engine: str = Field("local", pattern=r"^(local|ray(://.+)?)$")
     """`local` runs one cell after the other. `ray` gives them to a Ray cluster: one that it starts here, or that of `RAY_ADDRESS`
     or of an address as `ray://host:10001`; run folders must lie where all its machines reach them."""
@@ -159,7 +161,12 @@ def settings_of(study: StudySection) -> list[Setting]:
     for key, other in OWN_KEY.items():
         if any(key in one for one in combinations):
             raise RecipeError(f"'{key}' is in the grid; expected its values as '{other}: […]'.")
-    named = {task.name for task in Recipe.from_dict({**values, "folder": None}, source=source).evaluation.tasks}
+    tasks = Recipe.from_dict({**values, "folder": None}, source=source).evaluation.tasks
+    named = {task.name for task in tasks}
+    if "divergence" in study.measure and not any(kind_of(task) == "text" for task in tasks):
+        raise RecipeError(
+            f"measure has divergence, but {source} has no task of kind text to measure it on; add one to evaluation.tasks."
+        )
     if unknown := [name for name in study.forgetting if name not in named]:
         raise RecipeError(
             f"forgetting names {listed(unknown)}; expected names of evaluation.tasks in {source} ({listed(named) if named else 'it has none'})."

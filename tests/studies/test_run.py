@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from qlora import load_base, load_run
+from qlora.data import Row
 from qlora.errors import InputError, RunError
+from qlora.evaluation.forgetting import text_rows
+from qlora.evaluation.tasks import open_task
+from qlora.recipe import Recipe, TaskSection
 from qlora.studies import StudySection, plan_study, study
-from tests.tiny import tiny_values
+from tests.tiny import WORDS, tiny_values, write_lines
 
 pytestmark = pytest.mark.slow  # a cell takes seconds
 
@@ -194,3 +200,41 @@ def test_a_cell_whose_process_is_killed_fails_alone(tiny_model: Path, chat_data:
     assert "killed" in results[0]
     again = study(path, *LONG, quiet=True)
     assert [row.error for row in again.rows] == ["", ""]
+
+
+def test_divergence_is_from_the_base_also_where_it_was_trained_whole(
+    tiny_model: Path, chat_data: Path, tmp_path: Path
+) -> None:
+    text = write_lines(tmp_path / "text.jsonl", [{"text": " ".join(WORDS[n : n + 20])} for n in range(3)])
+    path = written(
+        tmp_path,
+        tiny_model,
+        chat_data,
+        arms={"lora": {"method.r": 2}, "full": {"method": {"name": "full"}, "model.quantization": "none"}},
+        rates=[3e-2],
+        measure=["divergence"],
+    )
+    task = json.dumps([{"name": "text", "kind": "text", "data": str(text)}])
+    found = study(path, f"recipe.evaluation.tasks={task}", quiet=True)
+    for row in found.rows:
+        folder = found.folder / "cells" / row.cell
+        base = load_base(Recipe.from_yaml(folder / "recipe.yaml").model)
+        rows = text_rows(open_task(TaskSection(name="text", kind="text", data=str(text)), base.tokenizer))
+        before = [log_probabilities(base.model, one) for one in rows]
+        after = [log_probabilities(load_run(folder, quiet=True).model, one) for one in rows]
+        apart = [(old.exp() * (old - new)).sum(-1) for old, new in zip(before, after, strict=True)]
+        expected = torch.cat(apart).mean().item()
+        assert expected > 1e-3
+        assert row.more["divergence"]["text"]["divergence"] == pytest.approx(expected, rel=1e-3)
+    assert "KL, nats a token" in found.page.read_text()
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, row: Row) -> torch.Tensor:
+    return model.eval()(input_ids=torch.from_numpy(row.ids)[None].long()).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_divergence_needs_a_text(tiny_model: Path, chat_data: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, tiny_model, chat_data, measure=["divergence"])
+    with pytest.raises(InputError, match="kind text"):
+        study(path, quiet=True)

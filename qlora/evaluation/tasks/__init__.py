@@ -16,10 +16,10 @@ here holds full logits (``evaluation/likelihood.py``).
 
 from __future__ import annotations
 
-from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.opening import kind_of, open_task
 from qlora.evaluation.tasks.result import Metric, Paired, Result, difference
 from qlora.evaluation.tasks.scoring import score
 from qlora.evaluation.tasks.table import lines, table
 from qlora.evaluation.tasks.task import Task
 
-__all__ = ["Metric", "Paired", "Result", "Task", "difference", "lines", "open_task", "score", "table"]
+__all__ = ["Metric", "Paired", "Result", "Task", "difference", "kind_of", "lines", "open_task", "score", "table"]

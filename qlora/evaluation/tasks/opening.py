@@ -32,14 +32,19 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTemplate
 
 
+def kind_of(section: TaskSection) -> str | None:
+    """The kind that a section names, or that of its public set."""
+    preset = _preset(section)
+    return section.kind or (preset.kind if preset is not None else None)
+
+
 def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Task:
     """The task of a recipe's section, its items in token ids. ``template``: what ``chat: true`` asks in.
 
     Raises RecipeError for a section without a kind or without data, DataError for data that are missing or that give no item,
     with the first record's place.
     """
-    preset = _preset(section)
-    kind = section.kind or (preset.kind if preset is not None else None)
+    preset, kind = _preset(section), kind_of(section)
     if kind is None:
         raise RecipeError(
             f"The task '{section.name}' is no public set and has no kind; expected one of {', '.join(KINDS)}, or the name of a "
