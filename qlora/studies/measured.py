@@ -28,6 +28,7 @@ from qlora.runs.bases import Bases, changes_its_base
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import device_here, open_base, open_run
 from qlora.runs.session import limited
+from qlora.studies.overlap import keep_directions
 
 PROMPTS, SAMPLES = 40, 8
 """Of diversity: held-out prompts, and answers drawn to each (arXiv 2405.09673 draws 50)."""
@@ -45,6 +46,7 @@ def measured(place: Path, what: Sequence[str], bases: Bases) -> JsonObject:
     if "change" in what:
         change = change_of(model)
         write_json(place / "change.json", change.to_json())
+        keep_directions(model, place)
         found["change"] = {"matrices": [_in_short(one) for one in change.matrices], "left_out": list(change.left_out)}
     if "latency" in what:
         found["latency"] = asdict(latency_of(model))

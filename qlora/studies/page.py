@@ -17,6 +17,7 @@ from qlora.machine.device import bytes_text, duration_text
 from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
 from qlora.reporting.page import templates
+from qlora.studies.overlap import overlaps_of
 from qlora.studies.plots import COLOURS, SIZE, Given, HeatMap, Plot, heat_map, of_loss, plot
 from qlora.studies.results import Compared, Row, forgotten
 from qlora.studies.spec import Setting, StudySection, held_equal
@@ -77,6 +78,9 @@ def write_page(
         diversities=diversities(found),
         divergences=divergences(found),
         maps=maps(found),
+        overlaps=[
+            (one, other, f"{value:.2f}", f"{chance:.2f}") for one, other, value, chance in overlaps_of(folder, found)
+        ],
         latencies=[(one.setting, *_latency(one.best)) for one in found if "latency" in one.best.more],
         unchanged=[
             (one.setting, said) for one in found for said in one.best.more.get("change", {}).get("left_out", ())

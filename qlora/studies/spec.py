@@ -116,6 +116,8 @@ class Cell:
         """
         unlike = {"folder", "overwrite", "device", "memory"}
         recipe = self.recipe.model_dump(mode="json", exclude=unlike, exclude_defaults=True)
+        if (method := method_of(self.recipe)) != "lora":  # a section's name is its default
+            recipe["method.name"] = method
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
         words = [self.setting, f"{self.rate:g}", f"seed {self.seed}", *([f"{self.steps} steps"] if self.steps else [])]
         return f"{re.sub(r'[^a-z0-9.]+', '-', ' '.join(words).lower()).strip('-.')[:80]}-{digest}"
