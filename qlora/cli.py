@@ -67,10 +67,12 @@ def train(words: list[str]) -> None:
 
     Any value of the recipe may follow: training.epochs=2 method.r=8. `qlora recipe` lists them.
     """
+    _join()
     recipe = _recipe("train", words)
     from qlora.runs.train import train
 
     _summary(train(recipe))
+    _leave()
 
 
 def resume(words: list[str]) -> None:
@@ -78,10 +80,12 @@ def resume(words: list[str]) -> None:
 
     Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1.
     """
+    _join()
     folder = _run("resume", words[:1])
     from qlora.runs.train import resume
 
     _summary(resume(folder, *words[1:]))
+    _leave()
 
 
 def evaluate(words: list[str]) -> None:
@@ -227,6 +231,10 @@ def _do(words: list[str]) -> int:
         print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
         return 0
     rest = [_plain(verb, word) for word in rest]
+    if _several() and verb not in ("train", "resume"):
+        raise InputError(
+            f"qlora {verb} is done by one process, but a launcher started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it without."
+        )
     if rest and not takes:
         raise InputError(f"qlora {verb} takes nothing more, but found '{' '.join(rest)}'.")
     return VERBS[verb](rest) or 0
@@ -283,7 +291,9 @@ def _taken(words: list[str], *names: str) -> dict[str, str]:
 
 
 def _summary(run: Run) -> None:
-    """What a run came to, on standard output."""
+    """What a run came to, on standard output. Of several processes one has something to say."""
+    if run.report is None and _several():
+        return
     from qlora.evaluation.score import verdict
     from qlora.machine.device import bytes_text
 
@@ -322,8 +332,36 @@ def _command() -> str:
 
 
 def _failed(status: int, why: object) -> int:
+    if _several() and not _tells():
+        return status
     print(f"qlora: {visible(why)}", file=sys.stderr)
     return status
+
+
+def _several() -> bool:
+    """Whether a launcher started this as one of several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _join() -> None:
+    """Wait for the other processes, so that whatever ends one of them can be said once."""
+    if _several():
+        from qlora.machine.processes import here
+
+        here()
+
+
+def _leave() -> None:
+    if _several():
+        from qlora.machine.processes import leave
+
+        leave()
+
+
+def _tells() -> bool:
+    from qlora.machine.processes import tells
+
+    return tells()
 
 
 def _stopped(stopped: list[int]) -> int:

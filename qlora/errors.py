@@ -11,6 +11,7 @@
     │   └── NonFiniteError          the numbers: a loss or gradient that is not finite; also an ArithmeticError
     ├── DoesNotFitError         3   memory or disk is too small for what was asked; also a MemoryError
     ├── DiffersError            4   what was exported is not what was trained
+    ├── ProcessLostError        5   another process of this run ended, and it cannot go on without
     └── Stopped           130, 143  a signal arrived; the state was saved first
 
 A message is one or two sentences: what was found, what was expected, what to do next. Below the tree is what every text
@@ -81,6 +82,12 @@ class DiffersError(QloraError):
     """An export that is not the model that was trained."""
 
     exit_status = 4
+
+
+class ProcessLostError(QloraError):
+    """Another of the processes that train together ended."""
+
+    exit_status = 5
 
 
 class Stopped(QloraError):

@@ -139,6 +139,12 @@ def workspace_bytes(capability: float) -> int:
     return WORKSPACE_OF_9 if capability >= 9 else WORKSPACE
 
 
+def several(text: str) -> tuple[int, str]:
+    """``2x4090`` → (2, ``4090``): so many processes, each on such a card; one for anything else."""
+    match = re.fullmatch(r"([1-9][0-9]{0,3})\s*[x×]\s*(.+)", text)
+    return (int(match.group(1)), match.group(2)) if match else (1, text)
+
+
 def parse_memory(text: str) -> int:
     """``24GiB`` → bytes. KiB, MiB, GiB and TiB count in steps of 1024; kB, MB, GB and TB in steps of 1000; or plain B.
 

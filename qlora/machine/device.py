@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ import torch
 from qlora.errors import DoesNotFitError, RecipeError
 from qlora.files.durable import expanded
 from qlora.machine import DISTRIBUTION
+from qlora.machine.processes import count, here
 
 GIB = 1024**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,25 +36,27 @@ REFUSALS = (
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → the device. One device only; others are left alone.
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` → the device. One device only; others are left alone. Of several processes
+    each takes the GPU of its own number on its machine.
 
-    Raises RecipeError when a CUDA device is asked for and there is none by that number, and in one of several processes.
+    Raises RecipeError when a CUDA device is asked for and there is none by that number.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
+    several = count() > 1
+    if several and name.startswith("cuda:"):
         raise RecipeError(
-            f"A launcher started this as one of {processes} processes (WORLD_SIZE), but a run has one process and one "
-            "device; start it without the launcher, and choose a GPU by device.name=cuda:1 or CUDA_VISIBLE_DEVICES."
+            f"device.name is '{name}', but a launcher started {count()} processes, each of which takes a GPU of its own; leave it "
+            "out, and choose GPUs by CUDA_VISIBLE_DEVICES."
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name.partition(":")[2] or 0)  # torch.device reads 999 as -25
-        if index >= count:
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = here().local_rank if several else int(name.partition(":")[2] or 0)  # torch.device reads 999 as -25
+        if index >= there:
+            wanted = f"process {index} of this machine wants a GPU" if several else f"device.name is '{name}'"
             raise RecipeError(
-                f"device.name is '{name}', but this machine shows {count} CUDA devices; use 'auto' or 'cpu'."
+                f"{wanted[0].upper()}{wanted[1:]}, but this machine shows {there} CUDA devices; use 'auto' or 'cpu'."
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
@@ -299,13 +303,37 @@ def host_bytes(count: int, device: torch.device) -> torch.Tensor:
         raise DoesNotFitError(
             f"{bytes_text(count)} of host memory were refused; stop what else is running, or set memory.tier=disk."
         ) from error
-    if device.type == "cuda" and count and not _lock(memory, device):
+    _locked(memory, device)
+    return memory
+
+
+def shared_bytes(count: int, device: torch.device) -> torch.Tensor:
+    """``count`` bytes of host memory, uint8, all zero, that are the same for all processes of this machine; locked likewise.
+
+    All of them call it. The memory has no name that a killed run could leave behind (Linux).
+    """
+    processes = here()
+    file = os.memfd_create("qlora") if processes.local_rank == 0 else -1
+    if file >= 0:
+        os.ftruncate(file, max(1, count))
+    pid, number = processes.gather(os.getpid(), file)[processes.rank - processes.local_rank]
+    if file < 0:
+        file = os.open(f"/proc/{pid:.0f}/fd/{number:.0f}", os.O_RDWR)
+    memory = torch.frombuffer(mmap.mmap(file, max(1, count)), dtype=torch.uint8)[:count]
+    processes.barrier()  # all have opened it
+    os.close(file)
+    _locked(memory, device)
+    return memory
+
+
+def _locked(memory: torch.Tensor, device: torch.device) -> None:
+    """Page-lock host memory from which a GPU copies; with a warning where the system refuses."""
+    if device.type == "cuda" and len(memory) and not _lock(memory, device):
         warnings.warn(
             "The system refuses to lock host memory (ulimit -l?), so copies to the GPU are slow and nothing computes "
             "meanwhile. Raise the limit to have them overlap.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return memory
 
 
 def _lock(memory: torch.Tensor, device: torch.device) -> bool:

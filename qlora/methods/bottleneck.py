@@ -50,6 +50,7 @@ from qlora.methods.planted import Planted, unplanted
 from qlora.methods.sublayers import find_layers, sublayer, width
 from qlora.model.anatomy import at
 from qlora.recipe.methods import Bottleneck as Section
+from qlora.residence.boundary import one_draw
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -79,7 +80,8 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             x = F.layer_norm(x, self.norm.normalized_shape, *_weight_and_bias(self.norm, x.dtype), EPSILON)
-        x = F.dropout(x, self.dropout, self.training)
+        with one_draw(x.device):
+            x = F.dropout(x, self.dropout, self.training)
         low = ACTIVATIONS[self.activation](F.linear(x, *_weight_and_bias(self.down, x.dtype)))
         return F.linear(low, *_weight_and_bias(self.up, x.dtype))
 

@@ -40,6 +40,7 @@ from qlora.model.experts import PackedExperts
 from qlora.model.loss import fp32_product
 from qlora.model.nf4 import add_product, dense_weight, is_linear, is_transposed
 from qlora.recipe.methods import LowRankSection
+from qlora.residence.boundary import one_draw
 
 NARROW = 32
 """Gates of a few numbers (Doge's ``dt_proj``, Gemma 3n's router) hold no adapter of a higher rank, and are no layer's matrices."""
@@ -178,7 +179,10 @@ class AdaptedLinear(torch.autograd.Function):
 def dropped(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
     """(dropout(x) as rows [n, in], which elements were kept)."""
     rows = x.reshape(-1, x.shape[-1])
-    return torch.native_dropout(rows, dropout, True) if dropout > 0 else (rows, None)
+    if dropout == 0:
+        return rows, None
+    with one_draw(x.device):
+        return torch.native_dropout(rows, dropout, True)
 
 
 def update(x: Tensor, low: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

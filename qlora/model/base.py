@@ -28,7 +28,7 @@ class StreamedLayers(Protocol):
 
     @property
     def tier(self) -> str:
-        """Where they wait: ``host`` or ``disk``."""
+        """Where they wait: ``host``, ``disk``, or ``processes``, on the devices of all."""
 
     @property
     def order(self) -> Sequence[int]:
@@ -81,7 +81,7 @@ class Base:
             f"  on {self.device}, computing in {dtype_name(self.compute_dtype)}",
         ]
         if self.placement is not None:
-            where = "in host memory" if self.placement.tier == "host" else "on disk"
+            where = {"host": "in host memory", "disk": "on disk"}.get(self.placement.tier, "spread over all processes")
             slots = bytes_text(self.placement.bytes_on_device())
             lines.append(f"  {len(self.placement.order)} layers wait {where}, {slots} on the device for them")
         return "\n".join(lines)

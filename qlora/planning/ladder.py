@@ -66,6 +66,10 @@ class Target:
     """Bytes that cuBLAS takes there for the whole run."""
     capability: float = 0.0
     """CUDA's; 0 where it is no such device."""
+    processes: int = 1
+    """That train together, each on such a device."""
+    beside: int = 1
+    """Of these, on one machine; ``host_free`` is what each may take."""
 
     def places(self, needed: Estimate) -> list[tuple[str, int, int]]:
         """(what a place is called, the bytes needed there, the bytes free), the device first."""
@@ -113,10 +117,11 @@ class Arrangement:
 
 
 class Arranger:
-    """Looks at one recipe in several arrangements; the model is planted once, on meta."""
+    """Looks at one recipe in several arrangements, by one process's share of a step; the model is planted once, on meta."""
 
     def __init__(self, adapted: AdaptedModel, recipe: Recipe, target: Target) -> None:
-        self.adapted, self.recipe, self.target = adapted, recipe, target
+        share = -(-recipe.training.batch_size // target.processes)
+        self.adapted, self.recipe, self.target = adapted, changed(recipe, {"training.batch_size": share}), target
         model = adapted.model
         self.tied = anatomy.is_tied(model)
         embedding, head = anatomy.embedding(model), anatomy.head(model)
@@ -155,7 +160,17 @@ class Arranger:
         recipe, target = changed(self.recipe, changes or {}), self.target
         training, memory, data = recipe.training, recipe.memory, recipe.data
         length, size = data.max_length, self.adapted.base.compute_dtype.itemsize
-        needed = estimate(self.adapted, training, length, target.device, data.packs, memory, workspace=target.workspace)
+        needed = estimate(
+            self.adapted,
+            training,
+            length,
+            target.device,
+            data.packs,
+            memory,
+            workspace=target.workspace,
+            processes=target.processes,
+            beside=target.beside,
+        )
         masked = data.packs and not keeps_apart(self.adapted.model)
         work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)
         seconds = None if target.rates is None else step_seconds(work, target.rates)
@@ -278,11 +293,14 @@ class Arranger:
             if possible:
                 now |= changes if self.tiles else {**changes, "memory.mlp_tile": None}
                 yield self._with_tiles(now)
+        spread = ("processes",) if self.target.processes > 1 else ()
         # where experts travel with their layers there is room for more rows, whose tokens visit them together
         for number in (rows, *fewer) if self.layers and not whole and self.shapes.experts else ():
-            yield from self._streamed({**now, "training.micro_batch_size": number}, ("host",) if gpu else ("disk",))
+            yield from self._streamed(
+                {**now, "training.micro_batch_size": number}, (*spread, "host") if gpu else ("disk",)
+            )
         if self.layers and not whole:
-            yield from self._streamed(now, ("host", "disk") if gpu else ("disk",))
+            yield from self._streamed(now, (*spread, "host", "disk") if gpu else ("disk",))
 
     def _with_tiles(self, now: Changes) -> Arrangement:
         """``now``, whose MLPs stay whole where they answer with more than a tensor (gpt-oss, with the router's scores)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.device import GIB, bytes_text
+from qlora.machine.processes import BUCKET
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import Packed
@@ -136,15 +137,18 @@ def estimate(
     memory: MemorySection = MemorySection(),  # noqa: B008 (frozen)
     *,
     workspace: int = WORKSPACE,
+    processes: int = 1,
+    beside: int = 1,
 ) -> Estimate:
     """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens.
 
     ``packing`` says that rows hold several examples, for which a model that does not keep them apart itself has a mask
     [rows, T, T]. ``memory`` says where the frozen weights and the layer inputs wait. Of ``device`` the type counts; ``workspace`` is what cuBLAS takes on that
-    GPU (``Card.workspace``). Evaluation is never more: it takes as many rows at once and keeps nothing.
+    GPU (``Card.workspace``). Of several ``processes``, so many of them ``beside`` each other on a machine, this is one.
+    Evaluation is never more: it takes as many rows at once and keeps nothing.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
-    stays, host, disk = holdings(adapted, training, kind, memory)
+    stays, host, disk = holdings(adapted, training, kind, memory, processes, beside)
     if kind == "cuda":
         stays["workspaces"], host["runtime"] = workspace, HOST_RUNTIME
     layers = count_layers(adapted, training)
@@ -229,7 +233,12 @@ def _dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
 
 
 def holdings(
-    adapted: AdaptedModel, training: TrainingSection, device: str, memory: MemorySection
+    adapted: AdaptedModel,
+    training: TrainingSection,
+    device: str,
+    memory: MemorySection,
+    processes: int = 1,
+    beside: int = 1,
 ) -> tuple[Kinds, Kinds, Kinds]:
     """What stays for the whole run: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
     trained = adapted.trainable_parameters()
@@ -238,6 +247,11 @@ def holdings(
     counted = {id(values) for values in adapted.model.buffers() if values.untyped_storage()._cdata in elsewhere}
     quantised, other = weight_bytes(adapted.model, counted | {id(p) for p in trained.values()})
     packed, plain, slots, host, disk = _streamed(adapted.model, memory, device)
+    host = {
+        kind: -(-count // beside) if kind.endswith("layers") else count for kind, count in host.items()
+    }  # once a machine
+    parts = -(-host.pop("parts", 0) // processes)
+    sums = min(BUCKET, sum(4 * p.numel() for p in trained.values())) if processes > 1 else 0
     head, embedding = _ends(adapted.model, memory, {id(p) for p in trained.values()})
     host |= {"pinned_head" if device == "cuda" else "head": head, "embedding": embedding}
     states = [state_bytes(p.numel(), training.optimizer) for p in trained.values()]
@@ -247,10 +261,12 @@ def holdings(
     kinds = {
         "quantised_weights": quantised - packed,
         "layer_slots": slots,
+        "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
         "adapter": bytes_of(trained.values()),
         "masters": master_bytes(trained.values()),
         "optimizer": optimizer,
+        "gradient_sums": sums,
         "method_state": bytes_of(beside),
     }
     if device == "cpu":
@@ -259,7 +275,10 @@ def holdings(
 
 
 def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int, int, int, Kinds, Kinds]:
-    """For the layers that do not stay: (bytes of quantised weights, of plain ones, of the slots, in host memory, on the disk)."""
+    """For the layers that do not stay: (bytes of quantised weights, of plain ones, of the slots, in host memory, on the disk).
+
+    ``parts`` of what is in host memory are on the devices of all processes instead.
+    """
     if memory.layers == "resident":
         return 0, 0, 0, {}, {}
     layers = anatomy.layers(model)
@@ -273,6 +292,8 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
     slots = min(memory.slots, len(away)) * max(images)
     if memory.tier == "host":
         return packed, plain, slots, {"pinned_layers" if device == "cuda" else "layers": sum(images)}, {}
+    if memory.tier == "processes":
+        return packed, plain, slots, {"parts": sum(images)}, {}
     file = {"file_cache": sum(image_bytes(layer) for layer in layers)}
     return packed, plain, slots, {"pinned_staging": STAGING * max(images)} if device == "cuda" else {}, file
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
-from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
+from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
     bytes_text,
@@ -29,6 +29,7 @@ from qlora.machine.device import (
     resolve_device,
     total_memory_bytes,
 )
+from qlora.machine.processes import here
 from qlora.methods import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
@@ -129,7 +130,7 @@ class Survey:
         lines = [str(plan)]
         if plan.chosen.seconds is not None and target.rates is not None:
             seconds, tokens = plan.chosen.seconds, plan.chosen.tokens
-            rate, low, high = (tokens / end for end in (seconds.expected, seconds.high, seconds.low))
+            rate, low, high = (target.processes * tokens / end for end in (seconds.expected, seconds.high, seconds.low))
             lines.append(f"{seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
         lines.append(self.reading.said(None if plan.chosen.seconds is None else plan.chosen.seconds.expected))
@@ -148,7 +149,7 @@ def ladder_lines(ladder: list[Arrangement], target: Target, chosen: Arrangement 
     """A line a rung: its memory on the device and beside it, its speed, whether it fits, and what it changes."""
     lines = []
     for one in ladder:
-        speed = "" if one.seconds is None else f"{one.tokens / one.seconds.expected:>9,.0f} tokens/s"
+        speed = "" if one.seconds is None else f"{target.processes * one.tokens / one.seconds.expected:>9,.0f} tokens/s"
         beside = f" + {bytes_text(one.needed.host_total):>10} host" if target.device.type != "cpu" else ""
         fits = "fits" if not target.lacking(one.needed) else "    "
         mark = "→" if chosen is not None and one.changes == chosen.changes else " "
@@ -244,7 +245,9 @@ def _plan(
             f"As the recipe stands it does not fit ({'; '.join(lacking)}). The fastest arrangement that does: {chosen}"
         )
     why.append(_fits(chosen.needed, target))
-    final = changed(chosen.recipe, {"memory.budget": None})
+    if target.processes > 1:
+        why.append(_of_each(chosen, resolved.training.batch_size, target))
+    final = changed(chosen.recipe, {"memory.budget": None, "training.batch_size": resolved.training.batch_size})
     checkpoints = account.checkpoint_bytes * (resolved.training.keep_checkpoints + 1)
     return Plan(final, target, account, dense, chosen, checkpoints + portable_bytes(adapted) + REST, why), arranger
 
@@ -265,6 +268,20 @@ def _fits(needed: Estimate, target: Target) -> str:
         return "The free memory of this device is not known, so the estimate was not checked against it."
     host = f", and {bytes_text(needed.host_total)} of host memory" if target.device.type != "cpu" else ""
     return f"About {bytes_text(needed.total)} of the {bytes_text(target.free)} that are free on {target.name} will be needed{host}."
+
+
+def _of_each(chosen: Arrangement, rows: int, target: Target) -> str:
+    """What there is to know of several processes."""
+    share, memory = chosen.recipe.training.batch_size, chosen.recipe.memory
+    said = f"Of {target.processes} processes each takes at most {share} of a step's {rows} rows; memory and seconds are one's."
+    parts = chosen.needed.device.get("layer_parts", 0)
+    if not (parts and memory.tier == "processes" and memory.layers != "resident"):
+        return f"{said} Every one holds the whole base; memory.layers=streamed memory.tier=processes spreads its layers over all."
+    others = parts * (target.processes - 1)
+    return (
+        f"{said} Layers are spread over all: {bytes_text(others)} less on each, and as much comes from the others each time the step "
+        "goes up or down through the layers."
+    )
 
 
 def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
@@ -306,13 +323,19 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
     if recipe.device.host_memory is not None:
         allowed = parse_memory(recipe.device.host_memory)
         host = min(host or allowed, allowed)
+    beside = here().local_size  # they share this machine's memory
+    host, free = host // beside, free if gpu else free // beside
     cache = cache_folder_of(recipe.memory)
     # what is in the file cache already is not written again
     disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory, checkpoint)
     measured = measure(device, dtype, cache) if rates else None
     has = capability(device)
     workspace = workspace_bytes(has) if gpu else 0
-    return Target(name, device, free, total, host, disk, measured, workspace, has), resolved, [*why, *reasons]
+    return (
+        Target(name, device, free, total, host, disk, measured, workspace, has, here().size, beside),
+        resolved,
+        [*why, *reasons],
+    )
 
 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -326,7 +349,7 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Recipe, list[str]]:
     """(The card in ``device.memory``, here or not, by name or by its memory alone; the resolved recipe; why)."""
-    wanted = str(recipe.device.memory)
+    processes, wanted = several(str(recipe.device.memory))
     known: Card | None = None if wanted[-1:] in "Bb" and wanted[:1].isdigit() else card(wanted)
     memory = known.memory if known else parse_memory(wanted)
     asked, computes = recipe.model.compute_dtype, known.dtype if known else "bf16"
@@ -344,21 +367,24 @@ def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Reci
     cache = cache_folder_of(recipe.memory)
     budget = recipe.memory.budget
     target = Target(
-        name=known.name if known else f"a GPU of {wanted}",
+        name=("" if processes == 1 else f"each of {processes} × ") + (known.name if known else f"a GPU of {wanted}"),
         device=torch.device("cuda", 0),
         free=memory if budget in (None, "auto") else min(memory, parse_memory(str(budget))),
         total=memory,
-        host_free=host,
+        host_free=host // processes,
         disk_free=free_disk(cache),
         rates=rates_of(known, measure_disk(cache)[0]) if known else None,
         workspace=known.workspace if known else WORKSPACE,
         capability=known.capability if known else AMPERE,
+        processes=processes,
+        beside=processes,
     )
     return target, resolved, why
 
 
 def amount(text: str) -> int:
-    """Bytes of ``24GiB``, or of a card's name. Raises RecipeError for what is neither."""
+    """Bytes of ``24GiB``, or of a card's name, or of each of ``2x4090``. Raises RecipeError for what is neither."""
+    _, text = several(text)
     try:
         return parse_memory(text)
     except RecipeError:
@@ -387,5 +413,5 @@ def resolve(
     recipe, by_length = with_packing(recipe, checkpoint)
     why += filter(None, [by_length])
     decided = {"model.compute_dtype": name, "model.revision": checkpoint.revision}
-    resolved = changed(recipe, {**decided, "device.name": str(device)})
+    resolved = changed(recipe, {**decided, "device.name": str(device) if here().size == 1 else device.type})
     return resolved.model_copy(update={"method": method}), why

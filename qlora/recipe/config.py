@@ -200,9 +200,9 @@ class MemorySection(Section):
     layers: Literal["resident", "streamed"] | Annotated[int, Field(ge=0)] = "resident"
     """How many of the frozen decoder layers stay on the device: all, none, or so many, evenly spread. The rest are fetched
     for each visit, the next one while this one computes."""
-    tier: Literal["host", "disk"] = "host"
-    """Where layers that do not stay are kept: in (pinned) host memory, or in the NF4 file cache on disk. On a CPU only
-    `disk` saves memory."""
+    tier: Literal["host", "disk", "processes"] = "host"
+    """Where layers that do not stay are kept: in (pinned) host memory, in the NF4 file cache on disk, or spread over the
+    devices of a run's `processes`, a part on each, as FSDP does. On a CPU only the last two save memory."""
     slots: int = Field(2, ge=2, le=64)
     """Places on the device for layers that do not stay: one computes, the others are being filled."""
     embedding: Literal["device", "host"] = "device"
@@ -250,8 +250,8 @@ class DeviceSection(Section):
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; all cores when left out."""
     memory: str | None = None
-    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here. In
-    training it is a limit: what needs more is refused, and a GPU gives this process no more."""
+    """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here; `2x4090`
+    for two processes on two of them. In training it is a limit: what needs more is refused, and a GPU gives this process no more."""
     deterministic: bool = False
     """Use only kernels that give the same bits every time, where a GPU has faster ones; an operation without such a kernel
     is refused. A CPU gives the same bits anyway, for the same number of threads."""

@@ -15,8 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlora.machine.device import rng_state, set_rng_state
+
 PASSED_ON = ("AddBackward0", "ViewBackward0", "UnsafeViewBackward0")
 """Nodes of a graph that pass a gradient on whatever the values were."""
+
+_drawn: tuple[int, int] | None = None
+"""What a step's draws come from, and the place in the step of the first row that entered the model."""
 
 
 class Boundary(nn.Module):
@@ -84,6 +89,44 @@ def unread_linears(output: Tensor) -> list[nn.Module]:
         elif isinstance(linear, nn.Module) and hasattr(linear, "unread") and sum(use is linear for use in uses) == 1:
             found.append(linear)
     return found
+
+
+@contextmanager
+def drawn_by_row(seed: int, step: int, first: int) -> Iterator[None]:
+    """Inside, a step's micro-batch draws as (seed, step, place of its ``first`` row) say, and in each layer anew (``draw``)."""
+    global _drawn
+    before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first)
+    draw()
+    try:
+        yield
+    finally:
+        _drawn = before
+
+
+def draw(layer: int = 0, row: int = 0) -> None:
+    """From here on draw for ``layer`` (from 1) and the rows from ``row`` on, of those that entered the model together.
+
+    So whichever rows go before it, in this process or another, a row draws the same. Nothing, outside of ``drawn_by_row``.
+    """
+    if _drawn is not None:
+        step, first = _drawn
+        torch.manual_seed((step + layer * 0xBF58476D1CE4E5B9 + (first + row) * 0x94D049BB133111EB) % 2**63)
+
+
+@contextmanager
+def one_draw(device: torch.device) -> Iterator[None]:
+    """Inside, numbers are drawn that take the place of one: padding beside a row makes it longer, and is not to decide what
+    is drawn after it. Nothing, outside of ``drawn_by_row``."""
+    if _drawn is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))
+    after = rng_state(device)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(after, device)
 
 
 @contextmanager

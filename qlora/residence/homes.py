@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full
-from qlora.machine.device import host_bytes
+from qlora.machine.device import host_bytes, shared_bytes
+from qlora.machine.processes import here
 
 PIECE = 64 * 1024**2  # bytes read at once
 CHECKED = 4 * 1024**2  # bytes that a checksum reads at once
@@ -50,6 +51,39 @@ class HostHome:
 
     def write(self, layer: int, start: int, values: Tensor) -> None:
         self.images[layer][start : start + len(values)].copy_(values)
+
+    def close(self) -> None:
+        self.images.clear()
+
+
+class SharedHostHome:
+    """Images in host memory that the processes of a machine share, pinned where ``device`` is a GPU.
+
+    Each of them writes all of it, and one's bytes are kept, until all have called ``share``. What is written afterwards (PiSSA,
+    LoftQ) is the writer's own.
+    """
+
+    def __init__(self, sizes: dict[int, int], device: torch.device) -> None:
+        self.device, self.shared, self.own = device, False, set[int]()
+        whole = shared_bytes(sum(sizes.values()), device)
+        self.images = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
+
+    def read(self, layer: int, memory: Tensor, start: int = 0) -> None:
+        image = self.images[layer]
+        memory.copy_(image[start : start + len(memory)], non_blocking=True)
+
+    def write(self, layer: int, start: int, values: Tensor) -> None:
+        if self.shared and layer not in self.own:
+            own = host_bytes(len(self.images[layer]), self.device)
+            self.images[layer] = own.copy_(self.images[layer])
+            self.own.add(layer)
+        if self.shared or here().local_rank == 0:
+            self.images[layer][start : start + len(values)].copy_(values)
+
+    def share(self) -> None:
+        """From here on every process reads what is whole."""
+        here().barrier()
+        self.shared = True
 
     def close(self) -> None:
         self.images.clear()

@@ -51,7 +51,7 @@ from qlora.machine.device import rng_state, set_rng_state
 from qlora.model import anatomy
 from qlora.model.attention import PackedMask, packed_now, packed_rows
 from qlora.model.nf4 import dense_cached
-from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
+from qlora.residence.boundary import Boundary, draw, draws, left_out, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
 from qlora.residence.tiles import TiledMLP, tile_mlps
 
@@ -61,9 +61,13 @@ class RecomputedLayer(Boundary):
 
     inside = "layer"
 
-    def __init__(self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None, keeps: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Module, rows: int, inputs: LayerInputs | None = None, keeps: bool = False, number: int = 0
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.number = number
+        """Of the layer in its model, from 0."""
         self.rows = rows
         """Rows that go through the layer at once."""
         self.inputs = inputs
@@ -112,7 +116,8 @@ class _Recompute(torch.autograd.Function):
         ctx.boundary, ctx.args, ctx.kwargs, ctx.packed = boundary, args, kwargs, packed_now()
         ctx.parts = list(boundary.micro_batches(len(hidden)))
         ctx.graphs = [] if boundary.keeps and any(ctx.needs_input_grad) else None
-        ctx.random = [] if ctx.graphs is None and draws(boundary.layer) else None
+        by_row = draws(boundary.layer)
+        ctx.random = [] if ctx.graphs is None and by_row else None
         ctx.kept = None
         if any(ctx.needs_input_grad) and ctx.graphs is None:
             if boundary.inputs is None or boundary.inputs.place == "device":
@@ -123,6 +128,8 @@ class _Recompute(torch.autograd.Function):
         handed: list[tuple[Tensor | None, ...] | None] = []
         with torch.no_grad(), _visit(boundary, len(hidden)):
             for part in ctx.parts:
+                if by_row:
+                    draw(1 + boundary.number, part.start)
                 if ctx.random is not None:
                     ctx.random.append(rng_state(hidden.device))
                 inputs = hidden[part]
@@ -236,7 +243,7 @@ def wrap_layers(
         if isinstance(layer, RecomputedLayer):
             layer.rows, layer.inputs, layer.keeps, layer.unread = rows, inputs, index in keep, None
         else:
-            layers[index] = RecomputedLayer(layer, rows, inputs, index in keep).train(layer.training)
+            layers[index] = RecomputedLayer(layer, rows, inputs, index in keep, index).train(layer.training)
 
 
 @contextmanager

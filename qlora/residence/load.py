@@ -7,6 +7,7 @@ Knows which arrangement the recipe asks for and what it needs of a model; must n
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from torch import nn
 
 from qlora.errors import ModelError, listed
 from qlora.machine.device import capability, resolve_compute_dtype, resolve_device, versions
+from qlora.machine.processes import here
 from qlora.model import anatomy
 from qlora.model.attention import keep_apart
 from qlora.model.base import Base
@@ -30,9 +32,10 @@ from qlora.model.skeleton import Assembled, assemble
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence.cache import cache_folder_of, cache_key, open_cache
 from qlora.residence.ends import embedding_on_host, head_on_host, refuse_half
-from qlora.residence.homes import FileHome, HostHome
+from qlora.residence.homes import FileHome, HostHome, SharedHostHome
 from qlora.residence.image import Image, frozen_linears
 from qlora.residence.placement import Placement, resident_layers, settle
+from qlora.residence.spread import SpreadHome
 
 
 def load_base(
@@ -66,6 +69,8 @@ def load_base(
     finish(model, missing, device, str(checkpoint.folder))
     model.eval().requires_grad_(False)
     if placement is not None:
+        if isinstance(placement.home, SharedHostHome):
+            placement.home.share()
         placement.stream(anatomy.layers(model))
     if memory.embedding == "host":
         embedding_on_host(model, device)
@@ -108,8 +113,13 @@ def plan_placement(
         )
     streamed = {number: image for number, image in enumerate(images) if number not in stay}
     if memory.tier == "host":
-        home = HostHome({number: image.bytes for number, image in streamed.items()}, device)
+        shares = here().local_size > 1 and hasattr(os, "memfd_create")  # Linux
+        sizes = {number: image.bytes for number, image in streamed.items()}
+        home = SharedHostHome(sizes, device) if shares else HostHome(sizes, device)
         return Placement(streamed, home, memory.slots, device, "host"), empty.names
+    if memory.tier == "processes":
+        spread = SpreadHome({number: image.bytes for number, image in streamed.items()}, device)
+        return Placement(streamed, spread, memory.slots, device, "processes"), empty.names
     inside = _names_inside(empty, layers)
     file = _file_home(empty, images, inside, memory, device, progress)
     for number in stay:

@@ -22,15 +22,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qlora.errors import ModelError
+from qlora.machine.processes import here
+from qlora.model.base import StreamedLayers
 from qlora.residence.homes import Home
 from qlora.residence.image import Image, Piece, give, take, view_of
+from qlora.residence.spread import SpreadHome
+
+Some = TypeVar("Some")
+Tier = Literal["host", "disk", "processes"]
 
 POISON = 0xFF  # in every byte it is NaN, in fp32, fp16 and bf16 alike
 NONE = -1  # instead of a layer's number
@@ -98,9 +104,7 @@ class Placement:
     poison = False
     """Fill a slot with NaN when its layer leaves: for tests, so that whoever still reads it is found out."""
 
-    def __init__(
-        self, images: dict[int, Image], home: Home, slots: int, device: torch.device, tier: Literal["host", "disk"]
-    ) -> None:
+    def __init__(self, images: dict[int, Image], home: Home, slots: int, device: torch.device, tier: Tier) -> None:
         self.images, self.home, self.device, self.tier = images, home, device, tier
         self.order = sorted(images)
         self.count = min(slots, len(self.order))
@@ -180,8 +184,26 @@ class Placement:
     def _leave(self, slot: Slot) -> None:
         """Empty the slot; the linears of its layer have no weights then."""
         layer = slot.layer
+        if self.spread:
+            self.settle()  # what one process no longer waits for another may have begun to send
         slot.clear()
         self.images[layer].detach()
+
+    @property
+    def spread(self) -> bool:
+        """Whether all processes have to visit the same layers together."""
+        return self.tier == "processes"
+
+    def settle(self) -> None:
+        """Wait for what is on its way."""
+        wait([slot.arrival for slot in self.slots if slot.arrival is not None])
+
+    def forget(self) -> None:
+        """Be as before the first visit."""
+        for slot in self.slots:
+            if slot.layer != NONE:
+                self._leave(slot)
+        self.direction, self.current = 1, NONE
 
     def out_of_date(self, layer: int) -> None:
         """The layer's weights changed where they wait: a copy in a slot is not to be used any more."""
@@ -240,6 +262,8 @@ class Away:
 
     def bring(self) -> None:
         """Give the linear its weights, in memory of their own, until ``keep`` or ``drop``."""
+        if self.placement.spread:
+            self.placement.settle()  # in the same order everywhere
         for piece in self.pieces:
             memory = torch.empty(piece.bytes, dtype=torch.uint8, device=self.device)
             self.placement.home.read(self.layer, memory, piece.start)
@@ -265,6 +289,23 @@ class Away:
         """Leave the linear without weights again."""
         for piece in self.pieces:
             take(piece)
+
+
+def by_main(placement: StreamedLayers | None, work: Callable[[], Some]) -> Some | None:
+    """What ``work`` gives in the main process, which alone does it; None in the others, which wait until it is done. It may call
+    the model, whose layers these are."""
+    if not (isinstance(placement, Placement) and isinstance(placement.home, SpreadHome)):
+        found = work() if here().main else None
+        here().barrier()  # one that went on and ended would take the main one along
+        return found
+    placement.forget()
+    if not here().main:
+        placement.home.serve()
+        return None
+    with placement.home.alone():
+        found = work()
+        placement.forget()
+    return found
 
 
 def settle(image: Image, home: Home, layer: int, device: torch.device) -> None:

@@ -8,6 +8,7 @@ the command line.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -26,13 +27,14 @@ from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
+from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
-from qlora.training import Trainer
+from qlora.training import MetricsLog, Trainer
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class Session:
     begun: float = field(default_factory=time.perf_counter)
     tasks: list[Task] = field(default_factory=list)
 
+    @property
+    def log(self) -> MetricsLog:
+        """The main process's ``metrics.jsonl``, once the run has begun."""
+        assert self.trainer.log is not None
+        return self.trainer.log
+
     def answers(self) -> list[str]:
         """The model's answers to ``prompts``."""
         return answers(self.model, [prompt.ids for prompt in self.prompts], self.recipe.evaluation.max_new_tokens)
@@ -97,7 +105,7 @@ class Session:
         after: HeldOut | None,
         generations: list[Generation],
         tasks: list[JsonObject],
-        report: Path,
+        report: Path | None,
     ) -> Run:
         """What the caller gets."""
         return Run(
@@ -132,6 +140,13 @@ def stop_at(model: AdaptedModel, ends: Sequence[int]) -> str | None:
     known = model.base.end_tokens
     model.base.end_tokens = (*known, *(end for end in ends if end not in known))
     return new_ends_note(ends, known, model.tokenizer)
+
+
+def decided_by_main(recipe: Recipe) -> Recipe:
+    """The recipe that the main process has resolved: another one's memory or speed may have decided otherwise."""
+    if here().size == 1:
+        return recipe
+    return Recipe.from_dict(json.loads(here().once(recipe.model_dump_json)), source="the main process's recipe")
 
 
 def use_threads(recipe: Recipe) -> None:

@@ -8,18 +8,22 @@ Everything that can be wrong with the input is found before a folder is made.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from signal import Signals as Signal
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut, score
+from qlora.evaluation.tasks import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
 from qlora.machine.device import DTYPES, bytes_text, resolve_device
+from qlora.machine.processes import here
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
@@ -29,6 +33,7 @@ from qlora.planning.rates import matrix_rate
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
+from qlora.residence.placement import by_main
 from qlora.runs.bases import Bases
 from qlora.runs.folder import (
     check_data,
@@ -47,6 +52,7 @@ from qlora.runs.session import (
     Run,
     Session,
     damaged_evaluation,
+    decided_by_main,
     held_out_prompts,
     kernels_kept,
     limited,
@@ -58,32 +64,40 @@ from qlora.runs.session import (
     write_evaluation,
 )
 from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, write_table
-from qlora.training import MetricsLog, Progress, Trainer
+from qlora.training import Progress, Trainer
 from qlora.training import checkpoint as checkpoints
-from qlora.training.record import differences
+from qlora.training.record import differences, launcher, started_by
 from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
 
 
 def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Run:
-    """Train a recipe from the start and leave a run folder behind.
+    """Train a recipe from the start and leave a run folder behind. Of several processes all call it (``machine/processes.py``):
+    the main one writes, measures and speaks, and the others take the steps along.
 
     ``bases``: where the base comes from and stays afterwards, for runs that follow each other in one process.
 
     Raises InputError, DoesNotFitError, or Stopped after a signal, with a checkpoint saved.
     """
-    folder = expanded(recipe.folder or "runs/run")
+    folder, processes = expanded(recipe.folder or "runs/run"), here()
+    if _begun_before(folder):
+        return resume(folder, quiet=quiet, bases=bases)
+    quiet = quiet or not processes.main
     with full_disk_said(folder, "train it again"), kernels_kept():
-        if folder.is_dir():  # said now, not after minutes of loading
+        if not processes.main:
+            pass
+        elif folder.is_dir():  # said now, not after minutes of loading
             with taken(folder, recipe.overwrite):
                 pass
         else:
             require_free(folder, recipe.overwrite)
         session, planned, rate = _packed_or_by_length(recipe, folder, quiet, bases or Bases())
         rehearsal = _rehearse(session, planned)
-        with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
-            clear(folder)
-            write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session, rehearsal)))
+        ours = taken(folder, recipe.overwrite) if processes.main else nullcontext()
+        with ours, stoppable(f"qlora resume {shown(folder)}") as signals:
+            if processes.main:
+                clear(folder)
+                write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session, rehearsal)))
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
@@ -98,14 +112,23 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False, bases: Base
     Raises RunError when the folder is no run or another process trains in it, and when its recipe or data are not those
     that it began with; RecipeError for an override that would make it another run.
     """
-    folder = Path(folder)
+    folder, processes = Path(folder), here()
+    quiet = quiet or not processes.main
     if not (folder / "recipe.yaml").is_file():
         open_run(folder)  # which says what is wrong
-    with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), run_lock(folder), kernels_kept():
+    lock = run_lock(folder) if processes.main else nullcontext()
+    with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), lock, kernels_kept():
         session = _old_session(folder, overrides, quiet, bases or Bases())
         session.trainer.begin()
         with stoppable(f"qlora resume {shown(folder)}") as signals:
             return _finish(session, signals, bases)
+
+
+def _begun_before(folder: Path) -> bool:
+    """Whether torchrun starts this run again after one of its processes ended, and what it began is in ``folder``."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or here().size == 1:
+        return False
+    return bool(here().once(lambda: "begun" if started_by(folder) == launcher() else ""))
 
 
 def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
@@ -137,7 +160,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     for sentence in planned.why:
         say(sentence)
     # a run's own recipe must not replace the run when it is trained again
-    resolved = planned.recipe.model_copy(update={"overwrite": False})
+    resolved = decided_by_main(planned.recipe.model_copy(update={"overwrite": False}))
     device = limited(resolve_device(resolved.device.name), resolved)
     rate = matrix_rate(device, DTYPES[resolved.model.compute_dtype])  # now, while the device is empty
     prompts = held_out_prompts(data, resolved)
@@ -162,7 +185,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     begun, say = time.perf_counter(), speaker(quiet)
     first, environment = open_run(folder)
     recipe = with_changes(first, overrides, folder)
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, folder / "checkpoints") if here().main else ():
         clear_leftovers(place)
     use_threads(recipe)
     checkpoint = open_base(recipe, environment, folder)
@@ -204,26 +227,39 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
 
 
 def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
-    """From a trainer at any step to a finished run folder."""
-    folder, log = session.folder, session.trainer.log
-    assert log is not None  # the run has begun
-    before, generations = _measure_before(session, log, bases or Bases())
-    base = (bases or Bases()).once(
-        ("tasks", *((task.name, task.settings, *(item.id for item in task.items)) for task in session.tasks)),
-        lambda: score_base(session.model, session.tasks, folder, session.quiet),
-    )
-    keep_base(base, folder)
+    """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
+    layers = session.model.base.placement
+    before = by_main(layers, lambda: _before(session, bases or Bases()))
     signals.wait = True
-    _take_steps(session, log, signals)
+    _take_steps(session, signals)
     signals.wait = False
     if signals.arrived:  # after the last look at it
         raise KeyboardInterrupt
+    run = by_main(layers, lambda: _after(session, *before) if before else None)
+    if bases is not None:
+        bases.give_back(session.recipe, session.model)
+    return run or session.result(None, None, [], [], None)
+
+
+def _before(session: Session, bases: Bases) -> tuple[HeldOut | None, list[Generation], dict[str, Result]]:
+    """(held-out loss, answers, results of the tasks) before the next step."""
+    measured, generations = _measure_before(session, bases)
+    base = bases.once(
+        ("tasks", *((task.name, task.settings, *(item.id for item in task.items)) for task in session.tasks)),
+        lambda: score_base(session.model, session.tasks, session.folder, session.quiet),
+    )
+    keep_base(base, session.folder)
+    return measured, generations, base
+
+
+def _after(session: Session, before: HeldOut | None, generations: list[Generation], base: dict[str, Result]) -> Run:
+    """The adapter handed over, measured beside what was ``before``, and the report."""
     _hand_over(session)
-    after = None
+    folder, after = session.folder, None
     if session.data.held_out:
         session.say("Measuring the held-out loss after training …")
-        log.rewind_held_out(session.trainer.step_number)
-        after = _held_out(session, log, session.trainer.step_number)
+        session.log.rewind_held_out(session.trainer.step_number)
+        after = _held_out(session, session.trainer.step_number)
     asked = generations or [Generation(prompt.text, prompt.answer, None) for prompt in session.prompts]
     generations = [
         Generation(old.prompt, old.expected, old.before, text)
@@ -234,13 +270,10 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     name = f"{session.trainer.step_number:06d}"  # the checkpoint's
     trained = score_tasks(session.model, session.tasks, folder, name, session.quiet)
     rows = write_table(folder, base, trained)
-    result = session.result(before, after, generations, rows, write_report(folder))
-    if bases is not None:
-        bases.give_back(session.recipe, session.model)
-    return result
+    return session.result(before, after, generations, rows, write_report(folder))
 
 
-def _measure_before(session: Session, log: MetricsLog, bases: Bases) -> tuple[HeldOut | None, list[Generation]]:
+def _measure_before(session: Session, bases: Bases) -> tuple[HeldOut | None, list[Generation]]:
     """Held-out loss and answers of the base alone, or of the adapter that a run goes on from: measured already, or now."""
     measured = read_evaluation(session.folder)
     if measured is not None:
@@ -252,12 +285,12 @@ def _measure_before(session: Session, log: MetricsLog, bases: Bases) -> tuple[He
     alone = all(method.why_not_disabled() is None for method in session.model.methods)
     continues = session.recipe.method.from_ is not None
     if (session.data.held_out or session.prompts) and (session.trainer.step_number == 0 if continues else alone):
-        log.rewind_held_out(0)  # of a run that was killed in the middle of this
+        session.log.rewind_held_out(0)  # of a run that was killed in the middle of this
         with nullcontext() if continues else session.model.disabled():
             if session.data.held_out:
                 session.say("Measuring the held-out loss before training …")
                 known = ("held out", session.data.fingerprint, session.recipe.evaluation.held_out_rows)
-                before = _held_out(session, log, 0, None if continues else bases, known)
+                before = _held_out(session, 0, None if continues else bases, known)
                 session.say(f"Held-out loss before: {before.loss:.4f}")
             generations = [
                 Generation(prompt.text, prompt.answer, answer)
@@ -267,9 +300,7 @@ def _measure_before(session: Session, log: MetricsLog, bases: Bases) -> tuple[He
     return before, generations
 
 
-def _held_out(
-    session: Session, log: MetricsLog, step: int, bases: Bases | None = None, known: tuple[object, ...] = ()
-) -> HeldOut:
+def _held_out(session: Session, step: int, bases: Bases | None = None, known: tuple[object, ...] = ()) -> HeldOut:
     """Measure the held-out loss, or take what ``bases`` know of the base alone on these rows, and write it down."""
     rows = session.data.held_out[: session.recipe.evaluation.held_out_rows]
     way = session.trainer.state.way
@@ -279,17 +310,19 @@ def _held_out(
 
     result = measured() if bases is None else bases.once(known, measured)
     told = {name: value for name, value in asdict(result).items() if name != "rows"}
-    log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
+    session.log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result
 
 
-def _take_steps(session: Session, log: MetricsLog, signals: Signals) -> None:
+def _take_steps(session: Session, signals: Signals) -> None:
     """Every step that is left, with its line, its checkpoint and its evaluation where they are due. Raises Stopped."""
-    trainer, recipe = session.trainer, session.recipe
+    trainer, recipe, processes = session.trainer, session.recipe, here()
     total, watched = trainer.total_steps, list(session.data.files)
 
     def save() -> Path:
-        sync(log.path)  # the lines of the steps that the checkpoint counts as done
+        if not processes.main:
+            return trainer.save()
+        sync(session.log.path)  # the lines of the steps that the checkpoint counts as done
         for file in [file for file in watched if file.change()]:
             watched.remove(file)  # say it once
             progress.say(
@@ -303,16 +336,17 @@ def _take_steps(session: Session, log: MetricsLog, signals: Signals) -> None:
             progress.show(step)
             last = step.number == total
             if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
-                loss = _held_out(session, log, step.number).loss
-                progress.say(f"Held-out loss after step {step.number}: {loss:.4f}")
+                found = by_main(session.model.base.placement, partial(_held_out, session, step.number))
+                if found:
+                    progress.say(f"Held-out loss after step {step.number}: {found.loss:.4f}")
             if last or due(step.number, recipe.training.save_every):
                 save()
-            if signals.arrived:
+            if arrived := int(max(number for (number,) in processes.gather(signals.arrived))):
                 place = save()
                 raise Stopped(
-                    f"{Signal(signals.arrived).name} arrived before step {step.number} of {total} ended; the state is in "
+                    f"{Signal(arrived).name} arrived before step {step.number} of {total} ended; the state is in "
                     f"'{place}'. Go on with: qlora resume {shown(session.folder)}",
-                    signals.arrived,
+                    arrived,
                 )
 
 

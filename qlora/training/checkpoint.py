@@ -45,7 +45,7 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
 
     Checkpoints of later steps go too: they are of another course, and ``find`` would take one of them for the newest.
     """
-    place = folder / f"{state.step:06d}"
+    place = place_of(state, folder)
     if place != state.saved:
         if broken := state.not_finite():
             raise NonFiniteError(
@@ -66,6 +66,11 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
         with suppress(OSError):  # one too many does no harm
             delete_folder(old)
     return place
+
+
+def place_of(state: TrainState, folder: Path) -> Path:
+    """Where a checkpoint of this moment lies in ``folder``."""
+    return folder / f"{state.step:06d}"
 
 
 def _values(state: TrainState) -> dict[str, object]:

@@ -3,7 +3,7 @@
     for step in trainer: ...
 
 Each step takes its rows by its number, gets their gradients (``step.py``, with ``recover.py`` around it) and lets the
-optimizer change the parameters. Knows rows, sections and a run folder's checkpoints; must not know evaluation or reports.
+optimizer change the parameters. Several processes take the same steps, each its share of every step's rows. Knows rows, sections and a run folder's checkpoints; must not know evaluation or reports.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from qlora.data import Data, Row, step_rows, steps_per_epoch
-from qlora.errors import DataError, DoesNotFitError, NonFiniteError, first_line, listed
+from qlora.errors import DataError, DoesNotFitError, NonFiniteError, RunError, first_line, listed
 from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
 from qlora.methods import AdaptedModel
 from qlora.recipe import MemorySection, Recipe, TokensObjective, TrainingSection
+from qlora.residence.placement import by_main
 from qlora.training import checkpoint
 from qlora.training.log import MetricsLog, Step
 from qlora.training.objectives import make_objective
@@ -71,6 +72,7 @@ class Trainer:
         self.passage = Passage(model, self.rows, self.training, self.memory)
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
+        self._alike = self.state.processes.size == 1
         self._heap = TrimmedHeap(model.device)
         self._check()
 
@@ -108,6 +110,7 @@ class Trainer:
             raise StopIteration
         state.require_whole()
         self.begin()
+        self._begin_alike()
         started = time.perf_counter()
         places = self._places(state.step)
         rows = [self.rows[place] for place in places]
@@ -140,12 +143,22 @@ class Trainer:
         """
         if self.log is not None or self.folder is None or not isinstance(self.data, Data):
             return
+        if not self.state.processes.main:
+            return
         recipe = self.recipe or recipe_of(self.model, self.data, self.training, self.memory, self.folder)
         if recipe is None:
             return
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.rewind(self.step_number)  # lines of steps that are taken again
+
+    def _begin_alike(self) -> None:
+        """Have every process begin with the main one's parameters: what they worked out from data or weights may differ in its
+        last bits."""
+        if not self._alike:
+            self.state.processes.copy(self.state.parameters.values())
+            self.state.masters.doubt()
+            self._alike = True
 
     def _unreached(self) -> str:
         """A sentence that names the parameters that got no gradient; empty where all did."""
@@ -199,17 +212,20 @@ class Trainer:
         return rehearse(self.state, self.objective, self.passage)
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment into the run folder and return its place."""
+        """Write a checkpoint of this moment into the run folder and return its place. Of several processes all call it, and
+        the main one writes."""
         if self.folder is None:
             raise DataError("This trainer has no folder to save into; give one: Trainer(…, folder='runs/demo').")
         self.state.require_whole()
         self.begin()
-        return checkpoint.save(self.state, self.folder / "checkpoints", self.training.keep_checkpoints)
+        folder, keep = self.folder / "checkpoints", self.training.keep_checkpoints
+        by_main(self.model.base.placement, lambda: checkpoint.save(self.state, folder, keep))
+        return checkpoint.place_of(self.state, folder)
 
     def load(self, place: str | Path) -> None:
         """Continue from a checkpoint: adapter, optimizer, step. Raises RunError when it does not belong to this run."""
         checkpoint.load(self.state, Path(place))
-        self.passage.take(self.state.way)
+        self._loaded()
 
     def load_newest(self) -> list[str]:
         """Continue from the folder's newest checkpoint that is whole; return a sentence for each newer one that is not.
@@ -219,8 +235,18 @@ class Trainer:
         if self.folder is None:
             raise DataError("This trainer has no folder to load from; give one: Trainer(…, folder='runs/demo').")
         lost = checkpoint.load_newest(self.state, self.folder / "checkpoints")
-        self.passage.take(self.state.way)
+        self._loaded()
         return lost
+
+    def _loaded(self) -> None:
+        """Have rows go as what was loaded says, if every process found the same."""
+        found = sorted({int(step) for (step,) in self.state.processes.gather(self.step_number)})
+        if len(found) > 1:
+            raise RunError(
+                f"The processes found checkpoints after different steps ({listed(list(map(str, found)))}) in '{self.folder}'; give "
+                "all of them the same run folder, on a disk that their machines share."
+            )
+        self.passage.take(self.state.way)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The first epoch's micro-batches in the order of training, on the device: for methods that look at data first."""

@@ -8,10 +8,12 @@ Knows a model, rows and the boundary around its layers; must not know losses, op
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from qlora.data import Row, step_rows
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
+from qlora.machine.processes import Processes, here
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.checks import check_causal, check_loss_path, check_packing, check_rows
@@ -28,6 +30,7 @@ class Passage:
     def __init__(
         self, model: AdaptedModel, rows: Sequence[Row], training: TrainingSection, memory: MemorySection
     ) -> None:
+        self.processes = here()
         self.model, self.rows, self.training, self.memory = model, rows, training, memory
         self.inputs = None if memory.layer_inputs == "device" else LayerInputs(memory.layer_inputs, model.device)
         self.layers = count_layers(model, training)
@@ -50,13 +53,34 @@ class Passage:
     def smaller(self, before: Way, rows: int, what: str, reason: str) -> tuple[Way, str]:
         """Take the next smaller way for ``what``, a step of ``rows`` rows; return it and a sentence that says so.
 
-        Raises DoesNotFitError when there is none, and leaves the way as it was.
+        Several processes take the smallest that one of them needs. Raises DoesNotFitError when there is none, and leaves the
+        way as it was.
         """
+        own = self._smaller(before, rows)
+        ways = [
+            Way(int(at_once), bool(major), int(chunk), int(kept)) if there else None
+            for there, at_once, major, chunk, kept in self.processes.gather(own is not None, *astuple(own or before))
+        ]
+        way = None if None in ways else min(filter(None, ways))
+        if way is None:
+            self.take(before)
+            raise DoesNotFitError(
+                f"{what} did not fit into memory ({reason}) with {before.micro_batch_size} at once and a loss chunk of "
+                f"{before.loss_chunk}, and no smaller way is left. Lower data.max_length, let memory.budget=auto choose where "
+                "weights and layer inputs wait, or ask 'qlora plan' for what fits."
+            )
+        self.take(way)
+        changed = way.beside(before)
+        return way, f"{what} did not fit into memory ({reason}): from here on {changed}, same rows and result."
+
+    def _smaller(self, before: Way, rows: int) -> Way | None:
+        """The next smaller way that this process can take, taken; None when there is none."""
         way, next_after = before, Way.smaller
         while smaller := next_after(way, rows):
             self.take(smaller)
             try:
                 self.check(smaller, again=True)
+                return smaller
             except Exception as error:
                 if not (isinstance(error, ModelError) or ran_out_of_memory(error)):
                     raise
@@ -64,16 +88,7 @@ class Passage:
                     next_after = Way.fewer_rows  # this family's layers cannot be recomputed
                 else:
                     way = smaller  # layers that cannot be cut so, or not even a few tokens fit
-                continue
-            way = smaller
-            changed = way.beside(before)
-            return way, f"{what} did not fit into memory ({reason}): from here on {changed}, same rows and result."
-        self.take(before)
-        raise DoesNotFitError(
-            f"{what} did not fit into memory ({reason}) with {before.micro_batch_size} at once and a loss chunk of "
-            f"{before.loss_chunk}, and no smaller way is left. Lower data.max_length, let memory.budget=auto choose where "
-            "weights and layer inputs wait, or ask 'qlora plan' for what fits."
-        )
+        return None
 
     def check(self, way: Way, again: bool = False) -> None:
         """A few short forwards before anything is spent: is the loss the model's own, is every token blind to
@@ -99,13 +114,24 @@ class Passage:
             network.train(was_training)
 
     def _rows_together(self, way: Way) -> list[int]:
-        """How many rows enter the model together: in a whole step, and in the one that ends an epoch and may be short."""
+        """How many rows enter the model together, in one process or another: in a whole step, and in the one that ends an epoch and may be short."""
         count, batch_size, seed = len(self.rows), self.training.batch_size, self.training.seed
         last = -(-count // batch_size) - 1
         if self.training.steps is not None:
             last = min(last, self.training.steps - 1)
         steps = [step_rows(count, batch_size, step, seed) for step in {0, last}]
-        return sorted({len(way.micro_batches(places)[0]) for places in steps}, reverse=True)
+        every = [Processes(rank, self.processes.size) for rank in range(self.processes.size)]
+        shares = [places[one.share(len(places))] for places in steps for one in every]
+        return sorted({len(way.micro_batches(places)[0]) for places in shares if places}, reverse=True)
+
+
+def alone_in_memory(what: str, reason: str) -> str:
+    """What to say where memory ran out in one of the processes that have to go through the model together."""
+    return (
+        f"{what} did not fit into memory ({reason}). Layers are spread over the processes (memory.tier=processes), so the others "
+        "stand in the middle of it and no smaller way can be agreed on. Go on from the newest checkpoint in a smaller one: qlora "
+        "resume RUN training.micro_batch_size=1 training.recompute=all"
+    )
 
 
 def longest_row(rows: Sequence[Row]) -> Row:

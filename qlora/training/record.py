@@ -9,7 +9,9 @@ cleared or locked.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from qlora.errors import RecipeError, RunError, disk_is_full
 from qlora.files.durable import file_written_aside, write_json
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
+from qlora.machine.processes import here
 from qlora.methods import AdaptedModel
 from qlora.model import Base
 from qlora.model.attention import attention_of
@@ -108,18 +111,41 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
         "base_fingerprint": base.checkpoint.fingerprint if base.checkpoint else None,
         "recipe_sha256": digest(recipe.to_yaml().encode()),
         "data_files": {file.name: file.sha256 for file in data.files},
+        **({"processes": here().size, "started_by": launcher()} if here().size > 1 else {}),
         **_git_state(),
     }
+
+
+def launcher() -> str:
+    """The program that started this process: torchrun, which is the same one when it starts a run again."""
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def started_by(folder: Path) -> object:
+    """What ``launcher`` was when the run in ``folder`` began; None where there is no run, or nobody knows."""
+    try:
+        return (read_object(folder / ENVIRONMENT, MAX_OURS) or {}).get("started_by")
+    except Fault:
+        return None
 
 
 def differences(recipe: Recipe, environment: Mapping[str, object], base: Base) -> list[str]:
     """In what this machine differs from the one that the run began on, as ``torch 2.12.0, now 2.13.0``."""
     known = environment.get("versions")
     before = {"device": recipe.device.name, "hardware": environment.get("device_name")}
-    before |= {"attention": environment.get("attention"), "fused kernels": environment.get("kernels") or {}}
+    before |= {
+        "processes": environment.get("processes", 1),
+        "attention": environment.get("attention"),
+        "fused kernels": environment.get("kernels") or {},
+    }
     before |= known if isinstance(known, dict) else {}
     now: dict[str, object] = {"device": str(base.device), "hardware": device_text(base.device)}
-    now |= {"attention": attention_of(base.model), "fused kernels": fused(base.model), **versions()}
+    now |= {
+        "processes": here().size,
+        "attention": attention_of(base.model),
+        "fused kernels": fused(base.model),
+        **versions(),
+    }
     return [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
 
 

@@ -5,9 +5,8 @@
             ├► overflow under fp16     ─► the same step, half the loss scale
             └► NaN or infinity         ─► skipped                          or stop, as the recipe says
 
-A step that is taken again has the same rows, random draws and denominator, so nothing changes but the order of sums. An
-attempt says what this process saw, and ``decide`` alone what follows from it: where several processes train together, that
-is what they must agree on before any of them goes on.
+A step that is taken again has the same rows, random draws and denominator, so nothing changes but the order of sums. Where
+several processes train together, an attempt is what all of them saw, so that ``decide`` comes to the same in each.
 
 Knows a training's state and its passage; must not know files, learning rates or what the optimizer does.
 """
@@ -26,9 +25,9 @@ from qlora.errors import DoesNotFitError, NonFiniteError, first_line, listed
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.training.not_finite import Blame, find_blame
 from qlora.training.objectives import Objective
-from qlora.training.passage import Passage
+from qlora.training.passage import Passage, alone_in_memory
 from qlora.training.state import LARGEST_SCALE, TrainState
-from qlora.training.step import gradients, random_draws, unscale
+from qlora.training.step import add_up, gradients, random_draws, unscale
 from qlora.training.way import Way
 
 SCALE_GROWTH = 500  # steps after which a loss scale that fell is doubled
@@ -114,16 +113,29 @@ class Recovery:
                 return Outcome(math.nan, math.nan, " ".join(notes), skipped=True)
 
     def attempt(self, rows: Sequence[Row]) -> Attempt:
-        """Try once."""
-        state = self.state
+        """Try once, each process with its share of ``rows``."""
+        state, processes = self.state, self.state.processes
+        part, short = math.nan, ""
         try:
-            loss = gradients(state, self.objective, rows)
-            norm = unscale(state)
+            part = gradients(state, self.objective, rows, processes.share(len(rows)))
         except BaseException as error:  # Ctrl-C too leaves no gradients behind
             state.masters.drop_gradients()
             if not ran_out_of_memory(error):
                 raise
-            return Attempt(out_of_memory=first_line(error))
+            short = first_line(error)
+            if state.lockstep:
+                raise DoesNotFitError(alone_in_memory(f"Step {state.step + 1}", short)) from None
+        reached = [p.grad is not None for p in state.parameters.values()]
+        failed, parts, *anywhere = zip(*processes.gather(bool(short), part, *reached), strict=True)
+        if any(failed):
+            return Attempt(out_of_memory=short or f"in process {failed.index(1)} of {processes.size}")
+        loss = math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum refuses inf - inf
+        try:
+            add_up(state, [any(each) for each in anywhere])
+            norm = unscale(state)
+        except BaseException:
+            state.masters.drop_gradients()
+            raise
         grads = {name: p.grad for name, p in state.parameters.items() if p.grad is not None}
         finite = math.isfinite(loss) and math.isfinite(norm)
         broken = () if finite else tuple(name for name, grad in grads.items() if not grad.isfinite().all())
@@ -165,6 +177,7 @@ class Recovery:
         """Take the next smaller way; return a sentence. Raises DoesNotFitError where there is none, with the state saved."""
         state = self.state
         release_memory(state.model.device)  # the frames that held the failed try's tensors are gone by now
+        rows = state.processes.most(rows)
         try:
             state.way, note = self.passage.smaller(state.way, rows, f"Step {state.step + 1}", reason)
         except DoesNotFitError as error:

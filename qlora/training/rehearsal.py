@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data import IGNORE_INDEX, Row
-from qlora.errors import first_line
+from qlora.errors import DoesNotFitError, first_line
 from qlora.machine.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
 from qlora.residence.layers import RecomputedLayer
 from qlora.training.objectives import Objective
 from qlora.training.optim import make_state, steps_taken_back
-from qlora.training.passage import Passage
+from qlora.training.passage import Passage, alone_in_memory
 from qlora.training.state import TrainState
 from qlora.training.step import gradients, move
 from qlora.training.way import Way
@@ -66,7 +66,8 @@ def rehearse(state: TrainState, objective: Objective, passage: Passage) -> Rehea
     model, notes = state.model, list[str]()
     device, virtual = model.device, model.virtual_tokens
     while True:
-        rows = worst_rows(passage.rows, state.training.batch_size, state.way, virtual)
+        reason = ""
+        rows = worst_rows(passage.rows, state.processes.most(state.training.batch_size), state.way, virtual)
         lengths = [length_of(row, virtual) for row in rows]
         try:
             with _taken_back(state) as kept:
@@ -80,13 +81,18 @@ def rehearse(state: TrainState, objective: Objective, passage: Passage) -> Rehea
                     torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - begin
                 peak = peak_since_reset(device) - (kept if device.type == "cpu" else 0)
-            break
         except Exception as error:
             if not ran_out_of_memory(error):
                 raise
             reason = first_line(error)
+            if state.lockstep:
+                raise DoesNotFitError(alone_in_memory("The most expensive step of this data", reason)) from None
+        failed = [bool(one) for (one,) in state.processes.gather(bool(reason))]
+        if not any(failed):
+            break
         # only here are the tensors of the failed try without a holder
         release_memory(device)
+        reason = reason or f"in process {failed.index(True)} of {len(failed)}"
         what = f"The most expensive step of this data, {len(rows)} rows of up to {max(lengths):,} tokens,"
         state.way, note = passage.smaller(state.way, len(rows), what, reason)
         notes.append(note)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlora.errors import RunError
+from qlora.machine.processes import Processes, here
 from qlora.methods import AdaptedModel
 from qlora.recipe import TrainingSection
 from qlora.training.masters import Masters
@@ -46,6 +47,8 @@ class TrainState:
     """What the loss is multiplied with under fp16, so that small gradients do not vanish; 1 otherwise."""
     skipped: int = 0
     """Steps that changed nothing because a number was not finite."""
+    processes: Processes = field(default_factory=here, repr=False)
+    """This process among those that train together."""
     torn: bool = field(default=False, repr=False)
     """Whether a step was broken off while the optimizer changed the parameters; only loading a checkpoint mends that."""
     saved: Path | None = None
@@ -61,6 +64,11 @@ class TrainState:
         scale = LARGEST_SCALE if model.base.compute_dtype == torch.float16 else 1.0
         way = Way.of(training, count_layers(model, training))
         return cls(model, training, total_steps, parameters, masters, optimizer, way, way, loss_scale=scale)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether processes have to go through the model together, since each has a part of its layers."""
+        return self.model.base.placement is not None and self.model.base.placement.tier == "processes"
 
     def require_whole(self) -> None:
         """Raise RunError after a step that was broken off halfway."""

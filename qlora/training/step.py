@@ -1,16 +1,18 @@
 """A step: rows become gradients, and gradients change the parameters. This is the page that is "the loop".
 
-    rows ─► micro-batches ─► summed loss ─► · scale / denominator ─► backward ─► .grad
-    .grad ─► norm ─► clipped ─► optimizer ─► fp32 masters ─► parameters
+    rows ─► this process's share ─► micro-batches ─► summed loss ─► · scale / denominator ─► backward ─► .grad
+    .grad ─► summed over all processes ─► norm ─► clipped ─► optimizer ─► fp32 masters ─► parameters
 
-The loss is summed, and divided once by what counts in the whole step (``objectives/``), so the split into micro-batches
-changes nothing. Random draws come from (seed, step) alone: nothing to save, and an evaluation in between changes nothing.
+The loss is summed, and divided once by what counts in the whole step (``objectives/``), so the split into processes and
+micro-batches changes nothing. Random draws come from (seed, step, the place of a micro-batch's first row in the step) alone:
+nothing to save, an evaluation in between changes nothing, and a row by itself draws the same in whichever process.
 
 What can go wrong on the way (memory, overflow, NaN) is not handled here: ``recover.py`` is around it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,12 +22,17 @@ from torch import Tensor
 from qlora.data import Row
 from qlora.errors import ModelError
 from qlora.model import anatomy
+from qlora.residence.boundary import drawn_by_row
+from qlora.training.masters import is_narrow
 from qlora.training.objectives import Objective
 from qlora.training.state import TrainState
 
+ALL = slice(None)
 
-def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> float:
-    """Fill ``.grad`` with the gradient of these rows' mean loss, times ``state.loss_scale``; return the mean loss.
+
+def gradients(state: TrainState, objective: Objective, rows: Sequence[Row], mine: slice = ALL) -> float:
+    """Fill ``.grad`` with what ``mine`` of a step's rows bring to the gradient of the step's mean loss, times
+    ``state.loss_scale``; return what they bring to the mean loss.
 
     The mean is the summed loss over ``objective.denominator(rows)``; what a method adds to it (AdaLoRA's penalty) is in
     the gradient and not in the loss that is returned.
@@ -34,8 +41,9 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> f
     losses: list[Tensor] = []
     model.model.train()
     try:
-        with random_draws(state):
-            for micro_batch in state.way.micro_batches(rows):
+        first, micro_batches = mine.start or 0, state.way.micro_batches(rows[mine])
+        for micro_batch in micro_batches:
+            with random_draws(state, first):
                 loss = objective.loss(micro_batch, state.way.loss_chunk)
                 if not loss.requires_grad:
                     raise ModelError(
@@ -44,14 +52,32 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row]) -> f
                     )
                 (loss * (state.loss_scale / denominator)).backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
-            penalty = model.penalty()
-            if penalty is not None:
-                (penalty * state.loss_scale).backward()  # type: ignore[no-untyped-call]
+            first += len(micro_batch)
+        for _ in range(_missing(state, len(rows), len(micro_batches))):
+            (objective.loss(rows[:1], state.way.loss_chunk) * 0.0).backward()  # type: ignore[no-untyped-call]
+        penalty = model.penalty() if state.processes.main else None  # once in the sum
+        if penalty is not None:
+            (penalty * state.loss_scale).backward()  # type: ignore[no-untyped-call]
     finally:
         model.model.eval()
-    return (
-        sum(torch.stack(losses).tolist()) / denominator
-    )  # read once: each look waits for all that was launched before
+    return sum(torch.stack(losses).tolist()) / denominator if losses else 0.0  # read once: each look waits for the GPU
+
+
+def _missing(state: TrainState, rows: int, micro_batches: int) -> int:
+    """How often a process with a small share of ``rows`` goes through the model for the sake of the others."""
+    if not state.lockstep:
+        return 0
+    return len(state.way.micro_batches(range(state.processes.most(rows)))) - micro_batches
+
+
+def add_up(state: TrainState, reached: Sequence[bool]) -> None:
+    """Sum ``.grad`` over all processes. ``reached`` says of each parameter whether it has one in any of them."""
+    grads = []
+    for p in itertools.compress(state.parameters.values(), reached):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p, dtype=torch.float32 if is_narrow(p) else p.dtype)
+        grads.append(p.grad)
+    state.processes.sum(grads)
 
 
 def unscale(state: TrainState) -> float:
@@ -94,9 +120,11 @@ def _grads(state: TrainState) -> list[Tensor]:
 
 
 @contextmanager
-def random_draws(state: TrainState) -> Iterator[None]:
-    """Inside, torch draws from (seed, step); outside, as if nothing had been drawn."""
-    device, seed = state.model.device, state.training.seed
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 0x9E3779B97F4A7C15 + state.step * 0xD1B54A32D192ED03 + 1) % 2**63)
+def random_draws(state: TrainState, first: int = 0) -> Iterator[None]:
+    """Inside, torch draws from (seed, step, place of the ``first`` row); outside, as if nothing had been drawn."""
+    device = state.model.device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        drawn_by_row(state.training.seed, state.step, first),
+    ):
         yield

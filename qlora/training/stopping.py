@@ -3,7 +3,8 @@
     with stoppable("qlora resume runs/demo") as signals:
         signals.wait = True            # from here on somebody looks at signals.arrived after each step
 
-Knows the operating system's signals; must not know trainers or run folders.
+Several processes let one another know of it after each step. Knows the operating system's signals; must not know trainers or
+run folders.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from qlora.errors import Stopped
+from qlora.machine.processes import count
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Signals:
         first, self.arrived = not self.arrived, number
         if not (first and self.wait):
             raise KeyboardInterrupt
+        if count() > 1:  # each of them gets it, and a launcher that ends them sends it too
+            return
         with suppress(RuntimeError, OSError, ValueError):  # it may have arrived in the middle of another print
             print("Stopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 

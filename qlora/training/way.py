@@ -46,9 +46,7 @@ class Way:
 
     def micro_batches(self, rows: Sequence[Some]) -> list[Sequence[Some]]:
         """How rows enter the model: all together where the layers cut them (layer-major), else so many at once."""
-        if self.layer_major:
-            return [rows]
-        size = self.micro_batch_size
+        size = max(1, len(rows)) if self.layer_major else self.micro_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def smaller(self, rows: int) -> Way | None:

@@ -38,6 +38,9 @@ from tests.docs.pages import PAGES, ROOT, Block, blocks, name, prose, spans
 
 KINDS = ("sh", "python", "yaml", "json", "text")
 PROGRAMS = {  # what is not run here, and why
+    "torchrun": "tests/runs/test_several.py starts it, in another folder",
+    "accelerate": "tests/runs/test_several.py starts it, in another folder",
+    "srun": "needs a cluster",
     "git": "the address of a clone is the reader's",
     "cd": "belongs to the reader's shell",
     ".": "belongs to the reader's shell",

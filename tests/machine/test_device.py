@@ -17,6 +17,7 @@ import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
 from qlora.machine import device
+from qlora.machine.processes import Processes
 
 CPU = torch.device("cpu")
 NAMES = (  # of a control group's files, in version 2 and 1
@@ -42,12 +43,21 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             device.resolve_device(name)
 
 
-def test_a_run_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert device.resolve_device("cpu") == CPU
+def test_each_of_several_processes_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="one of 2 processes"):
-        device.resolve_device("cpu")
+    monkeypatch.setattr(device, "here", lambda: Processes(rank=3, size=4, local_rank=1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: None)
+    assert device.resolve_device("auto") == device.resolve_device("cuda") == torch.device("cuda", 1)
+    assert device.resolve_device("cpu") == CPU
+    with pytest.raises(RecipeError, match="each of which takes a GPU of its own"):
+        device.resolve_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        RecipeError, match="Process 1 of this machine wants a GPU, but this machine shows 1 CUDA device"
+    ):
+        device.resolve_device("auto")
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ PLACEMENTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "embedding and head on the host": ({"embedding": "host", "head": "host"}, {}),
     "micro-batch by micro-batch": ({}, {"accumulation": "micro_batch_major"}),
 }
+SPREAD: dict[str, Any] = {"layers": "streamed", "tier": "processes"}
+"""For several processes alone."""
 BROKEN: dict[str, tuple[int, ...]] = {"mid-epoch": (4,), "end of an epoch": (3,), "twice": (1, 3)}
 
 
@@ -154,9 +156,9 @@ def try_cell(base: Path, place: Path, cell: Cell) -> Found:
     return Found(differs=tuple(differs), eight_bit=eight_bit)
 
 
-def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, **training: Any) -> Trainer:
+def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, rows: int = 5, **training: Any) -> Trainer:
     """A cell's trainer as a process would make it, with everything from the disk; ``again``: to go on where it was saved."""
-    memory, way = PLACEMENTS[cell.placement]
+    memory, way = (SPREAD, {}) if cell.placement == "spread" else PLACEMENTS[cell.placement]
     where = MemorySection(**memory, cache=str(base.with_name("cache")))
     quantization: Any = "none" if cell.method == "full" else "nf4"
     dtype: Any = "bf16" if cell.narrow and cell.method == "full" else "fp32"
@@ -167,8 +169,8 @@ def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, **trai
         "batch_size": 2, "micro_batch_size": 1, "steps": STEPS, "learning_rate": 1e-2, "optimizer": cell.optimizer,
         "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1, "keep_checkpoints": 1, **way, **training,
     }  # fmt: skip
-    rows = spoken(model, random_rows(20, cell.packing, seed=4)[:5])
-    trainer = Trainer(model, rows, TrainingSection(**settings), place, where)
+    given = spoken(model, random_rows(4 * rows, cell.packing, seed=4)[:rows])
+    trainer = Trainer(model, given, TrainingSection(**settings), place, where)
     if again:
         assert trainer.load_newest() == []
     else:

@@ -1,0 +1,209 @@
+"""Several processes train as one does: losses, gradients, adapters and decisions, on gloo."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.errors import DoesNotFitError
+from qlora.machine.processes import here
+from qlora.training import Trainer
+from tests.steps import GRADIENT, LATER, LOSS, difference, step_of
+from tests.tiny import tiny_checkpoint
+from tests.together import together
+from tests.training.matrix import METHODS, Cell, trainer_for
+
+ROWS, BATCH = 9, 4
+"""Steps of 4, 4 and 1 rows: with 2 or 3 processes uneven shares, and in the last step of an epoch some with no row at all."""
+WAYS: dict[str, dict[str, Any]] = {
+    "layer by layer": {},
+    "micro-batch by micro-batch": {"accumulation": "micro_batch_major"},
+    "all kept": {"recompute": "none", "accumulation": "micro_batch_major"},
+}
+
+
+def cell(method: str, placement: str = "resident") -> Cell:
+    return Cell(method, "adamw", placement, False, "mid-epoch")
+
+
+def trainer(base: Path, folder: Path, one: Cell, **settings: Any) -> Trainer:
+    return trainer_for(base, folder, one, rows=ROWS, **{"batch_size": BATCH, "steps": 6, **settings})
+
+
+def train(base: Path, folder: Path, cells: list[Cell], settings: dict[str, Any]) -> None:
+    """Of each cell the gradients of three steps by an optimizer that stands still, and losses and adapter of three that moves."""
+    found = []
+    for number, one in enumerate(cells):
+        training = trainer(base, folder / str(number), one, **settings)
+        still = [step_of(training) for _ in range(3)]
+        later = [next(training).loss for _ in range(3)]
+        adapter = {name: values.detach().float() for name, values in training.model.trainable_parameters().items()}
+        same_everywhere(adapter)
+        found.append(([step.loss for step, _ in still], [grads for _, grads in still], later, adapter))
+    if here().main:
+        folder.mkdir(exist_ok=True)
+        torch.save(found, folder / f"{here().size}.pt")
+
+
+def same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
+    """Every process holds the same bits: no sum of these could tell +x in one place from +x in another."""
+    sums = [
+        float((values.double() * torch.arange(1, 1 + values.numel()).view(values.shape)).sum())
+        for values in tensors.values()
+    ]
+    assert all(other == sums for other in here().gather(*sums))
+
+
+def compare(
+    base: Path, folder: Path, cells: list[Cell], sizes: tuple[int, ...], one: int | None = None, **settings: Any
+) -> None:
+    """Train by each of so many processes, and compare with what ``one`` found: the first of ``sizes``, or an earlier call's."""
+    for size in sizes:
+        if size == 1:
+            train(base, folder, cells, settings)
+        else:
+            together(size, train, base, folder, cells, settings)
+    alone, *others = (
+        torch.load(folder / f"{size}.pt", weights_only=True) for size in {one or sizes[0]: 0, **dict.fromkeys(sizes)}
+    )
+    for other in others:
+        for which, expected, found in zip(cells, alone, other, strict=True):
+            losses, gradients, later, adapter = expected
+            assert found[0] == pytest.approx(losses, rel=LOSS), which
+            for ours, theirs in zip(found[1], gradients, strict=True):
+                assert ours.keys() == theirs.keys()
+                worst = max(difference(ours[name], values) for name, values in theirs.items() if values.any())
+                assert worst < GRADIENT, which
+            assert found[2] == pytest.approx(later, rel=LATER), which
+            assert max(difference(found[3][name], values) for name, values in adapter.items()) < LATER, which
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several") / "base"
+    tiny_checkpoint(folder)
+    return folder
+
+
+def test_two_are_one(base: Path, tmp_path: Path) -> None:
+    """With dropout, uneven counts of target tokens, and a last step that has a row for one of them alone."""
+    compare(base, tmp_path, [cell("lora")], (1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_three_are_two_are_one_by_every_method(way: str, base: Path, tmp_path: Path) -> None:
+    methods = METHODS if way == "layer by layer" else ("lora", "adalora", "bottleneck, houlsby", "dora", "full")
+    compare(base, tmp_path, [cell(method) for method in methods], (1, 2, 3), **WAYS[way])
+
+
+@pytest.mark.slow
+def test_and_wherever_the_base_is(base: Path, tmp_path: Path) -> None:
+    compare(base, tmp_path, [cell("lora", place) for place in ("streamed from disk", "half streamed")], (1, 3))
+
+
+def one_runs_out_of_memory(base: Path, folder: Path) -> None:
+    """The last process cannot take two rows at once: all take one, with the losses of a run that never could."""
+    expected = [next(trainer(base, folder / "small", cell("ia3"))).loss]
+    training = trainer(base, folder / "run", cell("ia3"), micro_batch_size=2, recompute="all")
+    loss = training.objective.loss
+
+    def too_large(rows: Any, chunk: int) -> Any:
+        if here().rank == here().size - 1 and training.micro_batch_size > 1:
+            raise torch.OutOfMemoryError("not enough")
+        return loss(rows, chunk)
+
+    training.objective.loss = too_large  # type: ignore[method-assign]
+    step = next(training)
+    assert training.micro_batch_size == 1
+    assert "1 row at once instead of 2" in step.note
+    assert [step.loss] == pytest.approx(expected, rel=LOSS)
+
+
+def one_has_no_smaller_way(base: Path, folder: Path) -> None:
+    training = trainer(base, folder / "run", cell("ia3"))
+    next(training)
+
+    def too_large(rows: Any, chunk: int) -> Any:
+        raise torch.OutOfMemoryError("not enough")
+
+    if here().rank == here().size - 1:
+        training.objective.loss = too_large  # type: ignore[method-assign]
+    with pytest.raises(DoesNotFitError, match="no smaller way is left"):
+        next(training)
+    assert here().any(True)  # they are all here still
+    assert (folder / "run" / "checkpoints" / "000001" / "checksums.json").is_file()
+
+
+def one_is_not_finite(base: Path, folder: Path) -> None:
+    """A loss that is NaN in one process: no process takes the step, and the adapter is as it was."""
+    training = trainer(base, folder / "run", cell("ia3"), not_finite="skip", steps=2)
+    loss = training.objective.loss
+    before = {name: values.detach().clone() for name, values in training.model.trainable_parameters().items()}
+
+    def broken(rows: Any, chunk: int) -> Any:
+        return loss(rows, chunk) * (math.nan if here().main else 1.0)
+
+    training.objective.loss = broken  # type: ignore[method-assign]
+    step = next(training)
+    assert step.skipped
+    assert training.state.skipped == 1
+    same_everywhere(before)
+    for name, values in training.model.trainable_parameters().items():
+        assert torch.equal(values, before[name])
+
+
+def one_overflows(base: Path, folder: Path) -> None:
+    """A gradient that overflows in one process: all halve the loss scale."""
+    training = trainer(base, folder / "run", cell("ia3"))
+    training.state.loss_scale = 4.0
+    loss = training.objective.loss
+
+    def overflowing(rows: Any, chunk: int) -> Any:
+        found = loss(rows, chunk)
+        if here().main and training.state.loss_scale > 2:
+            found.register_hook(lambda grad: grad * math.inf)
+        return found
+
+    training.objective.loss = overflowing  # type: ignore[method-assign]
+    assert not next(training).skipped
+    assert here().gather(training.state.loss_scale) == [[2.0]] * here().size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [one_runs_out_of_memory, one_has_no_smaller_way, one_is_not_finite, one_overflows])
+def test_what_one_meets_all_decide(what: Any, base: Path, tmp_path: Path) -> None:
+    together(2, what, base, tmp_path)
+
+
+def resumed(base: Path, folder: Path, last: int) -> None:
+    """Go on to step ``last`` from the newest checkpoint, where there is one, and save."""
+    again = (folder / "checkpoints").is_dir()
+    here().barrier()
+    training = trainer_for(base, folder, cell("adalora"), again=again, rows=ROWS, batch_size=BATCH, steps=6)
+    while training.step_number < last:
+        next(training)
+    training.save()
+
+
+@pytest.mark.slow
+def test_resumed_by_two_one_and_three(base: Path, tmp_path: Path) -> None:
+    """The checkpoint after 6 steps by 2 → 1 → 3 processes is that of one process, to rounding, in the same files."""
+    resumed(base, tmp_path / "one", 6)
+    for size, last in ((2, 2), (1, 4), (3, 6)):
+        together(size, resumed, base, tmp_path / "several", last)
+    folders = [tmp_path / name / "checkpoints" / "000006" for name in ("one", "several")]
+    assert len({tuple(sorted(path.name for path in folder.iterdir())) for folder in folders}) == 1
+    assert len({(folder / "adapter_config.json").read_bytes() for folder in folders}) == 1
+    assert len({(folder / "state.json").read_bytes() for folder in folders}) == 1
+    from safetensors.torch import load_file
+
+    for name in ("adapter_model", "method", "optimizer"):
+        one, several = (load_file(folder / f"{name}.safetensors") for folder in folders)
+        assert one.keys() == several.keys()
+        for key, values in one.items():
+            assert difference(several[key].float(), values.float()) < LATER, key
