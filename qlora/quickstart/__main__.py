@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from qlora.errors import InputError, QloraError, visible
-from qlora.quickstart.data import HELD_OUT, TRAIN, write_data
+from qlora.quickstart import data, docstrings
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
 
@@ -22,12 +22,14 @@ def main(arguments: list[str]) -> int:
                 f"Found {len(arguments)} arguments; 'python -m qlora.quickstart' takes none. It fetches the model, and "
                 f"writes the data and {RECIPE.name} into the current folder."
             )
-        counts = write_data()  # before torch is imported, which adds to the standard library that the data describes
+        # before torch is imported, which adds to the standard library that the docstrings describe
+        made = [(source, source.write_data()) for source in (data, docstrings)]
         recipe = write_recipe()
         from qlora.quickstart.model import make_model
 
         print(f"model   {make_model()}")
-        print(f"data    {TRAIN} ({counts[0]:,} pairs), {HELD_OUT} ({counts[1]:,})")
+        for source, counts in made:
+            print(f"data    {source.TRAIN} ({counts[0]:,} pairs), {source.HELD_OUT} ({counts[1]:,})")
         print(f"recipe  {recipe}\n")
         print(f"Next:\n  qlora train {RECIPE.name}\n  qlora export runs/{RECIPE.stem} merged")
     except (QloraError, OSError) as error:

@@ -1,138 +1,148 @@
-"""The quickstart's data: questions and answers from the docstrings of the Python that runs this.
+"""The quickstart's data: messages about an appointment, and of each the JSON object that a calendar would take.
 
-A record is one conversation: "What does `shutil.copytree` do in Python?", answered by the first paragraph of that
-function's docstring. One Python version gives the same bytes every time; one answer is never in both files. It reads
-only the modules named here (each imports without side effects), and ships nothing. Must not import torch or transformers.
+    Lunch with Priya on Tuesday at half past one in the afternoon, for an hour.
+    {"what": "lunch", "who": "Priya", "day": "Tuesday", "time": "13:30", "minutes": 60}
+
+Put together by the rules below, the same bytes every time. What is held out cannot be known by heart: its occasions, its people and
+its pairs of day and time stand in no training message, and a third of its messages are worded as no training message is. Must not
+import torch or transformers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
-import itertools
 import json
-import re
-import sys
-import warnings
-from collections.abc import Iterator
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import TypeVar
 
-from qlora.errors import InputError
 from qlora.files.durable import file_written_aside
 
 TRAIN, HELD_OUT = Path("data/quickstart/train.jsonl"), Path("data/quickstart/held_out.jsonl")
-HELD_OUT_FRACTION = 0.05
-LENGTH = range(20, 301)  # characters of an answer: a sentence or three
+TRAINED, ASKED = 1000, 60  # messages
+QUESTION = "As JSON (what, who, day, time, minutes): "
 
-# Written out, not walked: importing `this`, `antigravity` or `idlelib` does things, `curses`, `sqlite3` and others are
-# missing from some builds or systems, and two dozen modules left after Python 3.11. These are in 3.11 to 3.14.
-MODULES = """
-    builtins abc argparse array ast asyncio atexit base64 binascii bisect calendar cmath cmd code codecs codeop
-    collections collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy
-    copyreg csv dataclasses datetime decimal difflib dis doctest email.charset email.errors email.generator
-    email.header email.headerregistry email.message email.mime.base email.parser email.policy email.utils enum
-    errno filecmp fileinput fnmatch fractions ftplib functools gc getopt getpass gettext glob graphlib gzip
-    hashlib heapq hmac html html.parser http http.client http.cookiejar http.cookies http.server imaplib
-    importlib importlib.abc importlib.machinery importlib.metadata importlib.util inspect io ipaddress itertools
-    json json.decoder json.encoder keyword linecache locale logging logging.config logging.handlers mailbox
-    marshal math mimetypes mmap multiprocessing multiprocessing.connection multiprocessing.managers
-    multiprocessing.pool multiprocessing.shared_memory multiprocessing.synchronize netrc numbers operator
-    optparse os os.path pathlib pickle pkgutil platform plistlib poplib pprint profile pstats py_compile queue
-    quopri random re reprlib runpy sched secrets select selectors shelve shlex shutil signal site smtplib socket
-    socketserver stat statistics string struct subprocess symtable sys sysconfig tarfile tempfile textwrap
-    threading time timeit token tokenize tomllib trace traceback tracemalloc types typing unicodedata unittest
-    unittest.case unittest.loader unittest.mock unittest.result unittest.runner unittest.suite urllib.error
-    urllib.parse urllib.request urllib.response urllib.robotparser uuid warnings wave weakref webbrowser
-    wsgiref.handlers wsgiref.headers wsgiref.simple_server wsgiref.util xml.dom xml.dom.minidom
-    xml.etree.ElementTree xml.sax xml.sax.handler xml.sax.saxutils xml.sax.xmlreader zipapp zipfile zipimport
-    zoneinfo
-""".split()  # noqa: SIM905 - two hundred quotes would say no more
-
-SIGNATURE = re.compile(r"[\w.]+\(.*|.*\) ?-> ?.*")
+T = TypeVar("T")
 
 
-def pairs() -> Iterator[tuple[str, str]]:
-    """(question, answer) of every documented public name, in the order of ``MODULES`` and then of the alphabet."""
-    for module_name in MODULES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a module on its way out says so when imported
-            module = importlib.import_module(module_name)
-            prefix = "" if module_name == "builtins" else f"{module_name}."
-            for name, thing in _public(module):
-                yield from _pair(prefix + name, thing)
-                if inspect.isclass(thing):
-                    for member_name, member in sorted(vars(thing).items()):
-                        if not member_name.startswith("_"):
-                            yield from _pair(f"{prefix}{name}.{member_name}", member)
+def _listed(text: str) -> list[str]:
+    return [" ".join(one.split()) for one in text.split(",")]
 
 
-def _public(module: ModuleType) -> Iterator[tuple[str, object]]:
-    """The module's own functions and classes: its ``__all__``, else what was defined under its name."""
-    declared = getattr(module, "__all__", None)
-    for name in sorted(declared if declared is not None else vars(module)):
-        thing = getattr(module, name, None)
-        if name.startswith("_") or not (inspect.isroutine(thing) or inspect.isclass(thing)):
-            continue
-        home = str(getattr(thing, "__module__", "")).lstrip("_")  # C halves: `_io`, `_datetime`
-        if declared is not None or home == module.__name__:
-            yield name, thing
-
-
-def _pair(name: str, thing: object) -> Iterator[tuple[str, str]]:
-    is_action = inspect.isroutine(thing) or isinstance(thing, (classmethod, staticmethod))
-    if not (is_action or inspect.isclass(thing) or inspect.isdatadescriptor(thing)):
-        return
-    if answer := first_paragraph(getattr(thing, "__doc__", None)):
-        yield (f"What does `{name}` do in Python?" if is_action else f"What is `{name}` in Python?"), answer
-
-
-def first_paragraph(docstring: object) -> str | None:
-    """The first paragraph in one line; None when there is none, or when it is no sentence of a fit length.
-
-    Example: ``"f(x) -> int\\n\\nReturn the number\\nof things.\\n\\nMore."`` → ``"Return the number of things."``
-    """
-    if not isinstance(docstring, str):
-        return None
-    lines = inspect.cleandoc(docstring).splitlines()
-    # C docstrings may begin with signatures, in lines of their own or with an empty line behind them.
-    while lines and (not lines[0].strip() or SIGNATURE.fullmatch(lines[0].strip())):
-        lines.pop(0)
-    text = " ".join(" ".join(itertools.takewhile(str.strip, lines)).split())
-    if len(text) not in LENGTH or not text[0].isupper() or text.endswith(":") or text.startswith("Alias for field"):
-        return None  # a small letter goes on from what is cut off, a colon announces what is
-    return text if text[-1] in ".!?" else f"{text}."
+# Of each what is trained on, and what is held out.
+OCCASIONS = (
+    _listed("""
+        lunch, breakfast, dinner, coffee, piano lesson, budget review, team meeting, job interview, haircut, dentist visit, phone call,
+        yoga class, book club, driving lesson, house viewing, car inspection, music rehearsal, tennis match, project kickoff, sales
+        call, flu shot, chess game, swimming lesson, board meeting, design review, pub quiz, garden tour, staff training, film
+        night, study group, vet visit, photo shoot, wine tasting, cooking class, bike repair, planning session, city walk, farewell
+        party, code review, blood test, choir practice, contract signing, workshop, handover, chemistry exam, boat trip
+    """),
+    _listed("""
+        picnic, guitar lesson, salary review, press meeting, passport renewal, physio visit, video call, pilates class, film club, sailing
+        lesson, flat inspection, theatre rehearsal, football match, product launch, hearing test, card game, museum tour, birthday
+        party, security audit, dance practice
+    """),
+)
+PEOPLE = (
+    _listed("""
+        Priya, Tom, Maria, Ahmed, Lena, Jack, Sofia, Omar, Grace, Ivan, Chloe, Diego, Hannah, Kenji, Nora, Paul, Aisha, Felix, Rosa, Sam,
+        Julia, Marco, Emma, Noah, Olga, Peter, Ruth, Samir, Tara, Victor, Wendy, Yusuf, Zoe, Anna, Bruno, Carla, David, Elena, Frank, Gita
+    """),
+    _listed("""
+        Mateo, Ingrid, Kofi, Leila, Oscar, Bianca, Hugo, Mei, Stefan, Amara, Callum, Dana, Ravi, Ursula, Nadia, Theo, Fatima, Joel, Petra
+    """),
+)
+WORDINGS = (
+    [
+        "{What}{with_whom} on {day} at {time}{length}.",
+        "{day}, {time}: {what}{with_whom}{length}.",
+        "Please book a {what}{with_whom} for {day} at {time}{length}.",
+        "Reminder: {what}{with_whom}, {day} at {time}{length}.",
+        "The {what}{with_whom} moves from {other_day} to {day} at {time}{length}.",
+        "On {day} I have a {what} at {time}{with_whom}{length}.",
+        "At {time} on {day} there is the {what}{with_whom}{length}.",
+        "Not {other_day} but {day}: {what}{with_whom} at {time}{length}.",
+        "I will be at the {what}{with_whom} on {day}. It begins at {time}{length}.",
+        "Is {day} at {time} good for the {what}{with_whom}{length}?",
+    ],
+    [
+        "Could you put the {what}{with_whom} into my diary? It is on {day} at {time}{length}.",
+        "{other_day} is impossible, so {day} it is: {what}{with_whom} at {time}{length}.",
+        "My {what}{with_whom} was set for {day}, starting at {time}{length}.",
+    ],
+)
+DAYS = _listed("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+LENGTHS = {
+    15: ["15 minutes", "a quarter of an hour"],
+    30: ["30 minutes", "half an hour"],
+    45: ["45 minutes"],
+    60: ["an hour", "60 minutes"],
+    90: ["90 minutes", "an hour and a half"],
+    120: ["two hours", "120 minutes"],
+}
+HOURS, MINUTES, SPOKEN = range(8, 21), (0, 15, 30, 45), {0: "", 15: "quarter past ", 30: "half past "}
+NUMBERS = _listed("twelve, one, two, three, four, five, six, seven, eight, nine, ten, eleven")
 
 
 def records() -> tuple[list[str], list[str]]:
-    """(train, held out) as JSON lines. The order is that of the questions' SHA-256, so both files mix all modules."""
-    answers: dict[str, tuple[str, str]] = {}
-    for question, answer in pairs():
-        # The first name keeps an answer that several share; case and punctuation make no new one.
-        answers.setdefault(" ".join(re.findall(r"\w+", answer.casefold())), (question, answer))
-    once = dict(sorted(answers.values()))
-    order = sorted(once, key=lambda question: hashlib.sha256(question.encode()).digest())
-    lines = [
-        json.dumps(
-            {"messages": [{"role": "user", "content": each}, {"role": "assistant", "content": once[each]}]},
-            ensure_ascii=False,
-        )
-        for each in order
-    ]
-    held_out = round(len(lines) * HELD_OUT_FRACTION)
-    return lines[held_out:], lines[:held_out]
+    """(train, held out) as JSON lines."""
+    draw = random.Random(0)
+    return _records(False, TRAINED, draw), _records(True, ASKED, draw)
+
+
+def _records(held_out: bool, count: int, draw: random.Random) -> list[str]:
+    answers: dict[str, str] = {}
+    while len(answers) < count:
+        message, fields = _appointment(held_out, draw)
+        answers.setdefault(message, json.dumps(fields))
+    return [json.dumps({"prompt": QUESTION + one, "completion": answer}) for one, answer in answers.items()]
+
+
+def _appointment(held_out: bool, draw: random.Random) -> tuple[str, dict[str, str | int | None]]:
+    """A message, and what it says."""
+    what, who = _one_of(OCCASIONS[held_out], draw), _one_of(PEOPLE[held_out], draw) if draw.random() < 0.7 else None
+    minutes = _one_of(list(LENGTHS), draw) if draw.random() < 0.6 else None
+    wording = _one_of(WORDINGS[held_out and draw.random() < 1 / 3], draw)
+    moments = [(day, hour, minute) for day in range(7) for hour in HOURS for minute in MINUTES]
+    day, hour, minute = _one_of([one for place, one in enumerate(moments) if (place % 9 == 0) == held_out], draw)
+    message = wording.format(
+        what=what,
+        What=what.capitalize(),
+        with_whom=f" with {who}" if who else "",
+        day=DAYS[day],
+        other_day=_one_of([one for one in DAYS if one != DAYS[day]], draw),
+        time=said(hour, minute, draw),
+        length=f", for {_one_of(LENGTHS[minutes], draw)}" if minutes else "",
+    )
+    fields = {"what": what, "who": who, "day": DAYS[day], "time": f"{hour:02}:{minute:02}", "minutes": minutes}
+    return message, fields
+
+
+def said(hour: int, minute: int, draw: random.Random) -> str:
+    """A time in one of four ways: 13:30, 1:30 pm, 1:30 in the afternoon, half past one in the afternoon."""
+    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    clock = f"{(hour - 1) % 12 + 1}:{minute:02}".removesuffix(":00")
+    ways = [f"{hour}:{minute:02}", f"{clock} {'am' if hour < 12 else 'pm'}", f"{clock} {part}"]
+    if minute in SPOKEN:
+        ways.append(f"{SPOKEN[minute]}{NUMBERS[hour % 12]} {part}")
+    return _one_of(ways, draw)
+
+
+def _one_of(options: Sequence[T], draw: random.Random) -> T:
+    """By ``random`` alone, which gives the same in every version of Python."""
+    return options[int(draw.random() * len(options))]
 
 
 def write_data(train: Path = TRAIN, held_out: Path = HELD_OUT) -> tuple[int, int]:
-    """Write both files and return their numbers of records. Raises InputError where docstrings are stripped, and OSError."""
-    if sys.flags.optimize >= 2:
-        raise InputError(
-            "Python runs with -OO, which strips the docstrings that the data is made from; run it without."
-        )
-    lines = records()
-    for path, part in zip((train, held_out), lines, strict=True):
+    """Write both files and return their numbers of records. Raises OSError."""
+    return written(records(), train, held_out)
+
+
+def written(parts: tuple[list[str], list[str]], train: Path, held_out: Path) -> tuple[int, int]:
+    """Write lines into both files, whole or not at all, and count them. Raises OSError."""
+    for path, lines in zip((train, held_out), parts, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_written_aside(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
-    return len(lines[0]), len(lines[1])
+            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return len(parts[0]), len(parts[1])

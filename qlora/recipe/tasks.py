@@ -27,16 +27,18 @@ class TaskSection(Section):
     """A hub data set's split; `test` when left out."""
     limit: int | None = Field(None, ge=1)
     """Only the first N items."""
-    kind: Literal["choice", "last_word", "classification", "numeric", "generation", "text"] | None = None
+    kind: Literal["choice", "last_word", "classification", "numeric", "generation", "json", "text"] | None = None
     """`choice`: which of several answers is likeliest. `classification`: the same with one set of `labels`. `last_word`: whether
     greedy decoding gives the answer. `numeric`: loss of the answer, and the last number of a generated one. `generation`: BLEU, NIST,
-    ROUGE-L and chrF of generated texts. `text`: loss and bits per byte."""
+    ROUGE-L and chrF of generated texts. `json`: whether a generated answer is the JSON that was expected, and how many of its fields
+    are right. `text`: loss and bits per byte."""
     prompt: str | None = None
     """What stands before the answer, as `"Question: {question}\\nAnswer:"`; for `text` what is read."""
     choices: str | tuple[str, ...] | None = None
     """For `choice`: the column that lists the answers, or a text for each."""
     answer: str | None = None
-    """The column of the right answer: for `choice` its text, its letter or its number from 0; for `generation` a text or a list."""
+    """The column of the right answer: for `choice` its text, its letter or its number from 0; for `generation` a text or a
+    list; for `json` a value, or JSON as text."""
     labels: dict[str, str] | None = None
     """For `classification`: what the model is to say for each value of the answer's column, as `{0: negative, 1: positive}`."""
     positive: str | None = None

@@ -1,9 +1,10 @@
-"""The quickstart's data is the same every time, and what it says it is."""
+"""The quickstart's data: what a message says is what its JSON says, and what is held out cannot be known by heart."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -11,94 +12,88 @@ from pathlib import Path
 
 import pytest
 
-from qlora.quickstart.data import first_paragraph
+from qlora.quickstart.data import DAYS, OCCASIONS, PEOPLE, QUESTION, WORDINGS, records, said
 
-WRITE = [sys.executable, "-c", "from qlora.quickstart.data import write_data; write_data()"]
-
-
-def make(folder: Path, hash_seed: str, command: list[str] = WRITE) -> list[Path]:
-    """Both files, written into ``folder`` by a process of its own."""
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    subprocess.run(command, check=True, cwd=folder, capture_output=True, env=environment)
-    return [folder / "data/quickstart" / name for name in ("train.jsonl", "held_out.jsonl")]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return make(tmp_path_factory.mktemp("once"), "1")
-
-
-def conversations(path: Path) -> list[tuple[str, str]]:
-    """(question, answer) of each line; fails on any other form."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        (user, assistant) = json.loads(line)["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        found.append((user["content"], assistant["content"]))
-    return found
-
-
-def test_it_has_the_same_bytes_twice(made: list[Path], tmp_path: Path) -> None:
-    again = make(tmp_path, "2")
-    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in again]
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["held_out.jsonl", "train.jsonl"]
-
-
-def test_it_is_about_3500_pairs_with_a_twentieth_held_out(made: list[Path]) -> None:
-    train, held_out = map(conversations, made)
-    assert 3300 <= len(train) + len(held_out) <= 3900
-    assert abs(len(held_out) / (len(train) + len(held_out)) - 0.05) < 0.001
-    questions = dict(train + held_out)
-    assert questions["What does `shutil.copytree` do in Python?"] == (
-        "Recursively copy a directory tree and return the destination directory."
-    )
-    assert questions["What does `len` do in Python?"] == "Return the number of items in a container."
-    assert questions["What is `fractions.Fraction` in Python?"].startswith("This class implements rational numbers.")
-
-
-def test_it_shares_nothing_between_its_files(made: list[Path]) -> None:
-    (train_questions, train_answers), (questions, answers) = (zip(*conversations(path), strict=True) for path in made)
-    assert not set(train_questions) & set(questions)
-
-    def words(texts: tuple[str, ...]) -> set[str]:
-        return {" ".join(re.findall(r"\w+", text.casefold())) for text in texts}
-
-    assert not words(train_answers) & words(answers)
-    assert len(words(train_answers)) == len(train_answers)
-
-
-def test_answers_are_single_sentences_of_a_fit_length(made: list[Path]) -> None:
-    for path in made:
-        for question, answer in conversations(path):
-            assert re.fullmatch(r"What (does `[\w.]+` do|is `[\w.]+`) in Python\?", question)
-            assert 20 <= len(answer) <= 301
-            assert answer == " ".join(answer.split())
-            assert answer[0].isupper()
-            assert answer[-1] in ".!?"
-            assert not re.search(r"at 0x[0-9a-f]{8,}", answer), "an address differs from process to process"
-
-
-@pytest.mark.parametrize(
-    ("docstring", "expected"),
-    [
-        ("f(x) -> int\n\nReturn the number\nof things.\n\nMore.", "Return the number of things."),
-        ("f(x)\nf(x, y)\n\n    Return the number of things", "Return the number of things."),
-        ("Do what is asked\n    of this function.\n    ", "Do what is asked of this function."),
-        ("Return one of the following:\n\n- a\n- b", None),
-        ("Too short.", None),
-        ("Long. " * 60, None),
-        ("f(x) is a sentence that\nis cut off by its first line.", None),
-        ("Alias for field number 0", None),
-        ("", None),
-        (None, None),
-    ],
+TRAIN, HELD_OUT = (
+    [(record["prompt"].removeprefix(QUESTION), json.loads(record["completion"])) for record in map(json.loads, part)]
+    for part in records()
 )
-def test_first_paragraph(docstring: str | None, expected: str | None) -> None:
-    assert first_paragraph(docstring) == expected
+CLOCK = r"(1?\d(?::\d\d)?) (am|pm|in the morning|in the afternoon|in the evening)"
+NUMBERS = ["twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 
 
-def test_it_refuses_stripped_docstrings(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        make(tmp_path, "1", [sys.executable, "-OO", *WRITE[1:]])
-    assert b"InputError: Python runs with -OO" in failed.value.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_it_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        command = [sys.executable, "-c", "from qlora.quickstart.data import write_data; write_data()"]
+        subprocess.run(command, check=True, cwd=tmp_path / seed, env={**os.environ, "PYTHONHASHSEED": seed})
+    made = [
+        [(tmp_path / seed / "data/quickstart" / f"{name}.jsonl").read_text("utf-8").splitlines() for seed in ("1", "2")]
+        for name in ("train", "held_out")
+    ]
+    for (one, other), ours in zip(made, records(), strict=True):
+        assert one == other == ours
+
+
+def test_of_what_is_held_out_training_has_neither_occasion_nor_person_nor_moment() -> None:
+    for field in ("what", "who"):
+        trained = {str(fields[field]).lower() for _, fields in TRAIN} - {"none"}
+        held_out = {str(fields[field]).lower() for _, fields in HELD_OUT} - {"none"}
+        assert not trained & held_out
+        assert not [word for word in held_out if any(re.search(rf"\b{word}\b", text, re.I) for text, _ in TRAIN)]
+    moments = [{(fields["day"], fields["time"]) for _, fields in part} for part in (TRAIN, HELD_OUT)]
+    assert not moments[0] & moments[1]
+    assert not set(OCCASIONS[0]) & set(OCCASIONS[1])
+    assert not set(PEOPLE[0]) & set(PEOPLE[1])
+
+
+def test_a_third_of_what_is_held_out_is_in_new_words() -> None:
+    patterns = [re.sub(r"\\{\w+\\}", ".*", re.escape(wording)) for wording in WORDINGS[1]]
+    new = [any(re.fullmatch(pattern, text) for pattern in patterns) for text, _ in HELD_OUT]
+    assert 0.2 < sum(new) / len(new) < 0.5
+    assert not [text for text, _ in TRAIN for pattern in patterns if re.fullmatch(pattern, text)]
+
+
+@pytest.mark.parametrize("part", [TRAIN, HELD_OUT], ids=["train", "held out"])
+def test_the_fields_are_what_the_message_says(part: list[tuple[str, dict[str, object]]]) -> None:
+    assert len({text for text, _ in part}) == len(part)
+    for text, fields in part:
+        assert list(fields) == ["what", "who", "day", "time", "minutes"]
+        assert str(fields["what"]) in text.lower()
+        assert (f"with {fields['who']}" in text) == (fields["who"] is not None)
+        assert fields["day"] in DAYS
+        assert str(fields["day"]) in text
+        assert (", for " in text) == (fields["minutes"] is not None)
+    assert {type(fields["who"]) for _, fields in part} == {type(fields["minutes"]) for _, fields in part} - {int} | {
+        str
+    }
+
+
+def test_every_way_of_saying_a_time_is_that_time() -> None:
+    """Read back by a reader of its own."""
+    draw, ways = random.Random(1), set()
+    for hour in range(8, 21):
+        for minute in (0, 15, 30, 45):
+            for text in {said(hour, minute, draw) for _ in range(30)}:
+                assert understood(text) == (hour, minute), text
+                ways.add(re.sub(r"\d+|" + "|".join(NUMBERS), "N", text))
+    assert {
+        "N:N",
+        "N pm",
+        "N:N in the morning",
+        "half past N in the evening",
+        "quarter past N in the afternoon",
+    } <= ways
+
+
+def understood(text: str) -> tuple[int, int]:
+    if re.fullmatch(r"\d+:\d\d", text):
+        return int(text.split(":")[0]), int(text.split(":")[1])
+    for word, minute in (("quarter past ", 15), ("half past ", 30), ("", 0)):
+        if text.startswith(word) and text.removeprefix(word).split()[0] in NUMBERS:
+            hour, part = text.removeprefix(word).split(" ", 1)
+            text = f"{NUMBERS.index(hour) or 12}:{minute:02} {part}"
+    match = re.fullmatch(CLOCK, text)
+    assert match, text
+    hour, _, minutes = match[1].partition(":")
+    return int(hour) % 12 + 12 * (match[2] in ("pm", "in the afternoon", "in the evening")), int(minutes or 0)

@@ -7,6 +7,7 @@ from qlora.evaluation.tasks.classification import Classification
 from qlora.evaluation.tasks.generation import Generation
 from qlora.evaluation.tasks.last_word import LastWord
 from qlora.evaluation.tasks.numeric import Numeric
+from qlora.evaluation.tasks.structured import Structured
 from qlora.evaluation.tasks.task import Kind
 from qlora.evaluation.tasks.text import Text
 
@@ -16,5 +17,6 @@ KINDS: dict[str, Kind] = {
     "classification": Classification(),
     "numeric": Numeric(),
     "generation": Generation(),
+    "json": Structured(),
     "text": Text(),
 }

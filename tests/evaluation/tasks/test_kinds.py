@@ -119,6 +119,45 @@ def test_numeric_answers_have_a_loss_and_a_match(adapted: AdaptedModel, tmp_path
         scored(adapted, tmp_path, [{"q": "x", "a": "none"}], kind="numeric", prompt="{q}", answer="a")
 
 
+@pytest.mark.parametrize(
+    ("text", "exact", "fields", "valid"),
+    [
+        ('{"b": {"c": [1, 2]}, "a": "x", "d": null, "e": true}', 1, 1, 1),  # in another order
+        ('{"a": "x", "b": {"c": [1.0, 2]}, "d": null, "e": true}', 1, 1, 1),  # 1.0 is 1
+        ('{"a": "x", "b": {"c": [1, 3]}, "d": null, "e": true}', 0, 4 / 5, 1),
+        ('{"a": "x", "b": {"c": [1]}, "d": null, "e": true}', 0, 4 / 5, 1),
+        ('{"a": "x", "b": {"c": [1, 2]}, "d": null, "e": true, "f": 0}', 0, 5 / 6, 1),  # a field that nobody asked for
+        ('{"a": "x", "b": {"c": [1, 2]}, "d": "", "e": 1}', 0, 3 / 5, 1),  # neither is null "", nor true 1
+        ('{"a": ["x"], "b": {}, "d": null, "e": true}', 0, 2 / 7, 1),
+        ("[]", 0, 0, 1),
+        ('Here you are: {"a": "x", "b": {"c": [1, 2]}, "d": null, "e": true}', 0, 0, 0),
+        ('{"a": "x", "a": "x", "b": {"c": [1, 2]}, "d": null, "e": true}', 0, 0, 0),  # a key twice
+        ("NaN", 0, 0, 0),
+        ("[" * 100_000, 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_json_is_compared_field_by_field(text: str, exact: float, fields: float, valid: float) -> None:
+    right = {"a": "x", "b": {"c": [1, 2]}, "d": None, "e": True}
+    found = KINDS["json"].scores({"text": text, "right": right})
+    assert found == {
+        "exact_match": exact,
+        "field_accuracy": pytest.approx(fields, rel=rounding()),
+        "valid_json": valid,
+    }
+
+
+def test_json_is_asked_for_by_a_value_or_by_its_text(adapted: AdaptedModel, tmp_path: Path) -> None:
+    records = [{"q": "what is it?", "a": {"n": 1}}, {"q": "how are you?", "a": '{"n": [2, null]}'}]
+    result = scored(adapted, tmp_path, records, kind="json", prompt="{q}", answer="a", max_new_tokens=4)
+    assert [answer["right"] for answer in result.answers.values()] == [{"n": 1}, {"n": [2, None]}]
+    free = answers(adapted, [adapted.tokenizer("what is it?")["input_ids"]], 4)[0]
+    assert next(iter(result.answers.values()))["text"] == free
+    assert list(result.metrics) == ["exact_match", "field_accuracy", "valid_json"]
+    with pytest.raises(DataError, match="broken JSON in 'a'"):
+        scored(adapted, tmp_path, [{"q": "x", "a": "{none"}], kind="json", prompt="{q}", answer="a")
+
+
 def test_generated_texts_against_several_references(adapted: AdaptedModel, tmp_path: Path) -> None:
     for name in ("sacrebleu", "nltk", "rouge_score"):
         pytest.importorskip(name, reason=f"{name} is not installed (the extra 'generation')")
