@@ -7,18 +7,18 @@ Laws: of each method the worst relative differences to one process, for 2 and 3 
 spread: of the losses and gradients of three steps whose optimizer stands still, and of losses and adapter after three more steps of Adam.
 9 rows by 4, so that shares are uneven and in the last step of an epoch some processes have no row.
 
-Kills: a run of two processes, one of which is killed at a moment that nobody chose; then it goes on with 1, 2 or 3 processes. A tiny model that is made here, 12 steps, a checkpoint after each second one. A row of the table is one kill: which process, after how
-many seconds, how long the other took to end and with which status, from which step the run went on with how many processes, and how far
-its losses are from those of a run by one process that nothing disturbed (relative, the worst step).
+Kills: a training of two processes, one of which is killed at a moment that nobody chose; then it goes on with 1, 2 or 3 processes. 12 steps
+with dropout, a checkpoint after each second one. A row is one kill: which process, after how many seconds, how long the other took to end,
+with which status and how often it was said; from which step it went on with how many processes; and how far its losses are from those of
+one process that nothing disturbed (relative, the worst step). The same by the command line: tests/runs/test_several.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -26,35 +26,95 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from qlora.errors import ProcessLostError
+from qlora.machine.processes import here, leave, tells
 from tests import processes
-from tests.processes import Ended, Started
 from tests.rounding import difference
-from tests.tiny import chat_checkpoint, conversations, tiny_checkpoint, tiny_values, write_lines
-from tests.together import environments, together
-from tests.training.matrix import METHODS
+from tests.tiny import tiny_checkpoint
+from tests.together import _inside, environments, together
+from tests.training.matrix import METHODS, trainer_for
 from tests.training.test_several import cell, train
 
 TRAINS_ITS_LAYERS = ("full", "modules", "lora + modules + new_tokens")
+STEPS = 12
 FAR = 1e-3  # relative: Adam makes a step of what is rounding in a gradient near zero
 
 
-def start(size: int, *words: object) -> list[Started]:
-    """``qlora WORDS`` in so many processes, as a launcher starts them."""
-    return [processes.start(*words, environment=one) for one in environments(size)]
+def go(base: Path, folder: Path) -> None:
+    """Train to the last step from the newest checkpoint, where there is one; in each process."""
+    again = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("[0-9]*"))
+    try:
+        here().barrier()  # all have looked
+        trainer = trainer_for(base, folder, cell("lora"), again=again, rows=9, batch_size=4, steps=STEPS)
+        for step in trainer:
+            if here().main:
+                with (folder.parent / "losses").open("a") as file:
+                    file.write(f"{step.number} {step.loss!r}\n")
+            if step.number % 2 == 0:
+                trainer.save()
+        leave()
+    except ProcessLostError as error:
+        if tells():
+            (folder.parent / f"said {os.getpid()}").write_text(str(error))
+        os._exit(error.exit_status)
 
 
-def ended(started: list[Started]) -> list[Ended]:
-    """How each of them ended."""
-    return [process.wait() for process in started]
+def start(size: int, base: Path, folder: Path) -> list[Any]:
+    """So many processes, as a launcher starts them."""
+    started = [processes._SERVER.Process(target=_inside, args=(one, go, (base, folder))) for one in environments(size)]
+    for process in started:
+        process.start()
+    return started
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """By step."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+def losses(place: Path) -> dict[int, float]:
+    """By step; of one that was taken again, the last."""
+    return {int(step): float(loss) for step, loss in map(str.split, (place / "losses").read_text().splitlines())}
+
+
+def kills(count: int, seed: int) -> None:
+    """Print a row for each kill. Raises AssertionError where something is lost."""
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "base"
+        tiny_checkpoint(base)
+        for place in (Path(scratch) / "1", Path(scratch) / "2"):
+            place.mkdir()
+            began = time.monotonic()
+            for process in start(int(place.name), base, place / "run"):
+                process.join()
+            whole = time.monotonic() - began
+        expected = losses(Path(scratch) / "1")
+        print(f"Undisturbed, two processes take {whole:.1f} s; kills at random moments of that.\n")
+        print("| killed | after | the other ended after | with | said | went on | with | losses |")
+        print("|--:|--:|--:|--:|---|---|--:|--:|")
+        for number in range(count):
+            place = Path(scratch) / f"kill {number}"
+            place.mkdir()
+            victim, moment, size = chance.randrange(2), chance.uniform(0.1, 0.95) * whole, chance.randrange(1, 4)
+            started = start(2, base, place / "run")
+            started[victim].join(moment)
+            started[victim].kill()
+            killed = time.monotonic()
+            started[1 - victim].join()
+            took, status = time.monotonic() - killed, started[1 - victim].exitcode
+            once = len(list(place.glob("said *")))
+            found = max((int(one.name) for one in (place / "run" / "checkpoints").glob("[0-9]*")), default=0)
+            again = start(size, base, place / "run")
+            for process in again:
+                process.join()
+            assert all(process.exitcode == 0 for process in again), (victim, moment, size)
+            there = losses(place)
+            assert there.keys() == expected.keys()
+            worst = max(abs(there[step] / loss - 1) for step, loss in expected.items())
+            assert worst < FAR, (victim, moment, worst)
+            print(
+                f"| {victim} | {moment:.1f} s | {took:.1f} s | {status} | {'once' if once == 1 else f'{once} times'} "
+                f"| after step {found} | {size} | {worst:.0e} |",
+                flush=True,
+            )
 
 
 def laws(methods: list[str]) -> None:
@@ -100,48 +160,7 @@ def main() -> None:
     if options.laws:
         laws(options.methods)
         return
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        values = tiny_values(
-            chat_checkpoint(place / "model"), write_lines(place / "chat.jsonl", conversations()), place / "run"
-        )
-        values["training"] |= {"steps": 12, "save_every": 2, "micro_batch_size": 1}
-        (place / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        recipe, run = str(place / "recipe.yaml"), place / "run"
-        ended(start(1, "train", recipe, f"folder={place / 'alone'}"))
-        expected = losses(place / "alone")
-        began = time.monotonic()
-        ended(start(2, "train", recipe))
-        whole = time.monotonic() - began
-        print(f"Undisturbed, two processes take {whole:.1f} s; kills at random moments of that.\n")
-        print("| killed | after | the other ended after | with | said | went on | with | losses |")
-        print("|--:|--:|--:|--:|---|--:|--:|--:|")
-        for _ in range(options.kills):
-            shutil.rmtree(run, ignore_errors=True)
-            started = start(2, "train", recipe)
-            victim, moment, size = chance.randrange(2), chance.uniform(0.3, 0.98) * whole, chance.randrange(1, 4)
-            started[victim].process.join(moment)
-            started[victim].process.kill()
-            killed = time.monotonic()
-            other = started[1 - victim].wait()
-            took = time.monotonic() - killed
-            once = other.errors.count("Another of the 2 processes ended") + other.errors.count(
-                "did not find each other"
-            )
-            began_run = (run / "environment.json").is_file()
-            found = max((int(one.name) for one in (run / "checkpoints").glob("[0-9]*")) if began_run else (), default=0)
-            again = start(size, *(("resume", str(run)) if began_run else ("train", recipe, "overwrite=true")))
-            assert all(process.status == 0 for process in ended(again)), (victim, moment, size)
-            there = losses(run)
-            assert there.keys() == expected.keys()
-            worst = max(abs(there[step] / loss - 1) for step, loss in expected.items())
-            assert worst < FAR, (victim, moment, worst)
-            print(
-                f"| {victim} | {moment:.1f} s | {took:.1f} s | {other.status} | {'once' if once == 1 else f'{once} times'} "
-                f"| {f'after step {found}' if began_run else 'from the start'} | {size} | {worst:.0e} |",
-                flush=True,
-            )
+    kills(options.kills, options.seed)
 
 
 if __name__ == "__main__":

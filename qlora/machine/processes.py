@@ -87,9 +87,8 @@ class Processes:
                 flat = torch.cat([one.reshape(-1) for one in bucket])
                 with together():
                     dist.all_reduce(flat, group=self.gpus if flat.is_cuda else self.cpus)
-                torch._foreach_copy_(
-                    [one.view(-1) for one in bucket], list(flat.split([one.numel() for one in bucket]))
-                )
+                parts = flat.split([one.numel() for one in bucket])
+                torch._foreach_copy_(bucket, [part.view(one.shape) for one, part in zip(bucket, parts, strict=True)])
 
     def copy(self, tensors: Iterable[Tensor]) -> None:
         """Replace each by the main process's, byte for byte."""

@@ -68,7 +68,7 @@ class Target:
     """CUDA's; 0 where it is no such device."""
     processes: int = 1
     """That train together, each on such a device."""
-    beside: int = 1
+    sharing: int = 1
     """Of these, on one machine; ``host_free`` is what each may take."""
 
     def places(self, needed: Estimate) -> list[tuple[str, int, int]]:
@@ -169,7 +169,7 @@ class Arranger:
             memory,
             workspace=target.workspace,
             processes=target.processes,
-            beside=target.beside,
+            sharing=target.sharing,
         )
         masked = data.packs and not keeps_apart(self.adapted.model)
         work = work_of(self.shapes, training, memory, length, dtype_bytes=size, masked=masked)

@@ -138,17 +138,17 @@ def estimate(
     *,
     workspace: int = WORKSPACE,
     processes: int = 1,
-    beside: int = 1,
+    sharing: int = 1,
 ) -> Estimate:
     """What training ``adapted`` (weights may be on meta) takes on ``device``, for rows of ``length`` tokens.
 
     ``packing`` says that rows hold several examples, for which a model that does not keep them apart itself has a mask
     [rows, T, T]. ``memory`` says where the frozen weights and the layer inputs wait. Of ``device`` the type counts; ``workspace`` is what cuBLAS takes on that
-    GPU (``Card.workspace``). Of several ``processes``, so many of them ``beside`` each other on a machine, this is one.
+    GPU (``Card.workspace``). Of several ``processes``, so many of them ``sharing`` a machine, this is one.
     Evaluation is never more: it takes as many rows at once and keeps nothing.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
-    stays, host, disk = holdings(adapted, training, kind, memory, processes, beside)
+    stays, host, disk = holdings(adapted, training, kind, memory, processes, sharing)
     if kind == "cuda":
         stays["workspaces"], host["runtime"] = workspace, HOST_RUNTIME
     layers = count_layers(adapted, training)
@@ -238,7 +238,7 @@ def holdings(
     device: str,
     memory: MemorySection,
     processes: int = 1,
-    beside: int = 1,
+    sharing: int = 1,
 ) -> tuple[Kinds, Kinds, Kinds]:
     """What stays for the whole run: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
     trained = adapted.trainable_parameters()
@@ -247,9 +247,8 @@ def holdings(
     counted = {id(values) for values in adapted.model.buffers() if values.untyped_storage()._cdata in elsewhere}
     quantised, other = weight_bytes(adapted.model, counted | {id(p) for p in trained.values()})
     packed, plain, slots, host, disk = _streamed(adapted.model, memory, device)
-    host = {
-        kind: -(-count // beside) if kind.endswith("layers") else count for kind, count in host.items()
-    }  # once a machine
+    # layers in host memory are there once for all who share it
+    host = {kind: -(-count // sharing) if kind.endswith("layers") else count for kind, count in host.items()}
     parts = -(-host.pop("parts", 0) // processes)
     sums = min(BUCKET, sum(4 * p.numel() for p in trained.values())) if processes > 1 else 0
     head, embedding = _ends(adapted.model, memory, {id(p) for p in trained.values()})

@@ -323,8 +323,8 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
     if recipe.device.host_memory is not None:
         allowed = parse_memory(recipe.device.host_memory)
         host = min(host or allowed, allowed)
-    beside = here().local_size  # they share this machine's memory
-    host, free = host // beside, free if gpu else free // beside
+    sharing = here().local_size  # this machine's memory
+    host, free = host // sharing, free if gpu else free // sharing
     cache = cache_folder_of(recipe.memory)
     # what is in the file cache already is not written again
     disk = free_disk(cache) + cached_bytes(resolved.model, dtype, device, recipe.memory, checkpoint)
@@ -332,7 +332,7 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
     has = capability(device)
     workspace = workspace_bytes(has) if gpu else 0
     return (
-        Target(name, device, free, total, host, disk, measured, workspace, has, here().size, beside),
+        Target(name, device, free, total, host, disk, measured, workspace, has, here().size, sharing),
         resolved,
         [*why, *reasons],
     )
@@ -377,7 +377,7 @@ def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Reci
         workspace=known.workspace if known else WORKSPACE,
         capability=known.capability if known else AMPERE,
         processes=processes,
-        beside=processes,
+        sharing=processes,
     )
     return target, resolved, why
 

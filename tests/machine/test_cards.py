@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.machine.cards import CARDS, card, parse_memory, workspace_bytes
+from qlora.machine.cards import CARDS, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import GIB
 
 
@@ -121,3 +121,10 @@ def test_garbage_is_one_sentence(text: str) -> None:
 def test_nothing_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is no memory at all; expected more than 0"):
         parse_memory(text)
+
+
+def test_several_cards_of_a_kind() -> None:
+    assert several("2x4090") == several("2 x 4090") == several("2×4090") == (2, "4090")
+    assert several("12x24GiB") == (12, "24GiB")
+    for one in ("4090", "24GiB", "0x4090", "x4090", "RTX 4090"):
+        assert several(one) == (1, one)

@@ -315,6 +315,21 @@ def test_what_is_planted_does_not_travel(models: dict[str, Path], tmp_path: Path
     assert shapes_of(bare).layer_bytes == tuple(image.bytes for image in placement.images.values())
 
 
+def test_layers_spread_over_processes_are_a_part_on_each(models: dict[str, Path]) -> None:
+    model, training = skeleton_of(models["mid"]), TrainingSection()
+    numbers = sum(values.numel() for values in model.trainable_parameters().values())
+    host = holdings(model, training, "cuda", MemorySection(layers="streamed"))[1]["pinned_layers"]
+    spread = MemorySection(layers="streamed", tier="processes")
+    for processes in (1, 2, 3):
+        device, beside, disk = holdings(model, training, "cuda", spread, processes, processes)
+        assert device["layer_parts"] == -(-host // processes)
+        assert device["gradient_sums"] == (4 * numbers if processes > 1 else 0)
+        assert not disk
+        assert "pinned_layers" not in beside
+        shared = holdings(model, training, "cuda", MemorySection(layers="streamed"), processes, processes)[1]
+        assert shared["pinned_layers"] == -(-host // processes)
+
+
 def test_paged_moments_are_in_host_memory(models: dict[str, Path]) -> None:
     model = skeleton_of(models["deep"])
     found = estimate(model, TrainingSection(optimizer="paged_adamw"), 64, GPU)
