@@ -78,7 +78,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Return once all are here."""
-        self.gather()
+        self.gather(self.rank)  # nothing at all would not be waited for
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each by its sum over all processes, whose tensors have the same shapes; those of one dtype travel together."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from qlora.errors import RecipeError
 from qlora.machine import processes
 from qlora.machine.processes import ALONE, Processes, buckets, here
+from tests.together import together
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -54,3 +57,18 @@ def test_an_environment_that_no_launcher_made(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(RecipeError, match="WORLD_SIZE is 'two'"):
         here()
+
+
+def one_is_late(folder: Path) -> None:
+    """Nobody is through a barrier before the last one has come."""
+    for number in range(3):
+        if here().main:
+            time.sleep(0.2)
+            (folder / str(number)).touch()
+        here().barrier()
+        assert (folder / str(number)).is_file()
+
+
+@pytest.mark.slow
+def test_a_barrier_is_waited_at(tmp_path: Path) -> None:
+    together(3, one_is_late, tmp_path)
