@@ -1,10 +1,15 @@
 """What was exported is what was trained: a run in each form it is shipped in, on its held-out answers, and in PEFT.
 
     python benchmarks/exported.py runs/quickstart                         logits in PEFT and in plain transformers
+    python benchmarks/exported.py runs/quickstart --written               every export written, reopened and measured
     python benchmarks/exported.py --data DATA --out runs/exported         three fine-tunes, and every form of each
 
 PEFT loads ``adapter/`` on a base that transformers quantised itself (strictly: every key must be consumed); transformers
 loads ``merged/``, which is made first when it is missing. Both answer the same prompts as the run's own model.
+
+``--written``: each export by the command line, in a process of its own: size, seconds, peak memory; what was written is measured a layer
+at a time on 32 held-out answers, and opened by the programs that are here (llama.cpp where QLORA_LLAMA_CPP names it), of which the
+divergence on 20 held-out examples is told.
 
 The fine-tunes are the quickstart's recipe on other data: instructions, raw text and tool calls, each the file under DATA that
 ``DATA`` names. What is trained or measured already is not done again.
@@ -13,8 +18,10 @@ The fine-tunes are the quickstart's recipe on other data: instructions, raw text
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +32,13 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.data import load_data
+from qlora.errors import DiffersError, QloraError
+from qlora.export.verify import GgufFile
 from qlora.machine.device import DTYPES, resolve_device
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.hub import find_model
 from qlora.runs.evaluate import load_run
-from qlora.runs.export import merge
+from qlora.runs.export import check, in_llama_cpp, in_transformers, merge
 from qlora.runs.folder import adapter_folder, open_run
 from qlora.runs.measured import HOW, WHY, measured, merged_into, subject, table
 
@@ -54,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--written", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/exported"))
     options = parser.parse_args()
@@ -66,8 +76,72 @@ def main() -> None:
                 f"\n**{name}** ({Path(DATA[name][0]).parent})\n\n{(run / TABLE).read_text(encoding='utf-8')}",
                 flush=True,
             )
+    elif options.written:
+        written(options.run)
     else:
         in_peft(options.run, options.prompts)
+
+
+WRITTEN = {
+    "merged": ["merged", "base=dequantized"],
+    "merged-original": ["merged", "base=original"],
+    "nf4": ["nf4"],
+    "portable": ["adapter"],
+    **{f"gguf-{kind}": ["gguf", "base=dequantized", f"type={kind}"] for kind in ("f16", "q8_0")},
+    "gguf-q4_0": ["gguf", "base=original", "type=q4_0"],
+    "gguf-adapter": ["gguf-adapter"],
+}
+
+
+def written(run: Path) -> None:
+    """Print a line for each export of ``run``, as it is made."""
+    print("| export | MB | seconds | peak MiB | loss | more than trained | KL | top-1 | opened by |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
+    for name, words in WRITTEN.items():
+        place = run / name
+        command = [sys.executable, "-m", "qlora.cli", "export", str(run), *words, f"out={place}", "overwrite=true"]
+        begun = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            said = process.stderr.read()
+            _, status, used = os.wait4(process.pid, 0)
+        seconds, status = time.perf_counter() - begun, os.waitstatus_to_exitcode(status)
+        if status not in (0, DiffersError.exit_status):
+            print(
+                f"| {name} | | {seconds:.0f} | {used.ru_maxrss / 1024:.0f} | exit {status}: {said.strip().splitlines()[-1]} |"
+            )
+            continue
+        size = sum(path.stat().st_size for path in place.iterdir() if path.is_file()) / 1e6
+        print(
+            f"| {name} | {size:.1f} | {seconds:.0f} | {used.ru_maxrss / 1024:,.0f} | {answers(run, place)} | {opened(run, place)} |",
+            flush=True,
+        )
+
+
+def answers(run: Path, place: Path) -> str:
+    """What was written, measured; of an adapter that its tensors are the run's."""
+    try:
+        found = check(run, place)
+    except DiffersError as error:
+        return f"exit 4: {error} | | | "
+    if not found.forms:
+        return f"its {found.tensors} tensors are the run's | | | "
+    of, (more, error) = found.forms[-1].found, found.forms[-1].found.difference
+    return f"{of.loss:.4f} | {more:+.4f} ± {error:.4f} | {of.divergence:.2g} | {of.same_choice:.1%}"
+
+
+def opened(run: Path, place: Path) -> str:
+    """The programs that opened it, each with its divergence from the trained model in nats a token."""
+    files = sorted(place.glob("model-*.gguf"))
+    try:
+        if files:
+            return f"llama.cpp ({in_llama_cpp(run, GgufFile(files[0])).divergence:.2g})"
+        if (place / "config.json").is_file():
+            found = in_transformers(run, place)
+            return f"transformers ({found.divergence:.2g})" if found else "too large to be opened whole"
+    except QloraError as error:
+        return str(error)
+    return ""
 
 
 def train(name: str, data: Path, out: Path) -> Path:

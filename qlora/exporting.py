@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import compare_merged, merge
+    from qlora.runs.export import merge
 
     purpose = options.pop("for", None)
     if purpose and "base" in options:
@@ -49,15 +49,44 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
             "on the weights that were quantised before, most of what was learned would be rounded away."
         )
         print(said[-1])
+    said += _compared(lambda: _in_transformers(folder, made.folder) or _read_again(folder, made.folder))
+    _card(folder, made.folder, "merged", said)
+
+
+def _in_transformers(folder: Path, place: Path) -> list[str]:
+    """How near a model is to the trained one, opened as anyone would; nothing where it is too large for that."""
+    from qlora.runs.export import in_transformers
+
+    found = in_transformers(folder, place)
+    return [found.told("plain transformers")] if found else []
+
+
+def _read_again(folder: Path, place: str | Path, program: str | None = None) -> list[str]:
+    """What an export that lies there is, held against the run. Raises DiffersError where it is not what was trained."""
+    from qlora.runs.export import check
+    from qlora.runs.measured import table
+
+    found = check(folder, place, program)
+    said = [f"Read again: its {found.tensors} tensors are those of the run."]
+    if found.forms:
+        said.append(table(found.forms))
+    if found.unmeasured:
+        said.append(f"What it answers was not measured: {found.unmeasured}")
+    if found.opened:
+        said.append(found.opened.told("llama.cpp"))
+    return said
+
+
+def _compared(compare: Callable[[], list[str]]) -> list[str]:
+    """What ``compare`` finds, printed; or why nothing could be: the export is done and whole, only the comparison is not."""
     try:
-        found = compare_merged(folder, made)
-        said.append(found.told("plain transformers"))
+        said = compare()
     except DiffersError:
         raise
-    except QloraError as error:  # the export is done and whole; only the comparison is not
-        said.append(f"Its logits were not compared with the adapter model's: {error}")
-    print(said[-1])
-    _card(folder, made.folder, "merged", said)
+    except QloraError as error:
+        said = [f"It was not compared with the trained model: {error}"]
+    print(*said, sep="\n")
+    return said
 
 
 def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> list[str]:
@@ -73,7 +102,7 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import export_nf4
+    from qlora.runs.export import export_nf4, hold
     from qlora.runs.measured import table
 
     packed, forms = export_nf4(folder, options.pop("out", None), **options)
@@ -81,6 +110,8 @@ def nf4(folder: Path, options: dict[str, Any]) -> None:
     said = table(forms) if forms else "Nothing is held out, so what it lost was not measured."
     print(said)
     _card(folder, packed.folder, "nf4", [said])
+    if forms:
+        hold(packed.folder, False, forms[-1].found.divergence, forms[-1].found.difference[0])
 
 
 def adapter(folder: Path, options: dict[str, Any]) -> None:
@@ -98,6 +129,7 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
         )
     print(*said, sep="\n")
     _card(folder, place, "adapter", said)
+    _compared(lambda: _read_again(folder, place))
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
@@ -115,6 +147,7 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
             f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
         )
     _card(folder, written.file.parent, "gguf-adapter" if alone else "gguf", said)
+    _compared(lambda: _read_again(folder, written.file))
 
 
 def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
@@ -122,15 +155,7 @@ def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def check(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.runs.export import check
-    from qlora.runs.measured import table
-
-    tensors, forms, opened = check(folder, options.get("from"), options.get("program"))
-    print(f"{tensors} tensors are those of the run.")
-    if forms:
-        print(table(forms))
-    if opened:
-        print(opened.told("llama.cpp"))
+    print(*_read_again(folder, options.get("from", folder / "merged"), options.get("program")), sep="\n")
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ run folder ─► adapter + base ─► merged (plain safetensors)  ─► compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from qlora.export.llama_cpp import LlamaCpp
 from qlora.export.programs import Verdict, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import expanded
-from qlora.machine.device import bytes_text, dtype_name, resolve_compute_dtype, total_memory_bytes
+from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
 from qlora.methods.files import CONFIG
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -39,6 +40,7 @@ from qlora.runs.folder import (
     check_data,
     device_here,
     end_tokens,
+    exports_in,
     full_disk_said,
     open_base,
     open_run,
@@ -189,16 +191,12 @@ def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
     return programs(expanded(adapter), bool(anatomy.text_config(base.model_config()).tie_word_embeddings))
 
 
-EXPORTS = ("merged", "nf4", "portable", "gguf-*")
-"""The folders in a run's that exports go into."""
-
-
 def to_publish(folder: str | Path, source: str | None) -> Path:
     """The folder to publish of a run: ``source``, in the run or anywhere, or the one that was exported."""
     folder = Path(folder)
     if source is not None:
         return folder / source if (folder / source).is_dir() else expanded(source)
-    found = sorted(path for name in EXPORTS for path in folder.glob(name) if path.is_dir())
+    found = exports_in(folder)
     if len(found) == 1:
         return found[0]
     there = (
@@ -242,8 +240,8 @@ def export_nf4(
                 ends=run.ends,
             ),
         )
-    found = subject(run.folder, held_out=False)
-    if not found.held_out:
+    found = subject(run.folder)
+    if found.unmeasured:
         return merged, []
     forms = {
         "dequantized, in NF4 again": merged_into(found.source, "dequantized", "nf4"),
@@ -259,31 +257,32 @@ def foreign_ends(folder: str | Path) -> list[str]:
     return list(run.base.tokenizer.convert_ids_to_tokens(new))
 
 
-def compare_merged(folder: str | Path, merged: Merged, count: int = 20) -> Difference:
-    """Logits of the merged model in plain transformers against the adapter model's, on ``count`` held-out examples, whole.
+def in_transformers(folder: Path, place: Path, count: int = 20) -> Difference | None:
+    """Logits of an exported model in plain transformers against the adapter model's, on ``count`` held-out examples, whole.
 
-    Raises RunError, with the reason, where that cannot be measured here, and DiffersError where a merge that should be the
-    trained model is further from it than ``CLOSE``.
+    None where it would take more than half of the free memory: ``check`` goes layer by layer. Raises RunError, with the
+    reason, where nothing can be measured, and DiffersError where a merge that should be the trained model is further from
+    it than ``CLOSE``.
     """
-    folder = Path(folder)
     recipe, examples = _examples(folder, count)
-    device = device_here(recipe)
+    device, exported = device_here(recipe), Checkpoint(place, str(place))
     trained = load_run(folder, quiet=True)
     widened = widen(trained)
     dtype = torch.float32 if widened else resolve_compute_dtype(device, recipe.model.compute_dtype)
+    numbers = sum(math.prod(entry.shape) for entry in exported.entries.values())
     free, _ = total_memory_bytes(device)
-    if free and merged.bytes / merged.dtype.itemsize * dtype.itemsize > free / 2:
-        raise RunError(f"in {dtype_name(dtype)} it would take more than half of the {bytes_text(free)} that are free.")
+    if free and numbers * dtype.itemsize > free / 2:
+        return None
     expected = _logits(trained.model, examples, device)
     del trained
-    found = _logits(_plain(merged.folder, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
+    found = _logits(_plain(place, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
     difference = _difference(found, expected)
-    _hold(merged.folder, Checkpoint(merged.folder, "").merge.get("weights") == "dequantized", difference.divergence)
+    hold(place, exported.merge.get("weights") == "dequantized", difference.divergence)
     return difference
 
 
 def in_llama_cpp(folder: Path, file: GgufFile, count: int = 20) -> Difference:
-    """Logits of a GGUF file in llama.cpp against the adapter model's. Raises as ``compare_merged``."""
+    """Logits of a GGUF file in llama.cpp against the adapter model's. Raises as ``in_transformers``."""
     recipe, examples = _examples(folder, count)
     opened = LlamaCpp(file.file, context=max(map(len, examples)))
     found = []
@@ -294,7 +293,7 @@ def in_llama_cpp(folder: Path, file: GgufFile, count: int = 20) -> Difference:
     trained = load_run(folder, quiet=True)
     widen(trained)
     difference = _difference(found, _logits(trained.model, examples, device_here(recipe)))
-    _hold(file.file, _is_trained(file), difference.divergence)
+    hold(file.file, _is_trained(file), difference.divergence)
     return difference
 
 
@@ -309,11 +308,20 @@ def _examples(folder: Path, count: int) -> tuple[Recipe, list[list[int]]]:
     return recipe, spread(every, count)
 
 
-def check(
-    folder: str | Path, place: str | Path | None = None, program: str | None = None
-) -> tuple[int, list[Form], Difference | None]:
-    """(how many tensors the export in ``place`` has; a table of the trained model and of it, empty where nothing is held out
-    and for adapters; how far ``program``, llama.cpp, is from the trained model, where it was asked).
+@dataclass(frozen=True)
+class Checked:
+    """What an export was found to be: its tensors are the run's, and it answers so."""
+
+    tensors: int
+    forms: list[Form] = field(default_factory=list)
+    """The trained model and the export, measured; empty for adapters, and where ``unmeasured`` says why."""
+    opened: Difference | None = None
+    """How far the program that was asked for is from the trained model."""
+    unmeasured: str = ""
+
+
+def check(folder: str | Path, place: str | Path | None = None, program: str | None = None) -> Checked:
+    """Compare the export in ``place`` with the run: every tensor, what it answers, and how ``program``, llama.cpp, opens it.
 
     ``place`` is what an export wrote, here or elsewhere, or a GGUF file; ``RUN/merged`` when left out. One tensor, and then one
     layer, is dense at a time. Raises DiffersError where a tensor is not the export's, or where it answers otherwise: a merge into
@@ -328,8 +336,8 @@ def check(
     file = GgufFile(files[0]) if files else None
     if (place / CONFIG).is_file() or (file is not None and file.said.get("general.type") == "adapter"):
         run, at = _opened(folder), place if file is None else file.file
-        return read_adapter(folder, lambda found: verify_adapter(run.recipe.model, run.base, found, at)), [], None
-    found = subject(folder, held_out=False)
+        return Checked(read_adapter(folder, lambda found: verify_adapter(run.recipe.model, run.base, found, at)))
+    found = subject(folder)
     if file is None:
         tensors, lying = verify(found.source, place), lying_in(place, found.source)
         same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
@@ -337,12 +345,12 @@ def check(
         run = _opened(folder)
         tensors, lying = verify_gguf(found.source, file, run.template, run.ends), lying_in(file, found.source)
         same = _is_trained(file)
-    if not found.held_out:
-        return tensors, [], None
+    if why := found.unmeasured:
+        return Checked(tensors, unmeasured=why)
     forms = measured(found.model, found.source, {place.name: lying}, found.held_out)
-    _hold(place, same, forms[1].found.divergence, forms[1].found.difference[0])
+    hold(place, same, forms[1].found.divergence, forms[1].found.difference[0])
     del found
-    return tensors, forms, in_llama_cpp(folder, file) if program and file else None
+    return Checked(tensors, forms, in_llama_cpp(folder, file) if program and file else None)
 
 
 def _is_trained(file: GgufFile) -> bool:
@@ -351,7 +359,7 @@ def _is_trained(file: GgufFile) -> bool:
     return file.weights == "dequantized" and kinds <= {"F32", "F16", "BF16", "Q8_0"}
 
 
-def _hold(place: Path, same: bool, divergence: float, more: float = 0.0) -> None:
+def hold(place: Path, same: bool, divergence: float, more: float = 0.0) -> None:
     """Raise DiffersError where an export is too far from what was trained, in nats a token; ``same``: it should be that."""
     if same and not divergence <= CLOSE:
         raise DiffersError(
@@ -361,7 +369,7 @@ def _hold(place: Path, same: bool, divergence: float, more: float = 0.0) -> None
     if not more <= WORSE:
         raise DiffersError(
             f"'{place}' has {more:.3f} nats a token more held-out loss than the trained model; expected at most {WORSE}. "
-            "Merge with for=serving, or train longer on weights that are quantised so."
+            "Export it in more bits, as merged for=serving or gguf type=q8_0."
         )
 
 

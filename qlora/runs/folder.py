@@ -242,9 +242,7 @@ def clear(folder: Path) -> None:
     for name in (
         "environment.json",
         *(name for name in RUN_FILES if name != last),
-        "merged",
-        "portable",
-        "nf4",
+        *(path.name for path in exports_in(folder)),
         "forms.md",
         last,
     ):
@@ -253,6 +251,12 @@ def clear(folder: Path) -> None:
             delete_folder(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def exports_in(folder: Path) -> list[Path]:
+    """The folders of exports in a run's."""
+    found = [folder / name for name in ("merged", "nf4", "portable") if (folder / name).is_dir()]
+    return [*found, *sorted({file.parent for file in folder.glob("gguf-*/*.gguf")})]
 
 
 def _began(folder: Path) -> bool:

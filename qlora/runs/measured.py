@@ -83,25 +83,26 @@ class Subject:
     held_out: Sequence[Row]
     """Whole rows, spread evenly, of ``ANSWERS`` examples or a few more."""
 
+    @property
+    def unmeasured(self) -> str:
+        """Why its exports cannot be measured, or nothing."""
+        if self.source.rearranged:
+            return "its checkpoint has experts or fused weights, and plain linears alone are followed layer by layer."
+        return "" if self.held_out else "the run holds nothing out (data.held_out or held_out_fraction)."
 
-def subject(folder: Path, held_out: bool = True) -> Subject:
-    """The run in ``folder``. Raises RunError where it holds nothing out and that is asked for, or has experts or fused
-    weights, which are no plain linears."""
+
+def subject(folder: Path) -> Subject:
+    """The run in ``folder``, opened."""
     recipe, environment = open_run(folder)
     base = open_base(recipe, environment, folder)
     data = load_recipe_data(recipe, base)
     check_data(data, environment, folder)
-    if held_out and not data.held_out:
-        raise RunError("the run holds nothing out (data.held_out or held_out_fraction).")
     model = load_run(folder, quiet=True)
     dtype = resolve_compute_dtype(model.device, recipe.model.compute_dtype)
     source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device, dtype))
-    if source.rearranged:
-        raise RunError(
-            "its checkpoint has experts or fused weights, and plain linears alone are followed layer by layer."
-        )
     each = sum(len(row.examples) for row in data.held_out) / max(1, len(data.held_out))
-    return Subject(model, source, data.train, spread(data.held_out, round(ANSWERS / max(1.0, each))))
+    rows = spread(data.held_out, round(ANSWERS / max(1.0, each))) if data.held_out else []
+    return Subject(model, source, data.train, rows)
 
 
 def widen(model: AdaptedModel) -> bool:
@@ -137,6 +138,8 @@ def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
         run = subject(folder)
         if run.source.empty.scheme.prequantised:
             return "dequantized", ""
+        if run.unmeasured:
+            raise RunError(run.unmeasured)
         kinds = (type,) if type else (None, "nf4")
         forms = measured(
             run.model,

@@ -27,7 +27,7 @@ from qlora.export.verify import GgufFile
 from qlora.files.durable import write_json
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
-from qlora.runs.export import compare_merged, merge
+from qlora.runs.export import in_transformers, merge
 from qlora.runs.folder import RUN_FILES
 from qlora.runs.train import resume, train
 from qlora.training import MetricsLog, checkpoint
@@ -287,6 +287,17 @@ def test_forms_are_measured_before_one_is_chosen(
     assert [line.split("|")[1].strip() for line in measured] == ["dequantized, q4_0", "original, q4_0"]
     assert "\n".join(measured) in (copy / "gguf-q4_0/README.md").read_text(encoding="utf-8")
     assert (copy / "forms.md").read_text(encoding="utf-8") == text
+
+
+def test_a_merge_too_large_to_be_opened_is_read_again_layer_by_layer(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora.runs.export.total_memory_bytes", lambda device: (1, 1))
+    assert main(["export", str(finished), "merged", f"out={tmp_path / 'merged'}", "base=dequantized"]) == 0
+    printed = capsys.readouterr().out
+    assert "Read again: its 21 tensors are those of the run." in printed
+    assert "| merged  " in printed
+    assert "logits differ" not in printed
 
 
 def test_an_export_elsewhere_is_checked_against_the_run(
@@ -560,7 +571,7 @@ def test_export_stands_when_it_cannot_be_compared(
     finally:
         data.with_suffix(".away").rename(data)
     printed = capsys.readouterr().out
-    assert "were not compared" in printed
+    assert "It was not compared with the trained model" in printed
     assert "Which base suits was not measured" in printed
     assert str(data) in printed
     assert (copy / "merged/model.safetensors").is_file()
@@ -623,5 +634,6 @@ def test_a_merge_is_compared_without_the_rounding_of_16_bits(tiny_model: Path, c
     values["training"] |= {"steps": 2, "micro_batch_size": 5}
     values["evaluation"] = {"prompts": 0}
     qlora.train(qlora.Recipe.from_dict(values), quiet=True)
-    found = compare_merged(tmp_path / "run", qlora.merge(tmp_path / "run", dtype="fp32"))
+    found = in_transformers(tmp_path / "run", qlora.merge(tmp_path / "run", dtype="fp32").folder)
+    assert found is not None
     assert found.largest < rounding() * found.largest_logit
