@@ -7,7 +7,7 @@ measured in each of its settings: with and without checkpointing, its reference 
 ``--layers`` shortens the model, where there is little time: fewer layers make the head, and so the memory of logits, weigh more.
 
 A side is a process of its own in each round, and rounds alternate the sides, so that a busy machine slows all of them alike. Time is
-that of the reference and of all steps but the first; memory is the most that was resident beyond the loaded model. The TRL side imports
+that of the processors, for the reference and all steps but the first; memory is the most that was resident beyond the loaded model. The TRL side imports
 nothing of qlora. Needs ``trl`` 1.16, on the path or in the folder that QLORA_TRL names.
 """
 
@@ -96,7 +96,7 @@ def table(options: argparse.Namespace, prepared: dict[str, Any], rounds: list[di
         f"{prepared['tokens']:,} tokens in all; {prepared['parameters']:,} parameters. Each step's reference is in its time; "
         "memory is beyond the loaded model. Medians of "
         f"{options.rounds} rounds; ratios are taken within a round.", "",
-        "| | seconds a step | memory | ours is faster by | and takes | loss of the last step |", "|---|--:|--:|--:|--:|--:|",
+        "| | processor seconds a step | memory | ours is faster by | and takes | loss of the last step |", "|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
     for side in SIDES:
 
@@ -157,14 +157,14 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds of marks, and the most that was resident since the beginning beyond what was there then."""
+    """Processor seconds of marks, and the most that was resident since the beginning beyond what was there then."""
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
-        self.before, self.marks = self.resident("VmRSS"), [time.perf_counter()]
+        self.before, self.marks = self.resident("VmRSS"), [time.process_time()]
 
     def mark(self) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(time.process_time())
 
     @staticmethod
     def resident(field: str) -> int:
@@ -278,7 +278,7 @@ def train_trl(settings: dict[str, Any], folder: Path, more: dict[str, Any]) -> d
     clock = Clock()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     trainer = Ours(model=model, args=config, train_dataset=given, processing_class=tokenizer, callbacks=[Watch()])
-    reference = time.perf_counter() - clock.marks[0] if config.precompute_ref_log_probs else 0.0
+    reference = time.process_time() - clock.marks[0] if config.precompute_ref_log_probs else 0.0
     trainer.train()
     size = len(losses) // steps
     means = [statistics.fmean(losses[start : start + size]) for start in range(0, len(losses), size)]

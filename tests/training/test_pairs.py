@@ -149,8 +149,10 @@ def expected(folder: Path) -> Callable[[str, str], tuple[Tensor, dict[str, Tenso
     return of
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "kind"), [
+    pytest.param(name, kind, marks=[pytest.mark.slow] if kind == "apart" and name != "dpo" else [])
+    for name in OBJECTIVES for kind in ROWS
+])  # fmt: skip
 def test_a_step_is_that_of_whole_logits_one_answer_at_a_time(
     folder: Path, expected: Callable[..., Any], name: str, kind: str
 ) -> None:
