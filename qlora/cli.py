@@ -303,8 +303,12 @@ def _summary(run: Run) -> None:
         print(f"Held-out loss          {run.before.loss:.4f} before, {run.after.loss:.4f} after ({change:+.1%})")
         if run.before.rows:  # a run that an older release began has none
             print(f"Verdict                {verdict(run.before, run.after)}")
+        if run.before.preferences and run.after.preferences:
+            print(f"Preferences before     {run.before.preferences}\n  and after            {run.after.preferences}")
     elif run.after:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
+        if run.after.preferences:
+            print(f"Preferences            {run.after.preferences}")
     else:
         print("Held-out loss          not measured, since nothing is held out: set data.held_out_fraction=0.05")
     print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")

@@ -82,7 +82,7 @@ class Data:
     template: ChatTemplate | None
     """The chat template in use; None for raw text."""
     max_length: int
-    """The longest row, virtual tokens counted."""
+    """The longest example, virtual tokens counted; a row is as long, or twice that, of pairs."""
     held_out_conversations: list[Conversation]
     """Those with an answer; none for raw text."""
     virtual_tokens: int = 0
@@ -93,12 +93,14 @@ class Data:
     """The recipe's section that it was read by."""
     seed: int = 0
     """What is held out was drawn by it."""
+    pairs: bool = False
+    """Whether examples 0 and 1, 2 and 3, … are a chosen answer and the rejected one."""
 
     def __repr__(self) -> str:
         train, held = self.report.train, self.report.held_out
         out = f"{held.examples:,} examples in {held.rows:,} rows" if held.rows else "nothing"
         return (
-            f"Data({self.report.form}: {train.examples:,} examples in {train.rows:,} rows of at most {self.max_length:,} tokens, "
+            f"Data({self.report.form}: {train.examples:,} examples in {train.rows:,} rows of at most {self.max_length * (1 + self.pairs):,} tokens, "
             f"{train.target_tokens:,} target tokens; {out} held out)"
         )
 
@@ -110,9 +112,10 @@ class Data:
         number, row = next((n, row) for n, row in enumerate(self.train) if index in row.examples)
         begin, end = row.spans()[row.examples.index(index)]
         example = Example(row.ids[begin:end], row.labels[begin:end])
-        return make_preview(
-            example, self.tokenizer, f"{self.report.form} example {index} of {count:,}, in row {number}"
-        )
+        which = f"{self.report.form} example {index} of {count:,}"
+        if self.pairs:
+            which = f"pair {index // 2} of {count // 2:,}, {('chosen', 'rejected')[index % 2]}"
+        return make_preview(example, self.tokenizer, f"{which}, in row {number}")
 
     def held_out_prompts(self, count: int) -> list[Prompt]:
         """At most ``count`` held-out prompts, spread evenly over what is held out; the same ones every time.
@@ -157,12 +160,14 @@ def load_data(
     seed: int = 0,
     virtual_tokens: int = 0,
     positions: int | None = None,
+    pairs: bool = False,
 ) -> Data:
     """Read, check, tokenise and pack what a recipe's `data` section names.
 
     ``tokenizer`` is a transformers tokenizer with a fast implementation and is left as it is; ``seed`` draws the
     held-out part; ``virtual_tokens`` is the room, out of ``max_length``, that the method needs before every example;
-    ``positions`` is how many of them an example may have in the model, None where there is no bound.
+    ``positions`` is how many of them an example may have in the model, None where there is no bound; ``pairs`` says that the
+    objective compares a chosen answer with a rejected one, which then stay in one row.
     Raises DataError, in a sentence that names the place, for data that is missing, broken, of no known
     form, or that would train on nothing.
     """
@@ -173,11 +178,11 @@ def load_data(
             "tokens; raise data.max_length, or lower method.tokens."
         )
     files = _look(section)
-    parts, in_pieces = _read(section, seed)
+    parts, in_pieces = _read(section, seed, pairs)
     if changed := [file.name for file in files if file.change()]:
         raise DataError(f"{listed(changed)} changed while it was read; wait until it is written, then begin again.")
     form = parts[0].form
-    train_on = _resolve_train_on(section.train_on, form)
+    train_on = _resolve_train_on(section.train_on, form, pairs)
     if form == "text":
         template = None
         examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
@@ -225,9 +230,10 @@ def load_data(
     else:
         notes += seen_note(*([Seen.of(example) for example in part] for part in flat))
     (train, counts), (held_out, held_counts) = (
-        _rows(part, several, tokenizer, section, virtual_tokens) for part, several in zip(parts, examples, strict=True)
+        _rows(part, several, tokenizer, section, virtual_tokens, 1 + pairs)
+        for part, several in zip(parts, examples, strict=True)
     )
-    report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes))
+    report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes), pairs)
     _require_targets(report, section, too_long)
     return Data(
         train=train,
@@ -242,10 +248,11 @@ def load_data(
         files=files,
         section=section.model_copy(update={"packing": True}) if section.packing == "auto" else section,
         seed=seed,
+        pairs=pairs,
     )
 
 
-def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]:
+def _read(section: DataSection, seed: int, pairs: bool) -> tuple[tuple[Parsed, Parsed], bool]:
     """((records to train on, records held out), whether pieces of the first are still to be held out)."""
     parsed = parse(
         read_records(section.train, section.subset, section.split, section.limit),
@@ -253,10 +260,11 @@ def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]
         section.columns,
         section.on_bad_record,
         section.labels,
+        pairs,
     )
     if section.held_out is not None:
         given = read_records(section.held_out, section.subset, section.held_out_split)
-        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record, section.labels)), False
+        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record, section.labels, pairs)), False
     if needs_pieces(parsed, section.held_out_fraction):
         return (parsed, Parsed(parsed.form)), True
     if section.held_out_fraction:
@@ -265,9 +273,12 @@ def _read(section: DataSection, seed: int) -> tuple[tuple[Parsed, Parsed], bool]
 
 
 def _encoded(part: Parsed, template: ChatTemplate, train_on: str) -> tuple[Parsed, list[list[Example]]]:
-    """The part without the conversations that the template refuses, and the examples of the others."""
+    """The part without the conversations that the template refuses, and the examples of the others: of a pair both."""
     asked = part.conversations
     encoded = template.encode(asked, train_on, part.bad)
+    if pairs := [one.rejected for one in asked if one.rejected]:
+        others = template.encode(pairs, train_on, part.bad)
+        encoded = [[*one, *other] if one and other else [] for one, other in zip(encoded, others, strict=True)]
     part.bad.settle()
     refused = {id(one) for one, examples in zip(asked, encoded, strict=True) if not examples}
     kept = replace(part, records=[record for record in part.records if id(record) not in refused])
@@ -295,7 +306,11 @@ def _look(section: DataSection) -> tuple[DataFile | DataFolder, ...]:
     return tuple(found.values())
 
 
-def _resolve_train_on(train_on: str, form: str) -> str:
+def _resolve_train_on(train_on: str, form: str, pairs: bool) -> str:
+    if pairs and train_on not in ("auto", "completion"):
+        raise DataError(
+            f"data.train_on is '{train_on}', but the objective compares the last answers of conversations; use 'auto' or 'completion'."
+        )
     if form == "text":
         if train_on in ("assistant", "completion"):
             raise DataError(
@@ -311,11 +326,13 @@ def _rows(
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
     virtual_tokens: int,
+    together: int,
 ) -> tuple[list[Row], Counts]:
-    """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part."""
+    """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part; ``together``:
+    so many of them share a row and a fate."""
     longest = section.max_length - virtual_tokens
-    fitted = fit([example for several in examples for example in several], longest, section.too_long)
-    rows = make_rows(fitted.examples, section.max_length, section.packs, virtual_tokens)
+    fitted = fit([example for several in examples for example in several], longest, section.too_long, together)
+    rows = make_rows(fitted.examples, section.max_length, section.packs, virtual_tokens, together)
     lengths = [len(example.ids) for several in examples for example in several]
     if parsed.form == "text":  # of documents: their pieces are as long as a row
         lengths = [sum(len(piece.ids) for piece in pieces) for pieces in examples if pieces]
@@ -334,7 +351,7 @@ def _rows(
         skipped=len(parsed.skipped),
         unanswered_turns=len(left_off),
         unanswered_tokens=sum(map(len, tokenizer(left_off, add_special_tokens=False)["input_ids"])) if left_off else 0,
-        split_conversations=0 if parsed.form == "text" else sum(len(several) > 1 for several in examples),
+        split_conversations=0 if parsed.form == "text" else sum(len(several) > together for several in examples),
         lengths=bins_of(lengths),
     )
     return rows, counts

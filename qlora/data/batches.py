@@ -56,8 +56,8 @@ def _order_by_length(lengths: tuple[int, ...], batch_size: int, seed: int, epoch
 
 
 def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, Any]:
-    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length. And
-    ``mask``, which says where their examples begin.
+    """Rows as int64 tensors ``[R, T]``: ``input_ids``, ``labels``, ``position_ids``; T is the longest row's length, and R counts
+    the sequences of rows that enter ``apart``. And ``mask``, which says where their examples begin.
 
     ``virtual_tokens`` of them, ids −P … −1, stand before every example (see ``packing.py``).
 
@@ -67,7 +67,7 @@ def collate(rows: list[Row], pad_id: int, virtual_tokens: int = 0) -> dict[str, 
     is beyond the largest of the real ones, since a learned table may end there: behind that, padding counts from 0 again.
     Only in a batch with packed rows, which has its masks anyway, is there so much of it.
     """
-    rows = [row.behind_virtual_tokens(virtual_tokens) for row in rows]
+    rows = [one.behind_virtual_tokens(virtual_tokens) for row in rows for one in row.sequences()]
     width = max(len(row.ids) for row in rows)
     ids = numpy.full((len(rows), width), pad_id, dtype=numpy.int64)
     labels = numpy.full((len(rows), width), IGNORE_INDEX, dtype=numpy.int64)

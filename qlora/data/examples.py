@@ -120,23 +120,30 @@ class Fitted:
     dropped_tokens: int = 0
 
 
-def fit(examples: Sequence[Example], max_length: int, too_long: str) -> Fitted:
-    """Bring every example to at most ``max_length`` tokens; ``too_long`` is ``truncate`` or ``drop``.
+def fit(examples: Sequence[Example], max_length: int, too_long: str, together: int = 1) -> Fitted:
+    """Bring every example to at most ``max_length`` tokens; ``too_long`` is ``truncate`` or ``drop``. ``together``: so many that
+    follow each other stay or are dropped as one, as the two sides of a pair.
 
     An example with no target token, or with none left after truncation, is dropped: it would cost a forward and teach
     nothing. Tokens in = tokens of the examples returned + ``truncated_tokens`` + ``dropped_tokens``.
     """
     stay: list[Example] = []
     truncated = truncated_tokens = cut_answers = dropped = dropped_tokens = 0
-    for example in examples:
-        length, around = len(example.ids), example.labels[max_length - 1 : max_length + 1]
-        if length > max_length and too_long == "truncate":
-            example = Example(example.ids[:max_length].copy(), example.labels[:max_length].copy())
-        if len(example.ids) > max_length or not example.target_tokens:
-            dropped, dropped_tokens = dropped + 1, dropped_tokens + length
+    for start in range(0, len(examples), together):
+        whole = examples[start : start + together]
+        kept = [_cut(example, max_length) for example in whole] if too_long == "truncate" else whole
+        if any(len(example.ids) > max_length or not example.target_tokens for example in kept):
+            dropped, dropped_tokens = dropped + together, dropped_tokens + sum(len(example.ids) for example in whole)
             continue
-        if length > max_length:
-            truncated, truncated_tokens = truncated + 1, truncated_tokens + length - max_length
-            cut_answers += bool((around != IGNORE_INDEX).all())
-        stay.append(example)
+        for example in whole:
+            if (more := len(example.ids) - max_length) > 0:
+                truncated, truncated_tokens = truncated + 1, truncated_tokens + more
+                cut_answers += bool((example.labels[max_length - 1 : max_length + 1] != IGNORE_INDEX).all())
+        stay += kept
     return Fitted(stay, truncated, truncated_tokens, cut_answers, dropped, dropped_tokens)
+
+
+def _cut(example: Example, length: int) -> Example:
+    if len(example.ids) <= length:
+        return example
+    return Example(example.ids[:length].copy(), example.labels[:length].copy())

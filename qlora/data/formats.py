@@ -10,8 +10,8 @@
 
 All but ``text`` may have beside them: system, history (earlier questions and answers), tools or functions. An Alpaca record
 and a prompt/completion pair are conversations of one user turn (Alpaca's input two lines below its instruction) and one
-answer. Nothing learns from a rejected answer yet: the last two forms train on the good ones alone, and only when they are
-asked for by name. What else has a value in a record is counted by its name and not read. Knows records; must not know a
+answer. Where the objective compares answers, the form preference gives pairs: a conversation, and the same with the rejected
+answer at its end. Elsewhere the last two forms train on the good answers alone, and only when they are asked for by name. What else has a value in a record is counted by its name and not read. Knows records; must not know a
 tokenizer or a template. *New data format* → one function here and one line in ``_FORMS``.
 """
 
@@ -21,7 +21,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from qlora.data.columns import Labels, fields_of
@@ -88,6 +88,8 @@ class Conversation:
     """The contents of the turns after the last answer to train, which were left off: nobody learns from them."""
     untrained: frozenset[int] = frozenset()
     """Which answers, counted from 0, are marked not to be trained."""
+    rejected: Conversation | None = None
+    """The same with the worse answer at its end, where answers are compared."""
 
     def answers(self, messages: Sequence[Message]) -> list[int]:
         """Where the answers to train are in ``messages``, which are its own in the words of a template."""
@@ -130,8 +132,10 @@ def parse(
     columns: Mapping[str, str] | None = None,
     on_bad_record: str = "stop",
     labels: Labels | None = None,
+    pairs: bool = False,
 ) -> Parsed:
-    """Give every record its meaning. ``columns`` and ``labels`` say where a form's fields are (``columns.py``).
+    """Give every record its meaning. ``columns`` and ``labels`` say where a form's fields are (``columns.py``). With ``pairs``
+    every conversation has its ``rejected`` one, and no other form than ``preference`` is taken.
 
     ``auto`` takes the form of the first record, and every other record must have it too. All records are checked before
     DataError is raised; it says of the first five that are wrong what they hold, and how many more there are. With
@@ -142,7 +146,9 @@ def parse(
     renamed = as_named(records, columns, labels or {}, fields)
     readable = [record for record in renamed if record.fault is None]
     first = (readable or renamed)[0]
-    if form == "auto":
+    if pairs:
+        form = _form_of_pairs(first, form)
+    elif form == "auto":
         form = _found_form(readable) if readable else "text"  # of which no record will be
     wanted = _FORMS[form]
     own = [name for name in (*wanted.needs, *wanted.takes) if name not in columns]
@@ -152,7 +158,7 @@ def parse(
     known = {*own, *read_from, *(name.partition(".")[0] for name in read_from)}
     parsed: list[Conversation | str] = []
     unread: Counter[str] = Counter()
-    undesired = others_marked = pictured = nulls = 0
+    undesired = alike = others_marked = pictured = nulls = 0
     for before, record in zip(records, renamed, strict=True):
         try:
             if record.fault is not None:
@@ -161,6 +167,8 @@ def parse(
             _require_trained(record.fields)
             read = wanted.read(record.fields)
             one = read.conversation(record.place) if isinstance(read, _Talk) else read
+            if pairs and isinstance(one, Conversation):
+                one = _paired(one, _preference(record.fields, "rejected").conversation(record.place))
         except Mistake as mistake:
             bad.add(record.place, mistake)
             continue
@@ -178,6 +186,8 @@ def parse(
             unread.update({f"'{name}' of turns" for turn in read.turns for name in turn.unread})
         if one is None:
             undesired += 1
+        elif pairs and isinstance(one, Conversation) and one.rejected is None:
+            alike += 1
         else:
             parsed.append(one)
     bad.settle()
@@ -186,7 +196,9 @@ def parse(
     notes += separators_note([(str(turns[-2]["content"]), str(turns[-1]["content"])) for turns in spoken])
     if count := sum(record.filled_in for record in records):
         notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
-    if form == "preference":
+    if alike:
+        notes.append(f"left out, as the chosen answer is the rejected one too: {_counted(alike)}")
+    if form == "preference" and not pairs:
         notes.append("data.form=preference trains the chosen answers alone; the rejected ones are not used")
     if form == "kto":
         notes.append(
@@ -219,8 +231,49 @@ def detect_form(fields: Fields) -> str | None:
     return next((name for name in there if _FORMS[name].matches(fields)), there[0] if there else None)
 
 
+def _form_of_pairs(record: Record, form: str) -> str:
+    """The form of pairs, where the recipe's is that or left open, and the first record has both answers. Raises DataError."""
+    fields = record.fields
+    if form not in ("auto", "preference"):
+        raise DataError(
+            f"data.form is {form}, and the objective compares a chosen answer with a rejected one; leave data.form out, or set "
+            "objective.name=tokens to learn from single answers."
+        )
+    if record.fault is None and form == "auto" and not (fields.keys() >= {"chosen", "rejected"}):
+        name, theirs = suggested(fields, _FORMS) or ("", {})
+        several, _ = rivals(fields)
+        do = "Give records with a 'chosen' and a 'rejected' answer"
+        if name == "preference":
+            do = f"Set {columns_of(theirs)} to read it so"
+        elif several:
+            do = f"Write the better one of {listed(several)} as 'chosen' and another as 'rejected'"
+        raise DataError(
+            f"{capital(record.place)} has the fields {listed(fields, 12) or '(none)'}; the objective compares answers, and expected "
+            f"'chosen' and 'rejected' among them. {do}, or set objective.name=tokens to learn from single answers."
+        )
+    return "preference"
+
+
+def _paired(chosen: Conversation, rejected: Conversation) -> Conversation:
+    """``chosen`` with its ``rejected``, left out where both are the same. Raises Mistake unless they answer the same."""
+    if not (chosen.messages and rejected.messages):
+        raise Mistake(
+            f"has no answer at the end of '{'rejected' if chosen.messages else 'chosen'}'; expected one in each"
+        )
+    if chosen.unanswered or rejected.unanswered:
+        raise Mistake(
+            f"has turns behind the last answer of '{'chosen' if chosen.unanswered else 'rejected'}'; expected it to end with one"
+        )
+    if chosen.messages[:-1] != rejected.messages[:-1]:
+        raise Mistake(
+            "has other turns before the chosen answer than before the rejected one; expected two answers to the same"
+        )
+    same = chosen.messages == rejected.messages
+    return chosen if same else replace(chosen, rejected=rejected)
+
+
 def _found_form(records: Sequence[Record]) -> str:
-    """The form of the first record. A preference set is refused, as nothing learns from it as a whole."""
+    """The form of the first record. A preference set is refused, as to learn the next token from all of it would be wrong."""
     first = records[0]
     plain = detect_form({name: value for name, value in first.fields.items() if name not in ("chosen", "rejected")})
     if pairs := next((one for one in records if filled(one.fields.get("chosen")) and "rejected" in one.fields), None):
@@ -229,8 +282,8 @@ def _found_form(records: Sequence[Record]) -> str:
         asked = "instruction" in pairs.fields or name != "preference"
         columns = "" if asked or not columns_of(theirs) else f" and {columns_of(theirs)}"
         raise DataError(
-            f"{capital(pairs.place)} has the form preference, an answer that was chosen and one that was rejected, and no "
-            f"objective learns from the two yet. Set data.form=preference{columns} to train the chosen answers alone{other}."
+            f"{capital(pairs.place)} has the form preference, an answer that was chosen and one that was rejected. Set "
+            f"objective.name=dpo{columns} to learn from both, or data.form=preference{columns} to train the chosen answers alone{other}."
         )
     if plain in _JUDGED:
         _require_desired(records, plain)
@@ -285,8 +338,8 @@ def _require_desired(records: Sequence[Record], form: str) -> None:
         values = [value for record in records if (value := record.fields.get(name)) is not None]
         if name in ("rejected", *OTHERS["rejected"]) and any(map(filled, values)):
             raise DataError(
-                f"{place} has the form preference, {form} with '{name}', and no objective learns from a rejected answer yet. Set "
-                f"data.form={form} to train the other answers alone."
+                f"{place} has the form preference, {form} with '{name}'. Write its better answer as 'chosen' and that as 'rejected', "
+                f"and set objective.name=dpo, to learn from both; or set data.form={form} to train the other answers alone."
             )
         if name in SURE_LABELS or LIKE_A_LABEL.search(name):
             said = [verdict(value) for value in values]
@@ -330,9 +383,9 @@ def _require_one_answer(record: Record, form: str | None) -> None:
             return
     says = f", of which {listed(verdicts)} may say which is better" if verdicts else ""
     raise DataError(
-        f"{capital(record.place)} has the form preference, several answers to one question ({listed(several, 12)}){says}, and no "
-        "objective learns from them yet. To train the better ones alone, write the better one of each record as 'chosen' and "
-        "another as 'rejected', and set data.form=preference."
+        f"{capital(record.place)} has the form preference, several answers to one question ({listed(several, 12)}){says}. Write the "
+        "better one of each record as 'chosen' and another as 'rejected'; then set objective.name=dpo to learn from both, or "
+        "data.form=preference to train the better ones alone."
     )
 
 
@@ -487,17 +540,17 @@ def _text(fields: Fields) -> str:
     return found
 
 
-def _preference(fields: Fields) -> _Talk:
-    """The chosen answer, behind what it answers."""
-    chosen, prompt = fields["chosen"], fields.get("prompt")
+def _preference(fields: Fields, side: str = "chosen") -> _Talk:
+    """The chosen answer, or that of the other ``side``, behind what it answers."""
+    answer, prompt = fields[side], fields.get("prompt")
     if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's input has the tools as well
         fields = {**{name: prompt[name] for name in _BESIDE if name in prompt}, **fields}
-    if isinstance(chosen, str) and (told := _transcript(f"{prompt}{chosen}" if isinstance(prompt, str) else chosen)):
+    if isinstance(answer, str) and (told := _transcript(f"{prompt}{answer}" if isinstance(prompt, str) else answer)):
         return _talk(fields, told)
-    said = _said(chosen, "assistant", "chosen")
+    said = _said(answer, "assistant", side)
     if said[0].message["role"] in ("system", "user"):  # the whole conversation, the prompt in it
         if isinstance(prompt, str) and not any(prompt.strip() in turn.message["content"] for turn in said):
-            raise Mistake("has a 'prompt' and another question in 'chosen'; keep one of them")
+            raise Mistake(f"has a 'prompt' and another question in '{side}'; keep one of them")
         return _talk(fields, said)
     if prompt is not None:
         asked = _said(prompt, "user", "prompt")
@@ -507,7 +560,7 @@ def _preference(fields: Fields) -> _Talk:
         asked = _turns(fields[name], name)
     else:
         raise Mistake(
-            "has no 'prompt' before the chosen answer; name its field with data.columns, as in {prompt: question}"
+            f"has no 'prompt' before the {side} answer; name its field with data.columns, as in {{prompt: question}}"
         )
     return _talk(fields, [*asked, *said])
 

@@ -10,6 +10,9 @@ real tokens alone; they come in with ``behind_virtual_tokens``, when a batch is 
 
     ids        v v a a a a a v v b b b      positions 0 1 2 3 4 5 6 0 1 2 3 4
 
+Two answers that are compared, a pair, stay in one row, the chosen one first: whatever enters the model with one of them has
+the other. Where examples may not see that they share a row, such a row enters as one row for each (``apart``).
+
 Knows lengths and arrays. Must not know text, templates or batches.
 """
 
@@ -36,6 +39,22 @@ class Row:
     """Count from 0 and restart at 0 where the next example begins."""
     examples: tuple[int, ...]
     """The indices of the examples in this row, in order."""
+    apart: bool = False
+    """Whether each of its examples enters the model as a row of its own."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether examples are side by side in the model."""
+        return len(self.examples) > 1 and not self.apart
+
+    def sequences(self) -> list[Row]:
+        """What enters the model: this row, or one for each of its examples."""
+        if not self.apart:
+            return [self]
+        return [
+            Row(self.ids[begin:end], self.labels[begin:end], self.positions[begin:end], (index,))
+            for index, (begin, end) in zip(self.examples, self.spans(), strict=True)
+        ]
 
     @property
     def target_tokens(self) -> int:
@@ -65,16 +84,21 @@ class Row:
         )
 
 
-def make_rows(examples: Sequence[Example], max_length: int, packing: bool, virtual_tokens: int = 0) -> list[Row]:
-    """The rows of these examples, packed, or one example a row.
+def make_rows(
+    examples: Sequence[Example], max_length: int, packing: bool, virtual_tokens: int = 0, together: int = 1
+) -> list[Row]:
+    """The rows of these examples, packed, or one a row. ``together``: so many that follow each other are in one row in any case.
 
-    Each has at most ``max_length`` tokens once every example has its ``virtual_tokens`` before it.
+    Each has at most ``max_length`` tokens, times ``together``, once every example has its ``virtual_tokens`` before it.
     """
+    units = [range(start, start + together) for start in range(0, len(examples), together)]
     if packing:
-        groups = best_fit([virtual_tokens + len(example.ids) for example in examples], max_length)
+        lengths = [sum(virtual_tokens + len(examples[index].ids) for index in unit) for unit in units]
+        groups = best_fit(lengths, max_length * together)
     else:
-        groups = [[index] for index in range(len(examples))]
-    return [_row(examples, group) for group in groups]
+        groups = [[unit] for unit in range(len(units))]
+    apart = together > 1 and not packing
+    return [_row(examples, [index for unit in group for index in units[unit]], apart) for group in groups]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -108,11 +132,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
-def _row(examples: Sequence[Example], group: list[int]) -> Row:
+def _row(examples: Sequence[Example], group: list[int], apart: bool) -> Row:
     parts = [examples[index] for index in group]
     return Row(
         ids=numpy.concatenate([part.ids for part in parts]),
         labels=numpy.concatenate([part.labels for part in parts]),
         positions=numpy.concatenate([numpy.arange(len(part.ids), dtype=numpy.int32) for part in parts]),
         examples=tuple(group),
+        apart=apart,
     )

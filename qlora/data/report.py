@@ -78,6 +78,8 @@ class Report:
     notes: tuple[str, ...] = ()
     """Sentences about fields and records that were not read, what was put in other words for the template's sake, and how text
     was held out."""
+    pairs: bool = False
+    """Whether two examples each are a chosen answer and the rejected one."""
 
     def as_dict(self) -> JsonObject:
         """Plain values for JSON: form, train_on, template, train and held_out counts, notes."""
@@ -97,8 +99,9 @@ class Report:
         for name, counts in (("train", self.train), ("held out", self.held_out)):
             if not counts.records:
                 continue
+            examples = f"{counts.examples // 2:,} pairs" if self.pairs else f"{counts.examples:,} examples"
             lines.append(
-                f"{name}: {counts.records:,} records, {counts.examples:,} examples in {counts.rows:,} rows, "
+                f"{name}: {counts.records:,} records, {examples} in {counts.rows:,} rows, "
                 f"{counts.tokens:,} tokens, {counts.target_tokens:,} of them trained ({counts.target_fraction:.0%})"
             )
             lines += [f"  {phrase}" for phrase in counts.losses()]

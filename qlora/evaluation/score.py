@@ -12,37 +12,56 @@ from dataclasses import dataclass
 import torch
 
 from qlora.data import Row, collate
-from qlora.errors import DataError, DoesNotFitError, first_line
-from qlora.machine.device import ran_out_of_memory, release_memory
+from qlora.errors import DataError
+from qlora.machine.device import in_smaller_parts
 from qlora.methods import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
 from qlora.model.loss import head_of, hidden_states, token_loss
 
-SMALLEST_CHUNK = 16  # target positions whose logits exist at the same time
+
+@dataclass(frozen=True)
+class Preferences:
+    """What is measured of pairs of answers beside their loss."""
+
+    pairs: int
+    accuracy: float
+    """The share of pairs whose chosen answer has the higher reward; where both have the same, half. DPO's rewards are how much
+    likelier an answer became, so it is 0.5 before training."""
+    margin: float
+    """How much higher its reward is, on average."""
+    likelier: float
+    """The share of pairs whose chosen answer is likelier a token."""
+
+    def __str__(self) -> str:
+        return f"chosen answer ahead in {self.accuracy:.1%} of {self.pairs:,} pairs (margin {self.margin:.3f}), likelier a token in {self.likelier:.1%}"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out loss in nats per target token, its exponential, and how many target tokens it is a mean over."""
+    """Held-out loss in nats per target token, its exponential, and how many target tokens it is a mean over. Of pairs: the
+    objective's loss per pair, and the other two of the chosen answers."""
 
     loss: float
     perplexity: float
     target_tokens: int
     rows: tuple[tuple[float, int], ...] = ()
-    """Of each row, as they were given, its summed loss in nats and its target tokens: what a comparison row by row needs."""
+    """Of each row, as they were given, its summed loss in nats and its target tokens or pairs: what a comparison row by row needs."""
+    preferences: Preferences | None = None
+    """Of pairs."""
 
 
 def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
-    """(how much more loss ``one`` has than ``other`` in nats a target token, its standard error), paired row by row.
+    """(how much more loss ``one`` has than ``other`` in nats a target token or pair, its standard error), paired row by row.
 
     The error is that of a ratio of sums over rows, infinite for a single row. Raises ValueError unless both are of the same rows.
     """
     if not one.rows or [count for _, count in one.rows] != [count for _, count in other.rows]:
         raise ValueError("Two measurements of the same held-out rows were expected.")
     more = [mine - theirs for (mine, _), (theirs, _) in zip(one.rows, other.rows, strict=True)]
-    mean, count = math.fsum(more) / one.target_tokens, len(more)
+    whole, count = sum(tokens for _, tokens in one.rows), len(more)
+    mean = math.fsum(more) / whole
     spread = math.fsum((each - mean * tokens) ** 2 for each, (_, tokens) in zip(more, one.rows, strict=True))
-    return mean, math.sqrt(spread * count / (count - 1)) / one.target_tokens if count > 1 else math.inf
+    return mean, math.sqrt(spread * count / (count - 1)) / whole if count > 1 else math.inf
 
 
 def verdict(before: HeldOut, after: HeldOut) -> str:
@@ -50,7 +69,8 @@ def verdict(before: HeldOut, after: HeldOut) -> str:
     if not math.isfinite(after.loss):
         return "diverged: the loss is not finite any more; lower training.learning_rate"
     more, error = difference(after, before)
-    said = f"{abs(more):.4f} ± {error:.4f} nats a token {'more' if more > 0 else 'less'}, over {after.target_tokens:,} held-out tokens"
+    unit = "pair" if after.preferences else "token"
+    said = f"{abs(more):.4f} ± {error:.4f} nats a {unit} {'more' if more > 0 else 'less'}, over {sum(n for _, n in after.rows):,} held-out {unit}s"
     if abs(more) < 2 * error:
         return f"no clear change: {said}"
     return f"worse: {said}; lower training.learning_rate, or train for fewer steps" if more > 0 else f"better: {said}"
@@ -63,37 +83,20 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
     Raises DataError when there is no target token, and for tokens or positions that the model doesn't have. Where memory
     runs out it goes on with half as many rows, and in the end with smaller chunks; DoesNotFitError when one row is too much.
     """
-    if packs_one_row(model.model) and any(len(row.examples) > 1 for row in rows):
+    if packs_one_row(model.model) and any(row.packed for row in rows):
         rows_at_once = 1
     virtual = model.virtual_tokens
     check_rows(model.model, rows, model.first_position, virtual, "Held-out row")
     was_training = model.model.training
     model.model.eval()
-    start, found = 0, list[tuple[float, int]]()
     # Rows of like length share a batch, so that little is padded; a row's loss does not depend on it.
     places = sorted(range(len(rows)), key=lambda place: len(rows[place].ids) + virtual * len(rows[place].examples))
-    ordered = [rows[place] for place in places]
+
+    def measured(start: int, stop: int, chunk: int) -> list[tuple[float, int]]:
+        return _losses(model, [rows[place] for place in places[start:stop]], chunk)
+
     try:
-        while start < len(ordered):
-            together = ordered[start : start + rows_at_once]
-            try:
-                found += _losses(model, together, chunk)
-                start += len(together)
-                continue
-            except Exception as error:
-                if not ran_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
-            if len(together) > 1:
-                rows_at_once = len(together) // 2
-            elif chunk > SMALLEST_CHUNK:
-                chunk = max(SMALLEST_CHUNK, chunk // 2)
-            else:
-                raise DoesNotFitError(
-                    f"Measuring one held-out row of {len(together[0].ids):,} tokens did not fit into memory ({reason}), and no "
-                    "smaller way is left; lower data.max_length, or hold out shorter rows."
-                )
+        found = in_smaller_parts(len(rows), rows_at_once, chunk, measured, model.device, "Measuring one held-out row")
     finally:
         model.model.train(was_training)
     if not (count := sum(targets for _, targets in found)):

@@ -14,12 +14,13 @@ import shutil
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from qlora.errors import DoesNotFitError, RecipeError
+from qlora.errors import DoesNotFitError, RecipeError, first_line
 from qlora.files.durable import expanded
 from qlora.machine import DISTRIBUTION
 from qlora.machine.processes import count, here
@@ -33,6 +34,8 @@ REFUSALS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What libraries say when memory is refused."""
+SMALLEST_CHUNK = 16  # target positions that have logits at once; below it the head is read too often for what is saved
+Some = TypeVar("Some")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -171,6 +174,43 @@ def release_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trim_heap()
+
+
+def in_smaller_parts(
+    count: int,
+    at_once: int,
+    chunk: int,
+    measure: Callable[[int, int, int], list[Some]],
+    device: torch.device,
+    what: str,
+) -> list[Some]:
+    """What ``measure(start, stop, chunk)`` gives over ``count`` rows, ``at_once`` of them at a time. Where memory runs out it goes
+    on with half as many, and in the end with smaller chunks.
+
+    Raises DoesNotFitError, which begins with ``what``, when one row is too much.
+    """
+    start, found = 0, list[Some]()
+    while start < count:
+        stop = min(start + at_once, count)
+        try:
+            found += measure(start, stop, chunk)
+            start = stop
+            continue
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        release_memory(device)  # out here, where the exception no longer holds the tensors of its frames
+        if stop - start > 1:
+            at_once = (stop - start) // 2
+        elif chunk > SMALLEST_CHUNK:
+            chunk = max(SMALLEST_CHUNK, chunk // 2)
+        else:
+            raise DoesNotFitError(
+                f"{what} did not fit into memory ({reason}), and no smaller way is left; lower data.max_length, or hold out shorter "
+                "rows."
+            )
+    return found
 
 
 def trim_heap() -> None:

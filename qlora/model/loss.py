@@ -159,6 +159,64 @@ def summed_loss(hidden_ND: Tensor, head: Head, wanted_N: Tensor, places: Tensor,
     return loss
 
 
+def grouped_loss(
+    hidden_BTD: Tensor, head: Head, labels_BT: Tensor, groups: Tensor, count: int, chunk: int = 256
+) -> Tensor:
+    """The cross-entropy summed within each of ``count`` groups of target tokens, [count] in float64.
+
+    ``labels_BT`` as in ``token_loss``, on the CPU; ``groups``, int64, says to which group each target belongs, in their order
+    in ``labels_BT``. Any function of the sums has its gradient by one pass through the model: that of the hidden states is made
+    in forward as if every weight were 1, and each position's is multiplied by its group's in backward.
+    """
+    wanted_N = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    places, device = (wanted_N != IGNORE_INDEX).nonzero().squeeze(1), hidden_BTD.device
+    given = (values.to(device, non_blocking=True) for values in (wanted_N, places, groups))
+    trained = head.trained() if torch.is_grad_enabled() else []
+    losses: Tensor = _GroupedLoss.apply(hidden_BTD.flatten(0, 1), head, *given, count, chunk, *trained)
+    return losses
+
+
+class _GroupedLoss(torch.autograd.Function):
+    """A head that trains gets its gradient in backward, when the weights are known: each chunk's logits are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head: Head,
+        wanted: Tensor,
+        places: Tensor,
+        groups: Tensor,
+        count: int,
+        chunk: int,
+        *trained: Tensor,
+    ) -> Tensor:
+        below = ctx.needs_input_grad[0] and not trained
+        if (sliced := _sliced(head.module)) is not None and not trained:
+            each, grad_ND = _over_slices(hidden_ND, head, sliced, wanted, places, chunk, below)
+        else:
+            each, grad_ND = _over_chunks(hidden_ND, head, wanted, places, chunk, below, (), [])
+        ctx.head, ctx.chunk, ctx.trained, ctx.dtype = head, chunk, trained, hidden_ND.dtype
+        ctx.save_for_backward(hidden_ND if trained else grad_ND, wanted, places, groups)
+        return torch.zeros(count, dtype=torch.float64, device=each.device).index_add_(0, groups, each)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept_ND, wanted, places, groups = ctx.saved_tensors
+        weights, trained = grad[groups].float(), ctx.trained
+        grads = [torch.zeros_like(values, dtype=torch.float32) for values in trained]
+        if trained:
+            _, hidden = _over_chunks(
+                kept_ND, ctx.head, wanted, places, ctx.chunk, ctx.needs_input_grad[0], trained, grads, weights
+            )
+        else:
+            of_position = torch.zeros(len(kept_ND), 1, device=kept_ND.device)
+            of_position[places, 0] = weights
+            hidden = _times_(kept_ND, of_position, ctx.chunk)
+        own = [values.to(parameter.dtype) for values, parameter in zip(grads, trained, strict=True)]
+        return None if hidden is None else hidden.to(ctx.dtype), None, None, None, None, None, None, *own
+
+
 class _TokenLoss(torch.autograd.Function):
     """``trained`` are the parameters of a head that trains; they get their gradients, like the hidden states, in forward."""
 
@@ -169,12 +227,12 @@ class _TokenLoss(torch.autograd.Function):
         below = ctx.needs_input_grad[0]  # nothing below the head may train
         grads = [torch.zeros_like(values, dtype=torch.float32) for values in trained]
         if (sliced := _sliced(head.module)) is not None and not trained:
-            total, grad_ND = _over_slices(hidden_ND, head, sliced, wanted, places, chunk, below)
+            each, grad_ND = _over_slices(hidden_ND, head, sliced, wanted, places, chunk, below)
         else:
-            total, grad_ND = _over_chunks(hidden_ND, head, wanted, places, chunk, below, trained, grads)
+            each, grad_ND = _over_chunks(hidden_ND, head, wanted, places, chunk, below, trained, grads)
         ctx.save_for_backward(grad_ND, *grads)
         ctx.chunk, ctx.dtypes = chunk, [hidden_ND.dtype, *(values.dtype for values in trained)]
-        return total.float()
+        return each.sum().float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,11 +244,14 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _times_(values: Tensor, factor: Tensor, rows: int) -> Tensor:
-    """``values`` times a scalar, in place. A second backward through the same loss would find them changed; torch refuses it."""
+    """``values`` times a scalar, or a number a row [N, 1], in place. A second backward through the same loss would find them
+    changed; torch refuses it."""
     if values.dtype == torch.float32:
         return values.mul_(factor)
-    for part in values.split(max(rows, -(-len(values) // PIECES))):
-        part.copy_(part.float() * factor)  # the factor, one over many tokens, is not to be rounded to 8 bits
+    size = max(rows, -(-len(values) // PIECES))
+    factors = factor.expand(len(values), 1)
+    for part, by in zip(values.split(size), factors.split(size), strict=True):
+        part.copy_(part.float() * by)  # the factor, one over many tokens, is not to be rounded to 8 bits
     return values
 
 
@@ -222,11 +283,15 @@ def _over_chunks(
     below: bool,
     trained: tuple[Tensor, ...],
     grads: list[Tensor],
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(the sum, the gradient of the hidden states where it is wanted), chunk by chunk; ``grads`` grow."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    """(the loss of each of ``places`` in float64, the gradient of the hidden states where it is wanted), chunk by chunk;
+    ``grads`` grow. ``weights``: what the loss of each place is multiplied by before these gradients, 1 where left out."""
+    each = torch.empty(len(places), dtype=torch.float64, device=hidden_ND.device)
     grad_ND = _empty_gradient(hidden_ND) if below else None
-    for rows in places.split(chunk):
+    for start in range(0, len(places), chunk):
+        at = slice(start, start + chunk)
+        rows = places[at]
         targets = wanted[rows, None]
         with torch.set_grad_enabled(bool(trained)):
             chunk_ND = hidden_ND[rows].detach().requires_grad_(below and bool(trained))
@@ -238,11 +303,13 @@ def _over_chunks(
         slope = head.scale_(logits_NV, sloped=below or bool(trained))
         picked = logits_NV.gather(1, targets)
         log_sum, sums = _exp_(logits_NV)
-        total += (log_sum - picked).double().sum()
+        each[at] = (log_sum - picked).squeeze(1)
         if below or trained:
             # d loss / d logits = softmax - one hot; then through the cap and the multiplier
             grad_NV = logits_NV.div_(sums)
             grad_NV.scatter_add_(1, targets, torch.full_like(log_sum, -1.0))
+            if weights is not None:
+                grad_NV *= weights[at, None]
             if slope is not None:
                 grad_NV *= slope
             if trained:
@@ -253,13 +320,13 @@ def _over_chunks(
                 grad_ND[rows] = (grad_NV.to(weight_VD.dtype) @ weight_VD).to(grad_ND.dtype)
             del grad_NV
         del logits_NV, slope  # before the next chunk's are made
-    return total, grad_ND
+    return each, grad_ND
 
 
 def _over_slices(
     hidden_ND: Tensor, head: Head, linear: SlicedLinear, wanted: Tensor, places: Tensor, chunk: int, below: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the sum, the gradient of the hidden states where it is wanted), slice by slice of the head.
+    """(the loss of each of ``places`` in float64, the gradient of the hidden states where it is wanted), slice by slice of the head.
 
     A chunk takes as much memory as one of a whole head's logits: so many more positions as a slice has fewer columns. On
     an H100 a 70B model's step of 8,192 tokens took 2.9 s with chunks of 64 positions, most of it in launches.
@@ -290,9 +357,9 @@ def _over_slices(
             picked[at] = torch.where(inside, logits_NV.gather(1, place), picked[at])
             log_sums[at] = torch.logaddexp(log_sums[at], _exp_(logits_NV)[0].double())
             del logits_NV
-    total = (log_sums - picked).sum()
+    each = (log_sums - picked).squeeze(1)
     if not below:
-        return total, None
+        return each, None
     grads = torch.zeros(count, hidden_ND.shape[1], device=hidden_ND.device)  # fp32: a sum over the slices
     for start, stop, weight in linear.slices(dtype) if count else ():
         for at in chunks if head.rows is None or start < head.rows else ():
@@ -307,7 +374,7 @@ def _over_slices(
     grad_ND = _empty_gradient(hidden_ND)
     for at in chunks:
         grad_ND[places[at]] = grads[at].to(grad_ND.dtype)
-    return total, grad_ND
+    return each, grad_ND
 
 
 def _through_head(

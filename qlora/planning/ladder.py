@@ -113,7 +113,7 @@ class Arrangement:
     @property
     def tokens(self) -> int:
         """In a step of full rows."""
-        return self.recipe.training.batch_size * self.recipe.data.max_length
+        return self.recipe.training.batch_size * self.recipe.row_length
 
 
 class Arranger:
@@ -159,7 +159,7 @@ class Arranger:
         """What the recipe with ``changes`` takes."""
         recipe, target = changed(self.recipe, changes or {}), self.target
         training, memory, data = recipe.training, recipe.memory, recipe.data
-        length, size = data.max_length, self.adapted.base.compute_dtype.itemsize
+        length, size = recipe.row_length, self.adapted.base.compute_dtype.itemsize
         needed = estimate(
             self.adapted,
             training,
@@ -223,7 +223,7 @@ class Arranger:
         """FLOPs of a step, with the bytes that are dequantised counted as such."""
         recipe = changed(self.recipe, changes)
         size = self.adapted.base.compute_dtype.itemsize
-        work = work_of(self.shapes, recipe.training, recipe.memory, recipe.data.max_length, dtype_bytes=size)
+        work = work_of(self.shapes, recipe.training, recipe.memory, recipe.row_length, dtype_bytes=size)
         return sum(one.flops + FLOPS_A_BYTE * one.dequantised for one in work)
 
     def ladder(self) -> list[Arrangement]:
@@ -257,7 +257,7 @@ class Arranger:
 
     def _rungs(self, accumulation: str) -> Iterator[Arrangement]:
         """From the top down, for one order of accumulation."""
-        training, length = self.recipe.training, self.recipe.data.max_length
+        training, length = self.recipe.training, self.recipe.row_length
         gpu, rows = (
             self.target.device.type != "cpu",
             min(training.batch_size, max(1, int(FULL / self.shapes.visited) // length)),
@@ -322,7 +322,7 @@ class Arranger:
 
     def _cut(self, chunk: int, tile: int) -> tuple[bool, Changes]:
         """Whether ``chunk`` positions that have logits at once, or ``tile`` tokens in an MLP, are fewer; and the changes."""
-        before, length = self.recipe.training.loss_chunk, self.recipe.data.max_length
+        before, length = self.recipe.training.loss_chunk, self.recipe.row_length
         tiles = tile if self.tiles and length > tile and not self.kept_whole else None
         changes: Changes = {"training.loss_chunk": min(chunk, before), "memory.mlp_tile": tiles}
         return before > chunk or length > tile, changes

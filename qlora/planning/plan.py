@@ -45,6 +45,7 @@ from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
 from qlora.planning.rows import Reading, read, with_packing
 from qlora.planning.shapes import Dense, count_parameters, dense_of
+from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes
@@ -129,16 +130,21 @@ class Survey:
         plan, target = self.plan, self.plan.target
         lines = [str(plan)]
         if plan.chosen.seconds is not None and target.rates is not None:
-            seconds, tokens = plan.chosen.seconds, plan.chosen.tokens
-            rate, low, high = (target.processes * tokens / end for end in (seconds.expected, seconds.high, seconds.low))
-            lines.append(f"{seconds}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
+            of_step, tokens = plan.chosen.seconds, plan.chosen.tokens
+            rate, low, high = (target.processes * tokens / end for end in (of_step.expected, of_step.high, of_step.low))
+            lines.append(f"{of_step}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
-        lines.append(self.reading.said(None if plan.chosen.seconds is None else plan.chosen.seconds.expected))
+        seconds = reference = None
+        if plan.chosen.seconds is not None and target.rates is not None:
+            seconds = plan.chosen.seconds.expected
+            if plan.recipe.objective.refers:
+                reference = step_seconds([plan.chosen.work.forward], target.rates).expected
+        lines.append(self.reading.said(seconds, reference))
         rows = "not one" if self.most_rows is None else f"{self.most_rows:,}"
         context = "none" if self.longest_context is None else f"{self.longest_context:,} tokens"
-        length = plan.recipe.data.max_length
+        length, sides = plan.recipe.data.max_length, "pairs of " if plan.recipe.objective.pairs else ""
         lines.append(
-            f"Largest that fits in this arrangement: {rows} rows of {length:,} tokens at once; a row of {context}."
+            f"Largest that fits in this arrangement: {rows} rows of {sides}{length:,} tokens at once; a row of {sides}{context}."
         )
         lines.append("From the fastest arrangement to the smallest:")
         lines += [f"  {line}" for line in ladder_lines(self.ladder, target, plan.chosen)]

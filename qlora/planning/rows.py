@@ -29,20 +29,27 @@ class Reading:
 
     report: Report | None = None
     steps: int = 0
+    epoch: int = 0
+    """Steps in a pass over the data."""
     new_ends: str | None = None
     """What there is to say of the tokens that end an answer."""
     why_not: str = ""
     packed: bool = True
     """Whether rows are as long as those of a full step."""
 
-    def said(self, seconds: float | None) -> str:
-        """In some lines; ``seconds``: those of a full step, where they are known."""
+    def said(self, seconds: float | None, reference: float | None = None) -> str:
+        """In some lines; ``seconds``: those of a full step, where they are known, and those that measuring a ``reference`` on its
+        rows takes beforehand, once."""
         if self.report is None:
             return f"The data were not read: {self.why_not}"
         counts = self.report.train
         about = "about" if self.packed else "at most"
         time = "" if seconds is None else f", {about} {duration_text(self.steps * seconds)}"
         lines = [str(self.report), f"{counts.records:,} records → {counts.rows:,} rows → {self.steps:,} steps{time}"]
+        if reference is not None:
+            lines.append(
+                f"before the first step, the answers' likelihoods: {about} {duration_text(self.epoch * reference)}"
+            )
         return "\n".join([*lines, *filter(None, [self.new_ends])])
 
 
@@ -62,7 +69,8 @@ def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
     recipe, _ = with_packing(recipe, checkpoint)
     tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
     positions = position_limit(checkpoint.model_config())
-    return load_data(recipe.data, tokenizer, recipe.training.seed, recipe.method.virtual_tokens, positions)
+    method, seed, pairs = recipe.method, recipe.training.seed, recipe.objective.pairs
+    return load_data(recipe.data, tokenizer, seed, method.virtual_tokens, positions, pairs)
 
 
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
@@ -76,10 +84,13 @@ def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     except (DataError, ModelError) as error:
         return Reading(why_not=str(error))
     training = recipe.training
-    steps = training.steps or training.epochs * steps_per_epoch(len(data.train), training.batch_size)
+    epoch = steps_per_epoch(len(data.train), training.batch_size)
+    steps = training.steps or training.epochs * epoch
     ends = data.template.end_tokens if data.template else ()
     packed = data.section is not None and data.section.packs
-    return Reading(data.report, steps, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer), packed=packed)
+    return Reading(
+        data.report, steps, epoch, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer), packed=packed
+    )
 
 
 def new_ends_note(ends: Sequence[int], known: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:

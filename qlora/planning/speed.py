@@ -25,6 +25,7 @@ Knows counts of FLOPs and bytes; must not know what fits, a recipe's whole, or w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,8 +142,8 @@ class Seconds:
         return f"{self.expected:.3g} s a step ({self.low:.3g} to {self.high:.3g}), bound by {self.bound}"
 
 
-def step_seconds(work: Work, rates: Rates) -> Seconds:
-    """How long ``work`` takes on a machine of these ``rates``.
+def step_seconds(work: Iterable[Pass], rates: Rates) -> Seconds:
+    """How long ``work``, a step's or some passes of it, takes on a machine of these ``rates``.
 
     Raises RecipeError where it reads a disk whose speed is not known.
     """

@@ -42,14 +42,17 @@ from qlora.recipe.methods import (
     named,
     parts_of,
 )
-from qlora.recipe.objectives import AnyObjective, TokensObjective
+from qlora.recipe.objectives import DPO, IPO, ORPO, AnyObjective, TokensObjective
 from qlora.recipe.reference import reference
 from qlora.recipe.schema import Section
 from qlora.recipe.tasks import TaskSection
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DPO",
     "IA3",
+    "IPO",
+    "ORPO",
     "AdaLoRA",
     "AnyMethod",
     "AnyObjective",

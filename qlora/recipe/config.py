@@ -71,8 +71,8 @@ class DataSection(Section):
     held_out_split: str = "test"
     """A hub data set's split for `held_out`."""
     form: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"] = "auto"
-    """The form of a record. `auto` detects it from the fields, and says what it found. `preference` trains the chosen
-    answers alone, `kto` the desirable ones; both have to be asked for."""
+    """The form of a record. `auto` detects it from the fields, and says what it found. Unless `objective` compares answers,
+    `preference` trains the chosen ones alone, and `kto` the desirable ones; both have to be asked for."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names for a form's fields, as `{prompt: question, completion: answer}`, or texts with fields in them, as
     `{prompt: "Review: {review}\\nSentiment:", completion: label}`."""
@@ -87,7 +87,7 @@ class DataSection(Section):
     on them as text where that is possible, `drop` without them; both say of how many records. `refuse` stops at the first.
     A user's turn, a later system text, a result or a speaker's name that it leaves out is said, or refused, the same way."""
     max_length: int = Field(1024, ge=8, le=1_048_576)
-    """The length of a row in tokens; also the longest example."""
+    """The length of a row in tokens; also the longest example. Of pairs, the longest side, and a row is twice as long."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to an example above `max_length`. Raw text is never cut off: it is split into rows."""
     packing: Literal["auto", "by_length"] | bool = "auto"
@@ -279,6 +279,11 @@ class Recipe(Section):
     """The run folder; `runs/` and the recipe file's name when left out."""
     overwrite: bool = False
     """Delete an existing run folder first; without it an existing one is refused."""
+
+    @property
+    def row_length(self) -> int:
+        """The most tokens in a row: those of an example, or of the two sides of a pair."""
+        return self.data.max_length * (1 + self.objective.pairs)
 
     @field_validator("method", mode="before")
     @classmethod

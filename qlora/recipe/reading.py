@@ -139,7 +139,8 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             tag = str(item["ctx"]["tag"])
             return f"'{'.'.join(path)}.name' is {shown(tag)}; expected one of {', '.join(known)}.{nearest(tag, known)}"
         case "union_tag_not_found":
-            return f"{key}{place} is {shown(item['input'])}; expected a section with a name, or a list of such."
+            several = ", or a list of such" if path[0] == "method" else ""
+            return f"{key}{place} is {shown(item['input'])}; expected a section with a name{several}."
         case "missing":
             return f"{key} is missing; it has no default."
         case "value_error":

@@ -21,7 +21,15 @@ from qlora.errors import redacted
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import bytes_text
 from qlora.recipe import parts_of
-from qlora.reporting.figures import change_text, count_text, duration_text, exact_text, significant, summarise
+from qlora.reporting.figures import (
+    change_text,
+    count_text,
+    duration_text,
+    exact_text,
+    shares_text,
+    significant,
+    summarise,
+)
 from qlora.reporting.records import Records, read_records, section, whole
 
 CARD = "README.md"
@@ -68,10 +76,13 @@ def card(records: Records, out: Path, form: str, licence: str | None, told: Sequ
     if summary.before and summary.after:
         lines += [
             "| | before | after | |", "|---|--:|--:|--:|",
-            f"| held-out loss, nats per token | {significant(summary.before.loss)} | {significant(summary.after.loss)} | "
+            f"| held-out loss, nats per {'pair' if summary.after.pairs else 'token'} | {significant(summary.before.loss)} | {significant(summary.after.loss)} | "
             f"{change_text(summary.before.loss, summary.after.loss)} |",
             f"| perplexity | {significant(summary.before.perplexity)} | {significant(summary.after.perplexity)} | |",
-            "", f"On {exact_text(summary.after.target_tokens)} held-out tokens with loss. Nothing else was evaluated.",
+            "", f"On {exact_text(summary.after.target_tokens)} held-out tokens with loss. Nothing else was evaluated."
+            if not summary.after.pairs else
+            f"The chosen answer was ahead in {shares_text(summary.before, summary.after, 'ahead')} of {exact_text(summary.after.pairs)} "
+            "held-out pairs (50 % is chance), of whose chosen answers the perplexity is. Nothing else was evaluated.",
         ]  # fmt: skip
     else:
         lines.append("No held-out data: nothing is known of how good it is.")

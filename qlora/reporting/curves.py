@@ -29,9 +29,10 @@ def loss_chart(records: Records) -> Chart:
         Curve("smoothed", smoothed),
         Curve("held out", [(float(point.step), point.loss) for point in records.held_out], "held-out"),
     ]
+    pairs = records.recipe is not None and records.recipe.objective.pairs
     return Chart(
         "Loss",
-        "nats per target token",
+        "nats per pair" if pairs else "nats per target token",
         [curve for curve in curves if curve.points],
         note=f"smoothed over ± {reach} steps" if smoothed else "",
         boundaries=_epochs(records),
@@ -39,7 +40,8 @@ def loss_chart(records: Records) -> Chart:
 
 
 def small_charts(records: Records) -> Iterator[Chart]:
-    """Learning rate, gradient norm, speed and memory, by step; all from zero, so that ratios can be read off."""
+    """Learning rate, gradient norm, speed and memory, by step; all from zero, so that ratios can be read off. And what pairs have
+    beside them."""
     memory = [(step, value / GIB) for step, value in _points(records, "peak_memory_bytes")]
     clip = records.recipe.training.max_grad_norm if records.recipe else None
     clipped = (f"clipped at {significant(clip, 2)}", clip) if clip else None
@@ -52,6 +54,9 @@ def small_charts(records: Records) -> Iterator[Chart]:
         reference = clipped if title == "Gradient norm" else None
         curve = Curve(title.lower(), points)
         yield Chart(title, unit, [curve] if points else [], "", True, reference, _epochs(records), text)
+    if margins := _points(records, "reward_margin"):
+        unit = "chosen less rejected"
+        yield Chart("Rewards", unit, [Curve("margin", margins)], "", True, None, _epochs(records), _three_digits)
 
 
 def _three_digits(value: float) -> str:

@@ -74,6 +74,12 @@ def change_text(before: float, after: float) -> str:
     return f"{'−' if change < 0 else '+'}{abs(change):.1f} %"
 
 
+def shares_text(before: HeldOut | None, after: HeldOut | None, name: str) -> str:
+    """A share of pairs before and after, ``50 % → 81 %``, as far as it is known."""
+    found = [getattr(point, name) for point in (before, after) if point is not None]
+    return " → ".join(MISSING if share is None else f"{100 * share:.0f} %" for share in found)
+
+
 def count_text(count: float | None) -> str:
     """A count in short: 950 → ``950``, 48_213 → ``48.2 k``, 4_884_480 → ``4.88 M``, 7.24e9 → ``7.24 B``."""
     if count is None:

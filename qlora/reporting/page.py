@@ -51,7 +51,12 @@ def render(records: Records) -> str:
     pages = templates(Path(__file__).parent)
     pages.filters |= {"count": figures.count_text, "exact": exact_text, "significant": figures.significant}
     pages.filters |= {"duration": figures.duration_text, "bytes": bytes_text, "thinned": charts.thinned}
-    pages.globals |= {"WIDE": charts.WIDE, "SMALL": charts.SMALL, "change": figures.change_text}
+    pages.globals |= {
+        "WIDE": charts.WIDE,
+        "SMALL": charts.SMALL,
+        "change": figures.change_text,
+        "ahead": figures.shares_text,
+    }
     pages.globals |= {"axes": charts.axes, "columns": charts.columns, "read_out": charts.read_out}
     summary = figures.summarise(records)
     page = pages.get_template("report.html.jinja").render(

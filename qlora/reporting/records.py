@@ -21,12 +21,16 @@ Json = dict[str, object]
 
 
 class HeldOut(NamedTuple):
-    """One held-out evaluation. ``loss`` in nats per target token, a mean over ``target_tokens``."""
+    """One held-out evaluation. ``loss`` in nats per target token, a mean over ``target_tokens``; of pairs a mean over these, and
+    the shares of them whose chosen answer is ``ahead`` by its reward and ``likelier`` a token."""
 
     step: int
     loss: float
     perplexity: float
     target_tokens: int | None
+    pairs: int | None = None
+    ahead: float | None = None
+    likelier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,4 +189,8 @@ def _held_out(values: Json, step: int, prefix: str = "") -> HeldOut | None:
     perplexity = number(values, f"{prefix}perplexity")
     if perplexity is None:
         perplexity = math.exp(loss) if loss < 700 else math.inf
-    return HeldOut(step, loss, perplexity, whole(values, f"{prefix}target_tokens"))
+    pairs = values if prefix else section(values, "preferences")  # side by side in a line, apart in evaluation.json
+    return HeldOut(
+        step, loss, perplexity, whole(values, f"{prefix}target_tokens"),
+        whole(pairs, f"{prefix}pairs"), number(pairs, f"{prefix}accuracy"), number(pairs, f"{prefix}likelier"),
+    )  # fmt: skip

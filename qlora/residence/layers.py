@@ -57,7 +57,8 @@ from qlora.residence.tiles import TiledMLP, tile_mlps
 
 
 class RecomputedLayer(Boundary):
-    """A decoder layer behind the boundary. Without gradients, or outside training, it is the layer itself."""
+    """A decoder layer behind the boundary. Outside training, or without gradients for no more rows than go through it at once, it
+    is the layer itself."""
 
     inside = "layer"
 
@@ -79,7 +80,8 @@ class RecomputedLayer(Boundary):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """[R, T, D] → [R, T, D], in a tuple where the layer gives one. Raises ModelError if a gradient would be lost."""
-        if not (torch.is_grad_enabled() and self.training):
+        cut = not torch.is_grad_enabled() and bool(args) and len(args[0]) > self.rows
+        if not (self.training and (torch.is_grad_enabled() or cut)):
             return self.layer(*args, **kwargs)
         if not args:
             raise ModelError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.data import Preview
 from qlora.errors import RunError
-from qlora.evaluation import answers, score
+from qlora.evaluation import answers
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel
 from qlora.methods.loading import load_adapter
@@ -39,11 +39,14 @@ from qlora.runs.session import (
     held_out_prompts,
     limited,
     load_model,
+    measured,
     speaker,
     stop_at,
     use_threads,
 )
 from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
+from qlora.training.objectives import Pairs, make_objective
+from qlora.training.reference import read_reference
 
 
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:
@@ -74,8 +77,10 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
     model = _trained(recipe, checkpoint, folder, quiet)
     after = None
     if data.held_out:
-        rows = data.held_out[: recipe.evaluation.held_out_rows]
-        after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
+        rows, training = data.held_out[: recipe.evaluation.held_out_rows], recipe.training
+        objective = make_objective(recipe.objective, model)
+        reference = read_reference(folder) if isinstance(objective, Pairs) and objective.unmeasured else {}
+        after = measured(objective, rows, reference, training.micro_batch_size, training.loss_chunk)
     texts = answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens)
     return Run(
         folder=folder,

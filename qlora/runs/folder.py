@@ -40,6 +40,7 @@ RUN_FILES = (
     "recipe.yaml",
     "plan.json",
     "metrics.jsonl",
+    "reference",
     "checkpoints",
     "adapter",
     "evaluation.json",

@@ -12,17 +12,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlora.data import Data, Prompt
+from qlora.data import Data, Prompt, Row
 from qlora.errors import RunError, redacted, visible
-from qlora.evaluation import HeldOut, answers
+from qlora.evaluation import HeldOut, answers, score
+from qlora.evaluation.preferences import held_out_pairs
+from qlora.evaluation.score import Preferences
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
@@ -35,6 +38,8 @@ from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
 from qlora.training import MetricsLog, Trainer
+from qlora.training.objectives import Objective, Pairs
+from qlora.training.objectives.pairs import pair_numbers
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Run:
             f"{bytes_text(self.peak_memory_bytes)}\n"
             f"  {self.trainable_parameters:,} trainable parameters\n"
             f"  held-out loss {', '.join(losses) or 'not measured'}"
+            + (f"\n  {self.after.preferences}" if self.after and self.after.preferences else "")
         )
 
 
@@ -189,6 +195,19 @@ def speaker(quiet: bool) -> Callable[[str], None]:
     return say
 
 
+def measured(
+    objective: Objective, rows: Sequence[Row], reference: Mapping[str, Tensor], rows_at_once: int, chunk: int
+) -> HeldOut:
+    """Held-out ``rows`` by an objective, as its model stands; ``reference`` is the trainer's."""
+    if not isinstance(objective, Pairs):
+        return score(objective.model, rows, rows_at_once, chunk)
+    sums, counts = objective.measure(rows, rows_at_once, chunk)
+    numbers = pair_numbers(rows)
+    before = reference["held_out"][numbers] if reference else sums.new_zeros(len(numbers), 2)
+    compared = objective.compare(sums, counts, before)
+    return held_out_pairs(*compared, sums, counts, [len(row.examples) // 2 for row in rows])
+
+
 def read_evaluation(folder: Path) -> tuple[HeldOut | None, list[Generation]] | None:
     """(held out before, generations) from ``evaluation.json``; None before it is written. Raises RunError."""
     try:
@@ -206,7 +225,9 @@ def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
     """What ``evaluation.json`` says of one measurement; older ones have no rows."""
     if not values:
         return None
-    return HeldOut(**{**values, "rows": tuple((loss, count) for loss, count in values.get("rows", ()))})
+    pairs = values.get("preferences")
+    rows = tuple((loss, count) for loss, count in values.get("rows", ()))
+    return HeldOut(**{**values, "rows": rows, "preferences": Preferences(**pairs) if pairs else None})
 
 
 def write_evaluation(

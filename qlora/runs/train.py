@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import Signals as Signal
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
-from qlora.evaluation import HeldOut, score
+from qlora.evaluation import HeldOut
 from qlora.evaluation.tasks import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
@@ -57,6 +57,7 @@ from qlora.runs.session import (
     kernels_kept,
     limited,
     load_model,
+    measured,
     read_evaluation,
     speaker,
     stop_at,
@@ -67,6 +68,7 @@ from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, wri
 from qlora.training import Progress, Trainer
 from qlora.training import checkpoint as checkpoints
 from qlora.training.record import differences, launcher, started_by
+from qlora.training.reference import rows_at_once
 from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
 
@@ -229,6 +231,7 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
 def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
     """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
     layers = session.model.base.placement
+    session.trainer.prepare(session.say)
     before = by_main(layers, lambda: _before(session, bases or Bases()))
     signals.wait = True
     _take_steps(session, signals)
@@ -289,7 +292,8 @@ def _measure_before(session: Session, bases: Bases) -> tuple[HeldOut | None, lis
         with nullcontext() if continues else session.model.disabled():
             if session.data.held_out:
                 session.say("Measuring the held-out loss before training …")
-                known = ("held out", session.data.fingerprint, session.recipe.evaluation.held_out_rows)
+                recipe = session.recipe
+                known = ("held out", session.data.fingerprint, recipe.evaluation.held_out_rows, recipe.objective)
                 before = _held_out(session, 0, None if continues else bases, known)
                 session.say(f"Held-out loss before: {before.loss:.4f}")
             generations = [
@@ -305,11 +309,14 @@ def _held_out(session: Session, step: int, bases: Bases | None = None, known: tu
     rows = session.data.held_out[: session.recipe.evaluation.held_out_rows]
     way = session.trainer.state.way
 
-    def measured() -> HeldOut:
-        return score(session.model, rows, way.micro_batch_size, way.loss_chunk)
+    def now() -> HeldOut:
+        trainer = session.trainer
+        at_once = rows_at_once(trainer.state) if session.recipe.objective.pairs else way.micro_batch_size
+        return measured(trainer.objective, rows, trainer.reference, at_once, way.loss_chunk)
 
-    result = measured() if bases is None else bases.once(known, measured)
-    told = {name: value for name, value in asdict(result).items() if name != "rows"}
+    result = now() if bases is None else bases.once(known, now)
+    told = {name: value for name, value in asdict(result).items() if name not in ("rows", "preferences")}
+    told |= asdict(result.preferences) if result.preferences else {}
     session.log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result
 
@@ -338,7 +345,8 @@ def _take_steps(session: Session, signals: Signals) -> None:
             if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
                 found = by_main(session.model.base.placement, partial(_held_out, session, step.number))
                 if found:
-                    progress.say(f"Held-out loss after step {step.number}: {found.loss:.4f}")
+                    pairs = f", {found.preferences}" if found.preferences else ""
+                    progress.say(f"Held-out loss after step {step.number}: {found.loss:.4f}{pairs}")
             if last or due(step.number, recipe.training.save_every):
                 save()
             if arrived := int(max(number for (number,) in processes.gather(signals.arrived))):

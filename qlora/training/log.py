@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +32,7 @@ class Step:
     epoch: float
     """Passes over the data done after this step."""
     loss: float
-    """Cross-entropy in nats, summed over the step's target tokens and divided by them."""
+    """In nats: cross-entropy, summed over the step's target tokens and divided by them, or a mean over its pairs."""
     learning_rate: float
     grad_norm: float
     """Global L2 norm before clipping."""
@@ -48,18 +48,27 @@ class Step:
     """Whether no step was taken, because the loss or a gradient was not finite (both are NaN here then)."""
     note: str = ""
     """What the user should know of this step: memory ran out, and what is smaller from here on."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What the objective has to say beside the loss: the rewards of pairs."""
 
     def metrics(self) -> dict[str, object]:
         """The line for ``metrics.jsonl``: a note only where there is one, and no loss of a step that was skipped."""
         left_out = {"loss", "grad_norm"} if self.skipped else {"skipped"}
-        left_out |= {"number"} if self.note else {"number", "note"}
-        return {"step": self.number} | {name: value for name, value in asdict(self).items() if name not in left_out}
+        left_out |= {"number", "measures"} if self.note else {"number", "measures", "note"}
+        told = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {"step": self.number, **told, **self.measures}
+
+    def in_short(self) -> str:
+        """The margin of pairs and how often the chosen answer is ahead, for a line of text; mostly nothing."""
+        if "reward_margin" not in self.measures:
+            return ""
+        return f"  margin {self.measures['reward_margin']:.3f}  ahead {self.measures['reward_accuracy']:.0%}"
 
     def __str__(self) -> str:
         if self.skipped:
             return f"step {self.number}  skipped: {self.note}"
         return (
-            f"step {self.number}  loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
+            f"step {self.number}  loss {self.loss:.4f}{self.in_short()}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
             f"{self.tokens_per_second:.0f} tokens/s"
         )
 
@@ -133,7 +142,7 @@ class Progress:
         if step.note:
             self.say(step.note)
         text = (
-            f"loss {step.loss:.3f}  lr {step.learning_rate:.1e}  {step.tokens_per_second:,.0f} tokens/s  "
+            f"loss {step.loss:.3f}{step.in_short()}  lr {step.learning_rate:.1e}  {step.tokens_per_second:,.0f} tokens/s  "
             f"{bytes_text(step.peak_memory_bytes)}"
         )
         if self.bar:

@@ -9,7 +9,7 @@ optimizer change the parameters. Several processes take the same steps, each its
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,18 +19,31 @@ from qlora.data import Data, Row, step_rows, steps_per_epoch
 from qlora.errors import DataError, DoesNotFitError, NonFiniteError, RunError, first_line, listed
 from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
 from qlora.methods import AdaptedModel
-from qlora.recipe import MemorySection, Recipe, TokensObjective, TrainingSection
+from qlora.recipe import AnyObjective, MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.residence.placement import by_main
 from qlora.training import checkpoint
 from qlora.training.log import MetricsLog, Step
-from qlora.training.objectives import make_objective
+from qlora.training.objectives import Pairs, make_objective
 from qlora.training.optim import learning_rate
 from qlora.training.passage import Passage, check_every_row, longest_row
 from qlora.training.record import begin, recipe_of
 from qlora.training.recover import Outcome, Recovery
+from qlora.training.reference import prepare_reference, unknown
 from qlora.training.rehearsal import Rehearsal, rehearse
 from qlora.training.state import TrainState
 from qlora.training.step import update
+
+
+def _require_its_data(data: Data | Sequence[Row], section: AnyObjective) -> None:
+    """Raise DataError where an objective of pairs has other rows, or pairs another objective."""
+    pairs = data.pairs if isinstance(data, Data) else section.pairs
+    rows = data.train if isinstance(data, Data) else data
+    if pairs != section.pairs or (pairs and any(len(row.examples) % 2 for row in rows)):
+        what = "pairs of a chosen and a rejected answer" if section.pairs else "single examples"
+        raise DataError(
+            f"The objective {section.name} learns from {what}, and these data hold {'others' if section.pairs else 'pairs'}; load them "
+            f"with load_data(…, pairs={section.pairs})."
+        )
 
 
 class Trainer:
@@ -68,7 +81,11 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
         self.state = TrainState.new(model, self.training, self.total_steps)
-        self.objective = make_objective(recipe.objective if recipe else TokensObjective(), model)
+        section = recipe.objective if recipe else TokensObjective()
+        _require_its_data(data, section)
+        self.objective = make_objective(section, model)
+        self.reference: dict[str, Tensor] = {}
+        """How likely the answers of pairs were before training, of ``train`` and ``held_out``, where the objective asks for it."""
         self.passage = Passage(model, self.rows, self.training, self.memory)
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
@@ -111,6 +128,7 @@ class Trainer:
         state.require_whole()
         self.begin()
         self._begin_alike()
+        self.prepare()
         started = time.perf_counter()
         places = self._places(state.step)
         rows = [self.rows[place] for place in places]
@@ -160,6 +178,21 @@ class Trainer:
             self.state.masters.doubt()
             self._alike = True
 
+    def prepare(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Measure what the objective asks of the model before training, or read it from the folder; the first step does so
+        unless it was done before. ``say`` is told where that takes its time. Raises RunError when it is not there any more and cannot be
+        measured again."""
+        if not (isinstance(objective := self.objective, Pairs) and objective.unmeasured):
+            return
+        held_out: Sequence[Row] = self.data.held_out if isinstance(self.data, Data) else ()
+        if self.recipe is not None:
+            held_out = held_out[: self.recipe.evaluation.held_out_rows]
+        parts, folder = {"train": self.rows, "held_out": held_out}, self.folder if self.log is not None else None
+        found = by_main(self.model.base.placement, lambda: prepare_reference(objective, self.state, parts, folder, say))
+        self.reference = found or unknown(parts)
+        self.state.processes.copy(self.reference.values())
+        objective.reference = self.reference["train"]
+
     def _unreached(self) -> str:
         """A sentence that names the parameters that got no gradient; empty where all did."""
         without = [name for name, values in self.state.parameters.items() if values.grad is None]
@@ -200,7 +233,15 @@ class Trainer:
             micro_batch_size=self.micro_batch_size,
             skipped=outcome.skipped,
             note=outcome.note,
+            measures={} if outcome.skipped else self._measures(rows),
         )
+
+    def _measures(self, rows: Sequence[Row]) -> dict[str, float]:
+        """What the objective says of the whole step, from what each process knows of its own share."""
+        processes = self.state.processes
+        mine = self.objective.summed(rows[processes.share(len(rows))])
+        shares = processes.gather(*mine) if mine else []
+        return self.objective.told([sum(values) for values in zip(*shares, strict=True)])
 
     def rehearse(self) -> Rehearsal:
         """Take the most expensive step that the data can give, and take it back: does it fit, and what does it take?

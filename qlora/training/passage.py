@@ -46,7 +46,9 @@ class Passage:
         """Have rows go this way from now on."""
         if self.behind_boundary(way):
             keep = layers_that_keep(way.kept, self.layers, self.away)
-            wrap_layers(self.model.model, way.micro_batch_size, self.inputs, self.memory.mlp_tile, keep)
+            wrap_layers(
+                self.model.model, self._sequences(way.micro_batch_size), self.inputs, self.memory.mlp_tile, keep
+            )
         else:
             unwrap_layers(self.model.model)  # an earlier trainer may have left its boundary
 
@@ -98,7 +100,7 @@ class Passage:
         """
         network, longest = self.model.model, longest_row(self.rows)
         ids = [int(token) for token in longest.ids[:16]]
-        packed = any(len(row.examples) > 1 for row in self.rows)
+        packed = any(row.packed for row in self.rows)
         was_training = network.training
         network.eval()  # dropout would tell two equal forwards apart
         try:
@@ -108,10 +110,14 @@ class Passage:
             if packed:
                 check_packing(network, ids, way.micro_batch_size)
             if self.behind_boundary(way):
-                for together in self._rows_together(way):
-                    check_boundary(network, ids, together, way.micro_batch_size, packed)
+                for together in map(self._sequences, self._rows_together(way)):
+                    check_boundary(network, ids, together, self._sequences(way.micro_batch_size), packed)
         finally:
             network.train(was_training)
+
+    def _sequences(self, rows: int) -> int:
+        """How many rows of the model so many of the data are: one for each example that enters apart."""
+        return rows * len(self.rows[0].sequences())
 
     def _rows_together(self, way: Way) -> list[int]:
         """How many rows enter the model together, in one process or another: in a whole step, and in the one that ends an epoch and may be short."""

@@ -15,7 +15,7 @@ import heapq
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -111,8 +111,9 @@ def rehearse(state: TrainState, objective: Objective, passage: Passage) -> Rehea
 
 
 def length_of(row: Row, virtual: int) -> int:
-    """The row's tokens with the ``virtual`` ones that stand before each of its examples."""
-    return len(row.ids) + virtual * len(row.examples)
+    """The row's tokens with the ``virtual`` ones that stand before each of its examples; padded, where these enter apart."""
+    sequences = row.sequences()
+    return len(sequences) * max(len(one.ids) + virtual * len(one.examples) for one in sequences)
 
 
 def worst_rows(rows: Sequence[Row], batch_size: int, way: Way, virtual: int) -> list[Row]:
@@ -127,8 +128,8 @@ def worst_rows(rows: Sequence[Row], batch_size: int, way: Way, virtual: int) -> 
     )
     together = len(worst) if way.layer_major else min(way.micro_batch_size, len(worst))
     place = max(together, min(2, len(worst))) - 1
-    if not any(len(row.examples) > 1 for row in worst[: place + 1]) and place:
-        packed = (row for row in rows if len(row.examples) > 1)
+    if not any(row.packed for row in worst[: place + 1]) and place:
+        packed = (row for row in rows if row.packed)
         longest = max(packed, key=lambda row: length_of(row, virtual), default=None)
         worst[place] = longest or worst[place]
     most = sum(heapq.nlargest(together, (row.target_tokens for row in rows)))
@@ -145,7 +146,7 @@ def _with_targets(row: Row, count: int) -> Row:
     labels = row.labels.copy()
     silent = numpy.flatnonzero(labels == IGNORE_INDEX)[-count:]
     labels[silent] = row.ids[silent]
-    return Row(row.ids, labels, row.positions, row.examples)
+    return replace(row, labels=labels)
 
 
 @contextmanager

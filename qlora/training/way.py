@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from qlora.machine.device import SMALLEST_CHUNK
 from qlora.recipe import TrainingSection
 
-SMALLEST_CHUNK = 16  # positions; below it the head is read too often for what is saved
 Some = TypeVar("Some")
 
 

@@ -26,9 +26,14 @@ FORMS = {"messages": MESSAGES, "sharegpt": SHAREGPT, "alpaca": ALPACA, "prompt_c
 
 
 def parsed(
-    *rows: dict[str, Any], form: str = "auto", columns: dict[str, str] | None = None, on_bad_record: str = "stop"
+    *rows: dict[str, Any],
+    form: str = "auto",
+    columns: dict[str, str] | None = None,
+    on_bad_record: str = "stop",
+    pairs: bool = False,
 ) -> Parsed:
-    return parse([Record(row, "a.jsonl", "line", n) for n, row in enumerate(rows, 1)], form, columns, on_bad_record)
+    records = [Record(row, "a.jsonl", "line", n) for n, row in enumerate(rows, 1)]
+    return parse(records, form, columns, on_bad_record, pairs=pairs)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,7 +97,7 @@ MISTAKES = [
     ([{"messages": [HI, {**YO, "skip": True}]}], "has 'skip' in turn 2, which may say whether the turn is trained"),
     ([{"messages": [HI, {**YO, "rating": "bad"}]}], "has rating bad in turn 2, .*; set 'train' to false in that turn"),
     ([{"messages": [HI, {**YO, "channel": "analysis"}, YO]}], "has thoughts as turn 2, in the channel analysis"),
-    ([{**MESSAGES, "rejected_response": "No"}], "has the form preference, messages with 'rejected_response', .* data.form=messages"),
+    ([{**MESSAGES, "rejected_response": "No"}], "has the form preference, messages with 'rejected_response'. .* data.form=messages"),
     ([{"messages": [HI], "response": "Yo"}], r"turns that end with a question, and beside them response. Set data.columns='\{prompt: messages, completion: response\}'"),
     ([{**ALPACA, "query": "Who?"}], r"has the form alpaca, and beside it query. Set data.columns='\{input: query\}'"),
     ([{**MESSAGES, "available_tools": [{"name": "f"}]}], r"beside it available_tools. Set data.columns='\{tools: available_tools\}'"),
@@ -299,12 +304,51 @@ PREFERENCES = [
 @pytest.mark.parametrize("row", PREFERENCES)
 def test_a_preference_pair_is_refused_by_name_and_trains_its_chosen_side_when_asked(row: dict[str, Any]) -> None:
     with pytest.raises(
-        DataError, match=r"Line 1 .* has the form preference, .* Set data.form=preference to train the ch"
+        DataError, match=r"Line 1 .* Set objective.name=dpo to learn from both, or data.form=preference to train the ch"
     ):
         parsed(row)
     result = parsed(row, form="preference")
     assert talk(result.conversations[0]) == QA
     assert result.notes == ("data.form=preference trains the chosen answers alone; the rejected ones are not used",)
+
+
+@pytest.mark.parametrize("form", ["auto", "preference"])
+@pytest.mark.parametrize("row", PREFERENCES)
+def test_where_answers_are_compared_both_sides_of_every_layout_are_read(row: dict[str, Any], form: str) -> None:
+    result = parsed(row, form=form, pairs=True)
+    (one,) = result.conversations
+    assert one.rejected is not None
+    assert talk(one) == QA
+    assert talk(one.rejected) == [("user", "Hi"), ("assistant", "No")]
+    assert (result.form, result.notes) == ("preference", ())
+
+
+TURNS = [HI, YO, HI]
+NO_PAIRS = [
+    (ALPACA, {}, "compares answers, and expected 'chosen' and 'rejected' among them. Give records with a 'chosen'"),
+    ({"input": "Hi", "win": "Yo", "lose": "No"}, {}, "Set data.columns='{prompt: input, chosen: win, rejected: lose}' to read it so"),
+    ({"prompt": "Hi", "response_0": "Yo", "response_1": "No"}, {}, "Write the better one of response_0, response_1 as 'chosen'"),
+    (MESSAGES, {"form": "messages"}, "data.form is messages, and the objective compares a chosen answer with a rejected one"),
+    ({"prompt": "Hi", "chosen": "Yo", "rejected": None}, {}, "'rejected'"),
+    ({"prompt": "Hi", "chosen": "Yo", "rejected": " "}, {}, "has an empty 'rejected'"),
+    ({"chosen": [*TURNS, YO], "rejected": [HI, NO, HI, NO]}, {}, "has other turns before the chosen answer than before the rejected"),
+    ({"chosen": [HI, YO], "rejected": TURNS}, {}, "has turns behind the last answer of 'rejected'"),
+    ({"chosen": [HI, YO], "rejected": [HI]}, {}, "has no answer at the end of 'rejected'"),
+    ({"prompt": "Ho", "chosen": [HI, YO], "rejected": [HI, NO]}, {}, "has a 'prompt' and another question in 'chosen'"),
+    ({"question": "Hi", "chosen": "Yo", "rejected": "No"}, {}, "no 'prompt' before the chosen answer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "asked", "sentence"), NO_PAIRS)
+def test_what_is_no_pair_is_refused_in_a_sentence(row: dict[str, Any], asked: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        parsed(row, pairs=True, **asked)
+
+
+def test_a_pair_of_equal_answers_teaches_nothing_and_is_left_out() -> None:
+    result = parsed(PAIR_OF_ANSWERS, {**PAIR_OF_ANSWERS, "rejected": "Yo"}, pairs=True)
+    assert len(result.conversations) == 1
+    assert result.notes == ("left out, as the chosen answer is the rejected one too: 1 record",)
 
 
 RIVALS = [
@@ -313,8 +357,8 @@ RIVALS = [
     ({"instruction": "Hi", "input": "", "output_1": "Yo", "output_2": "No", "preference": 1}, "output_1, output_2), of which preference may"),
     ({"history": "Hi", "human_ref_A": "Yo", "human_ref_B": "No", "labels": 1}, "human_ref_A, human_ref_B), of which labels may"),
     ({"prompt": "Hi", "responseA": "Yo", "responseB": "No", "vote": "a"}, "responseA, responseB), of which vote may"),
-    ({"model_a_response": [HI, YO], "model_b_response": [HI, NO]}, "model_a_response, model_b_response), and no objective"),
-    ({"messages": [HI], "response1": "Yo", "response2": "No"}, "response1, response2), and no objective"),
+    ({"model_a_response": [HI, YO], "model_b_response": [HI, NO]}, "model_a_response, model_b_response). Write the better"),
+    ({"messages": [HI], "response1": "Yo", "response2": "No"}, "response1, response2). Write the better"),
     ({"text": "Hi", "summary_a": "Yo", "summary_b": "No", "choice": 1}, "summary_a, summary_b), of which choice may"),
     ({"prompt": "Hi", "replies": ["Yo", "No"], "ranks": [1, 2]}, "(replies), of which ranks may"),
     ({"instruction": "Hi", "completions": [{"response": "Yo", "score": 3}, {}]}, "(completions), of which score may"),

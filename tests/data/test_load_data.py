@@ -382,3 +382,55 @@ def test_lines_that_are_no_records_are_bad_records(
     (note,) = data.report.notes
     assert note.startswith("data.on_bad_record=skip left out 2 of 4")
     assert note.endswith(f" records: {kinds}")
+
+
+RIVALS = [
+    {"prompt": f"What is number {n}?", "chosen": "It is " + "so " * (n % 7) + f"{n}.", "rejected": "No " * (1 + n % 5)}
+    for n in range(20)
+]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sides_of_a_pair_share_a_row_and_nothing_but_their_answers_count(
+    write: Any, tokenizer: Any, packing: bool
+) -> None:
+    path = write("p.jsonl", RIVALS)
+    section = DataSection(train=path, max_length=100, packing=packing, held_out_fraction=0.1)
+    data = load_data(section, tokenizer, pairs=True)
+    assert "18 records, 18 pairs in" in str(data.report)
+    assert (len(data.train) == 18) is not packing
+    shown = []
+    for row in data.train:
+        assert len(row.ids) <= 2 * 100
+        assert row.apart is not packing
+        spans = list(zip(row.examples, row.spans(), strict=True))
+        for (chosen, (begin, end)), (rejected, (start, stop)) in zip(spans[::2], spans[1::2], strict=True):
+            assert (chosen % 2, rejected) == (0, chosen + 1)
+            asked = numpy.flatnonzero(row.labels[begin:end] != IGNORE_INDEX)[0]
+            assert row.ids[begin : begin + asked].tolist() == row.ids[start : start + asked].tolist()
+            said = [tokenizer.decode(labels[labels >= 0]) for labels in (row.labels[begin:end], row.labels[start:stop])]
+            shown.append(said)
+    texts = [[record[side] for side in ("chosen", "rejected")] for record in RIVALS]
+    ends = [[text.strip() for text in pair] for pair in texts]
+    assert all([text.replace("<|end|>", "").strip() for text in said] in ends for said in shown)
+    assert "pair 0 of 18, rejected, in row" in str(data.preview(1))
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_a_pair_is_cut_alike_and_left_out_whole(write: Any, tokenizer: Any, too_long: str) -> None:
+    """One pair whose chosen side is too long, one whose question alone fills a row, one that fits."""
+    long = [
+        {"prompt": "Hi", "chosen": "so " * 60, "rejected": "No"},
+        {"prompt": "why " * 60, "chosen": "so", "rejected": "No"},
+        {"prompt": "Hi", "chosen": "so", "rejected": "No"},
+    ]
+    section = DataSection(train=write("p.jsonl", long), max_length=32, packing=False, too_long=too_long)  # type: ignore[arg-type]
+    data = load_data(section, tokenizer, pairs=True)
+    counts = data.report.train
+    assert counts.dropped == (2 if too_long == "truncate" else 4)
+    assert (counts.truncated, counts.cut_answers) == ((1, 1) if too_long == "truncate" else (0, 0))
+    sides = [[len(one.ids) for one in row.sequences()] for row in data.train]
+    assert [max(side) <= 32 for side in sides] == [True] * len(sides)
+    assert len(sides) == (2 if too_long == "truncate" else 1)
+    with pytest.raises(DataError, match=r"data.train_on is 'all', but the objective compares the last answers"):
+        load_data(section.model_copy(update={"train_on": "all"}), tokenizer, pairs=True)

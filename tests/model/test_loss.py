@@ -17,6 +17,7 @@ from qlora.model.loss import (
     IGNORE_INDEX,
     Head,
     batch_loss,
+    grouped_loss,
     head_of,
     hidden_states,
     token_loss,
@@ -345,3 +346,32 @@ def test_head_without_embeddings_of_its_own_is_the_tied_one() -> None:
     model = random_model("Gemma2", tie_word_embeddings=True)
     assert head_of(model).module.weight is model.get_input_embeddings().weight
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_sums_by_group_have_the_gradient_of_any_weights(name: str, trained: bool) -> None:
+    """As plain losses of each position do: with whatever the sums are made into, of the head too where it trains."""
+    head, (hidden, labels) = random_head(trained=trained, **HEADS[name]), random_batch(3, 9)
+    wanted = labels[:, 1:].reshape(-1)
+    places = (wanted != IGNORE_INDEX).nonzero().squeeze(1)
+    groups = torch.arange(len(places)) * 7 % 4
+
+    def made(dtype: torch.dtype, chunk: int | None) -> dict[str, Tensor]:
+        ours, given = in_dtype(head, dtype), hidden.to(dtype, copy=True).requires_grad_()
+        if chunk:
+            sums = grouped_loss(given, ours, labels, groups, 5, chunk)
+        else:
+            each = F.cross_entropy(ours.logits(given[:, :-1]).flatten(0, 1), wanted, reduction="none")[places]
+            sums = torch.zeros(5, dtype=torch.float64).index_add(0, groups, each.double())
+        loss = (sums[0] - sums[1]).tanh() + 0.1 * sums[2] * sums[3] + sums[4]
+        loss.backward()
+        assert given.grad is not None
+        found = {"sums": sums.detach(), "hidden": given.grad}
+        return found | {key: values.grad for key, values in ours.module.named_parameters() if values.grad is not None}
+
+    plain, exact = made(torch.float32, None), made(torch.float64, None)
+    assert (len(plain) > 2) is trained
+    assert exact["sums"][4] == 0
+    for chunk in (1, 4, 100):
+        none_worse(made(torch.float32, chunk), plain, exact)

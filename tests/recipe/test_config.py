@@ -11,6 +11,7 @@ import pytest
 from qlora.errors import RecipeError
 from qlora.recipe import LoRA, Recipe, Section, TaskSection, parts_of, reference
 from qlora.recipe import methods as method_sections
+from qlora.recipe import objectives as objective_sections
 
 MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
 
@@ -18,10 +19,16 @@ MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
 def sections() -> dict[str, type[Section]]:
     """Each section of a recipe by its heading in the reference; a method's has the method's name in it."""
     kinds = [field.annotation for field in Recipe.model_fields.values()]
-    methods = [kind for kind in vars(method_sections).values() if isinstance(kind, type) and "name" in fields_of(kind)]
+    unions = {"method": method_sections, "objective": objective_sections}
+    named = [
+        (union, kind)
+        for union, module in unions.items()
+        for kind in vars(module).values()
+        if isinstance(kind, type) and "name" in fields_of(kind)
+    ]
     return {
         **{name: kind for name, kind in zip(Recipe.model_fields, kinds, strict=True) if fields_of(kind)},
-        **{f"method: {kind.model_fields['name'].default}": kind for kind in methods},
+        **{f"{union}: {kind.model_fields['name'].default}": kind for union, kind in named},
         "evaluation.tasks": TaskSection,
     }
 
@@ -33,10 +40,10 @@ def fields_of(kind: Any) -> dict[str, Any]:
 def test_every_field_is_documented_and_in_the_reference() -> None:
     tables = {part.split("`")[0]: part for part in reference().split("## `")[1:]}
     assert tables.keys() == sections().keys() | {"(top level)"}
-    assert len(tables) == 7 + 13 + 1 + 1
+    assert len(tables) == 6 + 13 + 4 + 1 + 1
     for heading, section in {**sections(), "(top level)": Recipe}.items():
         for name, field in section.model_fields.items():
-            if section is not Recipe or name not in ("method", *sections()):
+            if section is not Recipe or name not in ("method", "objective", *sections()):
                 assert field.description, f"{heading} {name} has no text under it"
                 assert f"\n| `{field.alias or name}` | " in tables[heading], f"{heading} {name} is not in the reference"
 

@@ -283,7 +283,9 @@ def test_only_layer_inputs_are_kept(model: AdaptedModel) -> None:
     assert kept() <= 7 * one < resident / 3
 
 
-def test_without_gradients_or_training_it_is_the_layer_itself(dropping: AdaptedModel) -> None:
+def test_outside_training_it_is_the_layer_itself_and_without_gradients_it_cuts_rows_alone(
+    dropping: AdaptedModel,
+) -> None:
     network = dropping.model
     network.eval()
     expected = network(input_ids=TOKENS, use_cache=False).logits
@@ -291,11 +293,13 @@ def test_without_gradients_or_training_it_is_the_layer_itself(dropping: AdaptedM
     seen: list[int] = []
     decoder_layers(network)[0].layer.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
     assert torch.equal(network(input_ids=TOKENS, use_cache=False).logits, expected)
-    network.train()
-    with torch.no_grad():
-        network(input_ids=TOKENS, use_cache=False)
-    network.eval()
-    assert seen == [2, 2]
+    with torch.no_grad(), recomputing(network):
+        cut = network(input_ids=TOKENS, use_cache=False).logits
+    assert difference(cut, expected) <= LOSS
+    wrap_layers(network, 2)
+    with torch.no_grad(), recomputing(network):
+        assert torch.equal(network(input_ids=TOKENS, use_cache=False).logits, expected)
+    assert seen == [2, 1, 1, 2]
 
 
 def test_generation_with_a_cache_works_through_the_boundary(model: AdaptedModel) -> None:

@@ -8,29 +8,40 @@ The step divides once, by the whole step's denominator, so that micro-batches of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from qlora.data import Row
 from qlora.methods import AdaptedModel
 from qlora.recipe import AnyObjective
+from qlora.training.objectives.dpo import DPOComparison, IPOComparison
+from qlora.training.objectives.orpo import ORPOComparison
+from qlora.training.objectives.pairs import Comparison, Pairs
 from qlora.training.objectives.tokens import Tokens
 
-__all__ = ["OBJECTIVES", "Objective", "Tokens", "make_objective"]
+__all__ = ["COMPARISONS", "Objective", "Pairs", "Tokens", "make_objective"]
 
 
-OBJECTIVES: dict[str, Callable[[AnyObjective, AdaptedModel], Objective]] = {"tokens": lambda _, model: Tokens(model)}
-"""By the section's name, what makes it."""
+COMPARISONS: dict[str, Callable[[Any], Comparison]] = {
+    "dpo": DPOComparison,
+    "ipo": IPOComparison,
+    "orpo": ORPOComparison,
+}
+"""By the section's name, what makes the comparison of an objective of pairs."""
 
 
 def make_objective(section: AnyObjective, model: AdaptedModel) -> Objective:
     """The objective of a recipe's section, for ``model``."""
-    return OBJECTIVES[section.name](section, model)
+    if not section.pairs:
+        return Tokens(model)
+    return Pairs(model, COMPARISONS[section.name](section), section.refers)
 
 
 class Objective(Protocol):
     """What the step asks of an objective."""
+
+    model: AdaptedModel
 
     def denominator(self, rows: Sequence[Row]) -> int:
         """What the summed loss of these rows is divided by."""
@@ -42,4 +53,12 @@ class Objective(Protocol):
 
     def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
         """The summed loss of rows that enter the model together, a scalar; ``chunk`` positions have logits at a time."""
+        ...
+
+    def summed(self, rows: Sequence[Row]) -> list[float]:
+        """What there is to say of these rows beside their loss, in sums, which those of a step's other rows may be added to."""
+        ...
+
+    def told(self, sums: Sequence[float]) -> dict[str, float]:
+        """The same for ``metrics.jsonl``, from the sums of a whole step."""
         ...

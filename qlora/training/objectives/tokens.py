@@ -37,3 +37,11 @@ class Tokens:
     def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
         """The cross-entropy of rows that enter the model together, summed over their target tokens."""
         return batch_loss(self.model.model, self.batch(rows), chunk)[0]
+
+    def summed(self, rows: Sequence[Row]) -> list[float]:
+        """Nothing."""
+        return []
+
+    def told(self, sums: Sequence[float]) -> dict[str, float]:
+        """Nothing."""
+        return {}
