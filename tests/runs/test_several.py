@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from qlora.runs.train import _begun_before
+from qlora.training.record import launcher
 from tests import processes
 from tests.processes import Started
 from tests.steps import LATER
@@ -153,3 +156,18 @@ def test_a_mistake_is_said_once(recipe: Path) -> None:
     assert sum("training.batch_size" in one.errors for one in ended) == 1
     ended = [one.wait() for one in launch(2, "export", recipe)]
     assert sum("qlora export is done by one process" in one.errors for one in ended) == 1
+
+
+def test_torchrun_starts_its_own_run_again_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a process ended, ``torchrun --max-restarts`` gives the same command anew: it goes on with what it began, and is refused in
+    a folder where another run is."""
+    monkeypatch.setattr("qlora.runs.train.here", lambda: SimpleNamespace(size=2, once=lambda make: make()))
+    (tmp_path / "environment.json").write_text(json.dumps({"started_by": launcher()}))
+    assert not _begun_before(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _begun_before(tmp_path)
+    for other in ({"started_by": "elsewhere 1"}, {}):
+        (tmp_path / "environment.json").write_text(json.dumps(other))
+        assert not _begun_before(tmp_path)
+    (tmp_path / "environment.json").unlink()
+    assert not _begun_before(tmp_path)
