@@ -116,12 +116,14 @@ def nf4(folder: Path, options: dict[str, Any]) -> None:
 
 def adapter(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.programs import told
-    from qlora.runs.export import export_adapter, foreign_ends, loaded_by
+    from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by
 
     place = options.pop("out", f"{folder}/portable")
     why = export_adapter(folder, place, **options)
     print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
     said = [told(loaded_by(folder, place))]
+    if Path(base := base_of(place)).is_absolute():
+        said.append(f"It names its base by the folder it has here, '{base}'; elsewhere, give the base yourself.")
     if ends := foreign_ends(folder):
         said.append(
             f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "

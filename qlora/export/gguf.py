@@ -9,7 +9,7 @@ Must not know runs, recipes or a loaded model.
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +30,7 @@ from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
-from qlora.methods.files import keep_apart
+from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
 from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.load import GENERATION, end_tokens
 from qlora.model.skeleton import bare
@@ -98,7 +98,9 @@ def export_gguf(
     later, type = (type, "bf16") if type in BY_QUANTISER else (None, type)
     entries = entries_of(source, converted, type)
     factors = converted.factors()
-    total = sum(gguf.quant_shape_to_byte_shape(shape, kind)[-1] * _rows(shape) for _, shape, kind in entries.values())
+    total = sum(
+        gguf.quant_shape_to_byte_shape(shape, kind)[-1] * math.prod(shape[:-1]) for _, shape, kind in entries.values()
+    )
     require_disk(out, total * (2 if later else 1) + 64 * 1024**2, "The GGUF file")
     writer, stops = described(source, converted, entries, base, chat_template, ends)
     with folder_written_aside(out, overwrite) as aside:
@@ -191,19 +193,12 @@ def _type(name: str, shape: tuple[int, ...], type: str) -> Any:
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
 def _promise(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
     import gguf
     import numpy
 
     stored = gguf.quant_shape_to_byte_shape(shape, kind)
-    writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), stored[-1] * _rows(shape), raw_dtype=kind)
+    writer.add_tensor_info(name, stored, numpy.dtype(numpy.uint8), stored[-1] * math.prod(shape[:-1]), raw_dtype=kind)
 
 
 def _write_head(writer: Any, file: Path) -> None:
@@ -272,7 +267,6 @@ def export_gguf_adapter(
     Raises MethodError for what llama.cpp does not take: anything but LoRA, and LoRA on an embedding or a tied head.
     """
     import gguf
-    from safetensors.torch import load_file
 
     out = Path(out)
     keep_apart(out, base.folder, Path(adapter_folder), replaces="*.gguf" if overwrite else None)
@@ -284,8 +278,7 @@ def export_gguf_adapter(
             raise MethodError(
                 f"llama.cpp takes plain LoRA alone, and this is none: {why} Export it merged, or as gguf."
             )
-        pairs = load_file(plain / "adapter_model.safetensors")
-        alpha = json.loads((plain / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+        pairs, alpha = read_adapter_tensors(plain), read_config(plain)["lora_alpha"]
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     tensors: dict[str, Tensor] = {}
     for key, values in pairs.items():

@@ -23,6 +23,7 @@ from qlora.methods.lora import any_transposed, plain_config
 from qlora.methods.targets import linears_of, peft_targets
 from qlora.model import anatomy
 from qlora.model.base import Base
+from qlora.model.checkpoint import commit_of
 from qlora.model.names import OnLoad
 from qlora.model.tensor_file import Header, read_header, read_tensors
 
@@ -210,10 +211,16 @@ def about_base(model: AdaptedModel) -> Fields:
     return {
         "peft_version": PEFT_LAYOUT,
         "task_type": "CAUSAL_LM" if model.base.tokenizer is not None else None,
-        "base_model_name_or_path": redacted(model.base.name),
+        "base_model_name_or_path": redacted(_address(model.base)),
         "revision": model.base.revision,
         "inference_mode": True,
     }
+
+
+def _address(base: Base) -> str:
+    """What other programs find the base by: its name on the hub, or the whole path of a folder on this machine."""
+    here = base.folder != Path() and commit_of(base.folder) is None
+    return str(base.folder.absolute()) if here else base.name
 
 
 def read_about_base(folder: str | Path) -> Fields:

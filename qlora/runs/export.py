@@ -27,7 +27,7 @@ from qlora.export.programs import Verdict, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import expanded
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
-from qlora.methods.files import CONFIG
+from qlora.methods.files import CONFIG, read_about_base
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
@@ -248,6 +248,11 @@ def export_nf4(
         "this NF4": lying_in(place, found.source),
     }
     return merged, measured(found.model, found.source, forms, found.held_out)
+
+
+def base_of(adapter: str | Path) -> str:
+    """What an exported adapter calls its base."""
+    return str(read_about_base(expanded(adapter))["base_model_name_or_path"])
 
 
 def foreign_ends(folder: str | Path) -> list[str]:
