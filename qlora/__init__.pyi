@@ -46,6 +46,7 @@ from qlora.runs.evaluate import evaluate as evaluate
 from qlora.runs.evaluate import load_run as load_run
 from qlora.runs.evaluate import preview as preview
 from qlora.runs.export import merge as merge
+from qlora.runs.live import live as live
 from qlora.runs.session import Run as Run
 from qlora.runs.train import resume as resume
 from qlora.runs.train import train as train

@@ -104,6 +104,9 @@ class Data:
             f"{train.target_tokens:,} target tokens; {out} held out)"
         )
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def preview(self, index: int) -> Preview:
         """Training example ``index`` as the model sees it. Raises DataError when there is no such example."""
         count = self.report.train.examples

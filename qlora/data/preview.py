@@ -14,6 +14,7 @@ import numpy
 from rich.text import Text
 
 from qlora.data.examples import Example
+from qlora.files.html import as_text
 from qlora.model.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Preview:
         return f"{self.title}\n{body}"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return as_text(self.title + "\n", *self.runs)
 
     def __rich__(self) -> Text:
         text = Text(self.title + "\n", style="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from qlora.data.lengths import Bins, histogram
+from qlora.files.html import as_text
 from qlora.files.strangers import JsonObject
 
 
@@ -92,6 +93,9 @@ class Report:
         """How long the training examples are, for a terminal."""
         what = "documents" if self.form == "text" else "examples"
         return f"lengths of the training {what}, before any is cut:\n{histogram(self.train.lengths)}"
+
+    def _repr_html_(self) -> str:
+        return as_text(f"{self}\n{self.histogram()}")
 
     def __str__(self) -> str:
         template = f", chat template: {self.template}" if self.template else ""

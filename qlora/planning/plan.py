@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
+from qlora.files.html import as_text
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
@@ -94,6 +95,9 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """What one checkpoint holds."""
         return self.account.checkpoint_bytes
+
+    def _repr_html_(self) -> str:
+        return as_text(str(self))
 
     def __str__(self) -> str:
         model, method = self.recipe.model, self.recipe.method

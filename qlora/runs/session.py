@@ -28,6 +28,7 @@ from qlora.evaluation.preferences import held_out_pairs
 from qlora.evaluation.score import Preferences
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
+from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.machine.processes import here
@@ -67,6 +68,9 @@ class Run:
     peak_memory_bytes: int = 0
     tasks: list[JsonObject] = field(default_factory=list)
     """The rows of ``tasks.json``: what the base and the adapter scored on each task, in each metric."""
+
+    def _repr_html_(self) -> str:
+        return as_text(repr(self)) if self.report is None else as_frame(self.report.read_text(encoding="utf-8"))
 
     def __repr__(self) -> str:
         losses = [f"{one.loss:.4f} {when}" for when, one in (("before", self.before), ("after", self.after)) if one]

@@ -19,6 +19,7 @@ from typing import Any
 from qlora.data import steps_per_epoch
 from qlora.errors import DoesNotFitError, InputError, RunError, Stopped, listed
 from qlora.files.durable import expanded, file_written_aside, write_json
+from qlora.files.html import as_frame
 from qlora.files.lock import run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import bytes_text, duration_text
@@ -56,6 +57,9 @@ class Study:
 
     def __str__(self) -> str:
         return table(self.compared)
+
+    def _repr_html_(self) -> str:
+        return as_frame(self.page.read_text(encoding="utf-8"))
 
     def frame(self) -> Any:
         """The rows as a pandas frame. Raises ImportError where pandas is not installed."""
