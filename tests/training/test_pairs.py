@@ -17,6 +17,7 @@ from qlora.data import Row
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError, RunError
+from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.recipe import MemorySection, ModelSection, Recipe
@@ -27,8 +28,9 @@ from qlora.training import Trainer
 from qlora.training.objectives.pairs import pair_numbers
 from tests.methods.test_laws import CASES, Case, adapted, spoken
 from tests.rounding import MODEL, rounding
-from tests.steps import close, same_bits, step_of
+from tests.steps import LATER, close, same_bits, step_of
 from tests.tiny import CPU, VOCABULARY, adapter_bytes, stir, tiny_checkpoint
+from tests.together import together
 
 LAYERS = 2
 ALLOWED = rounding(sums=2 * MODEL * LAYERS)
@@ -254,6 +256,24 @@ class _Silent:
 def _measured_again(trainer: Trainer) -> Tensor:
     trainer.prepare()
     return trainer.reference["train"]
+
+
+def _steps_of_pairs(folder: Path, place: Path) -> None:
+    """Losses and rewards of steps of 3 and 2 rows, written by the main process."""
+    training = recipe_of(OBJECTIVES["dpo"], batch_size=3, steps=4)
+    steps = list(Trainer(model_of(folder), ROWS["packed"], recipe=training))
+    if here().main:
+        torch.save([{"loss": step.loss, **step.measures} for step in steps], place / f"{here().size}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(folder: Path, tmp_path: Path) -> None:
+    _steps_of_pairs(folder, tmp_path)
+    together(2, _steps_of_pairs, folder, tmp_path)
+    alone, two = (torch.load(tmp_path / f"{size}.pt", weights_only=True) for size in (1, 2))
+    assert len(alone) == len(two) == 4
+    for expected, found in zip(alone, two, strict=True):
+        assert found == pytest.approx(expected, rel=LATER, abs=LATER)
 
 
 def test_rows_and_objective_have_to_be_of_one_kind(folder: Path) -> None:

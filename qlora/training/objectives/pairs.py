@@ -26,6 +26,7 @@ from qlora.data import IGNORE_INDEX, Row
 from qlora.machine.device import in_smaller_parts
 from qlora.methods import AdaptedModel
 from qlora.model.loss import grouped_loss, head_of, hidden_states
+from qlora.residence.layers import recomputing
 from qlora.training.objectives.tokens import Tokens
 
 
@@ -107,9 +108,8 @@ class Pairs(Tokens):
         a layer that is fetched, or dequantised, is so once for all of them. Raises DoesNotFitError where one row is too much.
         """
         network, was_training = self.model.model, self.model.model.training
-        places = sorted(
-            range(len(rows)), key=lambda place: -len(rows[place].ids)
-        )  # of like length, so that little is padded
+        # rows of like length are together, so that little is padded
+        places = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
 
         def measured(start: int, stop: int, chunk: int) -> list[tuple[Tensor, Tensor]]:
             together = [rows[place] for place in places[start:stop]]
@@ -118,10 +118,10 @@ class Pairs(Tokens):
             return list(zip(*(values.cpu().split(pairs) for values in both), strict=True))
 
         network.eval()
+        device, what = self.model.device, "Measuring one row of pairs"
         try:
-            found = in_smaller_parts(
-                len(rows), at_once, chunk, measured, self.model.device, "Measuring one row of pairs"
-            )
+            with recomputing(network):
+                found = in_smaller_parts(len(rows), at_once, chunk, measured, device, what)
         finally:
             network.train(was_training)
         in_order = [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
