@@ -284,19 +284,26 @@ def _taken(words: list[str], *names: str) -> dict[str, str]:
 
 def _summary(run: Run) -> None:
     """What a run came to, on standard output."""
-    from qlora.evaluation.score import verdict
+    from rich.console import Console
+
     from qlora.machine.device import bytes_text
+    from qlora.runs.session import NOTHING_HELD_OUT
+
+    def judge(outcome: str, said: str) -> None:
+        style = {"better": "green", "worse": "bold red", "diverged": "bold red"}.get(outcome, "yellow")
+        console = Console(soft_wrap=True)
+        console.print(f"Verdict                {outcome}: {said}", style=style, markup=False, highlight=False)
 
     print(f"\nTrainable parameters   {run.trainable_parameters:,}")
     if run.before and run.after:
         change = run.after.loss / run.before.loss - 1
         print(f"Held-out loss          {run.before.loss:.4f} before, {run.after.loss:.4f} after ({change:+.1%})")
-        if run.before.rows:  # a run that an older release began has none
-            print(f"Verdict                {verdict(run.before, run.after)}")
+        if run.verdict is not None:
+            judge(*run.verdict)
     elif run.after:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
     else:
-        print("Held-out loss          not measured, since nothing is held out: set data.held_out_fraction=0.05")
+        judge("not known", NOTHING_HELD_OUT)
     print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
     for item in run.generations:
         print(f"\n? {visible(item.prompt)}")
@@ -310,7 +317,19 @@ def _summary(run: Run) -> None:
     print(f"\nRun folder   {visible(run.folder)}")
     if run.report:
         print(f"Report       {visible(run.report)}")
-    print(f"Try next     {_command()} chat {visible(shlex.quote(str(run.folder)))}")
+    print(f"Try next     {_command()} {_next(run)}")
+
+
+def _next(run: Run) -> str:
+    """What to do after a run: talk to the model, or train anew where it came out worse."""
+    if run.verdict is None or run.verdict.outcome not in ("worse", "diverged"):
+        return f"chat {visible(shlex.quote(str(run.folder)))}"
+    from qlora.recipe import Recipe
+
+    path = run.folder / "recipe.yaml"
+    rate = Recipe.from_yaml(path).training.learning_rate / 10
+    again = visible(shlex.quote(f"{run.folder}-again"))
+    return f"train {visible(shlex.quote(str(path)))} folder={again} training.learning_rate={rate:g}"
 
 
 def _command() -> str:

@@ -21,7 +21,7 @@ import torch
 
 from qlora.data import Data, Prompt
 from qlora.errors import RunError, redacted, visible
-from qlora.evaluation import HeldOut, answers
+from qlora.evaluation import HeldOut, Verdict, answers, verdict
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
@@ -33,6 +33,8 @@ from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
 from qlora.training import Trainer
+
+NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Run:
     peak_memory_bytes: int = 0
     tasks: list[JsonObject] = field(default_factory=list)
     """The rows of ``tasks.json``: what the base and the adapter scored on each task, in each metric."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What training came to; None where it was not measured before and after, row by row."""
+        return compared(self.before, self.after)
 
     def __repr__(self) -> str:
         losses = [f"{one.loss:.4f} {when}" for when, one in (("before", self.before), ("after", self.after)) if one]
@@ -187,6 +194,11 @@ def read_evaluation(folder: Path) -> tuple[HeldOut | None, list[Generation]] | N
         raise damaged_evaluation(folder) from None
 
 
+def compared(before: HeldOut | None, after: HeldOut | None) -> Verdict | None:
+    """The verdict on two measurements; None where one is missing, or is an older release's, which kept no rows."""
+    return verdict(before, after) if before and after and before.rows else None
+
+
 def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
     """What ``evaluation.json`` says of one measurement; older ones have no rows."""
     if not values:
@@ -197,9 +209,14 @@ def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
 def write_evaluation(
     folder: Path, before: HeldOut | None, after: HeldOut | None, generations: list[Generation]
 ) -> None:
-    """Write ``evaluation.json``."""
+    """Write ``evaluation.json``: what was measured, the verdict on it, and the answers."""
     held_out = {key: asdict(value) for key, value in (("before", before), ("after", after)) if value is not None}
-    values = {"held_out": held_out, "generations": [asdict(item) for item in generations]}
+    found = compared(before, after)
+    values = {
+        "held_out": held_out,
+        "verdict": found and found._asdict(),
+        "generations": [asdict(item) for item in generations],
+    }
     write_json(folder / "evaluation.json", values)
 
 

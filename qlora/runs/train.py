@@ -43,6 +43,7 @@ from qlora.runs.folder import (
     with_changes,
 )
 from qlora.runs.session import (
+    NOTHING_HELD_OUT,
     Generation,
     Run,
     Session,
@@ -132,6 +133,8 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     checkpoint = open_checkpoint(recipe.model, weights=False)
     data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
+    if not data.held_out:
+        say(f"Warning: {NOTHING_HELD_OUT}.")
     tasks = open_tasks(recipe, data)
     planned = plan(recipe, checkpoint)
     for sentence in planned.why:

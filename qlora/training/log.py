@@ -83,6 +83,11 @@ class MetricsLog:
         """Drop the held-out evaluation after ``step`` steps, which is about to be made again."""
         self._keep(lambda values: values["step"] != step or "held_out_loss" not in values)
 
+    def losses(self) -> list[float]:
+        """Of the steps that stand there."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        return [float(values["loss"]) for values in map(json.loads, text.splitlines()) if "loss" in values]
+
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.is_file():
             return

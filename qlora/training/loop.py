@@ -21,6 +21,7 @@ from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memo
 from qlora.methods import AdaptedModel
 from qlora.recipe import MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.training import checkpoint
+from qlora.training.diverging import Divergence
 from qlora.training.log import MetricsLog, Step
 from qlora.training.objectives import make_objective
 from qlora.training.optim import learning_rate
@@ -71,6 +72,7 @@ class Trainer:
         self.passage = Passage(model, self.rows, self.training, self.memory)
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
+        self.divergence = Divergence(self.training.learning_rate)
         self._heap = TrimmedHeap(model.device)
         self._check()
 
@@ -120,7 +122,8 @@ class Trainer:
         outcome = self.recovery.step(rows, places)
         if not outcome.skipped:
             unreached = "" if state.step else self._unreached()
-            outcome = replace(outcome, note=" ".join(filter(None, [outcome.note, unreached])))
+            diverges = self.divergence.look(outcome.loss)
+            outcome = replace(outcome, note=" ".join(filter(None, [outcome.note, unreached, diverges])))
             self._update(rate, outcome.norm)
         state.step += 1
         if not outcome.skipped:
@@ -146,6 +149,8 @@ class Trainer:
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.rewind(self.step_number)  # lines of steps that are taken again
+        for loss in self.log.losses():
+            self.divergence.look(loss)
 
     def _unreached(self) -> str:
         """A sentence that names the parameters that got no gradient; empty where all did."""
