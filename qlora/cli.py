@@ -134,6 +134,22 @@ def report(words: list[str]) -> None:
     print(write_report(_run("report", words)))
 
 
+def watch(words: list[str]) -> None:
+    """RUN [port=8712]: the report in a browser, made anew while the run trains; Ctrl-C ends it.
+
+    This machine alone can see it; from another one: ssh -L 8712:127.0.0.1:8712 MACHINE.
+    """
+    port = _taken(words, "port").get("port")
+    if port is not None and not port.isdecimal():
+        raise InputError(f"port is '{port}'; expected a whole number, such as 8712.")
+    folder = _run("watch", words)
+    from qlora.reporting.watch import server
+
+    with server(folder, None if port is None else int(port)) as serving, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{serving.server_address[1]}   (Ctrl-C ends this, and no training)", flush=True)
+        serving.serve_forever()
+
+
 def study(words: list[str]) -> int:
     """STUDY [plan]: many runs compared fairly: methods, ranks, rates, seeds; one page at the end.
 
@@ -169,7 +185,7 @@ def recipe(_: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     verb.__name__: verb
-    for verb in (plan, preview, train, resume, evaluate, chat, export, report, study, doctor, recipe)
+    for verb in (plan, preview, train, resume, evaluate, chat, export, report, watch, study, doctor, recipe)
 }
 
 
@@ -286,7 +302,7 @@ def _summary(run: Run) -> None:
     """What a run came to, on standard output."""
     from rich.console import Console
 
-    from qlora.machine.device import bytes_text
+    from qlora.machine.device import bytes_text, duration_text
     from qlora.runs.session import NOTHING_HELD_OUT
 
     def judge(outcome: str, said: str) -> None:
@@ -304,7 +320,8 @@ def _summary(run: Run) -> None:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
     else:
         judge("not known", NOTHING_HELD_OUT)
-    print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
+    steps = f" in {run.steps:,} steps" if run.steps else ""
+    print(f"Time and peak memory   {duration_text(run.seconds)}{steps}, {bytes_text(run.peak_memory_bytes)}")
     for item in run.generations:
         print(f"\n? {visible(item.prompt)}")
         for name, text in (("expected", item.expected), ("before", item.before), ("after", item.after)):

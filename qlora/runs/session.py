@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,14 +24,14 @@ from qlora.evaluation import HeldOut, Verdict, answers, verdict
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
-from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
+from qlora.machine.device import bytes_text, duration_text, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
-from qlora.training import Trainer
+from qlora.training import Rehearsal, Trainer
 
 NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
 
@@ -59,6 +58,7 @@ class Run:
     generations: list[Generation] = field(default_factory=list)
     report: Path | None = None
     seconds: float = 0.0
+    """In training steps, of every process that took one; of an evaluation, in all. The report and metrics.jsonl say the same."""
     peak_memory_bytes: int = 0
     tasks: list[JsonObject] = field(default_factory=list)
     """The rows of ``tasks.json``: what the base and the adapter scored on each task, in each metric."""
@@ -71,7 +71,7 @@ class Run:
     def __repr__(self) -> str:
         losses = [f"{one.loss:.4f} {when}" for when, one in (("before", self.before), ("after", self.after)) if one]
         return (
-            f"Run in {self.folder}: {self.steps} steps in {self.seconds:.0f} s, at most "
+            f"Run in {self.folder}: {self.steps} steps in {duration_text(self.seconds)}, at most "
             f"{bytes_text(self.peak_memory_bytes)}\n"
             f"  {self.trainable_parameters:,} trainable parameters\n"
             f"  held-out loss {', '.join(losses) or 'not measured'}"
@@ -91,8 +91,8 @@ class Session:
     trainer: Trainer
     say: Callable[[str], None]
     quiet: bool
-    begun: float = field(default_factory=time.perf_counter)
     tasks: list[Task] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None
 
     def answers(self) -> list[str]:
         """The model's answers to ``prompts``."""
@@ -107,6 +107,8 @@ class Session:
         report: Path,
     ) -> Run:
         """What the caller gets."""
+        log = self.trainer.log
+        assert log is not None  # a run that ended has begun
         return Run(
             folder=self.folder,
             steps=self.trainer.step_number,
@@ -115,8 +117,8 @@ class Session:
             after=after,
             generations=generations,
             report=report,
-            seconds=time.perf_counter() - self.begun,
-            peak_memory_bytes=peak_memory_bytes(self.model.device),
+            seconds=sum(log.told("seconds")),
+            peak_memory_bytes=int(max(log.told("peak_memory_bytes"), default=0)),
             tasks=tasks,
         )
 

@@ -8,18 +8,18 @@ Everything that can be wrong with the input is found before a folder is made.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals as Signal
+from statistics import median
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut, score
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
-from qlora.machine.device import DTYPES, bytes_text, resolve_device
+from qlora.machine.device import DTYPES, bytes_text, duration_text, resolve_device
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
@@ -81,10 +81,10 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
         else:
             require_free(folder, recipe.overwrite)
         session, planned, rate = _packed_or_by_length(recipe, folder, quiet, bases or Bases())
-        rehearsal = _rehearse(session, planned)
+        session.rehearsal = _rehearse(session, planned)
         with taken(folder, recipe.overwrite), stoppable(f"qlora resume {shown(folder)}") as signals:
             clear(folder)
-            write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session, rehearsal)))
+            write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session)))
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
@@ -124,7 +124,7 @@ def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases
 
 def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
     """Everything loaded and planned for the first step, and the device's matrix rate in FLOP/s; nothing is written yet."""
-    begun, say = time.perf_counter(), speaker(quiet)
+    say = speaker(quiet)
     use_threads(recipe)
     recipe, origin = continued(recipe)
     if origin is not None:
@@ -157,12 +157,12 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
         model.prepare(trainer.batches())
     else:
         trainer.environment["continued_from"] = origin.as_dict()
-    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun, tasks), planned, rate
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, tasks), planned, rate
 
 
 def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bases) -> Session:
     """Everything loaded as the run's newest whole checkpoint has it."""
-    begun, say = time.perf_counter(), speaker(quiet)
+    say = speaker(quiet)
     first, environment = open_run(folder)
     recipe = with_changes(first, overrides, folder)
     for place in (folder, folder / "checkpoints"):
@@ -193,7 +193,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     else:
         model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
-    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun, tasks)
+    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, tasks)
 
 
 def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
@@ -217,6 +217,8 @@ def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> R
     )
     keep_base(base, folder)
     signals.wait = True
+    if session.trainer.step_number < session.trainer.total_steps:
+        session.say(_ahead(session, log))
     _take_steps(session, log, signals)
     signals.wait = False
     if signals.arrived:  # after the last look at it
@@ -286,6 +288,23 @@ def _held_out(
     return result
 
 
+def _ahead(session: Session, log: MetricsLog) -> str:
+    """How many steps are ahead, and about how long they take: by the run's own steps, or by the one that was rehearsed."""
+    trainer, every = session.trainer, session.recipe.evaluation.every
+    done, total = trainer.step_number, trainer.total_steps
+    seconds = 0.0
+    if known := log.told("seconds"):
+        seconds = median(known)
+    elif session.rehearsal is not None:
+        tokens = sum(len(row.ids) for row in trainer.rows) / trainer.steps_per_epoch
+        seconds = session.rehearsal.seconds * tokens / session.rehearsal.tokens
+    epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {trainer.steps_per_epoch:,} steps"
+    time = f", about {duration_text((total - done) * seconds)}" if seconds else ""
+    evaluations = sum(due(step, every) for step in range(done + 1, total)) + 1
+    more = f"; {evaluations} held-out evaluation{'s' * (evaluations > 1)} on top" if session.data.held_out else ""
+    return f"{total - done:,} steps to go of {total:,} ({epochs}){time}{more}."
+
+
 def _take_steps(session: Session, log: MetricsLog, signals: Signals) -> None:
     """Every step that is left, with its line, its checkpoint and its evaluation where they are due. Raises Stopped."""
     trainer, recipe = session.trainer, session.recipe
@@ -303,7 +322,7 @@ def _take_steps(session: Session, log: MetricsLog, signals: Signals) -> None:
 
     with Progress(total, trainer.step_number, session.quiet) as progress:
         for step in trainer:
-            progress.show(step)
+            progress.show(step, trainer.divergence.diverges)
             last = step.number == total
             if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
                 loss = _held_out(session, log, step.number).loss
@@ -336,7 +355,7 @@ def _hand_over(session: Session) -> None:
         write_json(session.folder / "method.json", redacted(found))
 
 
-def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehearsal | None) -> dict[str, object]:
+def _plan_values(planned: Plan, rate: float, session: Session) -> dict[str, object]:
     """What ``plan.json`` holds."""
     recipe, trainer = planned.recipe, session.trainer
     return {
@@ -349,7 +368,7 @@ def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehear
         "arithmetic": {"flops_per_token": planned.flops_per_token, "matrix_flops_per_second": rate},
         "memory": planned.memory.as_dict(),
         "not_quantised": planned.dense and {**planned.dense.bytes, "share": planned.dense.share},
-        "rehearsal": None if rehearsal is None else asdict(rehearsal),
+        "rehearsal": session.rehearsal and asdict(session.rehearsal),
         "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
         "why": planned.why,
     }

@@ -149,7 +149,7 @@ class Trainer:
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.rewind(self.step_number)  # lines of steps that are taken again
-        for loss in self.log.losses():
+        for loss in self.log.told("loss"):
             self.divergence.look(loss)
 
     def _unreached(self) -> str:
