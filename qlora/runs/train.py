@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from signal import Signals as Signal
 from statistics import median
@@ -64,6 +65,7 @@ from qlora.training import checkpoint as checkpoints
 from qlora.training.record import differences
 from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
+from qlora.training.tracking import require_trackers, tracking
 
 
 def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Run:
@@ -74,6 +76,10 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
     Raises InputError, DoesNotFitError, or Stopped after a signal, with a checkpoint saved.
     """
     folder = expanded(recipe.folder or "runs/run")
+    if recipe.method.from_ is not None and expanded(recipe.method.from_).resolve() == folder.resolve():
+        origin, folder = folder, _beside(folder)
+        recipe = recipe.model_copy(update={"folder": str(folder), "overwrite": False})
+        speaker(quiet)(f"More of the run in '{origin}', in a folder of its own: '{folder}'.")
     with full_disk_said(folder, "train it again"), kernels_kept():
         if folder.is_dir():  # said now, not after minutes of loading
             with taken(folder, recipe.overwrite):
@@ -125,6 +131,7 @@ def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases
 def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
     """Everything loaded and planned for the first step, and the device's matrix rate in FLOP/s; nothing is written yet."""
     say = speaker(quiet)
+    require_trackers(recipe.tracking)
     use_threads(recipe)
     recipe, origin = continued(recipe)
     if origin is not None:
@@ -165,6 +172,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     say = speaker(quiet)
     first, environment = open_run(folder)
     recipe = with_changes(first, overrides, folder)
+    require_trackers(recipe.tracking)
     for place in (folder, folder / "checkpoints"):
         clear_leftovers(place)
     use_threads(recipe)
@@ -208,8 +216,14 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
 
 def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
     """From a trainer at any step to a finished run folder."""
-    folder, log = session.folder, session.trainer.log
+    log = session.trainer.log
     assert log is not None  # the run has begun
+    with tracking(session.recipe, session.folder, session.trainer.step_number, session.say) as log.also:
+        return _finished(session, log, signals, bases)
+
+
+def _finished(session: Session, log: MetricsLog, signals: Signals, bases: Bases | None) -> Run:
+    folder = session.folder
     before, generations = _measure_before(session, log, bases or Bases())
     base = (bases or Bases()).once(
         ("tasks", *((task.name, task.settings, *(item.id for item in task.items)) for task in session.tasks)),
@@ -286,6 +300,11 @@ def _held_out(
     told = {name: value for name, value in asdict(result).items() if name != "rows"}
     log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result
+
+
+def _beside(folder: Path) -> Path:
+    """The first of ``folder-2``, ``folder-3``, … that is not there."""
+    return next(place for number in count(2) if not (place := folder.with_name(f"{folder.name}-{number}")).exists())
 
 
 def _ahead(session: Session, log: MetricsLog) -> str:

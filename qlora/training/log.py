@@ -52,13 +52,15 @@ class Step:
     """Rows that went through the model at once."""
     skipped: bool = False
     """Whether no step was taken, because the loss or a gradient was not finite (both are NaN here then)."""
+    resumed: bool = False
+    """Whether it is the first that this process took of a run that was stopped."""
     note: str = ""
     """What the user should know of this step: memory ran out, and what is smaller from here on."""
 
     def metrics(self) -> dict[str, object]:
         """The line for ``metrics.jsonl``: a note only where there is one, and no loss of a step that was skipped."""
         left_out = {"loss", "grad_norm"} if self.skipped else {"skipped"}
-        left_out |= {"number"} if self.note else {"number", "note"}
+        left_out |= {"number", *(name for name in ("note", "resumed") if not getattr(self, name))}
         return {"step": self.number} | {name: value for name, value in asdict(self).items() if name not in left_out}
 
     def __str__(self) -> str:
@@ -75,11 +77,15 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.also: Callable[[Mapping[str, Any]], None] | None = None
+        """What is told each line too."""
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append one object."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: redacted(v) if isinstance(v, str) else v for k, v in values.items()}) + "\n")
+        if self.also is not None:
+            self.also(values)
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, and a torn last one: a resumed run writes them again."""

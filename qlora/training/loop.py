@@ -73,6 +73,7 @@ class Trainer:
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
         self.divergence = Divergence(self.training.learning_rate)
+        self._resumed = False
         self._heap = TrimmedHeap(model.device)
         self._check()
 
@@ -132,6 +133,7 @@ class Trainer:
         state.torn = False
         self._heap.after_step()
         step = self._told(rows, rate, outcome, time.perf_counter() - started)
+        self._resumed = False
         if self.log is not None:
             self.log.write(step.metrics())
         return step
@@ -148,6 +150,7 @@ class Trainer:
             return
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self._resumed = self.step_number > 0
         self.log.rewind(self.step_number)  # lines of steps that are taken again
         for loss in self.log.told("loss"):
             self.divergence.look(loss)
@@ -191,6 +194,7 @@ class Trainer:
             seconds=seconds,
             micro_batch_size=self.micro_batch_size,
             skipped=outcome.skipped,
+            resumed=self._resumed,
             note=outcome.note,
         )
 
