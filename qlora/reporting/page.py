@@ -17,6 +17,7 @@ from qlora.errors import redacted
 from qlora.machine.device import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting import charts, figures
+from qlora.reporting.answers import CUT, Piece, compared
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import exact_text
 from qlora.reporting.records import Json, Records, number, section, whole
@@ -33,6 +34,8 @@ _ALWAYS = ("records", "examples", "tokens", "target_tokens", "target_fraction", 
 
 # plan.json's memory may hold these beside the kinds; they are sums and limits.
 _SUMS = {"total": "planned in all", "budget": "budget", "free": "free before the run", "capacity": "on the device"}
+
+MOST_NOTES = 20  # of single steps, that the page shows
 
 Bar = tuple[str, float, str]  # label, percent of the width, text
 Pairs = list[tuple[str, str]]
@@ -54,6 +57,8 @@ def render(records: Records) -> str:
     pages.globals |= {"WIDE": charts.WIDE, "SMALL": charts.SMALL, "change": figures.change_text}
     pages.globals |= {"axes": charts.axes, "columns": charts.columns, "read_out": charts.read_out}
     summary = figures.summarise(records)
+    verdict = _verdict(records, summary)
+    ahead, repeat = _commands(records, summary.finished, verdict is not None and verdict[0] == "worse")
     page = pages.get_template("report.html.jinja").render(
         name=records.name,
         figures=summary,
@@ -70,7 +75,11 @@ def render(records: Records) -> str:
         why=_sentences(records.plan.get("why")),
         recipe=_recipe(records.recipe) if records.recipe else [],
         recipe_text=records.recipe_text,
-        commands=_commands(records, summary.finished),
+        verdict=verdict,
+        happened=_happened(records),
+        cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
+        next=ahead,
+        reproduce=repeat,
         environment=_environment(records.environment),
     )
     return _NOT_TEXT.sub("\ufffd", page)
@@ -96,14 +105,50 @@ def _method(part: Section) -> str:
     return " ".join([type(part).__name__, ", ".join(facts)]).strip()
 
 
-def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, str | None]]]]:
-    """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, text)."""
-    titles = {"expected": "Expected", "before": "Before", "after": "After training"}
+def _verdict(records: Records, summary: figures.Figures) -> tuple[str, str, str] | None:
+    """The strip under the title: (its class, the outcome, by how much and what to do); None where there is nothing to judge."""
+    found, diverges = (
+        section(records.evaluation, "verdict"),
+        [note for _, note in _noted(records) if "diverges" in note],
+    )
+    outcome, said = (_said(found[key]) if key in found else "" for key in ("outcome", "said"))
+    if outcome:
+        kind = {"better": "better", "worse": "worse", "diverged": "worse"}.get(outcome, "unsure")
+        return kind, outcome[:1].upper() + outcome[1:], said
+    if diverges:
+        return "worse", "Diverges", diverges[-1]
+    if summary.finished and summary.before is None:
+        return (
+            "unsure",
+            "Not known",
+            "Nothing is held out, so whether training helped cannot be known; data.held_out_fraction=0.05.",
+        )
+    return None
+
+
+def _noted(records: Records) -> list[tuple[int, str]]:
+    """What was said of single steps."""
+    notes = ((step.number, step.values.get("note")) for step in records.steps)
+    return [(number, redacted(note)) for number, note in notes if isinstance(note, str) and note]
+
+
+def _happened(records: Records) -> list[str]:
+    noted = [f"Step {exact_text(number)}: {note}" for number, note in _noted(records)]
+    return noted[:MOST_NOTES] + [f"And {len(noted) - MOST_NOTES} more, in metrics.jsonl."] * (len(noted) > MOST_NOTES)
+
+
+def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[Piece] | None]]]]:
+    """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, pieces)."""
     found = []
     for item in generations if isinstance(generations, list) else []:
         if isinstance(item, dict):
-            texts = {key: None if item.get(key) is None else _said(item[key]).strip() for key in titles}
-            shown = [(key, titles[key], text) for key, text in texts.items() if key != "expected" or text is not None]
+            expected, before, after = (
+                None if item.get(key) is None else _said(item[key]).strip() for key in ("expected", "before", "after")
+            )
+            pieces = compared(before, after)
+            shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
+            if expected is not None:
+                shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
             found.append((_said(item.get("prompt")), shown))
     return found
 
@@ -167,6 +212,7 @@ def _data(report: Json) -> dict[str, object] | None:
     return {
         "lead": ", ".join(f"{title}{report[key]}" for title, key in about if report.get(key)),
         "parts": [_words(name) for name in parts],
+        "kept": [(_words(name), _kept(part)) for name, part in parts.items()],
         "rows": [(_words(key), [_amount(key, part) for part in parts.values()]) for key in shown],
         "lengths": _lengths(section(report, "train").get("lengths")),
         "notes": _sentences(report.get("notes")),
@@ -218,18 +264,44 @@ def _recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str, str, bool]]]
     return cards
 
 
-def _commands(records: Records, finished: bool) -> Pairs:
-    """What to do next: (why, command)."""
+def _kept(part: Json) -> list[Bar]:
+    """What became of the records of one part, as shares of all."""
+    counts = {
+        name: whole(part, name) or 0 for name in ("examples", "truncated", "dropped", "skipped", "truncated_tokens")
+    }
+    told = {
+        "kept whole": counts["examples"] - counts["truncated"],
+        "truncated at max_length": counts["truncated"],
+        "dropped, too long": counts["dropped"],
+        "skipped, no answer": counts["skipped"],
+    }
+    total = max(1, sum(told.values()))
+    return [(name, round(100 * count / total, 1), exact_text(count)) for name, count in told.items() if count > 0]
+
+
+def _commands(records: Records, finished: bool, worse: bool) -> tuple[Pairs, Pairs]:
+    """What to do next, and what makes the same run again: (why, command)."""
     # The run folder as its owner typed it, where the recipe still tells; else its name. Never the absolute path.
     told = redacted(records.recipe.folder or "").rstrip("/") if records.recipe else ""
     folder = told if told.rpartition("/")[2] == records.name else records.name
-    here = shlex.quote(folder)
-    again = f"qlora train {shlex.quote(f'{folder}/recipe.yaml')} folder={shlex.quote(f'{folder}-again')}"
-    repeat = ("the same run once more, in a folder of its own", again)
+    here, recipe = shlex.quote(folder), shlex.quote(f"{folder}/recipe.yaml")
+    again = f"qlora train {recipe} folder={shlex.quote(f'{folder}-again')}"
+    repeat = [("The same run once more, in a folder of its own", again)]
+    slower = records.recipe.training.learning_rate / 10 if records.recipe else 1e-5
+    if worse:
+        return [("Train anew with a lower learning rate", f"{again} training.learning_rate={slower:g}")], repeat
     if not finished:
-        return [("go on from the last checkpoint", f"qlora resume {here}"), repeat]
-    merged = ("base and adapter as one plain checkpoint", f"qlora export {here} merged")
-    return [repeat, ("talk to the trained model", f"qlora chat {here}"), merged]
+        ahead = [
+            ("Go on from the last checkpoint", f"qlora resume {here}"),
+            ("Watch it while it trains", f"qlora watch {here}"),
+        ]
+        return ahead, repeat
+    ahead = [
+        ("Talk to the trained model", f"qlora chat {here}"),
+        ("Base and adapter as one plain checkpoint", f"qlora export {here} merged"),
+        ("More epochs, in a folder of its own", f"qlora train {recipe} method.from={here}"),
+    ]
+    return ahead, repeat
 
 
 def _environment(values: Json) -> list[tuple[str, Pairs]]:

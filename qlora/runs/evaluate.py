@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.data import Preview
 from qlora.errors import RunError
-from qlora.evaluation import answers, score
+from qlora.evaluation import score
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel
 from qlora.methods.loading import load_adapter
@@ -36,6 +36,7 @@ from qlora.runs.folder import (
 from qlora.runs.session import (
     Generation,
     Run,
+    asked,
     held_out_prompts,
     limited,
     load_model,
@@ -76,7 +77,7 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
     if data.held_out:
         rows = data.held_out[: recipe.evaluation.held_out_rows]
         after = score(model, rows, recipe.training.micro_batch_size, recipe.training.loss_chunk)
-    texts = answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens)
+    texts = asked(model, prompts, recipe)
     return Run(
         folder=folder,
         steps=0,

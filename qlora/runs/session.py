@@ -96,7 +96,7 @@ class Session:
 
     def answers(self) -> list[str]:
         """The model's answers to ``prompts``."""
-        return answers(self.model, [prompt.ids for prompt in self.prompts], self.recipe.evaluation.max_new_tokens)
+        return asked(self.model, self.prompts, self.recipe)
 
     def result(
         self,
@@ -121,6 +121,11 @@ class Session:
             peak_memory_bytes=int(max(log.told("peak_memory_bytes"), default=0)),
             tasks=tasks,
         )
+
+
+def asked(model: AdaptedModel, prompts: Sequence[Prompt], recipe: Recipe) -> list[str]:
+    """The model's answers, with a mark behind those that are longer than the recipe lets them be."""
+    return answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens, cut=" […]")
 
 
 def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
