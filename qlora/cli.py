@@ -128,10 +128,15 @@ def export(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    """RUN: write report.html from the run's files."""
-    from qlora.reporting import write_report
+    """RUN [RUN …]: write report.html from the run's files; of several runs one page, side by side, to out=compare.html."""
+    given = _taken(words, "out")
+    if given and len(words) < 2:
+        raise InputError("out is for the page of several runs; one run's report goes into its folder.")
+    folders = [_run("report", [word]) for word in words] or [_run("report", words)]
+    from qlora.reporting import write_comparison, write_report
 
-    print(write_report(_run("report", words)))
+    several = len(folders) > 1
+    print(write_comparison(folders, Path(given.get("out", "compare.html"))) if several else write_report(folders[0]))
 
 
 def watch(words: list[str]) -> None:

@@ -27,7 +27,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 # Control characters are not allowed in HTML, and one half of a surrogate pair cannot be written as UTF-8 at all:
 # json.loads('"\\ud800"') gives one. Both are shown as the replacement character.
-_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 # Counts that are shown at zero too: that nothing was lost is what a reader looks for.
 _ALWAYS = ("records", "examples", "tokens", "target_tokens", "target_fraction", "truncated", "dropped")
@@ -49,40 +49,49 @@ def templates(*folders: Path) -> Environment:
     return found
 
 
-def render(records: Records) -> str:
-    """Records → a complete HTML document."""
+def pages() -> Environment:
+    """The templates beside this file, with all that they draw and write by."""
     pages = templates(Path(__file__).parent)
     pages.filters |= {"count": figures.count_text, "exact": exact_text, "significant": figures.significant}
     pages.filters |= {"duration": figures.duration_text, "bytes": bytes_text, "thinned": charts.thinned}
     pages.globals |= {"WIDE": charts.WIDE, "SMALL": charts.SMALL, "change": figures.change_text}
     pages.globals |= {"axes": charts.axes, "columns": charts.columns, "read_out": charts.read_out}
+    return pages
+
+
+def render(records: Records) -> str:
+    """Records → a complete HTML document."""
     summary = figures.summarise(records)
     verdict = _verdict(records, summary)
     ahead, repeat = _commands(records, summary.finished, verdict is not None and verdict[0] == "worse")
-    page = pages.get_template("report.html.jinja").render(
-        name=records.name,
-        figures=summary,
-        facts=_facts(records),
-        notes=records.notes,
-        loss_chart=loss_chart(records),
-        small_charts=small_charts(records),
-        held_out=records.held_out,
-        answers=_answers(records.evaluation.get("generations")),
-        tasks=[_task(row) for row in records.tasks],
-        ranks=_ranks(section(records.method, "ranks")),
-        data=_data(section(records.plan, "data")),
-        memory=_memory(section(records.plan, "memory"), summary.peak_memory),
-        why=_sentences(records.plan.get("why")),
-        recipe=_recipe(records.recipe) if records.recipe else [],
-        recipe_text=records.recipe_text,
-        verdict=verdict,
-        happened=_happened(records),
-        cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
-        next=ahead,
-        reproduce=repeat,
-        environment=_environment(records.environment),
+    page = (
+        pages()
+        .get_template("report.html.jinja")
+        .render(
+            name=records.name,
+            figures=summary,
+            facts=_facts(records),
+            notes=records.notes,
+            loss_chart=loss_chart(records),
+            small_charts=small_charts(records),
+            held_out=records.held_out,
+            answers=_answers(records.evaluation.get("generations")),
+            tasks=[_task(row) for row in records.tasks],
+            ranks=_ranks(section(records.method, "ranks")),
+            data=_data(section(records.plan, "data")),
+            memory=_memory(section(records.plan, "memory"), summary.peak_memory),
+            why=_sentences(records.plan.get("why")),
+            recipe=_recipe(records.recipe) if records.recipe else [],
+            recipe_text=records.recipe_text,
+            verdict=verdict,
+            happened=_happened(records),
+            cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
+            next=ahead,
+            reproduce=repeat,
+            environment=_environment(records.environment),
+        )
     )
-    return _NOT_TEXT.sub("\ufffd", page)
+    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _facts(records: Records) -> list[str]:
@@ -111,10 +120,10 @@ def _verdict(records: Records, summary: figures.Figures) -> tuple[str, str, str]
         section(records.evaluation, "verdict"),
         [note for _, note in _noted(records) if "diverges" in note],
     )
-    outcome, said = (_said(found[key]) if key in found else "" for key in ("outcome", "said"))
+    outcome, by = (said(found[key]) if key in found else "" for key in ("outcome", "said"))
     if outcome:
         kind = {"better": "better", "worse": "worse", "diverged": "worse"}.get(outcome, "unsure")
-        return kind, outcome[:1].upper() + outcome[1:], said
+        return kind, outcome[:1].upper() + outcome[1:], by
     if diverges:
         return "worse", "Diverges", diverges[-1]
     if summary.finished and summary.before is None:
@@ -143,13 +152,13 @@ def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[P
     for item in generations if isinstance(generations, list) else []:
         if isinstance(item, dict):
             expected, before, after = (
-                None if item.get(key) is None else _said(item[key]).strip() for key in ("expected", "before", "after")
+                None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
             )
             pieces = compared(before, after)
             shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
             if expected is not None:
                 shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
-            found.append((_said(item.get("prompt")), shown))
+            found.append((said(item.get("prompt")), shown))
     return found
 
 
@@ -157,7 +166,7 @@ def _task(row: Json) -> tuple[str, ...]:
     """A row of the tasks' table as text: task, items, metric, chance, base, trained, difference."""
     chance = number(row, "chance")
     measured = (_measured(section(row, key), "+" * (key == "difference")) for key in ("base", "trained", "difference"))
-    name, metric = (_said(row.get(key)) for key in ("task", "metric"))
+    name, metric = (said(row.get(key)) for key in ("task", "metric"))
     return (name, exact_text(whole(row, "items")), metric, "—" if chance is None else f"{chance:.3f}", *measured)
 
 
@@ -167,19 +176,19 @@ def _measured(values: Json, sign: str) -> str:
     return "—" if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _said(value: object) -> str:
+def said(value: object) -> str:
     """A prompt or an answer as text: a conversation line by line, anything else that is no text as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        return "\n".join(f"{turn.get('role', '')}: {_said(turn['content'])}".lstrip(": ") for turn in value)
+        return "\n".join(f"{turn.get('role', '')}: {said(turn['content'])}".lstrip(": ") for turn in value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _sentences(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [_said(sentence) for sentence in value] if isinstance(value, list) else []
+    return [said(sentence) for sentence in value] if isinstance(value, list) else []
 
 
 def _ranks(ranks: Json) -> list[Bar]:
@@ -259,7 +268,7 @@ def _recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str, str, bool]]]
             for key, field in type(part).model_fields.items():
                 chosen = field.is_required() or getattr(part, key) != field.get_default(call_default_factory=True)
                 meaning = " ".join((field.description or "").split())
-                rows.append((field.alias or key, meaning, _value(getattr(part, key)), chosen))
+                rows.append((field.alias or key, meaning, shown_value(getattr(part, key)), chosen))
             cards.append((f"method: {part.name}" if name == "method" else name, rows))
     return cards
 
@@ -310,20 +319,21 @@ def _environment(values: Json) -> list[tuple[str, Pairs]]:
     cards["environment"] = {key: value for key, value in values.items() if not isinstance(value, dict)}
     shown = {title: card for title, card in cards.items() if card}
     return [
-        (_words(title), [(_words(key), _value(value)) for key, value in card.items()]) for title, card in shown.items()
+        (_words(title), [(_words(key), shown_value(value)) for key, value in card.items()])
+        for title, card in shown.items()
     ]
 
 
-def _value(value: object) -> str:
+def shown_value(value: object) -> str:
     """A value as a recipe spells it: ``true``, ``null``, ``2e-04``, ``a, b``. A recipe may name an address with a password."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(shown_value, value))
     if isinstance(value, Section):  # in a list of such, as tasks
         value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "{}"
+        return ", ".join(f"{key}: {shown_value(item)}" for key, item in value.items()) or "{}"
     return str(redacted(str(value)))
 
 

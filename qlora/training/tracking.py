@@ -54,8 +54,8 @@ def tracking(recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]
         for name, tracker in list(trackers.items()):
             safely(name, lambda: tracker.log(_numbers(line), step=int(line["step"])))  # noqa: B023 (called here and now)
 
-    for name in recipe.tracking:
-        safely(name, lambda: begin(name))  # noqa: B023
+    for wanted in recipe.tracking:
+        safely(wanted, lambda: begin(wanted))  # noqa: B023
     try:
         yield tell
     finally:
