@@ -6,6 +6,7 @@ page says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 def render_comparison(runs: Sequence[Records]) -> str:
     """Records of several runs → a complete HTML document."""
     names = [f"{chr(ord('A') + place)} {records.name}" for place, records in enumerate(runs)]
-    measured_on = {records.environment.get("data_fingerprint") for records in runs}
+    measured_on = {json.dumps([_files(records), *_held_out_tokens(records)]) for records in runs}
     page = (
         pages()
         .get_template("compare.html.jinja")
@@ -53,6 +54,15 @@ def render_comparison(runs: Sequence[Records]) -> str:
         )
     )
     return NOT_TEXT.sub("\ufffd", page)
+
+
+def _files(records: Records) -> list[object]:
+    """The checksums of what a run read; its names may be other ones."""
+    return sorted(map(str, section(records.environment, "data_files").values()))
+
+
+def _held_out_tokens(records: Records) -> list[int | None]:
+    return [point.target_tokens for point in records.held_out[:1]]
 
 
 def _charts(names: Sequence[str], runs: Sequence[Records]) -> list[Chart]:
@@ -107,7 +117,8 @@ def _by_key(recipe: Recipe) -> dict[str, str]:
         parts = parts_of(value)
         for part in parts:
             inside = f"{name}.{part.name}" if name == "method" and len(parts) > 1 else name
-            found |= {f"{inside}.{key}": shown_value(getattr(part, key)) for key in type(part).model_fields}
+            fields = type(part).model_fields.items()
+            found |= {f"{inside}.{field.alias or key}": shown_value(getattr(part, key)) for key, field in fields}
     return found
 
 

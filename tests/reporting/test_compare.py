@@ -46,7 +46,7 @@ def test_two_runs(finished: RunFolder, other: RunFolder, tmp_path: Path, capsys:
 
 
 def test_runs_on_other_data_are_not_compared_in_loss(finished: RunFolder, other: RunFolder, tmp_path: Path) -> None:
-    other.json("environment.json", {"data_fingerprint": "of other data"})
+    other.json("environment.json", {"data_files": {"data.jsonl": "of other bytes"}})
     out = tmp_path / "both.html"
     assert main(["report", str(finished.path), str(other.path), f"out={out}"]) == 0
     assert "losses are not to be compared" in read(out).text
