@@ -132,10 +132,31 @@ def export(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    """RUN: write report.html from the run's files."""
-    from qlora.reporting import write_report
+    """RUN [RUN …]: write report.html from the run's files; of several runs one page, side by side, to out=compare.html."""
+    given = _taken(words, "out")
+    if given and len(words) < 2:
+        raise InputError("out is for the page of several runs; one run's report goes into its folder.")
+    folders = [_run("report", [word]) for word in words] or [_run("report", words)]
+    from qlora.reporting import write_comparison, write_report
 
-    print(write_report(_run("report", words)))
+    several = len(folders) > 1
+    print(write_comparison(folders, Path(given.get("out", "compare.html"))) if several else write_report(folders[0]))
+
+
+def watch(words: list[str]) -> None:
+    """RUN [port=8712]: the report in a browser, made anew while the run trains; Ctrl-C ends it.
+
+    This machine alone can see it; from another one: ssh -L 8712:127.0.0.1:8712 MACHINE.
+    """
+    port = _taken(words, "port").get("port")
+    if port is not None and not port.isdecimal():
+        raise InputError(f"port is '{port}'; expected a whole number, such as 8712.")
+    folder = _run("watch", words)
+    from qlora.reporting.watch import server
+
+    with server(folder, None if port is None else int(port)) as serving, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{serving.server_address[1]}   (Ctrl-C ends this, and no training)", flush=True)
+        serving.serve_forever()
 
 
 def study(words: list[str]) -> int:
@@ -173,7 +194,7 @@ def recipe(_: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     verb.__name__: verb
-    for verb in (plan, preview, train, resume, evaluate, chat, export, report, study, doctor, recipe)
+    for verb in (plan, preview, train, resume, evaluate, chat, export, report, watch, study, doctor, recipe)
 }
 
 
@@ -294,15 +315,22 @@ def _summary(run: Run) -> None:
     """What a run came to, on standard output. Of several processes one has something to say."""
     if run.report is None and _several():
         return
-    from qlora.evaluation.score import verdict
-    from qlora.machine.device import bytes_text
+    from rich.console import Console
+
+    from qlora.machine.device import bytes_text, duration_text
+    from qlora.runs.session import NOTHING_HELD_OUT
+
+    def judge(outcome: str, said: str) -> None:
+        style = {"better": "green", "worse": "bold red", "diverged": "bold red"}.get(outcome, "yellow")
+        console = Console(soft_wrap=True)
+        console.print(f"Verdict                {outcome}: {said}", style=style, markup=False, highlight=False)
 
     print(f"\nTrainable parameters   {run.trainable_parameters:,}")
     if run.before and run.after:
         change = run.after.loss / run.before.loss - 1
         print(f"Held-out loss          {run.before.loss:.4f} before, {run.after.loss:.4f} after ({change:+.1%})")
-        if run.before.rows:  # a run that an older release began has none
-            print(f"Verdict                {verdict(run.before, run.after)}")
+        if run.verdict is not None:
+            judge(*run.verdict)
         if run.before.preferences and run.after.preferences:
             print(f"Preferences before     {run.before.preferences}\n  and after            {run.after.preferences}")
     elif run.after:
@@ -310,8 +338,9 @@ def _summary(run: Run) -> None:
         if run.after.preferences:
             print(f"Preferences            {run.after.preferences}")
     else:
-        print("Held-out loss          not measured, since nothing is held out: set data.held_out_fraction=0.05")
-    print(f"Time and peak memory   {run.seconds / 60:.1f} min, {bytes_text(run.peak_memory_bytes)}")
+        judge("not known", NOTHING_HELD_OUT)
+    steps = f" in {run.steps:,} steps" if run.steps else ""
+    print(f"Time and peak memory   {duration_text(run.seconds)}{steps}, {bytes_text(run.peak_memory_bytes)}")
     for item in run.generations:
         print(f"\n? {visible(item.prompt)}")
         for name, text in (("expected", item.expected), ("before", item.before), ("after", item.after)):
@@ -324,7 +353,19 @@ def _summary(run: Run) -> None:
     print(f"\nRun folder   {visible(run.folder)}")
     if run.report:
         print(f"Report       {visible(run.report)}")
-    print(f"Try next     {_command()} chat {visible(shlex.quote(str(run.folder)))}")
+    print(f"Try next     {_command()} {_next(run)}")
+
+
+def _next(run: Run) -> str:
+    """What to do after a run: talk to the model, or train anew where it came out worse."""
+    if run.verdict is None or run.verdict.outcome not in ("worse", "diverged"):
+        return f"chat {visible(shlex.quote(str(run.folder)))}"
+    from qlora.recipe import Recipe
+
+    path = run.folder / "recipe.yaml"
+    rate = Recipe.from_yaml(path).training.learning_rate / 10
+    again = visible(shlex.quote(f"{run.folder}-again"))
+    return f"train {visible(shlex.quote(str(path)))} folder={again} training.learning_rate={rate:g}"
 
 
 def _command() -> str:

@@ -103,11 +103,11 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 def nf4(folder: Path, options: dict[str, Any]) -> None:
     from qlora.machine.device import bytes_text
     from qlora.runs.export import export_nf4, hold
-    from qlora.runs.measured import table
+    from qlora.runs.measured import judged, table
 
     packed, forms = export_nf4(folder, options.pop("out", None), **options)
     print(f"Model in NF4: {packed.folder} ({packed.tensors} tensors, {bytes_text(packed.bytes)})")
-    said = table(forms) if forms else "Nothing is held out, so what it lost was not measured."
+    said = f"{table(forms)}\n{judged(forms[-1])}" if forms else "Nothing is held out, so what it lost was not measured."
     print(said)
     _card(folder, packed.folder, "nf4", [said])
     if forms:

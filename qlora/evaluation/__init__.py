@@ -5,12 +5,13 @@ from __future__ import annotations
 from qlora.evaluation.change import Change, change_of, directions_of, overlaps
 from qlora.evaluation.generate import answer, answers, room
 from qlora.evaluation.latency import Latency, latency_of
-from qlora.evaluation.score import HeldOut, score
+from qlora.evaluation.score import HeldOut, Verdict, score, verdict
 
 __all__ = [
     "Change",
     "HeldOut",
     "Latency",
+    "Verdict",
     "answer",
     "answers",
     "change_of",
@@ -19,4 +20,5 @@ __all__ = [
     "overlaps",
     "room",
     "score",
+    "verdict",
 ]

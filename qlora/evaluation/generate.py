@@ -45,10 +45,11 @@ def answers(
     stop: Sequence[str] = (),
     temperature: float | None = None,
     stripped: bool = True,
+    cut: str = "",
 ) -> list[str]:
     """The continuation of each prompt (token ids) as text, up to an end token, one of the texts in ``stop``, or ``max_new_tokens``.
 
-    Without the spaces around it unless ``stripped`` is False. Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
+    ``cut`` stands behind one that was cut off. Without the spaces around it unless ``stripped`` is False. Greedy, or with a ``temperature`` drawn by torch's random state. It also ends where the model's positions do. Raises DataError,
     before generating, for a prompt that leaves none.
     """
     lengths = [answer_length(model, len(prompt), max_new_tokens) for prompt in prompts]
@@ -57,7 +58,7 @@ def answers(
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
     for kind in dict.fromkeys(kinds):
         places = [place for place, own in enumerate(kinds) if own == kind]
-        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature)
+        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature, cut)
         found |= dict(zip(places, texts, strict=True))
     return [found[place].strip() if stripped else found[place] for place in range(len(prompts))]
 
@@ -99,13 +100,18 @@ def _generate(
     streamer: BaseStreamer | None,
     stop: Sequence[str],
     temperature: float | None,
+    cut: str,
 ) -> list[str]:
-    """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``."""
+    """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``, with ``cut`` behind it then."""
     ends = _end_tokens(model)
     output = generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
     width = model.virtual_tokens + max(map(len, prompts))
     decode = model.tokenizer.decode
-    texts = [decode(_until(row[width:].tolist(), ends), skip_special_tokens=True) for row in output]
+    rows = [row[width:].tolist() for row in output]
+    texts = [
+        decode(_until(row, ends), skip_special_tokens=True) + (cut if len(_until(row, ends)) == max_new_tokens else "")
+        for row in rows
+    ]
     cuts = ([text.find(one) for one in stop if one in text] for text in texts)
     return [text[: min(places, default=len(text))] for text, places in zip(texts, cuts, strict=True)]
 

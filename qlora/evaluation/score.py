@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -64,16 +65,36 @@ def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
     return mean, math.sqrt(spread * count / (count - 1)) / whole if count > 1 else math.inf
 
 
-def verdict(before: HeldOut, after: HeldOut) -> str:
-    """What training came to, in a sentence: better, worse, or no clear change where the difference is below two standard errors."""
+class Verdict(NamedTuple):
+    """What training came to on what is held out."""
+
+    outcome: Literal["better", "no clear change", "worse", "diverged"]
+    said: str
+    """By how much, with its paired standard error and over how many tokens, and what to do where it is not better."""
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.said}"
+
+
+def verdict(before: HeldOut, after: HeldOut) -> Verdict:
+    """Better, worse, or no clear change where the difference is below two standard errors; of a single row, which has none, by
+    its sign. Raises ValueError unless both are of the same rows."""
     if not math.isfinite(after.loss):
-        return "diverged: the loss is not finite any more; lower training.learning_rate"
+        return Verdict("diverged", "the loss is not finite any more; lower training.learning_rate")
     more, error = difference(after, before)
     unit = "pair" if after.preferences else "token"
-    said = f"{abs(more):.4f} ± {error:.4f} nats a {unit} {'more' if more > 0 else 'less'}, over {sum(n for _, n in after.rows):,} held-out {unit}s"
-    if abs(more) < 2 * error:
-        return f"no clear change: {said}"
-    return f"worse: {said}; lower training.learning_rate, or train for fewer steps" if more > 0 else f"better: {said}"
+    way, among = "more" if more > 0 else "less", f"over {sum(count for _, count in after.rows):,} held-out {unit}s"
+    if math.isinf(error):
+        said = f"{abs(more):.4f} nats a {unit} {way}, {among} in one row, which has no standard error; hold more out"
+    else:
+        said = f"{abs(more):.4f} ± {error:.4f} nats a {unit} {way}, {among}"
+    if abs(more) < 2 * error < math.inf or not more:
+        return Verdict("no clear change", said)
+    return (
+        Verdict("worse", f"{said}; lower training.learning_rate, or train for fewer steps")
+        if more > 0
+        else Verdict("better", said)
+    )
 
 
 @torch.no_grad()

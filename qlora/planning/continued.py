@@ -8,12 +8,13 @@ Knows adapters and run folders on disk; must not know how a run is planned or tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.errors import MethodError, listed
+from qlora.errors import MethodError, RecipeError, listed
 from qlora.files.durable import expanded, sha256_of
 from qlora.files.strangers import shown
 from qlora.methods import AdaptedModel
@@ -84,7 +85,8 @@ def continued(recipe: Recipe) -> tuple[Recipe, Origin | None]:
     if wanted.from_ is None:
         return recipe, None
     place = _place(expanded(wanted.from_))
-    found = _agreed(wanted, read_adapter_config(place), place).model_copy(update={"from_": wanted.from_})
+    asked = _asked(expanded(wanted.from_))
+    found = _agreed(wanted, read_adapter_config(place), place, asked).model_copy(update={"from_": wanted.from_})
     if not (place / WEIGHTS).is_file():
         raise MethodError(
             f"There is no {WEIGHTS} in '{place}'; expected an adapter folder in PEFT's layout, or a run's."
@@ -105,8 +107,19 @@ def _place(folder: Path) -> Path:
     )
 
 
-def _agreed(wanted: Any, found: Any, place: Path) -> Any:
-    """The section that was ``found``, with what the recipe says of training. Raises MethodError for a contradiction."""
+def _asked(folder: Path) -> list[Any]:
+    """The methods that a run's recipe asked for; none where ``folder`` is no run, or one of another release."""
+    try:
+        return sorted(parts_of(Recipe.from_yaml(folder / "recipe.yaml").method), key=kind_of)
+    except RecipeError:
+        return []
+
+
+def _agreed(wanted: Any, found: Any, place: Path, known: list[Any]) -> Any:
+    """The section that was ``found``, with what the recipe says of training. Raises MethodError for a contradiction.
+
+    ``known`` is what the adapter's own run was asked for, where it is one: ``all-linear`` there is what the adapter lists.
+    """
     parts = sorted(parts_of(found), key=kind_of)
     nameless = "name" not in wanted.model_fields_set
     asked = [wanted] * len(parts) if nameless else sorted(parts_of(wanted), key=kind_of)
@@ -116,12 +129,12 @@ def _agreed(wanted: Any, found: Any, place: Path) -> Any:
             f"The recipe's method is {' and '.join(part.name for part in asked)}, and the adapter in '{place}' is "
             f"{' and '.join(part.name for part in parts)}; give method.from alone, its adapter says the rest."
         )
-    for mine, theirs in zip(asked, parts, strict=True):
+    for mine, theirs, own in zip_longest(asked, parts, known[: len(parts)]):
         said = {key: getattr(mine, key) for key in mine.model_fields_set - {"from_", "name"}}
         apart = [
             f"{key}={shown(value)} instead of {shown(getattr(theirs, key, 'nothing'))}"
             for key, value in sorted(said.items())
-            if key not in TRAINING and _plain(getattr(theirs, key, None)) != _plain(value)
+            if key not in TRAINING and _plain(value) not in (_plain(getattr(one, key, None)) for one in (theirs, own))
         ]
         if apart:
             raise MethodError(

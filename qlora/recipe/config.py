@@ -275,6 +275,8 @@ class Recipe(Section):
     memory: MemorySection = MemorySection()
     evaluation: EvaluationSection = EvaluationSection()
     device: DeviceSection = DeviceSection()
+    tracking: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where the numbers of `metrics.jsonl` go besides, as `[tensorboard]`; each library has to be installed. A failing one stops no run."""
     folder: str | None = None
     """The run folder; `runs/` and the recipe file's name when left out."""
     overwrite: bool = False

@@ -5,6 +5,7 @@
     curves      Records                  → charts to draw
     charts      a chart                  → its axes, lines and read-outs (axes: round ticks)
     page        all of these             → HTML, through report.html.jinja and report.css
+    compare     several runs' records    → one page of them all
 
 ``write_report`` runs them. The page needs no network, no script and no other file, and can be written at any time, also
 while the run goes on. This room knows the run folder's files alone; it must not know a model, or what wrote them.
@@ -17,10 +18,11 @@ from pathlib import Path
 
 from qlora.errors import DoesNotFitError, RunError, disk_is_full
 from qlora.files.durable import file_written_aside
+from qlora.reporting.compare import write_comparison
 from qlora.reporting.page import render
 from qlora.reporting.records import Records, read_records
 
-__all__ = ["Records", "read_records", "render", "write_report"]
+__all__ = ["Records", "read_records", "render", "write_comparison", "write_report"]
 
 
 def write_report(folder: Path) -> Path:

@@ -21,8 +21,9 @@ class Axis(NamedTuple):
     exponent: int  # labels are divided by ten to this power, which the axis title has to say
 
     def place(self, value: float) -> float:
-        """A value → pixels, to a tenth."""
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+        """A value → pixels, to a tenth; one beyond the axis is at its end."""
+        inside = min(max(value, self.low), self.high)
+        return round(self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     @property
     def ticks(self) -> list[tuple[float, str]]:

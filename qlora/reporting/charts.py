@@ -20,6 +20,7 @@ Point = tuple[float, float]  # (step, value)
 WIDE, SMALL = (1000, 340), (490, 220)  # pixels
 MOST_POINTS = 1_000  # a line has no more corners than that: more than a screen can show
 MOST_COLUMNS = 200  # read-outs under the pointer, each some 300 bytes
+LONG, SPIKES = 50, 1  # points of a curve from which so many per cent at either end may be spikes
 WIDEST = 250  # steps of a standard deviation, which bounds the time that smoothing takes
 
 
@@ -41,6 +42,8 @@ class Chart(NamedTuple):
     from_zero: bool = False
     reference: tuple[str, float] | None = None  # a dashed line across, drawn only where the curves come near it
     boundaries: Sequence[float] = ()  # steps after which a new epoch begins
+    saved: Sequence[float] = ()  # steps that have a checkpoint
+    resumed: Sequence[float] = ()  # steps before which a stopped run was gone on with
     text: Callable[[float], str] = significant  # a value in words
 
 
@@ -89,12 +92,22 @@ def axes(chart: Chart, size: tuple[int, int]) -> tuple[Axis, Axis]:
     """The axis of the steps and the axis of the values, with room around them for their labels."""
     (width, height), wide = size, size == WIDE
     points = [point for curve in chart.curves for point in curve.points]
-    values = [value for _, value in points]
+    values = [value for curve in chart.curves for value in shown(curve)]
     x = fit_axis([step for step, _ in points], 58, width - 14, count=12 if wide else 7, whole=True)
     y = fit_axis(values, height - 44, 26, count=5 if wide else 4, from_zero=chart.from_zero)
     if chart.reference and y.high < chart.reference[1] <= 1.5 * max(values):
         y = fit_axis([*values, chart.reference[1]], height - 44, 26, count=4, from_zero=chart.from_zero)
     return x, y
+
+
+def shown(curve: Curve) -> list[float]:
+    """The values that an axis has to have: of a long faint or single curve not its rare spikes, which would press all else flat."""
+    values = [value for _, value in curve.points]
+    if curve.kind == "held-out" or len(values) < LONG:
+        return values
+    low, high = numpy.percentile(values, [SPIKES, 100 - SPIKES])
+    spread = max(values) - min(values)
+    return [min(max(value, low), high) for value in values] if high - low < spread / 2 else values
 
 
 def columns(chart: Chart, x: Axis) -> list[Column]:

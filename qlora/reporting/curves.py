@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from qlora.machine.device import GIB
 from qlora.reporting.charts import Chart, Curve, Point, smooth
 from qlora.reporting.figures import exact_text, significant
-from qlora.reporting.records import Records, number
+from qlora.reporting.records import Records, number, whole
 
 MOST_BOUNDARIES = 24  # more epochs than that would be a grey veil
 
@@ -36,7 +36,18 @@ def loss_chart(records: Records) -> Chart:
         [curve for curve in curves if curve.points],
         note=f"smoothed over ± {reach} steps" if smoothed else "",
         boundaries=_epochs(records),
+        saved=_saved(records),
+        resumed=[step.number - 0.5 for step in records.steps if step.values.get("resumed") is True][:MOST_BOUNDARIES],
     )
+
+
+def _saved(records: Records) -> list[float]:
+    """Steps after which a checkpoint was due, as the recipe says; the last one of a finished run too."""
+    every, last = (records.recipe.training.save_every if records.recipe else 0), records.steps[-1:]
+    steps = [step.number for step in records.steps if every and step.number % every == 0]
+    if last and last[0].number == whole(records.plan, "steps"):
+        steps = sorted({*steps, last[0].number})
+    return [float(step) for step in steps] if len(steps) <= MOST_BOUNDARIES else []
 
 
 def small_charts(records: Records) -> Iterator[Chart]:
@@ -53,10 +64,10 @@ def small_charts(records: Records) -> Iterator[Chart]:
     ):
         reference = clipped if title == "Gradient norm" else None
         curve = Curve(title.lower(), points)
-        yield Chart(title, unit, [curve] if points else [], "", True, reference, _epochs(records), text)
+        yield Chart(title, unit, [curve] if points else [], "", True, reference, _epochs(records), text=text)
     if margins := _points(records, "reward_margin"):
         unit = "chosen less rejected"
-        yield Chart("Rewards", unit, [Curve("margin", margins)], "", True, None, _epochs(records), _three_digits)
+        yield Chart("Rewards", unit, [Curve("margin", margins)], "", True, None, _epochs(records), text=_three_digits)
 
 
 def _three_digits(value: float) -> str:

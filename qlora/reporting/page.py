@@ -17,6 +17,7 @@ from qlora.errors import redacted
 from qlora.machine.device import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting import charts, figures
+from qlora.reporting.answers import CUT, Piece, compared
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import exact_text
 from qlora.reporting.records import Json, Records, number, section, whole
@@ -26,13 +27,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 # Control characters are not allowed in HTML, and one half of a surrogate pair cannot be written as UTF-8 at all:
 # json.loads('"\\ud800"') gives one. Both are shown as the replacement character.
-_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 # Counts that are shown at zero too: that nothing was lost is what a reader looks for.
 _ALWAYS = ("records", "examples", "tokens", "target_tokens", "target_fraction", "truncated", "dropped")
 
 # plan.json's memory may hold these beside the kinds; they are sums and limits.
 _SUMS = {"total": "planned in all", "budget": "budget", "free": "free before the run", "capacity": "on the device"}
+
+MOST_NOTES = 20  # of single steps, that the page shows
 
 Bar = tuple[str, float, str]  # label, percent of the width, text
 Pairs = list[tuple[str, str]]
@@ -46,8 +49,8 @@ def templates(*folders: Path) -> Environment:
     return found
 
 
-def render(records: Records) -> str:
-    """Records → a complete HTML document."""
+def pages() -> Environment:
+    """The templates beside this file, with all that they draw and write by."""
     pages = templates(Path(__file__).parent)
     pages.filters |= {"count": figures.count_text, "exact": exact_text, "significant": figures.significant}
     pages.filters |= {"duration": figures.duration_text, "bytes": bytes_text, "thinned": charts.thinned}
@@ -58,27 +61,42 @@ def render(records: Records) -> str:
         "ahead": figures.shares_text,
     }
     pages.globals |= {"axes": charts.axes, "columns": charts.columns, "read_out": charts.read_out}
+    return pages
+
+
+def render(records: Records) -> str:
+    """Records → a complete HTML document."""
     summary = figures.summarise(records)
-    page = pages.get_template("report.html.jinja").render(
-        name=records.name,
-        figures=summary,
-        facts=_facts(records),
-        notes=records.notes,
-        loss_chart=loss_chart(records),
-        small_charts=small_charts(records),
-        held_out=records.held_out,
-        answers=_answers(records.evaluation.get("generations")),
-        tasks=[_task(row) for row in records.tasks],
-        ranks=_ranks(section(records.method, "ranks")),
-        data=_data(section(records.plan, "data")),
-        memory=_memory(section(records.plan, "memory"), summary.peak_memory),
-        why=_sentences(records.plan.get("why")),
-        recipe=_recipe(records.recipe) if records.recipe else [],
-        recipe_text=records.recipe_text,
-        commands=_commands(records, summary.finished),
-        environment=_environment(records.environment),
+    verdict = _verdict(records, summary)
+    ahead, repeat = _commands(records, summary.finished, verdict is not None and verdict[0] == "worse")
+    page = (
+        pages()
+        .get_template("report.html.jinja")
+        .render(
+            name=records.name,
+            figures=summary,
+            facts=_facts(records),
+            notes=records.notes,
+            loss_chart=loss_chart(records),
+            small_charts=small_charts(records),
+            held_out=records.held_out,
+            answers=_answers(records.evaluation.get("generations")),
+            tasks=[_task(row) for row in records.tasks],
+            ranks=_ranks(section(records.method, "ranks")),
+            data=_data(section(records.plan, "data")),
+            memory=_memory(section(records.plan, "memory"), summary.peak_memory),
+            why=_sentences(records.plan.get("why")),
+            recipe=_recipe(records.recipe) if records.recipe else [],
+            recipe_text=records.recipe_text,
+            verdict=verdict,
+            happened=_happened(records),
+            cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
+            next=ahead,
+            reproduce=repeat,
+            environment=_environment(records.environment),
+        )
     )
-    return _NOT_TEXT.sub("\ufffd", page)
+    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _facts(records: Records) -> list[str]:
@@ -101,15 +119,51 @@ def _method(part: Section) -> str:
     return " ".join([type(part).__name__, ", ".join(facts)]).strip()
 
 
-def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, str | None]]]]:
-    """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, text)."""
-    titles = {"expected": "Expected", "before": "Before", "after": "After training"}
+def _verdict(records: Records, summary: figures.Figures) -> tuple[str, str, str] | None:
+    """The strip under the title: (its class, the outcome, by how much and what to do); None where there is nothing to judge."""
+    found, diverges = (
+        section(records.evaluation, "verdict"),
+        [note for _, note in _noted(records) if "diverges" in note],
+    )
+    outcome, by = (said(found[key]) if key in found else "" for key in ("outcome", "said"))
+    if outcome:
+        kind = {"better": "better", "worse": "worse", "diverged": "worse"}.get(outcome, "unsure")
+        return kind, outcome[:1].upper() + outcome[1:], by
+    if diverges:
+        return "worse", "Diverges", diverges[-1]
+    if summary.finished and summary.before is None:
+        return (
+            "unsure",
+            "Not known",
+            "Nothing is held out, so whether training helped cannot be known; data.held_out_fraction=0.05.",
+        )
+    return None
+
+
+def _noted(records: Records) -> list[tuple[int, str]]:
+    """What was said of single steps."""
+    notes = ((step.number, step.values.get("note")) for step in records.steps)
+    return [(number, redacted(note)) for number, note in notes if isinstance(note, str) and note]
+
+
+def _happened(records: Records) -> list[str]:
+    noted = [f"Step {exact_text(number)}: {note}" for number, note in _noted(records)]
+    return noted[:MOST_NOTES] + [f"And {len(noted) - MOST_NOTES} more, in metrics.jsonl."] * (len(noted) > MOST_NOTES)
+
+
+def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[Piece] | None]]]]:
+    """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, pieces)."""
     found = []
     for item in generations if isinstance(generations, list) else []:
         if isinstance(item, dict):
-            texts = {key: None if item.get(key) is None else _said(item[key]).strip() for key in titles}
-            shown = [(key, titles[key], text) for key, text in texts.items() if key != "expected" or text is not None]
-            found.append((_said(item.get("prompt")), shown))
+            expected, before, after = (
+                None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
+            )
+            pieces = compared(before, after)
+            shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
+            if expected is not None:
+                shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
+            found.append((said(item.get("prompt")), shown))
     return found
 
 
@@ -117,7 +171,7 @@ def _task(row: Json) -> tuple[str, ...]:
     """A row of the tasks' table as text: task, items, metric, chance, base, trained, difference."""
     chance = number(row, "chance")
     measured = (_measured(section(row, key), "+" * (key == "difference")) for key in ("base", "trained", "difference"))
-    name, metric = (_said(row.get(key)) for key in ("task", "metric"))
+    name, metric = (said(row.get(key)) for key in ("task", "metric"))
     return (name, exact_text(whole(row, "items")), metric, "—" if chance is None else f"{chance:.3f}", *measured)
 
 
@@ -127,19 +181,19 @@ def _measured(values: Json, sign: str) -> str:
     return "—" if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def _said(value: object) -> str:
+def said(value: object) -> str:
     """A prompt or an answer as text: a conversation line by line, anything else that is no text as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        return "\n".join(f"{turn.get('role', '')}: {_said(turn['content'])}".lstrip(": ") for turn in value)
+        return "\n".join(f"{turn.get('role', '')}: {said(turn['content'])}".lstrip(": ") for turn in value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _sentences(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [_said(sentence) for sentence in value] if isinstance(value, list) else []
+    return [said(sentence) for sentence in value] if isinstance(value, list) else []
 
 
 def _ranks(ranks: Json) -> list[Bar]:
@@ -172,6 +226,7 @@ def _data(report: Json) -> dict[str, object] | None:
     return {
         "lead": ", ".join(f"{title}{report[key]}" for title, key in about if report.get(key)),
         "parts": [_words(name) for name in parts],
+        "kept": [(_words(name), _kept(part)) for name, part in parts.items()],
         "rows": [(_words(key), [_amount(key, part) for part in parts.values()]) for key in shown],
         "lengths": _lengths(section(report, "train").get("lengths")),
         "notes": _sentences(report.get("notes")),
@@ -218,23 +273,49 @@ def _recipe(recipe: Recipe) -> list[tuple[str, list[tuple[str, str, str, bool]]]
             for key, field in type(part).model_fields.items():
                 chosen = field.is_required() or getattr(part, key) != field.get_default(call_default_factory=True)
                 meaning = " ".join((field.description or "").split())
-                rows.append((field.alias or key, meaning, _value(getattr(part, key)), chosen))
+                rows.append((field.alias or key, meaning, shown_value(getattr(part, key)), chosen))
             cards.append((f"method: {part.name}" if name == "method" else name, rows))
     return cards
 
 
-def _commands(records: Records, finished: bool) -> Pairs:
-    """What to do next: (why, command)."""
+def _kept(part: Json) -> list[Bar]:
+    """What became of the records of one part, as shares of all."""
+    counts = {
+        name: whole(part, name) or 0 for name in ("examples", "truncated", "dropped", "skipped", "truncated_tokens")
+    }
+    told = {
+        "kept whole": counts["examples"] - counts["truncated"],
+        "truncated at max_length": counts["truncated"],
+        "dropped, too long": counts["dropped"],
+        "skipped, no answer": counts["skipped"],
+    }
+    total = max(1, sum(told.values()))
+    return [(name, round(100 * count / total, 1), exact_text(count)) for name, count in told.items() if count > 0]
+
+
+def _commands(records: Records, finished: bool, worse: bool) -> tuple[Pairs, Pairs]:
+    """What to do next, and what makes the same run again: (why, command)."""
     # The run folder as its owner typed it, where the recipe still tells; else its name. Never the absolute path.
     told = redacted(records.recipe.folder or "").rstrip("/") if records.recipe else ""
     folder = told if told.rpartition("/")[2] == records.name else records.name
-    here = shlex.quote(folder)
-    again = f"qlora train {shlex.quote(f'{folder}/recipe.yaml')} folder={shlex.quote(f'{folder}-again')}"
-    repeat = ("the same run once more, in a folder of its own", again)
+    here, recipe = shlex.quote(folder), shlex.quote(f"{folder}/recipe.yaml")
+    again = f"qlora train {recipe} folder={shlex.quote(f'{folder}-again')}"
+    repeat = [("The same run once more, in a folder of its own", again)]
+    slower = records.recipe.training.learning_rate / 10 if records.recipe else 1e-5
+    if worse:
+        return [("Train anew with a lower learning rate", f"{again} training.learning_rate={slower:g}")], repeat
     if not finished:
-        return [("go on from the last checkpoint", f"qlora resume {here}"), repeat]
-    merged = ("base and adapter as one plain checkpoint", f"qlora export {here} merged")
-    return [repeat, ("talk to the trained model", f"qlora chat {here}"), merged]
+        ahead = [
+            ("Go on from the last checkpoint", f"qlora resume {here}"),
+            ("Watch it while it trains", f"qlora watch {here}"),
+        ]
+        return ahead, repeat
+    ahead = [
+        ("Talk to the trained model", f"qlora chat {here}"),
+        ("Base and adapter as one plain checkpoint", f"qlora export {here} merged"),
+        ("More epochs, in a folder of its own", f"qlora train {recipe} method.from={here}"),
+    ]
+    return ahead, repeat
 
 
 def _environment(values: Json) -> list[tuple[str, Pairs]]:
@@ -243,20 +324,21 @@ def _environment(values: Json) -> list[tuple[str, Pairs]]:
     cards["environment"] = {key: value for key, value in values.items() if not isinstance(value, dict)}
     shown = {title: card for title, card in cards.items() if card}
     return [
-        (_words(title), [(_words(key), _value(value)) for key, value in card.items()]) for title, card in shown.items()
+        (_words(title), [(_words(key), shown_value(value)) for key, value in card.items()])
+        for title, card in shown.items()
     ]
 
 
-def _value(value: object) -> str:
+def shown_value(value: object) -> str:
     """A value as a recipe spells it: ``true``, ``null``, ``2e-04``, ``a, b``. A recipe may name an address with a password."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(shown_value, value))
     if isinstance(value, Section):  # in a list of such, as tasks
         value = value.model_dump(mode="json", exclude_defaults=True)
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "{}"
+        return ", ".join(f"{key}: {shown_value(item)}" for key, item in value.items()) or "{}"
     return str(redacted(str(value)))
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.data import Preview
 from qlora.errors import RunError
-from qlora.evaluation import answers
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel
 from qlora.methods.loading import load_adapter
@@ -36,6 +35,7 @@ from qlora.runs.folder import (
 from qlora.runs.session import (
     Generation,
     Run,
+    asked,
     held_out_prompts,
     limited,
     load_model,
@@ -81,7 +81,7 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
         objective = make_objective(recipe.objective, model)
         reference = read_reference(folder) if isinstance(objective, Pairs) and objective.unmeasured else {}
         after = measured(objective, rows, reference, training.micro_batch_size, training.loss_chunk)
-    texts = answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens)
+    texts = asked(model, prompts, recipe)
     return Run(
         folder=folder,
         steps=0,

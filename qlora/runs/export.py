@@ -68,10 +68,17 @@ class Difference:
     """Share of positions at which both choose the same token."""
 
     def told(self, program: str) -> str:
+        """The numbers, and whether they are good."""
+        judged = (
+            f"That is good: up to {CLOSE} nats is rounding."
+            if self.divergence <= CLOSE
+            else f"Above {CLOSE} nats is more than rounding: these are not the weights that were trained on. Where answers got worse, "
+            "export with for=serving, or as GGUF in 8 bits or more."
+        )
         return (
             f"In {program}, on {self.examples} held-out examples: logits differ by at most {self.largest:.3g} (of "
             f"{self.largest_logit:.3g}), {self.divergence:.2g} nats per token, the same next token at "
-            f"{self.same_choice:.1%} of the positions."
+            f"{self.same_choice:.1%} of the positions. {judged}"
         )
 
 

@@ -33,7 +33,7 @@ CHANGEABLE = (
     "device.name", "device.threads", "device.memory", "device.deterministic", "memory.layers", "memory.tier",
     "memory.slots", "memory.embedding", "memory.head", "memory.layer_inputs", "memory.mlp_tile", "memory.cache",
     "training.micro_batch_size", "training.recompute", "training.accumulation", "training.loss_chunk", "training.not_finite",
-    "training.skip_limit", "training.save_every", "training.keep_checkpoints",
+    "training.skip_limit", "training.save_every", "training.keep_checkpoints", "tracking",
 )  # fmt: skip
 NOT_BEGUN = {LOCK, "recipe.yaml", "plan.json"}  # what there is before environment.json says that a run has begun
 RUN_FILES = (
@@ -82,6 +82,12 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
     changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
     before, after = _by_key(recipe), _by_key(changed)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if keys and set(keys) <= {"training.epochs", "training.steps"}:
+        raise RecipeError(
+            f"{listed(keys)} cannot change within a run: its learning rate follows a {recipe.training.schedule} schedule over the steps "
+            "it began with. More of it is a new run that goes on from this one's adapter: qlora train "
+            f"{shown(folder / 'recipe.yaml')} method.from={shown(folder)}"
+        )
     if strange := [key for key in keys if key not in CHANGEABLE]:
         raise RecipeError(
             f"{listed(strange)} cannot change within a run: going on would be no continuation. A resumed run may change "
@@ -244,6 +250,8 @@ def clear(folder: Path) -> None:
         "environment.json",
         *(name for name in RUN_FILES if name != last),
         *(path.name for path in exports_in(folder)),
+        "tensorboard",
+        "wandb",
         "forms.md",
         last,
     ):

@@ -73,6 +73,17 @@ def table(forms: Sequence[Form]) -> str:
     return "\n".join([heading, "|---|--:|--:|--:|--:|", *map(str, forms)])
 
 
+def judged(form: Form) -> str:
+    """Whether a form is good: no more loss than the trained model within two standard errors. What to do where it is not."""
+    more, error = form.found.difference
+    if more <= 2 * error:
+        return "That is good: no more held-out loss than the trained model, within two standard errors."
+    return (
+        f"That costs {more:.4f} ± {error:.4f} nats a token. Where it is too much, export in 16 bits (merged for=serving), as GGUF in "
+        "8 bits, or the adapter alone."
+    )
+
+
 @dataclass(frozen=True)
 class Subject:
     """A run whose exports are measured: its trained model, the stream of its merged tensors, and its rows."""

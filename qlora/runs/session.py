@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,14 +22,14 @@ from torch import Tensor
 
 from qlora.data import Data, Prompt, Row
 from qlora.errors import RunError, redacted, visible
-from qlora.evaluation import HeldOut, answers, score
+from qlora.evaluation import HeldOut, Verdict, answers, score, verdict
 from qlora.evaluation.preferences import held_out_pairs
 from qlora.evaluation.score import Preferences
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
-from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
+from qlora.machine.device import bytes_text, duration_text, total_memory_bytes
 from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
@@ -38,9 +37,11 @@ from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
-from qlora.training import MetricsLog, Trainer
+from qlora.training import MetricsLog, Rehearsal, Trainer
 from qlora.training.objectives import Objective, Pairs
 from qlora.training.objectives.pairs import pair_numbers
+
+NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Run:
     generations: list[Generation] = field(default_factory=list)
     report: Path | None = None
     seconds: float = 0.0
+    """In training steps, of every process that took one; of an evaluation, in all. The report and metrics.jsonl say the same."""
     peak_memory_bytes: int = 0
     tasks: list[JsonObject] = field(default_factory=list)
     """The rows of ``tasks.json``: what the base and the adapter scored on each task, in each metric."""
@@ -72,10 +74,15 @@ class Run:
     def _repr_html_(self) -> str:
         return as_text(repr(self)) if self.report is None else as_frame(self.report.read_text(encoding="utf-8"))
 
+    @property
+    def verdict(self) -> Verdict | None:
+        """What training came to; None where it was not measured before and after, row by row."""
+        return compared(self.before, self.after)
+
     def __repr__(self) -> str:
         losses = [f"{one.loss:.4f} {when}" for when, one in (("before", self.before), ("after", self.after)) if one]
         return (
-            f"Run in {self.folder}: {self.steps} steps in {self.seconds:.0f} s, at most "
+            f"Run in {self.folder}: {self.steps} steps in {duration_text(self.seconds)}, at most "
             f"{bytes_text(self.peak_memory_bytes)}\n"
             f"  {self.trainable_parameters:,} trainable parameters\n"
             f"  held-out loss {', '.join(losses) or 'not measured'}"
@@ -96,8 +103,8 @@ class Session:
     trainer: Trainer
     say: Callable[[str], None]
     quiet: bool
-    begun: float = field(default_factory=time.perf_counter)
     tasks: list[Task] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None
 
     @property
     def log(self) -> MetricsLog:
@@ -105,9 +112,13 @@ class Session:
         assert self.trainer.log is not None
         return self.trainer.log
 
+    def told(self, name: str) -> list[float]:
+        """What ``metrics.jsonl`` says of every step so far; nothing to a process that writes none."""
+        return [] if self.trainer.log is None else self.trainer.log.told(name)
+
     def answers(self) -> list[str]:
         """The model's answers to ``prompts``."""
-        return answers(self.model, [prompt.ids for prompt in self.prompts], self.recipe.evaluation.max_new_tokens)
+        return asked(self.model, self.prompts, self.recipe)
 
     def result(
         self,
@@ -126,10 +137,15 @@ class Session:
             after=after,
             generations=generations,
             report=report,
-            seconds=time.perf_counter() - self.begun,
-            peak_memory_bytes=peak_memory_bytes(self.model.device),
+            seconds=sum(self.told("seconds")),
+            peak_memory_bytes=int(max(self.told("peak_memory_bytes"), default=0)),
             tasks=tasks,
         )
+
+
+def asked(model: AdaptedModel, prompts: Sequence[Prompt], recipe: Recipe) -> list[str]:
+    """The model's answers, with a mark behind those that are longer than the recipe lets them be."""
+    return answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens, cut=" […]")
 
 
 def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
@@ -225,6 +241,11 @@ def read_evaluation(folder: Path) -> tuple[HeldOut | None, list[Generation]] | N
         raise damaged_evaluation(folder) from None
 
 
+def compared(before: HeldOut | None, after: HeldOut | None) -> Verdict | None:
+    """The verdict on two measurements; None where one is missing, or is an older release's, which kept no rows."""
+    return verdict(before, after) if before and after and before.rows else None
+
+
 def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
     """What ``evaluation.json`` says of one measurement; older ones have no rows."""
     if not values:
@@ -237,9 +258,14 @@ def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
 def write_evaluation(
     folder: Path, before: HeldOut | None, after: HeldOut | None, generations: list[Generation]
 ) -> None:
-    """Write ``evaluation.json``."""
+    """Write ``evaluation.json``: what was measured, the verdict on it, and the answers."""
     held_out = {key: asdict(value) for key, value in (("before", before), ("after", after)) if value is not None}
-    values = {"held_out": held_out, "generations": [asdict(item) for item in generations]}
+    found = compared(before, after)
+    values = {
+        "held_out": held_out,
+        "verdict": found and found._asdict(),
+        "generations": [asdict(item) for item in generations],
+    }
     write_json(folder / "evaluation.json", values)
 
 

@@ -9,20 +9,21 @@ Everything that can be wrong with the input is found before a folder is made.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from signal import Signals as Signal
+from statistics import median
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation import HeldOut
 from qlora.evaluation.tasks import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
-from qlora.machine.device import DTYPES, bytes_text, resolve_device
+from qlora.machine.device import DTYPES, bytes_text, duration_text, resolve_device
 from qlora.machine.processes import here
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
@@ -48,6 +49,7 @@ from qlora.runs.folder import (
     with_changes,
 )
 from qlora.runs.session import (
+    NOTHING_HELD_OUT,
     Generation,
     Run,
     Session,
@@ -71,6 +73,7 @@ from qlora.training.record import differences, launcher, started_by
 from qlora.training.reference import rows_at_once
 from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
+from qlora.training.tracking import require_trackers, tracking
 
 
 def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Run:
@@ -85,6 +88,10 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
     if _begun_before(folder):
         return resume(folder, quiet=quiet, bases=bases)
     quiet = quiet or not processes.main
+    if recipe.method.from_ is not None and expanded(recipe.method.from_).resolve() == folder.resolve():
+        origin, folder = folder, Path(processes.once(lambda: str(_beside(folder))))
+        recipe = recipe.model_copy(update={"folder": str(folder), "overwrite": False})
+        speaker(quiet)(f"More of the run in '{origin}', in a folder of its own: '{folder}'.")
     with full_disk_said(folder, "train it again"), kernels_kept():
         if not processes.main:
             pass
@@ -94,12 +101,12 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
         else:
             require_free(folder, recipe.overwrite)
         session, planned, rate = _packed_or_by_length(recipe, folder, quiet, bases or Bases())
-        rehearsal = _rehearse(session, planned)
+        session.rehearsal = _rehearse(session, planned)
         ours = taken(folder, recipe.overwrite) if processes.main else nullcontext()
         with ours, stoppable(f"qlora resume {shown(folder)}") as signals:
             if processes.main:
                 clear(folder)
-                write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session, rehearsal)))
+                write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session)))
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
@@ -148,7 +155,8 @@ def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases
 
 def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:
     """Everything loaded and planned for the first step, and the device's matrix rate in FLOP/s; nothing is written yet."""
-    begun, say = time.perf_counter(), speaker(quiet)
+    say = speaker(quiet)
+    require_trackers(recipe.tracking)
     use_threads(recipe)
     recipe, origin = continued(recipe)
     if origin is not None:
@@ -157,6 +165,8 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     checkpoint = open_checkpoint(recipe.model, weights=False)
     data = load_recipe_data(recipe, checkpoint)
     say(str(data.report))
+    if not data.held_out:
+        say(f"Warning: {NOTHING_HELD_OUT}.")
     tasks = open_tasks(recipe, data)
     planned = plan(recipe, checkpoint)
     for sentence in planned.why:
@@ -179,14 +189,15 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
         model.prepare(trainer.batches())
     else:
         trainer.environment["continued_from"] = origin.as_dict()
-    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, begun, tasks), planned, rate
+    return Session(resolved, folder, data, prompts, model, trainer, say, quiet, tasks), planned, rate
 
 
 def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bases) -> Session:
     """Everything loaded as the run's newest whole checkpoint has it."""
-    begun, say = time.perf_counter(), speaker(quiet)
+    say = speaker(quiet)
     first, environment = open_run(folder)
     recipe = with_changes(first, overrides, folder)
+    require_trackers(recipe.tracking)
     for place in (folder, folder / "checkpoints") if here().main else ():
         clear_leftovers(place)
     use_threads(recipe)
@@ -215,7 +226,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     else:
         model.prepare(trainer.batches())
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
-    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, begun, tasks)
+    return Session(recipe, folder, data, prompts, model, trainer, say, quiet, tasks)
 
 
 def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
@@ -230,10 +241,27 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
 
 def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
     """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
+    with _tracked(session):
+        return _finished(session, signals, bases)
+
+
+@contextmanager
+def _tracked(session: Session) -> Iterator[None]:
+    """Inside, what is written into ``metrics.jsonl`` goes to the recipe's trackers too."""
+    if session.trainer.log is None:  # another process writes it
+        yield
+        return
+    with tracking(session.recipe, session.folder, session.trainer.step_number, session.say) as session.log.also:
+        yield
+
+
+def _finished(session: Session, signals: Signals, bases: Bases | None) -> Run:
     layers = session.model.base.placement
     session.trainer.prepare(session.say)
     before = by_main(layers, lambda: _before(session, bases or Bases()))
     signals.wait = True
+    if session.trainer.step_number < session.trainer.total_steps:
+        session.say(_ahead(session))
     _take_steps(session, signals)
     signals.wait = False
     if signals.arrived:  # after the last look at it
@@ -321,6 +349,28 @@ def _held_out(session: Session, step: int, bases: Bases | None = None, known: tu
     return result
 
 
+def _beside(folder: Path) -> Path:
+    """The first of ``folder-2``, ``folder-3``, … that is not there."""
+    return next(place for number in count(2) if not (place := folder.with_name(f"{folder.name}-{number}")).exists())
+
+
+def _ahead(session: Session) -> str:
+    """How many steps are ahead, and about how long they take: by the run's own steps, or by the one that was rehearsed."""
+    trainer, every = session.trainer, session.recipe.evaluation.every
+    done, total = trainer.step_number, trainer.total_steps
+    seconds = 0.0
+    if known := session.told("seconds"):
+        seconds = median(known)
+    elif session.rehearsal is not None:
+        tokens = sum(len(row.ids) for row in trainer.rows) / trainer.steps_per_epoch
+        seconds = session.rehearsal.seconds * tokens / session.rehearsal.tokens
+    epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {trainer.steps_per_epoch:,} steps"
+    time = f", about {duration_text((total - done) * seconds)}" if seconds else ""
+    evaluations = sum(due(step, every) for step in range(done + 1, total)) + 1
+    more = f"; {evaluations} held-out evaluation{'s' * (evaluations > 1)} on top" if session.data.held_out else ""
+    return f"{total - done:,} steps to go of {total:,} ({epochs}){time}{more}."
+
+
 def _take_steps(session: Session, signals: Signals) -> None:
     """Every step that is left, with its line, its checkpoint and its evaluation where they are due. Raises Stopped."""
     trainer, recipe, processes = session.trainer, session.recipe, here()
@@ -340,7 +390,7 @@ def _take_steps(session: Session, signals: Signals) -> None:
 
     with Progress(total, trainer.step_number, session.quiet) as progress:
         for step in trainer:
-            progress.show(step)
+            progress.show(step, trainer.divergence.diverges)
             last = step.number == total
             if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
                 found = by_main(session.model.base.placement, partial(_held_out, session, step.number))
@@ -375,7 +425,7 @@ def _hand_over(session: Session) -> None:
         write_json(session.folder / "method.json", redacted(found))
 
 
-def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehearsal | None) -> dict[str, object]:
+def _plan_values(planned: Plan, rate: float, session: Session) -> dict[str, object]:
     """What ``plan.json`` holds."""
     recipe, trainer = planned.recipe, session.trainer
     return {
@@ -388,7 +438,7 @@ def _plan_values(planned: Plan, rate: float, session: Session, rehearsal: Rehear
         "arithmetic": {"flops_per_token": planned.flops_per_token, "matrix_flops_per_second": rate},
         "memory": planned.memory.as_dict(),
         "not_quantised": planned.dense and {**planned.dense.bytes, "share": planned.dense.share},
-        "rehearsal": None if rehearsal is None else asdict(rehearsal),
+        "rehearsal": session.rehearsal and asdict(session.rehearsal),
         "disk": {"checkpoint": planned.checkpoint_bytes, "total": planned.disk_bytes},
         "why": planned.why,
     }

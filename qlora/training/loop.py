@@ -22,6 +22,7 @@ from qlora.methods import AdaptedModel
 from qlora.recipe import AnyObjective, MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.residence.placement import by_main
 from qlora.training import checkpoint
+from qlora.training.diverging import Divergence
 from qlora.training.log import MetricsLog, Step
 from qlora.training.objectives import Pairs, make_objective
 from qlora.training.optim import learning_rate
@@ -90,6 +91,8 @@ class Trainer:
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
         self._alike = self.state.processes.size == 1
+        self.divergence = Divergence(self.training.learning_rate)
+        self._resumed = False
         self._heap = TrimmedHeap(model.device)
         self._check()
 
@@ -141,7 +144,8 @@ class Trainer:
         outcome = self.recovery.step(rows, places)
         if not outcome.skipped:
             unreached = "" if state.step else self._unreached()
-            outcome = replace(outcome, note=" ".join(filter(None, [outcome.note, unreached])))
+            diverges = self.divergence.look(outcome.loss)
+            outcome = replace(outcome, note=" ".join(filter(None, [outcome.note, unreached, diverges])))
             self._update(rate, outcome.norm)
         state.step += 1
         if not outcome.skipped:
@@ -150,6 +154,7 @@ class Trainer:
         state.torn = False
         self._heap.after_step()
         step = self._told(rows, rate, outcome, time.perf_counter() - started)
+        self._resumed = False
         if self.log is not None:
             self.log.write(step.metrics())
         return step
@@ -168,7 +173,10 @@ class Trainer:
             return
         begin(self.folder, recipe, self.data, self.model.base, self.environment)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self._resumed = self.step_number > 0
         self.log.rewind(self.step_number)  # lines of steps that are taken again
+        for loss in self.log.told("loss"):
+            self.divergence.look(loss)
 
     def _begin_alike(self) -> None:
         """Have every process begin with the main one's parameters: what they worked out from data or weights may differ in its
@@ -232,6 +240,7 @@ class Trainer:
             seconds=seconds,
             micro_batch_size=self.micro_batch_size,
             skipped=outcome.skipped,
+            resumed=self._resumed,
             note=outcome.note,
             measures={} if outcome.skipped else self._measures(rows),
         )

@@ -168,4 +168,13 @@ def test_two_measurements_are_compared_row_by_row(model: AdaptedModel) -> None:
 def test_the_verdict_is_one_of_four(losses: tuple[float, ...], said: str) -> None:
     before = HeldOut(1.0, math.e, 3, ((1.0, 1), (1.0, 1), (1.0, 1)))
     after = HeldOut(sum(losses) / 3, 0.0, 3, tuple((loss, 1) for loss in losses))
-    assert verdict(before, after).startswith(said)
+    assert str(verdict(before, after)).startswith(said)
+
+
+def test_one_row_has_no_standard_error_and_is_judged_by_its_sign() -> None:
+    before, after = (HeldOut(loss, 1.0, 9, ((9 * loss, 9),)) for loss in (1.0, 5.0))
+    assert str(verdict(before, after)).startswith(
+        "worse: 4.0000 nats a token more, over 9 held-out tokens in one row, which"
+    )
+    assert verdict(after, before).outcome == "better"
+    assert verdict(before, before).outcome == "no clear change"

@@ -111,3 +111,19 @@ def test_degenerate_curves(points: list[tuple[float, float]], drawn: Callable[[C
     svg = drawn(Chart("x", "", [Curve("x", points)]))
     assert "polyline" in svg
     assert "nan" not in svg
+
+
+def test_a_rare_spike_does_not_press_the_curve_flat(drawn: Callable[[Chart], str]) -> None:
+    points = [(float(step), 1e4 if step == 50 else 2.0 + step / 100) for step in range(1, 201)]
+    axis = axes(Chart("Loss", "nats", [Curve("training", points, "raw")]), SMALL)[1]
+    assert axis.high < 5
+    assert axis.place(1e4) == axis.end  # drawn at the top
+    few = Chart("Loss", "nats", [Curve("training", points[:49])])
+    assert axes(few, SMALL)[1].high < 5
+    assert axes(Chart("Loss", "nats", [Curve("held out", points, "held-out")]), SMALL)[1].high >= 1e4
+
+
+def test_few_points_are_dots(drawn: Callable[[Chart], str]) -> None:
+    for count, dots in ((1, 1), (2, 2), (7, 7), (8, 0)):
+        svg = drawn(Chart("Speed", "tokens", [Curve("speed", [(float(step), 1.0 + step) for step in range(count)])]))
+        assert len(re.findall(r'<circle [^>]*r="3.5"', svg)) == dots

@@ -23,7 +23,7 @@ ATTACKS = [
 ]
 KNOWN = """
 html head meta title style body header main footer div span section article h1 h2 h3 p b ul li dl dt dd figure
-figcaption svg g text line rect circle polyline table thead tbody tr th td details summary pre small
+figcaption svg g text line rect circle polyline table thead tbody tr th td details summary pre small ins del code
 """
 
 
@@ -233,3 +233,54 @@ def test_final_ranks_are_drawn_by_the_name_of_the_linear(finished: RunFolder) ->
     assert 'width="0.4" height="10" class="bar"' in page[begin:]  # rank 0 is seen too
     assert "3.5 (2 to 5)" in page
     assert page.index("up_proj", begin) < page.index("q_proj", begin)
+
+
+def test_the_verdict_stands_under_the_title_in_its_colour(finished: RunFolder) -> None:
+    assert 'class="verdict' not in write_report(finished.path).read_text(encoding="utf-8")  # nothing was judged
+    evaluation = json.loads((finished.path / "evaluation.json").read_text())
+    for outcome, kind in (
+        ("better", "better"),
+        ("worse", "worse"),
+        ("diverged", "worse"),
+        ("no clear change", "unsure"),
+    ):
+        finished.json("evaluation.json", {**evaluation, "verdict": {"outcome": outcome, "said": "by <so> much"}})
+        source = write_report(finished.path).read_text(encoding="utf-8")
+        assert f'<p class="verdict {kind}"><b>{outcome.capitalize()}</b> by &lt;so&gt; much</p>' in source
+        assert ("training.learning_rate=5e-05" in source) == (kind == "worse")  # what to do next
+        assert ("qlora chat" in source) == (kind != "worse")
+
+
+def test_a_run_that_diverges_or_holds_nothing_out_does_not_look_good(begun: RunFolder) -> None:
+    lines = [step_line(step) for step in range(1, 11)]
+    lines[6]["note"] = "The loss diverges: stop."
+    begun.metrics(lines)
+    page = write_report(begun.path).read_text(encoding="utf-8")
+    assert '<p class="verdict worse"><b>Diverges</b> The loss diverges: stop.</p>' in page
+    assert "Step 7: The loss diverges: stop." in page
+    begun.metrics([step_line(step) for step in range(1, 41)])
+    assert '<p class="verdict unsure"><b>Not known</b> Nothing is held out' in write_report(begun.path).read_text(
+        "utf-8"
+    )
+
+
+def test_checkpoints_and_where_it_was_gone_on_with_are_marked(finished: RunFolder) -> None:
+    finished.recipe(training={"save_every": 15})
+    lines = [step_line(step) | ({"resumed": True} if step == 31 else {}) for step in range(1, 41)]
+    finished.metrics(lines)
+    source = write_report(finished.path).read_text(encoding="utf-8")
+    chart = source[source.index('class="on-wide"') : source.index('class="on-narrow"')]
+    assert chart.count('class="saved"') == 3  # 15, 30 and the last
+    assert chart.count('class="resumed"') == 1
+
+
+def test_data_are_bars_and_defaults_are_folded_away(finished: RunFolder) -> None:
+    source = write_report(finished.path).read_text(encoding="utf-8")
+    folded = re.findall(r"<details>.*?</details>", source, re.DOTALL)
+    assert sum("warmup_fraction" in part for part in folded) == 2  # in all values, and in recipe.yaml
+    open_ = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
+    assert "warmup_fraction" not in open_
+    data = open_[open_.index("<h2>Data</h2>") : open_.index("<h2>Memory")]
+    for kept in ("kept whole", "truncated at max_length", "dropped, too long"):
+        assert kept in data
+    assert "skipped, no answer" not in data  # none was

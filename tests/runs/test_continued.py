@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.errors import MethodError, QloraError, RunError
+from qlora.errors import MethodError, QloraError, RecipeError, RunError
 from qlora.files.durable import sha256_of
 from qlora.planning.continued import continued
 from qlora.planning.plan import survey
@@ -95,6 +95,22 @@ def test_a_run_goes_on_from_anothers(
     resume(run.folder, quiet=True)
     again = load_file(newest(run.folder) / WEIGHTS)
     assert all(torch.equal(values, again[key]) for key, values in after.items())
+
+
+def test_more_of_a_run_is_its_own_recipe_in_a_folder_of_its_own(first: dict[str, Path], tmp_path: Path) -> None:
+    origin = tmp_path / "run"
+    shutil.copytree(first["lora"], origin)
+    more = (f"folder={origin}", f"method.from={origin}", "training.steps=1", "evaluation.prompts=0")
+    run = train(Recipe.from_yaml(origin / "recipe.yaml", *more), quiet=True)
+    assert run.folder == tmp_path / "run-2"
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["continued_from"]["folder"] == str(newest(origin))
+    with pytest.raises(
+        MethodError, match="r=3 instead of 4"
+    ):  # what it does not ask for itself is another adapter still
+        train(Recipe.from_yaml(origin / "recipe.yaml", *more, "method.r=3"), quiet=True)
+    with pytest.raises(RecipeError, match=r"follows a linear schedule.* method\.from="):
+        resume(origin, "training.steps=9", quiet=True)
 
 
 def test_what_is_measured_before_is_the_old_adapter(

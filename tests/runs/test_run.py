@@ -170,6 +170,7 @@ def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
             "target_tokens": line["held_out_target_tokens"],
         }
     assert measured["held_out"]["after"]["loss"] < 0.9 * measured["held_out"]["before"]["loss"]
+    assert measured["verdict"]["outcome"] == "better"
     assert len(measured["generations"]) == 2
     assert all(item.keys() == {"prompt", "expected", "before", "after"} for item in measured["generations"])
     assert all(isinstance(text, str) for item in measured["generations"] for text in item.values())
@@ -200,6 +201,9 @@ def test_recipe_of_a_replacing_run_does_not_replace_it_again(
     folder = tmp_path / "run"
     short = ("overwrite=true", "training.steps=1", "evaluation.prompts=0", "data.held_out_fraction=0")
     assert main(["train", str(recipe_file), *short]) == 0
+    captured = capsys.readouterr()
+    assert "Warning: nothing is held out" in captured.err
+    assert "Verdict                not known: nothing is held out" in captured.out
     (folder / "mine.txt").write_text("kept")
     assert main(["train", str(recipe_file), *short]) == 0  # told to
     assert (folder / "mine.txt").exists()

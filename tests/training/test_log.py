@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_plain_lines_for_the_first_and_last_step_and_now_and_then(
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/5", "step 4/5", "step 5/5", "saved [here]"]
-    assert lines[0] == "step 1/5  loss 1.234  lr 2.0e-04  1,234 tokens/s  3.00 GiB  8 s left"
+    assert lines[0] == "step 1/5  loss 1.234  8.0 s left  3.00 GiB  1,234 tokens/s  lr 2.0e-04"
     assert "\x1b" not in captured.err
 
 
@@ -83,3 +84,48 @@ def test_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "saved [here]" in error
     assert "3/5" in error
     assert "loss 1.234" in error
+
+
+def test_the_time_left_is_that_of_the_median_step(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(10)
+    for number, seconds in enumerate([90.0, 2.0, 2.0, 2.0, 30.0], 1):  # compiling, and a pause
+        progress.last_line = 0.0
+        progress.show(make_step(number, seconds=seconds))
+    assert "  10 s left" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 69, 70, 120])
+def test_a_line_fits_its_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", str(columns))):
+        monkeypatch.setenv(name, value)
+    with Progress(40_000) as progress:
+        progress.show(make_step(12_345, seconds=1.0))
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("[\r\n]+", capsys.readouterr().err)]
+    told = next(line for line in lines if "12345/40000" in line)
+    assert max(map(len, lines)) <= columns
+    assert "…" not in told
+    assert ("loss 1.234" in told) == (columns >= 40)
+    assert ("7 h 41 min left" in told) == (columns >= 40)
+    assert ("━" in told) == (columns >= 70)
+
+
+@pytest.mark.parametrize(
+    ("values", "diverges", "colour"), [({}, False, "34"), ({"note": "It is late."}, False, "33"), ({}, True, "31")]
+)
+def test_a_bar_is_never_green(
+    values: dict[str, str],
+    diverges: bool,
+    colour: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "100")):
+        monkeypatch.setenv(name, value)
+    with Progress(2) as progress:
+        progress.show(make_step(1, **values), diverges)
+        progress.show(make_step(2, **values), diverges)
+    bars = set(re.findall("\x1b\\[([0-9;]+)m━", capsys.readouterr().err))
+    assert colour in bars
+    assert not {bar for bar in bars if "32" in bar.split(";")}
