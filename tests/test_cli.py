@@ -139,7 +139,7 @@ def test_words(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     for verb in ("resume", "evaluate", "chat", "report"):
         assert f"qlora {verb} needs a run folder" in refused(capfd, verb)
         assert "There is no run folder" in refused(capfd, verb, str(tmp_path / "none"))
-        if verb != "resume":  # which takes overrides
+        if verb not in ("resume", "report"):  # which take overrides, and further runs
             assert "nothing more" in refused(capfd, verb, str(tmp_path), "more")
         assert str(tmp_path) in refused(capfd, verb, str(tmp_path))  # a folder, but no run
     for count in ("0", "-1", "x", "²"):
