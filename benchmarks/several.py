@@ -90,12 +90,19 @@ def kills(count: int, seed: int) -> None:
         print(f"Undisturbed, two processes take {whole:.1f} s; kills at random moments of that.\n")
         print("| killed | after | the other ended after | with | said | went on | with | losses |")
         print("|--:|--:|--:|--:|---|---|--:|--:|")
-        for number in range(count):
+        done = 0
+        for number in itertools.count():
+            if done == count:
+                return
             place = Path(scratch) / f"kill {number}"
             place.mkdir()
-            victim, moment, size = chance.randrange(2), chance.uniform(0.1, 0.95) * whole, chance.randrange(1, 4)
+            victim, moment, size = chance.randrange(2), chance.uniform(0.1, 0.8) * whole, chance.randrange(1, 4)
             started = start(2, base, place / "run")
             started[victim].join(moment)
+            if started[victim].exitcode == 0:  # this one was faster than the first: nothing was killed
+                started[1 - victim].join()
+                continue
+            done += 1
             started[victim].kill()
             killed = time.monotonic()
             started[1 - victim].join()

@@ -465,6 +465,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if _several():  # what a process that ended leaves behind in the others is said in a sentence
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     if hasattr(sys.stdout, "reconfigure"):  # an answer's letters that the terminal lacks are no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")

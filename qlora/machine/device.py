@@ -108,6 +108,15 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def seed_rng(seed: int, device: torch.device) -> None:
+    """``torch.manual_seed`` for the CPU and ``device`` alone; that one looks at every kind of device, for a millisecond each time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[
+            torch.cuda.current_device() if device.index is None else device.index
+        ].manual_seed(seed)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: allocated on the GPU, or resident in this process."""
     return max(_peak(device), _earlier_peaks.get(str(device), 0))

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlora.machine.device import rng_state, set_rng_state
+from qlora.machine.device import rng_state, seed_rng, set_rng_state
 
 PASSED_ON = ("AddBackward0", "ViewBackward0", "UnsafeViewBackward0")
 """Nodes of a graph that pass a gradient on whatever the values were."""
 
-_drawn: tuple[int, int] | None = None
-"""What a step's draws come from, and the place in the step of the first row that entered the model."""
+_drawn: tuple[int, int, torch.device] | None = None
+"""What a step's draws come from, the place in the step of the first row that entered the model, and where it computes."""
 
 
 class Boundary(nn.Module):
@@ -92,10 +92,10 @@ def unread_linears(output: Tensor) -> list[nn.Module]:
 
 
 @contextmanager
-def drawn_by_row(seed: int, step: int, first: int) -> Iterator[None]:
+def drawn_by_row(seed: int, step: int, first: int, device: torch.device) -> Iterator[None]:
     """Inside, a step's micro-batch draws as (seed, step, place of its ``first`` row) say, and in each layer anew (``draw``)."""
     global _drawn
-    before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first)
+    before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first, device)
     draw()
     try:
         yield
@@ -109,8 +109,8 @@ def draw(layer: int = 0, row: int = 0) -> None:
     So whichever rows go before it, in this process or another, a row draws the same. Nothing, outside of ``drawn_by_row``.
     """
     if _drawn is not None:
-        step, first = _drawn
-        torch.manual_seed((step + layer * 0xBF58476D1CE4E5B9 + (first + row) * 0x94D049BB133111EB) % 2**63)
+        step, first, device = _drawn
+        seed_rng((step + layer * 0xBF58476D1CE4E5B9 + (first + row) * 0x94D049BB133111EB) % 2**63, device)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def one_draw(device: torch.device) -> Iterator[None]:
         return
     seed = int(torch.randint(2**62, ()))
     after = rng_state(device)
-    torch.manual_seed(seed)
+    seed_rng(seed, device)
     try:
         yield
     finally:

@@ -125,6 +125,6 @@ def random_draws(state: TrainState, first: int = 0) -> Iterator[None]:
     device = state.model.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        drawn_by_row(state.training.seed, state.step, first),
+        drawn_by_row(state.training.seed, state.step, first, device),
     ):
         yield
