@@ -9,27 +9,26 @@ Knows the environment that torchrun makes; must not know what the processes do.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from qlora.machine.processes import leave
 from tests import processes
 
+_STORES: list[dist.TCPStore] = []
+
 
 def environments(size: int) -> list[dict[str, str | None]]:
     """What torchrun sets, for each of ``size`` processes of this machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
+    # torchrun keeps it, and outlives them
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    _STORES.append(store)
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 

@@ -192,7 +192,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        why = "" if "by peer" in str(error) else f" ({first_line(error)})"
         raise ProcessLostError(
-            f"Another of the {dist.get_world_size()} processes ended, and none trains without it ({first_line(error)}). What "
-            "was saved is whole; go on with qlora resume RUN, with any number of processes."
+            f"Another of the {dist.get_world_size()} processes ended, and none trains without it{why}. What was saved is whole; go on "
+            "with qlora resume RUN, with any number of processes."
         ) from None
