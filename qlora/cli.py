@@ -34,14 +34,20 @@ also be written as --section.key=value. More: qlora VERB --help, qlora --version
 
 
 def plan(words: list[str]) -> int:
-    """RECIPE: memory, disk, seconds per step and what else would fit; loads no weights.
+    """RECIPE [table=true]: steps, time, memory and disk; with table also what else would fit. Loads no weights.
 
     Any value of the recipe may follow; device.memory=4090 (or 24GiB) plans for a GPU you don't have.
     """
+    table = _taken(words, "table").get("table", "false")
+    if table not in ("true", "false"):
+        raise InputError(f"table is '{table}'; expected true or false.")
     recipe = _recipe("plan", words)
-    from qlora.planning.plan import survey
+    from rich.console import Console
 
-    found = survey(recipe)
+    with Console(stderr=True).status("Planning: shapes, a step counted, the data read …"):
+        from qlora.planning.plan import survey
+
+        found = survey(recipe, table == "true")
     print(visible(redacted(str(found))))
     return 0 if found.fits else 3
 

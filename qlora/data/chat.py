@@ -25,6 +25,7 @@ Knows templates and tokenizers; must not know files of data, lengths or packing.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -200,7 +201,8 @@ class ChatTemplate:
             raise DataError(f"{capital(conversation.place)} {mistake}.") from None
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         given = conversation.messages[conversation.answers(conversation.messages)[0]]
-        return messages[:first], ids, given["content"]
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in given.get("tool_calls") or ()]
+        return messages[:first], ids, "\n".join(filter(None, [given["content"], *calls]))
 
     # --- text and spans ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from qlora.machine.device import (
     bytes_text,
     capability,
     dtype_name,
+    duration_text,
     free_disk,
     require_disk,
     resolve_compute_dtype,
@@ -120,7 +121,7 @@ class Survey:
 
     plan: Plan
     ladder: list[Arrangement]
-    """From the fastest to the smallest."""
+    """From the fastest to the smallest; empty where it was not asked for."""
     most_rows: int | None
     """That go through a layer at once and still fit, at the recipe's length."""
     longest_context: int | None
@@ -132,7 +133,7 @@ class Survey:
 
     def __str__(self) -> str:
         plan, target = self.plan, self.plan.target
-        lines = [str(plan)]
+        lines = [self.summary, str(plan)]
         if plan.chosen.seconds is not None and target.rates is not None:
             of_step, tokens = plan.chosen.seconds, plan.chosen.tokens
             rate, low, high = (target.processes * tokens / end for end in (of_step.expected, of_step.high, of_step.low))
@@ -144,6 +145,8 @@ class Survey:
             if plan.recipe.objective.refers:
                 reference = step_seconds([plan.chosen.work.forward], target.rates).expected
         lines.append(self.reading.said(seconds, reference))
+        if not self.ladder:
+            return "\n".join(lines)
         rows = "not one" if self.most_rows is None else f"{self.most_rows:,}"
         context = "none" if self.longest_context is None else f"{self.longest_context:,} tokens"
         length, sides = plan.recipe.data.max_length, "pairs of " if plan.recipe.objective.pairs else ""
@@ -154,17 +157,43 @@ class Survey:
         lines += [f"  {line}" for line in ladder_lines(self.ladder, target, plan.chosen)]
         return "\n".join(lines)
 
+    @property
+    def summary(self) -> str:
+        """What people ask first: ``300 records → 27 rows → 2 epochs = 54 steps ≈ 20 min, evaluation ≈ 3 min, 9.80 GiB of 23.5 GiB``."""
+        recipe, chosen, reading = self.plan.recipe, self.plan.chosen, self.reading
+        needed = bytes_text(chosen.needed.total)
+        free = self.plan.target.free
+        memory = f"{needed} of {bytes_text(free)} on {self.plan.target.name}" if free else needed
+        if reading.report is None:
+            return f"{recipe.model.name}: {memory}"
+        training, counts, held_out = recipe.training, reading.report.train, reading.report.held_out
+        length = "" if training.steps else f"{training.epochs} epoch{'s' * (training.epochs > 1)} = "
+        said = f"{counts.records:,} records → {counts.rows:,} rows → {length}{reading.steps:,} steps"
+        if chosen.seconds is None:
+            return f"{said}, {memory}"
+        each = chosen.seconds.expected
+        said += f" {'≈' if reading.packed else '≤'} {duration_text(reading.steps * each)}"
+        if held_out.tokens:
+            every = recipe.evaluation.every
+            times = 2 + ((reading.steps - 1) // every if every else 0)
+            # forward is a third of a step's arithmetic
+            said += f", evaluation ≈ {duration_text(times * held_out.tokens * each / chosen.tokens / 3)}"
+        return f"{said}, {memory}"
+
 
 def ladder_lines(ladder: list[Arrangement], target: Target, chosen: Arrangement | None = None) -> list[str]:
-    """A line a rung: its memory on the device and beside it, its speed, whether it fits, and what it changes."""
-    lines = []
+    """A line a rung: its memory on the device and beside it, its speed, whether it fits, and what it changes. Of rungs that do not
+    differ in what is shown the first is shown, or the one that is chosen."""
+    lines = dict[str, str]()
     for one in ladder:
         speed = "" if one.seconds is None else f"{target.processes * one.tokens / one.seconds.expected:>9,.0f} tokens/s"
         beside = f" + {bytes_text(one.needed.host_total):>10} host" if target.device.type != "cpu" else ""
         fits = "fits" if not target.lacking(one.needed) else "    "
         mark = "→" if chosen is not None and one.changes == chosen.changes else " "
-        lines.append(f"{mark} {fits} {bytes_text(one.needed.total):>10}{beside}{speed}  {one}")
-    return lines
+        figures = f"{fits} {bytes_text(one.needed.total):>10}{beside}{speed}"
+        if mark == "→" or figures not in lines:
+            lines[figures] = f"{mark} {figures}  {one}"
+    return list(lines.values())
 
 
 def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
@@ -189,8 +218,9 @@ def timed(recipe: Recipe) -> Plan:
     return _plan(checkpoint, *_here(recipe, checkpoint, rates=True), choose=True, origin=origin)[0]
 
 
-def survey(recipe: Recipe) -> Survey:
-    """A plan for this machine, or for the card or the amount of memory in ``device.memory``, with the whole ladder.
+def survey(recipe: Recipe, table: bool = True) -> Survey:
+    """A plan for this machine, or for the card or the amount of memory in ``device.memory``; with ``table`` also the whole ladder
+    and the largest that fits, which takes most of the time.
 
     Nothing of what does not fit is refused where there is an arrangement that does: the fastest of these is planned then,
     and ``why`` says so.
@@ -202,8 +232,11 @@ def survey(recipe: Recipe) -> Survey:
     why = [str(origin), *why] if origin is not None else why
     planned, arranger = _plan(checkpoint, target, resolved, why, choose=True, origin=origin)
     fits = resolved.memory.budget is not None or not planned.chosen.changes
+    reading = read(recipe, checkpoint)
+    if not table:
+        return Survey(planned, [], None, None, fits, reading)
     rows, context = arranger.most_rows(planned.chosen), arranger.longest_context(planned.chosen)
-    return Survey(planned, arranger.ladder(), rows, context, fits, read(recipe, checkpoint))
+    return Survey(planned, arranger.ladder(), rows, context, fits, reading)
 
 
 def _plan(

@@ -32,13 +32,18 @@ def compared(before: str | None, after: str | None) -> tuple[list[Piece] | None,
     if before and after and max(len(first), len(second)) <= MOST_WORDS:
         found = SequenceMatcher(a=first, b=second, autojunk=False)
         blocks = found.get_matching_blocks()
-        alike = sum(not word.isspace() for b in blocks for word in first[b.a : b.a + b.size])
-        if alike >= ALIKE * max(sum(not word.isspace() for word in words) for words in (first, second)):
+        alike = _counted([word for b in blocks for word in first[b.a : b.a + b.size]])
+        if alike and alike >= ALIKE * max(_counted(first), _counted(second)):
             kept = ({b.a + n for b in blocks for n in range(b.size)}, {b.b + n for b in blocks for n in range(b.size)})
     return (
         None if before is None else list(_pieces(first, kept[0])),
         None if after is None else list(_pieces(second, kept[1])),
     )
+
+
+def _counted(words: list[str]) -> int:
+    """How many of them say something."""
+    return sum(not word.isspace() and word != CUT for word in words)
 
 
 def _words(text: str) -> list[str]:

@@ -304,6 +304,13 @@ def test_ids_of_calls_are_renamed_where_the_template_demands_it_and_each_is_its_
     ]
 
 
+def test_the_answer_that_is_a_call_is_shown_as_the_call() -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Łódź"}}}
+    talk = [{"role": "user", "content": "How warm?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (one,) = conversations(talk)
+    assert ChatTemplate(make_tokenizer()).prompt(one)[2] == '{"name": "weather", "arguments": {"town": "Łódź"}}'
+
+
 def test_a_tokenizer_with_several_templates() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = {"default": families.LLAMA3, "tool_use": families.TOOLS}

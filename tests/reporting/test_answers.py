@@ -26,6 +26,7 @@ def test_words_that_only_one_has_are_marked() -> None:
 
 def test_answers_with_little_in_common_are_not_marked_all_over() -> None:
     assert changed("one two three four five six", "seven eight nine ten a one") == ([], [])
+    assert changed("one two […]", "three […]") == ([], [])
     long = "word " * MOST_WORDS
     assert changed(long, long + "more") == ([], [])
 
