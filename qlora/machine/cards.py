@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora.errors import RecipeError, listed, nearest
-from qlora.machine.device import GIB
+from qlora.machine.disk import GIB
 
 WORKSPACE, WORKSPACE_OF_9 = 8 * 1024**2 + 128 * 1024, 32 * 1024**2
 """Bytes that torch gives cuBLAS for as long as the process runs: on GPUs before compute capability 9 (Hopper), and since."""
@@ -154,6 +154,14 @@ def parse_memory(text: str) -> int:
     if count <= 0:
         raise RecipeError(f"'{text:.60}' is no memory at all; expected more than 0, as in 24GiB.")
     return count
+
+
+def amount(text: str) -> int:
+    """Bytes of ``24GiB``, or of a card's name. Raises RecipeError for what is neither."""
+    try:
+        return parse_memory(text)
+    except RecipeError:
+        return card(text).memory
 
 
 def _plain(name: str) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
-from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, workspace_bytes
+from qlora.errors import DoesNotFitError, ModelError, listed
+from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, amount, card, parse_memory, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
     bytes_text,
@@ -355,14 +355,6 @@ def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Reci
         capability=known.capability if known else AMPERE,
     )
     return target, resolved, why
-
-
-def amount(text: str) -> int:
-    """Bytes of ``24GiB``, or of a card's name. Raises RecipeError for what is neither."""
-    try:
-        return parse_memory(text)
-    except RecipeError:
-        return card(text).memory
 
 
 def resolve(

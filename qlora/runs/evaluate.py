@@ -24,7 +24,6 @@ from qlora.planning.rows import load_recipe_data, with_packing
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
 from qlora.runs.folder import (
-    adapter_folder,
     check_data,
     device_here,
     end_tokens,
@@ -44,6 +43,7 @@ from qlora.runs.session import (
     use_threads,
 )
 from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
+from qlora.training.checkpoint import adapter_folder
 
 
 def preview(recipe: Recipe, count: int = 2, quiet: bool = False) -> list[Preview]:

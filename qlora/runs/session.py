@@ -25,10 +25,10 @@ from qlora.evaluation import HeldOut, answers
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
+from qlora.machine.cards import amount
 from qlora.machine.device import bytes_text, peak_memory_bytes, total_memory_bytes
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
-from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
