@@ -30,10 +30,24 @@ if TYPE_CHECKING:
 
 USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
 EXAMPLES = """Examples:
-    qlora plan mine.yaml device.memory=4090
-    qlora train mine.yaml training.epochs=2"""
+    qlora init --model Qwen/Qwen3-8B --data my.jsonl --card 4090
+    qlora train my.yaml training.epochs=2"""
 NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
 also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
+
+
+def init(words: list[str]) -> None:
+    """--model X --data FILE [--card CARD]: a recipe that fits, from a look at your data; without them it asks.
+
+    Takes out=mine.yaml, epochs, host_memory=64GiB, overwrite=true, and any value of a recipe; what it chooses stands there with why.
+
+    Examples:
+        qlora init --model Qwen/Qwen3-8B --data my.jsonl --card 4090
+        qlora init --model models/llama --data my.jsonl --out mine.yaml method.r=32
+    """
+    from qlora.init import init
+
+    print(visible(init(words)))
 
 
 def plan(words: list[str]) -> int:
@@ -257,7 +271,7 @@ def completion(words: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     verb.__name__: verb
-    for verb in (plan, preview, train, resume, evaluate, chat, export, report, study, doctor, recipe, completion)
+    for verb in (init, plan, preview, train, resume, evaluate, chat, export, report, study, doctor, recipe, completion)
 }
 
 
@@ -314,6 +328,8 @@ def _do(words: list[str]) -> int:
     if {"--help", "-h"} & set(rest) and rest[:1] != ["words"]:
         print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
         return 0
+    if verb == "init":
+        rest = _joined(rest)
     rest = rest if rest[:1] == ["words"] else [_plain(verb, word) for word in rest]
     if rest and not takes:
         raise InputError(f"qlora {verb} takes nothing more, but found '{' '.join(rest)}'.")
@@ -325,6 +341,17 @@ def _help(verb: str) -> tuple[str, str, str]:
     first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
     takes, _, does = first.partition(": ") if ": " in first else ("", "", first)
     return takes, does[:1].upper() + does[1:], more
+
+
+def _joined(words: list[str]) -> list[str]:
+    """``--model X`` → ``--model=X``, as init's own options may be written."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _short(takes: str) -> str:

@@ -171,11 +171,13 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     return planned
 
 
-def timed(recipe: Recipe) -> Plan:
-    """The plan for this machine, with the seconds of a step: a survey without what else would fit."""
+def timed(recipe: Recipe, elsewhere: bool = False) -> Plan:
+    """The plan for this machine, or ``elsewhere`` for the card in ``device.memory``, with the seconds of a step: a survey without
+    what else would fit."""
     recipe, origin = continued(recipe)
     checkpoint = open_checkpoint(recipe.model, weights=False)
-    return _plan(checkpoint, *_here(recipe, checkpoint, rates=True), choose=True, origin=origin)[0]
+    at = card_elsewhere(recipe, checkpoint) if elsewhere else _here(recipe, checkpoint, rates=True)
+    return _plan(checkpoint, *at, choose=True, origin=origin)[0]
 
 
 def survey(recipe: Recipe) -> Survey:
