@@ -39,8 +39,9 @@ from qlora.model.checkpoint import open_checkpoint
 from qlora.model.hub import find_model
 from qlora.runs.evaluate import load_run
 from qlora.runs.export import check, in_llama_cpp, in_transformers, merge
-from qlora.runs.folder import adapter_folder, open_run
+from qlora.runs.folder import open_run
 from qlora.runs.measured import HOW, WHY, measured, merged_into, subject, table
+from qlora.training.checkpoint import adapter_folder
 
 TABLE = "exported.md"
 DATA = {  # the file, tokens and number of a step's rows

@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 import os
 import sys
-from importlib import import_module
-from pathlib import Path
+
+from qlora.files.late import late_names
 
 # While it is imported, bitsandbytes advises a package of faster CPU inference kernels, which training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -29,20 +28,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
-_HOMES = {
-    alias.name: line.module
-    for line in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
-    if isinstance(line, ast.ImportFrom) and line.module
-    for alias in line.names
-}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'qlora' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __all__ = late_names(__file__)
 
 
 def __dir__() -> list[str]:

@@ -29,19 +29,40 @@ if TYPE_CHECKING:
     from qlora.runs.session import Run
 
 USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
+EXAMPLES = """Examples:
+    qlora init --model Qwen/Qwen3-8B --data my.jsonl --card 4090
+    qlora train my.yaml training.epochs=2"""
 NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
 also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
+
+
+def init(words: list[str]) -> None:
+    """--model X --data FILE [--card CARD]: a recipe that fits, from a look at your data; without them it asks.
+
+    Takes out=mine.yaml, epochs, host_memory=64GiB, overwrite=true, and any value of a recipe; what it chooses stands there with why.
+
+    Examples:
+        qlora init --model Qwen/Qwen3-8B --data my.jsonl --card 4090
+        qlora init --model models/llama --data my.jsonl --out mine.yaml method.r=32
+    """
+    from qlora.init import init
+
+    print(visible(init(words)))
 
 
 def plan(words: list[str]) -> int:
     """RECIPE [table=true]: steps, time, memory and disk; with table also what else would fit. Loads no weights.
 
     Any value of the recipe may follow; device.memory=4090 (or 24GiB) plans for a GPU you don't have.
+
+    Examples:
+        qlora plan mine.yaml
+        qlora plan mine.yaml device.memory=4090 device.host_memory=64GiB
     """
     table = _taken(words, "table").get("table", "false")
     if table not in ("true", "false"):
         raise InputError(f"table is '{table}'; expected true or false.")
-    recipe = _recipe("plan", words)
+    recipe = _recipe("plan", words, reads=False)
     from rich.console import Console
 
     with Console(stderr=True).status("Planning: shapes, a step counted, the data read …"):
@@ -53,7 +74,12 @@ def plan(words: list[str]) -> int:
 
 
 def preview(words: list[str]) -> None:
-    """RECIPE [count=2]: examples as the model sees them, trained tokens marked."""
+    """RECIPE [count=2]: examples as the model sees them, trained tokens marked.
+
+    Examples:
+        qlora preview mine.yaml
+        qlora preview mine.yaml count=5 data.max_length=512
+    """
     count = _taken(words, "count").get("count", "2")
     if not count.isdecimal() or not int(count):
         raise InputError(f"count is '{count}'; expected a whole number from 1.")
@@ -72,9 +98,17 @@ def train(words: list[str]) -> None:
     """RECIPE: train, evaluate, report; overwrite=true replaces an old run.
 
     Any value of the recipe may follow: training.epochs=2 method.r=8. `qlora recipe` lists them.
+
+    Examples:
+        qlora train mine.yaml
+        qlora train mine.yaml training.epochs=2 --method.r=8 folder=runs/second
     """
     _join()
-    recipe = _recipe("train", words)
+    recipe = _recipe("train", words, trains=True)
+    from qlora.runs.first import uneven
+
+    if note := uneven(recipe):
+        print(note, file=sys.stderr, flush=True)
     from qlora.runs.train import train
 
     _summary(train(recipe))
@@ -85,9 +119,18 @@ def resume(words: list[str]) -> None:
     """RUN: go on from the newest checkpoint.
 
     Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1.
+
+    Examples:
+        qlora resume runs/mine
+        qlora resume runs/mine training.micro_batch_size=1
     """
     _join()
     folder = _run("resume", words[:1])
+    from qlora.runs.first import look_at_run
+
+    if done := look_at_run(folder, words[1:], trains=True):
+        print(visible(done))
+        return
     from qlora.runs.train import resume
 
     _summary(resume(folder, *words[1:]))
@@ -95,8 +138,16 @@ def resume(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
-    """RUN: held-out loss, answers and tasks, measured now."""
+    """RUN: held-out loss, answers and tasks, measured now.
+
+    Examples:
+        qlora evaluate runs/mine
+        qlora evaluate runs/mine > measured.txt
+    """
     folder = _run("evaluate", words)
+    from qlora.runs.first import look_at_run
+
+    look_at_run(folder)
     from qlora.runs.evaluate import evaluate
 
     _summary(evaluate(folder))
@@ -106,8 +157,15 @@ def chat(words: list[str]) -> None:
     """RUN: talk to the trained model.
 
     A question a line, and answers of up to 256 tokens; /new begins a new conversation, /quit leaves.
+
+    Examples:
+        qlora chat runs/mine
+        echo "What does copytree do?" | qlora chat runs/mine
     """
     folder = _run("chat", words)
+    from qlora.runs.first import look_at_run
+
+    look_at_run(folder, reads=False)
     from qlora.chat import talk
 
     talk(folder)
@@ -125,6 +183,10 @@ def export(words: list[str]) -> None:
     check takes from=FOLDER, a merged model or one in nf4 (RUN/merged unless said), and compares it with the run, here or elsewhere.
     hub repo=NAME sends an export to a private repository: from=FOLDER says which, private=false opens it to all, and
     dry_run=true only lists the files.
+
+    Examples:
+        qlora export runs/mine merged
+        qlora export runs/mine gguf type=q4_k_m out=for-ollama
     """
     from qlora.exporting import TARGETS
     from qlora.exporting import export as make
@@ -138,7 +200,12 @@ def export(words: list[str]) -> None:
 
 
 def report(words: list[str]) -> None:
-    """RUN [RUN …]: write report.html from the run's files; of several runs one page, side by side, to out=compare.html."""
+    """RUN [RUN …]: write report.html from the run's files; of several runs one page, side by side, to out=compare.html.
+
+    Examples:
+        qlora report runs/mine
+        qlora report runs/mine runs/other out=both.html
+    """
     given = _taken(words, "out")
     if given and len(words) < 2:
         raise InputError("out is for the page of several runs; one run's report goes into its folder.")
@@ -153,6 +220,10 @@ def watch(words: list[str]) -> None:
     """RUN [port=8712]: the report in a browser, made anew while the run trains; Ctrl-C ends it.
 
     This machine alone can see it; from another one: ssh -L 8712:127.0.0.1:8712 MACHINE.
+
+    Examples:
+        qlora watch runs/mine
+        qlora watch runs/mine port=8800
     """
     port = _taken(words, "port").get("port")
     if port is not None and not port.isdecimal():
@@ -170,9 +241,16 @@ def study(words: list[str]) -> int:
 
     Goes on where it was stopped. plan says what it will take, and trains nothing. Any value may follow: hours=6 data_root=FOLDER
     size=gpu recipe.training.steps=50. What a study may say is in docs/studies.md.
+
+    Examples:
+        qlora study rank.yaml plan
+        qlora study rank.yaml hours=2
     """
     if not words:
         raise InputError("qlora study needs a study: qlora study recipes/studies/methods.yaml")
+    from qlora.studies.first import look_at_study
+
+    look_at_study(words[0], *words[2 if words[1:2] == ["plan"] else 1 :])
     from qlora.studies import plan_study
     from qlora.studies import study as run
 
@@ -183,7 +261,12 @@ def study(words: list[str]) -> int:
 
 
 def doctor(_: list[str]) -> int:
-    """Is this machine ready? One line per check, with the fix."""
+    """Is this machine ready? One line per check, with the fix.
+
+    Examples:
+        qlora doctor
+        qlora doctor && qlora train mine.yaml
+    """
     from qlora.doctor import examine, exit_status, print_findings
 
     findings = examine()
@@ -191,16 +274,54 @@ def doctor(_: list[str]) -> int:
     return exit_status(findings)
 
 
-def recipe(_: list[str]) -> None:
-    """Every value of a recipe, with its default and meaning."""
-    from qlora.recipe import reference
+def recipe(words: list[str]) -> None:
+    """[SECTION]: every value of a recipe, with its default and meaning, or those of a section or a key.
 
-    print(reference(), end="")
+    Examples:
+        qlora recipe data
+        qlora recipe training.learning_rate
+    """
+    from qlora.recipe import about, reference
+
+    if len(words) > 1:
+        raise InputError(f"qlora recipe takes one section or key, but found '{' '.join(words)}'.")
+    width = min(shutil.get_terminal_size().columns, 100)
+    print(about(words[0], width) if words else reference(), end="")
+
+
+def completion(words: list[str]) -> None:
+    """bash|zsh|fish: have your shell complete verbs, keys and run folders.
+
+    Examples:
+        eval "$(qlora completion bash)"
+        qlora completion fish | source
+    """
+    from qlora.completion import complete, script
+
+    if words[:1] == ["words"]:  # what such a script asks
+        print(*complete(words[1:], {name: _help(name)[0] for name in VERBS}), sep="\n")
+    else:
+        print(script(words[0] if len(words) == 1 else " ".join(words) or "no shell"), end="")
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     verb.__name__: verb
-    for verb in (plan, preview, train, resume, evaluate, chat, export, report, watch, study, doctor, recipe)
+    for verb in (
+        init,
+        plan,
+        preview,
+        train,
+        resume,
+        evaluate,
+        chat,
+        export,
+        report,
+        watch,
+        study,
+        doctor,
+        recipe,
+        completion,
+    )
 }
 
 
@@ -248,16 +369,18 @@ def _do(words: list[str]) -> int:
             print("qlora from a checkout that is not installed")
         return 0
     if verb in ("help", "--help", "-h"):
-        lines = [f"  {name:<9} {takes:<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
-        print(USAGE, "", *lines, "", NOTES, sep="\n")
+        lines = [f"  {name:<10} {_short(takes):<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
+        print(USAGE, "", *lines, "", EXAMPLES, "", NOTES, sep="\n")
         return 0 if words else 2
     if verb not in VERBS:
         raise InputError(f"'{verb}' is not a verb of qlora.{nearest(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
     takes, does, more = _help(verb)
-    if {"--help", "-h"} & set(rest):
+    if {"--help", "-h"} & set(rest) and rest[:1] != ["words"]:
         print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
         return 0
-    rest = [_plain(verb, word) for word in rest]
+    if verb == "init":
+        rest = _joined(rest)
+    rest = rest if rest[:1] == ["words"] else [_plain(verb, word) for word in rest]
     if _several() and verb not in ("train", "resume"):
         raise InputError(
             f"qlora {verb} is done by one process, but a launcher started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it without."
@@ -270,8 +393,25 @@ def _do(words: list[str]) -> int:
 def _help(verb: str) -> tuple[str, str, str]:
     """What a verb takes, what it does, and more of it: its docstring, ``RUN: talk to the trained model.``, in parts."""
     first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
-    takes, _, does = first.rpartition(": ")
+    takes, _, does = first.partition(": ") if ": " in first else ("", "", first)
     return takes, does[:1].upper() + does[1:], more
+
+
+def _joined(words: list[str]) -> list[str]:
+    """``--model X`` → ``--model=X``, as init's own options may be written."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _short(takes: str) -> str:
+    """``RUN merged|nf4|adapter|…`` where there are many."""
+    words = takes.split("|")
+    return takes if len(words) < 4 else f"{words[0]}|…"
 
 
 def _plain(verb: str, word: str) -> str:
@@ -287,15 +427,19 @@ def _plain(verb: str, word: str) -> str:
     return word
 
 
-def _recipe(verb: str, words: list[str]) -> Recipe:
+def _recipe(verb: str, words: list[str], trains: bool = False, reads: bool = True) -> Recipe:
+    """The recipe that the words name, of which everything is found that can be wrong and needs no torch."""
     from qlora.recipe import Recipe
+    from qlora.runs.first import look_at_recipe
 
     if not words:
         raise InputError(f"qlora {verb} needs a recipe: qlora {verb} quickstart.yaml")
     path = Path(words[0])
     if path.is_dir():
         raise InputError(f"'{path}' is a folder; qlora {verb} takes a recipe, such as {path / 'recipe.yaml'}.")
-    return Recipe.from_yaml(path, *words[1:])
+    recipe = Recipe.from_yaml(path, *words[1:])
+    look_at_recipe(recipe, trains, reads)
+    return recipe
 
 
 def _run(verb: str, words: list[str]) -> Path:
@@ -305,8 +449,10 @@ def _run(verb: str, words: list[str]) -> Path:
         raise InputError(f"qlora {verb} takes a run folder and nothing more, but found '{' '.join(words[1:])}'.")
     path = Path(words[0])
     if not path.is_dir():
+        from qlora.files.durable import from_here
+
         found = f"'{path}' is a file" if path.is_file() else f"There is no run folder '{path}'"
-        raise InputError(f"{found}; expected a folder that qlora train made, such as runs/quickstart.")
+        raise InputError(f"{found}; expected a folder that qlora train made, such as runs/quickstart.{from_here(path)}")
     return path
 
 

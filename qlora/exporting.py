@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora.errors import DiffersError, InputError, QloraError
+from qlora.errors import DiffersError, InputError, QloraError, RunError
+from qlora.export.gguf_types import BY_QUANTISER, TYPES
+from qlora.files.durable import expanded, from_here, require_new, require_writable
+from qlora.runs.first import look_at_run
+from qlora.runs.folder import EXPORTS, export_folder, to_publish
 
 PURPOSES = {"serving": "dequantized", "quantising": "original"}
 """What a merged model is for → the base that it is merged into."""
@@ -30,10 +34,7 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
     from qlora.machine.device import bytes_text
     from qlora.runs.export import merge
 
-    purpose = options.pop("for", None)
-    if purpose and "base" in options:
-        raise InputError("for and base say the same; expected one of them.")
-    if purpose:
+    if purpose := options.pop("for", None):
         options["base"] = PURPOSES[purpose]
     said = _base(folder, options)
     made = merge(folder, options.pop("out", None), **options)
@@ -118,7 +119,7 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.programs import told
     from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by
 
-    place = options.pop("out", f"{folder}/portable")
+    place = export_folder(folder, "adapter", options.pop("out", None))
     why = export_adapter(folder, place, **options)
     print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
     said = [told(loaded_by(folder, place))]
@@ -135,12 +136,10 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.export import BY_QUANTISER, TYPES
     from qlora.machine.device import bytes_text
     from qlora.runs.export import export_gguf
 
-    if (kind := options.get("type", "q8_0")) not in (*TYPES, *BY_QUANTISER):
-        raise InputError(f"type is '{kind}'; expected {' or '.join((*TYPES, *BY_QUANTISER))}.")
+    kind = options.get("type", "q8_0")
     said = [] if alone else _base(folder, options, kind if kind in TYPES else None)
     written = export_gguf(folder, options.pop("out", None), adapter=alone, **options)
     print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
@@ -161,11 +160,8 @@ def check(folder: Path, options: dict[str, Any]) -> None:
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
-    if "repo" not in options:
-        raise InputError("qlora export RUN hub expects repo=NAME or repo=OWNER/NAME, the repository on the hub.")
     from qlora.export.hub import publish
     from qlora.machine.device import bytes_text
-    from qlora.runs.export import to_publish
 
     private = options.get("private", "true") == "true"
     source = to_publish(folder, options.get("from"))
@@ -192,7 +188,9 @@ TARGETS = {
     ),
     "nf4": Target("one in 4 bits", COMMON, nf4),
     "adapter": Target("a plain LoRA adapter", {"keys": ("whole", "text"), **COMMON}, adapter),
-    "gguf": Target("the merged model for llama.cpp and Ollama", {"base": BASES, "type": ANY, **COMMON}, gguf),
+    "gguf": Target(
+        "the merged model for llama.cpp and Ollama", {"base": BASES, "type": (*TYPES, *BY_QUANTISER), **COMMON}, gguf
+    ),
     "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
     "check": Target("an export compared with the run", {"from": ANY, "program": ("llama.cpp",)}, check),
     "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
@@ -212,4 +210,25 @@ def export(folder: Path, target: str, options: dict[str, str]) -> None:
     given: dict[str, Any] = dict(options)
     if "overwrite" in given:
         given["overwrite"] = given["overwrite"] == "true"
+    _look_first(folder, target, given)
     TARGETS[target].make(folder, given)
+
+
+def _look_first(folder: Path, target: str, options: dict[str, Any]) -> None:
+    """Raise InputError for what can be wrong with an export and costs nothing to find."""
+    if target == "hub":
+        if "repo" not in options:
+            raise InputError("qlora export RUN hub expects repo=NAME or repo=OWNER/NAME, the repository on the hub.")
+        to_publish(folder, options.get("from"))
+    if "for" in options and "base" in options:
+        raise InputError("for and base say the same; expected one of them.")
+    if target != "hub":
+        look_at_run(folder, reads=False)
+    if target == "check" and not (place := expanded(options.get("from", folder / EXPORTS["merged"]))).exists():
+        raise RunError(
+            f"There is no export '{place}'; make it first, or say where it is: from=FOLDER.{from_here(place)}"
+        )
+    if target in EXPORTS:
+        place = export_folder(folder, target, options.get("out"), options.get("type", "q8_0"))
+        require_new(place, options.get("overwrite", False))
+        require_writable(place, "choose another folder (out=…)")

@@ -120,6 +120,27 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"qlora \d+\.\d+\S*\n", capfd.readouterr().out)
 
 
+@pytest.mark.parametrize("verb", [None, *cli.VERBS])
+def test_help_has_two_examples(verb: str | None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"] if verb is None else [verb, "--help"]) == 0
+    shown = capfd.readouterr().out.partition("Examples:\n")[2].splitlines()
+    assert len([line for line in shown if f"qlora {verb or ''}" in line]) >= 2
+
+
+def test_recipe_verb_tells_of_a_section_or_a_key(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "data"]) == 0
+    told = capfd.readouterr().out
+    assert "\ndata.max_length  (default 1024)\n    The length of a row" in told
+    assert "training." not in told
+    assert max(map(len, told.splitlines())) <= 100
+    assert main(["recipe", "method.dora"]) == 0
+    assert "magnitude" in capfd.readouterr().out
+    assert main(["recipe", "training.epochs"]) == 0
+    assert capfd.readouterr().out.startswith("training.epochs  (default 1)\n")
+    assert "Did you mean 'training'?" in refused(capfd, "recipe", "trainin")
+    assert "one section or key" in refused(capfd, "recipe", "data", "model")
+
+
 def test_values_may_be_written_as_flags(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", str(recipe_file), "--count=3", "--data.held_out_fraction=0.5"]) == 0
     assert "example 2 of 20" in capfd.readouterr().out

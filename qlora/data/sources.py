@@ -29,7 +29,7 @@ from qlora.data.files import content, ending, refuse_pointer, unpacker
 from qlora.data.filled import filled_in_file, filled_in_table, without
 from qlora.data.values import json_fault, kind, once, read_json
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
-from qlora.files.durable import expanded
+from qlora.files.durable import expanded, from_here
 from qlora.files.strangers import JsonObject
 
 
@@ -145,6 +145,16 @@ def _is_known(path: Path) -> bool:
 
 def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Record], Any]:
     """The records of one file or hub data set, and the features of the table they come from, if they do."""
+    if not is_here(source):
+        return _hub(source, subset, split, missing=_near(expanded(source)))
+    path = expanded(source)
+    if ending(path) == ".parquet":
+        return _parquet(path, source)
+    return _READERS[ending(path)](decoded(content(path, source), source), source), None
+
+
+def is_here(source: str) -> bool:
+    """Whether it is one file of a kind that is read here; False for what may be a hub data set. Raises DataError for neither."""
     path = expanded(source)
     known = _is_known(path)
     if path.exists():
@@ -154,12 +164,12 @@ def _records(source: str, subset: str | None, split: str) -> tuple[Iterator[Reco
                 f"'{source}' ends in '{path.suffix}'; expected one of {listed(_ENDINGS, 9)}, text also packed as in .jsonl.gz."
                 f"{advice.replace('{}', shlex.quote(str(path)), 1).replace('{}', shlex.quote(f'{path.stem}.parquet'))}"
             )
-        if ending(path) == ".parquet":
-            return _parquet(path, source)
-        return _READERS[ending(path)](decoded(content(path, source), source), source), None
-    if known or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise DataError(f"There is no data file '{source}'.{_near(path)}")
-    return _hub(source, subset, split, missing=_near(path))
+        refuse_pointer(path, source)
+        return True
+    in_a_folder = path.suffix and str(path.parent) != "." and path.parent.is_dir()
+    if known or in_a_folder or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise DataError(f"There is no data file '{source}'.{_near(path)}{from_here(source)}")
+    return False
 
 
 def _near(path: Path) -> str:
@@ -393,7 +403,6 @@ def _parquet(path: Path, source: str) -> tuple[Iterator[Record], Any]:
     from datasets import Dataset
     from pyarrow import parquet
 
-    refuse_pointer(path, source)
     with _quiet(source):
         if not parquet.read_metadata(path).num_rows:  # `datasets` would not say so
             return iter(()), None

@@ -26,6 +26,7 @@ from qlora.errors import MethodError, ModelError, RunError
 from qlora.export.adapter import export_adapter
 from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
+from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
@@ -36,10 +37,7 @@ from qlora.model.load import GENERATION, end_tokens
 from qlora.model.skeleton import bare
 from qlora.recipe import ModelSection
 
-TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
-# what only llama.cpp's own program writes, out of a 16-bit file
 QUANTISER = "llama-quantize"
-BY_QUANTISER = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 WEIGHTS = "qlora.weights"  # the key that says which base it was merged into, as qlora_merge.json does of safetensors
 CHUNK = 2**23  # numbers that are in fp32 at once
 # small and decisive, or read as fp32 by llama.cpp's kernels, like all vectors

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
-from qlora.export.merge import Merged, write_beside, write_plain
+from qlora.export.merged import Merged, write_beside, write_plain
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from qlora.errors import DiffersError, QloraError, RunError, listed
 from qlora.export.adapter import export_adapter
-from qlora.export.gguf import TYPES, WEIGHTS, bytes_of, described, entries_of, export_gguf_adapter
+from qlora.export.gguf import WEIGHTS, bytes_of, described, entries_of, export_gguf_adapter
 from qlora.export.gguf_models import Converted
+from qlora.export.gguf_types import TYPES
 from qlora.export.source import Source
 from qlora.machine.device import DTYPES, trim_heap
 from qlora.methods.files import CONFIG, read_adapter_tensors, read_config

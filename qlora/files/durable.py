@@ -16,11 +16,12 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qlora.errors import RunError
+from qlora.errors import RunError, disk_is_full
 from qlora.files.strangers import Fault, JsonObject, read_object
 
 SEAL = "checksums.json"
@@ -36,12 +37,7 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
     something already and ``overwrite`` is off.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise RunError(f"'{folder}' is a file; expected the name of a new folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunError(
-            f"'{folder}' is there already and not empty; choose another folder, delete it, or overwrite it (overwrite=true)."
-        )
+    require_new(folder, overwrite)
     aside, old = _beside(folder, "writing"), _beside(folder, "old")
     clear_leftovers(aside.parent, folder.absolute().name)
     shutil.rmtree(aside, ignore_errors=True)
@@ -67,9 +63,40 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
     shutil.rmtree(old, ignore_errors=True)
 
 
+def require_new(folder: Path, overwrite: bool = False) -> None:
+    """Raise RunError when ``folder`` is a file, or holds something already and ``overwrite`` is off."""
+    if folder.is_file():
+        raise RunError(f"'{folder}' is a file; expected the name of a new folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise RunError(
+            f"'{folder}' is there already and not empty; choose another folder, delete it, or overwrite it (overwrite=true)."
+        )
+
+
+def require_writable(folder: Path, advice: str) -> None:
+    """Raise RunError, with ``advice``, when nothing can be written into ``folder``, or it cannot be made. Leaves nothing behind."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=".qlora-", dir=place
+        ):  # rights do not tell: read-only mounts, quotas, root
+            pass
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise RunError(f"Nothing can be written in '{folder}' ({error.strerror}: '{place}'); {advice}.") from None
+
+
 def expanded(name: str | Path) -> Path:
     """A path as people write it: ``~`` is the home, where there is one. Unlike pathlib's own this never raises."""
     return Path(os.path.expanduser(name))
+
+
+def from_here(name: str | Path) -> str:
+    """What there is to say of a path that leads nowhere: a sentence for a relative one, nothing for another."""
+    return "" if expanded(name).is_absolute() else f" Relative paths start at the working directory, '{Path.cwd()}'."
 
 
 def delete_folder(folder: Path) -> None:

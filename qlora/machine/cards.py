@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from qlora.errors import RecipeError, listed, nearest
-from qlora.machine.device import GIB
+from qlora.machine.disk import GIB
 
 WORKSPACE, WORKSPACE_OF_9 = 8 * 1024**2 + 128 * 1024, 32 * 1024**2
 """Bytes that torch gives cuBLAS for as long as the process runs: on GPUs before compute capability 9 (Hopper), and since."""
@@ -160,6 +160,15 @@ def parse_memory(text: str) -> int:
     if count <= 0:
         raise RecipeError(f"'{text:.60}' is no memory at all; expected more than 0, as in 24GiB.")
     return count
+
+
+def amount(text: str) -> int:
+    """Bytes of ``24GiB``, or of a card's name, or of each of ``2x4090``. Raises RecipeError for what is neither."""
+    _, text = several(text)
+    try:
+        return parse_memory(text)
+    except RecipeError:
+        return card(text).memory
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The ground: which device and dtype, random state, peak memory, bytes as text.
+"""The ground: which device and dtype, random state, peak memory.
 
 Knows torch and the operating system; must not know a model, a recipe's other sections or bitsandbytes.
 """
@@ -10,7 +10,6 @@ import ctypes
 import gc
 import mmap
 import os
-import shutil
 import sys
 import warnings
 import weakref
@@ -21,11 +20,15 @@ from typing import Any, TypeVar
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError, first_line
-from qlora.files.durable import expanded
 from qlora.machine import DISTRIBUTION
+from qlora.machine.disk import GIB as GIB
+from qlora.machine.disk import bytes_text as bytes_text
+from qlora.machine.disk import cache_folder as cache_folder
+from qlora.machine.disk import duration_text as duration_text
+from qlora.machine.disk import free_disk as free_disk
+from qlora.machine.disk import require_disk as require_disk
 from qlora.machine.processes import count, here
 
-GIB = 1024**3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFUSALS = (
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
@@ -301,44 +304,6 @@ def _container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     return 0, 0
 
 
-def bytes_text(count: float) -> str:
-    """Bytes for people, in binary units: ``1.25 GiB``, ``12.0 MiB``, ``512 B``."""
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
-    if count >= 1024**2:
-        return f"{count / 1024**2:.1f} MiB"
-    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{int(count)} B"
-
-
-def duration_text(seconds: float) -> str:
-    """``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    if round(seconds) < 3600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def require_disk(folder: Path, needed: int, what: str) -> None:
-    """Raise DoesNotFitError when the disk under ``folder`` has less than ``needed`` bytes free for ``what``."""
-    free = free_disk(folder)
-    if free < needed:
-        raise DoesNotFitError(
-            f"{what} needs {bytes_text(needed)} under '{folder}', but {bytes_text(free)} are free; free some or choose another folder."
-        )
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free on the disk that ``folder`` is on, or will be once it is made."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
 def host_bytes(count: int, device: torch.device) -> torch.Tensor:
     """``count`` bytes of host memory, uint8, from which ``device`` copies: page-locked where that is a GPU.
 
@@ -407,13 +372,6 @@ def _unlock(place: int, device: torch.device) -> None:
     runtime: Any = torch.cuda.cudart()
     with torch.cuda.device(device):
         runtime.cudaHostUnregister(place)
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: ``$QLORA_CACHE``, else ``qlora`` in the user's cache folder."""
-    if place := os.environ.get("QLORA_CACHE"):
-        return expanded(place)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qlora"
 
 
 def versions() -> dict[str, str | None]:

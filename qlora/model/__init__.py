@@ -11,27 +11,6 @@ What stays on the device while training, and what does not, is the room above: `
 
 from __future__ import annotations
 
-from qlora.model.base import Base
-from qlora.model.checkpoint import Checkpoint, find_model, open_checkpoint
-from qlora.model.config import load_config
-from qlora.model.in_memory import as_base, quantise
-from qlora.model.load import quantised_names
-from qlora.model.nf4 import Linear4bit, Linear8bit, dense_cached, dense_weight, is_linear
-from qlora.model.tokenizer import load_tokenizer
+from qlora.files.late import late_names
 
-__all__ = [
-    "Base",
-    "Checkpoint",
-    "Linear4bit",
-    "Linear8bit",
-    "as_base",
-    "dense_cached",
-    "dense_weight",
-    "find_model",
-    "is_linear",
-    "load_config",
-    "load_tokenizer",
-    "open_checkpoint",
-    "quantise",
-    "quantised_names",
-]
+__getattr__, __all__ = late_names(__file__)

@@ -66,7 +66,7 @@ class Checkpoint:
 
     @cached_property
     def merge(self) -> dict[str, Any]:
-        """How it was merged by this program (``export/merge.py``); empty for every other model."""
+        """How it was merged by this program (``export/merged.py``); empty for every other model."""
         return read_json(self.folder, MERGE, "how a model was merged") if (self.folder / MERGE).is_file() else {}
 
     @cached_property

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
+from qlora.errors import DoesNotFitError, ModelError, listed
 from qlora.files.html import as_text
-from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, card, parse_memory, several, workspace_bytes
+from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, amount, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
     bytes_text,
@@ -211,11 +211,13 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     return planned
 
 
-def timed(recipe: Recipe) -> Plan:
-    """The plan for this machine, with the seconds of a step: a survey without what else would fit."""
+def timed(recipe: Recipe, elsewhere: bool = False) -> Plan:
+    """The plan for this machine, or ``elsewhere`` for the card in ``device.memory``, with the seconds of a step: a survey without
+    what else would fit."""
     recipe, origin = continued(recipe)
     checkpoint = open_checkpoint(recipe.model, weights=False)
-    return _plan(checkpoint, *_here(recipe, checkpoint, rates=True), choose=True, origin=origin)[0]
+    at = card_elsewhere(recipe, checkpoint) if elsewhere else _here(recipe, checkpoint, rates=True)
+    return _plan(checkpoint, *at, choose=True, origin=origin)[0]
 
 
 def survey(recipe: Recipe, table: bool = True) -> Survey:
@@ -423,15 +425,6 @@ def card_elsewhere(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Target, Reci
         sharing=processes,
     )
     return target, resolved, why
-
-
-def amount(text: str) -> int:
-    """Bytes of ``24GiB``, or of a card's name, or of each of ``2x4090``. Raises RecipeError for what is neither."""
-    _, text = several(text)
-    try:
-        return parse_memory(text)
-    except RecipeError:
-        return card(text).memory
 
 
 def resolve(

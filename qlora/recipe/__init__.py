@@ -43,7 +43,7 @@ from qlora.recipe.methods import (
     parts_of,
 )
 from qlora.recipe.objectives import DPO, IPO, ORPO, AnyObjective, TokensObjective
-from qlora.recipe.reference import reference
+from qlora.recipe.reference import about, choices, reference
 from qlora.recipe.schema import Section
 from qlora.recipe.tasks import TaskSection
 
@@ -83,6 +83,8 @@ __all__ = [
     "TokensObjective",
     "TrainingSection",
     "VirtualTokens",
+    "about",
+    "choices",
     "named",
     "parts_of",
     "reference",

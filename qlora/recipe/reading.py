@@ -16,6 +16,7 @@ import pydantic
 from pydantic_core import ErrorDetails
 
 from qlora.errors import RecipeError, nearest
+from qlora.files.durable import from_here
 from qlora.files.strangers import MAX_RECIPE, Fault, JsonObject, Lines, read_bytes, shown, yaml_values
 from qlora.recipe.schema import Section, sections_of
 
@@ -29,6 +30,25 @@ EXPECTED = {
     "model_type": "a section of 'key: value' lines", "model_attributes_type": "a section of 'key: value' lines",
 }  # fmt: skip
 
+# What other programs call a key: Hugging Face's Trainer and TRL, PEFT, Axolotl, Unsloth, mlx-lm, and people in a hurry.
+ELSEWHERE = {
+    "training.learning_rate": "lr rate learn_rate", "training.epochs": "num_train_epochs num_epochs n_epochs epoch",
+    "training.steps": "max_steps iters num_steps total_steps", "training.batch_size": "bs batch global_batch_size gradient_accumulation_steps",
+    "training.micro_batch_size": "micro_batch per_device_train_batch_size train_batch_size mbs", "training.optimizer": "optim",
+    "training.schedule": "lr_scheduler lr_scheduler_type scheduler", "training.warmup_fraction": "warmup warmup_ratio warmup_steps",
+    "training.weight_decay": "wd decay", "training.max_grad_norm": "grad_clip clip gradient_clipping", "training.seed": "random_state",
+    "training.recompute": "grad_checkpoint use_gradient_checkpointing", "training.save_every": "save_steps save_interval",
+    "training.keep_checkpoints": "save_total_limit", "evaluation.every": "eval_steps eval_every steps_per_eval",
+    "data.max_length": "max_seq_length max_seq_len sequence_len seq_len seq_length cutoff_len context_length block_size model_max_length",
+    "data.train": "dataset datasets path train_file dataset_name dataset_path file", "data.packing": "sample_packing pack",
+    "data.held_out": "valid validation eval eval_dataset test val", "data.held_out_fraction": "val_set_size test_size eval_fraction",
+    "data.limit": "max_samples max_train_samples", "data.form": "format type dataset_format", "method.r": "rank lora_r lora_rank",
+    "method.alpha": "lora_alpha", "method.dropout": "lora_dropout", "method.target_modules": "targets target lora_target_modules",
+    "model.name": "model_name model_name_or_path base_model model_id pretrained", "model.quantization": "load_in_4bit quant quantize bits",
+    "model.compute_dtype": "dtype torch_dtype bf16 fp16 precision", "model.attention": "attn_implementation flash_attention flash_attn",
+    "folder": "output_dir out output save_dir run_name adapter_path", "device.memory": "gpu card vram", "memory.budget": "max_memory",
+}  # fmt: skip
+
 Read = TypeVar("Read", bound=Section)
 Place: TypeAlias = JsonObject | list[Any]
 
@@ -38,7 +58,9 @@ def read_file(path: Path) -> tuple[JsonObject, Lines]:
     try:
         text = read_bytes(path, MAX_RECIPE).decode("utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"There is no recipe at '{path}'; expected the path of a YAML file.") from None
+        raise RecipeError(
+            f"There is no recipe at '{path}'; expected the path of a YAML file.{from_here(path)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
     try:
@@ -133,6 +155,8 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
             if len(path) == 1 and (inside := _sections_with(recipe, path[0])):
                 hint = f" Did you mean {' or '.join(inside)}?"
+            elif ours := _known_elsewhere(recipe, path):
+                hint = f" Did you mean '{ours}'?"
             return f"{key}{place} is not a known key.{hint}"
         case "union_tag_invalid":
             known = [name for name in sections_of(owner.model_fields[path[0]].annotation) if name != "combined"]
@@ -150,6 +174,16 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
         case _:
             expected = item["msg"].removeprefix("Input should be ")
             return f"{key}{place} is {shown(item['input'])}; expected {expected[0].lower()}{expected[1:]}."
+
+
+def _known_elsewhere(recipe: type[Section], path: Sequence[str]) -> str | None:
+    """``['training', 'lr']`` → 'learning_rate', ``['lr']`` → 'training.learning_rate': the key that others call so."""
+    called = path[-1].lower().replace("-", "_")
+    key = next((key for key, names in ELSEWHERE.items() if called in names.split()), None)
+    if key is None or key.partition(".")[0] not in recipe.model_fields:
+        return None
+    section, _, name = key.rpartition(".")
+    return name if [section] == list(path[:-1]) else key
 
 
 def _sections_with(recipe: type[Section], key: str) -> list[str]:

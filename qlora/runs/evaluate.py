@@ -23,7 +23,6 @@ from qlora.planning.rows import load_recipe_data, with_packing
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
 from qlora.runs.folder import (
-    adapter_folder,
     check_data,
     device_here,
     end_tokens,
@@ -45,6 +44,7 @@ from qlora.runs.session import (
     use_threads,
 )
 from qlora.runs.tasks import open_tasks, score_base, score_tasks, write_table
+from qlora.training.checkpoint import adapter_folder
 from qlora.training.objectives import Pairs, make_objective
 from qlora.training.reference import read_reference
 

@@ -40,12 +40,11 @@ from qlora.runs.folder import (
     check_data,
     device_here,
     end_tokens,
-    exports_in,
+    export_folder,
     full_disk_said,
     open_base,
     open_run,
     read_adapter,
-    shown,
     template_of,
 )
 from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
@@ -113,7 +112,7 @@ def merge(
     One tensor in memory at a time. ``base="dequantized"`` merges into the weights that the adapter was trained beside,
     ``"original"`` into the checkpoint's own.
     """
-    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "merged"
+    run, place = _opened(folder), export_folder(Path(folder), "merged", out)
     section = run.recipe.model
     with full_disk_said(place, "export it again"):
         return read_adapter(
@@ -168,8 +167,9 @@ def export_gguf(
 
     ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
     """
-    run, name = _opened(folder), "gguf-adapter" if adapter else f"gguf-{type}"
-    place, section = expanded(out) if out is not None else run.folder / name, run.recipe.model
+    run = _opened(folder)
+    place = export_folder(run.folder, "gguf-adapter" if adapter else "gguf", out, type)
+    section = run.recipe.model
     with full_disk_said(place, "export it again"):
         if adapter:
             return read_adapter(
@@ -198,27 +198,6 @@ def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
     return programs(expanded(adapter), bool(anatomy.text_config(base.model_config()).tie_word_embeddings))
 
 
-def to_publish(folder: str | Path, source: str | None) -> Path:
-    """The folder to publish of a run: ``source``, in the run or anywhere, or the one that was exported."""
-    folder = Path(folder)
-    if source is not None:
-        return folder / source if (folder / source).is_dir() else expanded(source)
-    found = exports_in(folder)
-    if len(found) == 1:
-        return found[0]
-    there = (
-        f"Of '{folder}' {listed([path.name for path in found])} were exported"
-        if found
-        else f"Nothing of '{folder}' was exported yet"
-    )
-    advice = (
-        f"say which of them: from={found[0].name}"
-        if found
-        else f"do that first, as in: qlora export {shown(folder)} merged"
-    )
-    raise RunError(f"{there}; {advice}")
-
-
 def write_card_of(folder: str | Path, out: str | Path, form: str, told: Sequence[str] = ()) -> Path:
     """Write the model card of what a run exported as ``form`` into ``out``."""
     base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
@@ -233,7 +212,7 @@ def export_nf4(
     The table has the trained model, the merge into the weights it was trained beside in NF4 again, and this; it is empty
     where nothing is held out.
     """
-    run, place = _opened(folder), expanded(out) if out is not None else Path(folder) / "nf4"
+    run, place = _opened(folder), export_folder(Path(folder), "nf4", out)
     with full_disk_said(place, "export it again"):
         merged = read_adapter(
             run.folder,

@@ -1,6 +1,7 @@
 """The run folder: what lies in it, by which names, and how it is opened, cleared and written.
 
-What each file holds is in docs/run-folder.md. Knows files; must not know models or how steps are taken.
+What each file holds is in docs/run-folder.md. Knows files; must not know models or how steps are taken. Nothing heavy is
+imported before it is needed, so that the command line can look here before it waits for torch (``first.py``).
 """
 
 from __future__ import annotations
@@ -10,22 +11,19 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from qlora.data import Data
-from qlora.data.chat import ChatTemplate
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
-from qlora.files.durable import clear_leftovers, delete_folder, is_leftover
+from qlora.files.durable import clear_leftovers, damage, delete_folder, expanded, from_here, is_leftover, sha256_of
 from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
-from qlora.machine.device import resolve_device
-from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import Recipe
-from qlora.training.checkpoint import adapter_folder
-from qlora.training.record import digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora.data import Data
+    from qlora.model.checkpoint import Checkpoint
 
 Some = TypeVar("Some")
 # What a run may go on with otherwise than it began: it changes memory, speed or safety, and never which numbers are meant.
@@ -51,6 +49,37 @@ RUN_FILES = (
     "report.html",
 )
 
+EXPORTS = {"merged": "merged", "nf4": "nf4", "adapter": "portable", "gguf": "gguf-{}", "gguf-adapter": "gguf-adapter"}
+"""The folders in a run's that exports go into, by their form; of a GGUF file, with its type."""
+
+
+def export_folder(folder: Path, form: str, out: str | Path | None = None, kind: str = "q8_0") -> Path:
+    """Where an export goes: ``out``, or its own place in the run's folder."""
+    return expanded(out) if out is not None else folder / EXPORTS[form].format(kind)
+
+
+def to_publish(folder: Path, source: str | None) -> Path:
+    """The folder to publish of a run: ``source``, in the run or anywhere, or the one that was exported."""
+    if source is not None:
+        place = folder / source if (folder / source).is_dir() else expanded(source)
+        if not place.is_dir():
+            raise RunError(f"There is no folder '{source}' to publish, in '{folder}' or elsewhere.{from_here(source)}")
+        return place
+    found = exports_in(folder)
+    if len(found) == 1:
+        return found[0]
+    there = (
+        f"Of '{folder}' {listed([path.name for path in found])} were exported"
+        if found
+        else f"Nothing of '{folder}' was exported yet"
+    )
+    advice = (
+        f"say which of them: from={found[0].name}"
+        if found
+        else f"do that first, as in: qlora export {shown(folder)} merged"
+    )
+    raise RunError(f"{there}; {advice}")
+
 
 def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     """(recipe, environment) of a run folder. Raises RunError when it is none, or when its recipe was edited."""
@@ -70,7 +99,7 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         environment = {}
     if "recipe_sha256" not in environment:
         raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
-    if digest(path.read_bytes()) != environment.get("recipe_sha256"):
+    if sha256_of(path) != environment.get("recipe_sha256"):
         raise RunError(
             f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {shown(path)} folder=runs/…"
         )
@@ -109,6 +138,26 @@ def _by_key(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def finished(folder: Path, recipe: Recipe) -> int | None:
+    """How many steps the run in ``folder`` took, when there is nothing left to do or to mend in it; None where there is."""
+    try:
+        steps = (read_object(folder / "plan.json", MAX_OURS) or {}).get("steps")
+        measured = read_object(folder / "evaluation.json", MAX_OURS) or {}
+        after = [item.get("after") for item in measured.get("generations", [])]
+    except (AttributeError, Fault):
+        return None
+    names = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
+    last = max(names, key=int, default="")
+    if not isinstance(steps, int) or last != f"{steps:06d}" or not (folder / "report.html").is_file():
+        return None
+    holds_out = recipe.data.held_out is not None or recipe.data.held_out_fraction > 0
+    if holds_out and (None in after or "after" not in measured.get("held_out", {})):
+        return None
+    if recipe.evaluation.tasks and not (folder / "tasks.json").is_file():
+        return None
+    return None if damage(folder / "adapter") or damage(folder / "checkpoints" / last) else steps
+
+
 def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
     """Raise RunError when the data are not those that the run in ``folder`` began with."""
     if data.fingerprint != environment.get("data_fingerprint"):
@@ -125,6 +174,8 @@ def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
 
 def open_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Checkpoint:
     """The base's checkpoint. Raises RunError when it is not the one that the run in ``folder`` was trained on."""
+    from qlora.model.checkpoint import open_checkpoint
+
     base = open_checkpoint(recipe.model)
     if base.fingerprint != environment.get("base_fingerprint"):
         raise RunError(
@@ -136,6 +187,8 @@ def open_base(recipe: Recipe, environment: dict[str, Any], folder: Path) -> Chec
 
 def device_here(recipe: Recipe) -> torch.device:
     """The run's device, or the one that ``auto`` means where this machine has no such device."""
+    from qlora.machine.device import resolve_device
+
     try:
         return resolve_device(recipe.device.name)
     except RecipeError:
@@ -144,6 +197,9 @@ def device_here(recipe: Recipe) -> torch.device:
 
 def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
     """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
+    from qlora.data.chat import ChatTemplate
+    from qlora.model.tokenizer import TEMPLATE
+
     try:
         planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
     except Fault:
@@ -161,6 +217,8 @@ def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
 
 def end_tokens(recipe: Recipe, folder: Path, base: Checkpoint) -> tuple[int, ...]:
     """The tokens that end an answer in the run's chat template; none for raw text, and where the template has none."""
+    from qlora.data.chat import ChatTemplate
+
     text = template_of(recipe, folder, base)
     if text is None:
         return ()
@@ -173,6 +231,8 @@ def end_tokens(recipe: Recipe, folder: Path, base: Checkpoint) -> tuple[int, ...
 
 def read_adapter(folder: Path, read: Callable[[Path], Some], place: Path | None = None) -> Some:
     """``read`` a run's adapter (at ``place``); a newer one where a run that goes on deleted that checkpoint meanwhile."""
+    from qlora.training.checkpoint import adapter_folder
+
     while True:
         place = place or adapter_folder(folder)
         try:

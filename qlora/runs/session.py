@@ -29,11 +29,11 @@ from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
+from qlora.machine.cards import amount
 from qlora.machine.device import bytes_text, duration_text, total_memory_bytes
 from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
-from qlora.planning.plan import amount
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases

@@ -6,8 +6,6 @@ spec (what is asked) ─► schedule (which cell next) ─► engines ─► cel
 
 from __future__ import annotations
 
-from qlora.studies.results import Compared, Row
-from qlora.studies.run import Study, plan_study, study
-from qlora.studies.spec import StudySection
+from qlora.files.late import late_names
 
-__all__ = ["Compared", "Row", "Study", "StudySection", "plan_study", "study"]
+__getattr__, __all__ = late_names(__file__)

@@ -240,5 +240,5 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path, monkeypatch: py
     trained(base, base / "adapter", config.LoRA(r=4, target_modules=("embed_tokens",)))
     with pytest.raises(MethodError, match=r"no LoRA on|plain LoRA alone"):
         export_gguf_adapter(section(base), Checkpoint(base, "base"), base / "adapter", tmp_path / "out")
-    monkeypatch.setattr("qlora.machine.device.free_disk", lambda folder: 1000)
+    monkeypatch.setattr("qlora.machine.disk.free_disk", lambda folder: 1000)
     refused(base, DoesNotFitError, "The GGUF file needs")

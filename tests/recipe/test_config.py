@@ -9,9 +9,10 @@ import pydantic
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.recipe import LoRA, Recipe, Section, TaskSection, parts_of, reference
+from qlora.recipe import LoRA, Recipe, Section, TaskSection, choices, parts_of, reference
 from qlora.recipe import methods as method_sections
 from qlora.recipe import objectives as objective_sections
+from qlora.recipe.reading import ELSEWHERE
 
 MINIMAL: dict[str, Any] = {"data": {"train": "a.jsonl"}}
 
@@ -191,3 +192,16 @@ def test_checkpointing_is_read_by_its_former_name(
 def test_what_recompute_cannot_be_is_said(values: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         Recipe.from_dict({"data": {"train": "x"}, "training": values})
+
+
+def test_keys_by_the_names_that_others_give_them() -> None:
+    """``training.lr`` is answered with 'learning_rate'. Each name stands for one key, which there is, and is no key itself."""
+    keys = choices()
+    assert ELSEWHERE.keys() <= keys.keys()
+    names = [name for several in ELSEWHERE.values() for name in several.split()]
+    assert len(set(names)) == len(names)
+    for key, several in ELSEWHERE.items():
+        section, _, name = key.rpartition(".")
+        for other in several.split():
+            with pytest.raises(RecipeError, match=f"Did you mean '({key}|{name})'"):
+                Recipe.from_dict({**MINIMAL, "folder": "x"}, f"{section}.{other}=1".lstrip("."))

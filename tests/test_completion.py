@@ -1,0 +1,83 @@
+"""Completion: what a shell is offered at a Tab, and that bash takes it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora import cli, completion
+from qlora.cli import main
+from qlora.exporting import TARGETS
+from qlora.runs.folder import CHANGEABLE
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """What follows the words, in a folder with a recipe and two runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/mine", "runs/other"):
+        Path(name).mkdir(parents=True)
+        Path(name, "recipe.yaml").touch()
+    for name in ("mine.yaml", "my.jsonl", ".hidden.yaml"):
+        Path(name).touch()
+
+    def ask(*words: str) -> list[str]:
+        assert main(["completion", "words", *words]) == 0
+        return capfd.readouterr().out.split()
+
+    return ask
+
+
+def test_verbs_files_and_keys(offered) -> None:  # type: ignore[no-untyped-def]
+    assert offered("") == [*cli.VERBS, "--help", "--version"]
+    assert offered("tr") == ["train"]
+    assert offered("train", "m") == ["mine.yaml"]
+    assert offered("train", "") == ["mine.yaml", "runs/"]
+    assert offered("chat", "ru") == ["runs/"]
+    assert offered("resume", "runs/m") == ["runs/mine"]
+    assert offered("train", "mine.yaml", "training.lear") == ["training.learning_rate="]
+    assert offered("train", "mine.yaml", "--training.lear") == ["--training.learning_rate="]
+    assert offered("train", "mine.yaml", "training.schedule=c") == [
+        "training.schedule=cosine",
+        "training.schedule=constant",
+    ]
+    assert {"model.", "data.", "training."} <= set(offered("plan", "mine.yaml", ""))
+    assert offered("export", "runs/mine", "") == list(TARGETS)
+    assert offered("export", "runs/mine", "adapter", "k") == ["keys="]
+    assert offered("export", "runs/mine", "gguf", "type=q8") == ["type=q8_0"]
+    assert set(offered("resume", "runs/mine", "training.")) < {f"{key}=" for key in CHANGEABLE}
+    assert offered("recipe", "da") == ["data"]
+    assert offered("completion", "") == list(completion.SCRIPTS)
+    assert offered("no-such-verb", "x", "y") == []
+
+
+def test_a_shell_that_is_not_known(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "tcsh"]) == 2
+    assert "expected bash, zsh, fish" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("shell", completion.SCRIPTS)
+def test_scripts_are_what_their_shell_reads(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    subprocess.run([shell, "-n"], input=completion.script(shell), text=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_is_offered_what_there_is() -> None:
+    command = f'"{sys.executable}" -m qlora.cli "$@"'
+    lines = f"""qlora() {{ {command}; }}
+{completion.script("bash")}
+try() {{ COMP_LINE="$1"; COMP_POINT=${{#1}}; COMPREPLY=(); _qlora 2>/dev/null; echo "${{COMPREPLY[@]}}"; }}
+try "qlora tra"; try "qlora train x.yaml training.schedule=co"
+"""
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        ["bash"], input=lines, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.stdout.splitlines() == ["train", "cosine constant"], done.stderr
