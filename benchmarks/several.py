@@ -25,8 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from qlora.errors import ProcessLostError
 from qlora.machine.processes import here, leave, tells
@@ -35,7 +33,7 @@ from tests.rounding import difference
 from tests.tiny import tiny_checkpoint
 from tests.together import _inside, environments, together
 from tests.training.matrix import METHODS, trainer_for
-from tests.training.test_several import cell, train
+from tests.training.test_several import cell, found_by, train
 
 TRAINS_ITS_LAYERS = ("full", "modules", "lora + modules + new_tokens")
 STEPS = 12
@@ -134,12 +132,12 @@ def laws(methods: list[str]) -> None:
         for method in methods:
             place = Path(scratch) / method.replace(" ", "")
             train(base, place, [cell(method)], {})
-            (one,) = torch.load(place / "1.pt", weights_only=True)
+            (one,) = found_by(1, place)
             for size, placement in itertools.product((2, 3), ("resident", "spread")):
                 if placement == "spread" and method in TRAINS_ITS_LAYERS:
                     continue
                 together(size, train, base, place, [cell(method, placement)], {})
-                (other,) = torch.load(place / f"{size}.pt", weights_only=True)
+                (other,) = found_by(size, place)
                 print(
                     f"| {method} | {size} | {placement} | {' | '.join(f'{far:.0e}' for far in apart(one, other))} |",
                     flush=True,

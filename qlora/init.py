@@ -107,13 +107,20 @@ def _ask(options: dict[str, str]) -> None:
         )
     for name, question in QUESTIONS.items():
         while name not in options:
-            answer = input(f"{question}: ").strip()
+            answer = _answer(f"{question}: ")
             try:
                 _check(name, answer)
             except InputError as error:
                 print(error)
                 continue
             options[name] = answer
+
+
+def _answer(question: str) -> str:
+    print(question, end="", flush=True)
+    if not (line := sys.stdin.readline()):
+        raise InputError("The answers ended before a recipe was written; give --model and --data instead.")
+    return line.strip()
 
 
 def _check(name: str, answer: str) -> None:

@@ -75,12 +75,11 @@ def test_what_it_wrote_trains(here: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 def test_it_asks_in_a_terminal(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(["modle/x/y", "model", "", "none.jsonl", "my.jsonl", "5090-Pro", "12GiB", "two", "2", "asked.yaml"])
-    asked: list[str] = []
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr("builtins.input", lambda question: (asked.append(question), next(answers))[1])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: f"{next(answers)}\n"))
     assert main(["init"]) == 0
     told = capfd.readouterr().out
-    assert len(set(asked)) == len(starting.QUESTIONS) == 5
+    assert len(starting.QUESTIONS) == 5
+    assert all(f"{question}: " in told for question in starting.QUESTIONS.values())
     for mistake in (
         "There is no model folder 'modle/x/y'",
         "Data is needed",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -106,15 +107,16 @@ def _appointment(held_out: bool, draw: random.Random) -> tuple[str, dict[str, st
     wording = _one_of(WORDINGS[held_out and draw.random() < 1 / 3], draw)
     moments = [(day, hour, minute) for day in range(7) for hour in HOURS for minute in MINUTES]
     day, hour, minute = _one_of([one for place, one in enumerate(moments) if (place % 9 == 0) == held_out], draw)
-    message = wording.format(
-        what=what,
-        What=what.capitalize(),
-        with_whom=f" with {who}" if who else "",
-        day=DAYS[day],
-        other_day=_one_of([one for one in DAYS if one != DAYS[day]], draw),
-        time=said(hour, minute, draw),
-        length=f", for {_one_of(LENGTHS[minutes], draw)}" if minutes else "",
-    )
+    parts = {
+        "what": what,
+        "What": what.capitalize(),
+        "with_whom": f" with {who}" if who else "",
+        "day": DAYS[day],
+        "other_day": _one_of([one for one in DAYS if one != DAYS[day]], draw),
+        "time": said(hour, minute, draw),
+        "length": f", for {_one_of(LENGTHS[minutes], draw)}" if minutes else "",
+    }
+    message = re.sub(r"{(\w+)}", lambda part: parts[part[1]], wording)
     fields = {"what": what, "who": who, "day": DAYS[day], "time": f"{hour:02}:{minute:02}", "minutes": minutes}
     return message, fields
 

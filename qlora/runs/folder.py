@@ -55,7 +55,7 @@ EXPORTS = {"merged": "merged", "nf4": "nf4", "adapter": "portable", "gguf": "ggu
 
 def export_folder(folder: Path, form: str, out: str | Path | None = None, kind: str = "q8_0") -> Path:
     """Where an export goes: ``out``, or its own place in the run's folder."""
-    return expanded(out) if out is not None else folder / EXPORTS[form].format(kind)
+    return expanded(out) if out is not None else folder / EXPORTS[form].replace("{}", kind)
 
 
 def to_publish(folder: Path, source: str | None) -> Path:

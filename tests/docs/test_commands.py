@@ -162,7 +162,7 @@ def bench(finished: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("sys.stdin", io.StringIO("hello there\n/quit\n"))
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
-    def plan_alone(recipe: Recipe) -> Any:
+    def plan_alone(recipe: Recipe, table: bool = False) -> Any:
         """Of a survey the plan: what else would fit takes minutes for a model that fits everywhere."""
         from qlora.planning.plan import plan
 

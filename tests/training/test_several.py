@@ -49,6 +49,12 @@ def train(base: Path, folder: Path, cells: list[Cell], settings: dict[str, Any])
         torch.save(found, folder / f"{here().size}.pt")
 
 
+def found_by(size: int, folder: Path) -> list[Any]:
+    """What ``train`` found by so many processes."""
+    found: list[Any] = torch.load(folder / f"{size}.pt", weights_only=True)
+    return found
+
+
 def same_everywhere(tensors: dict[str, torch.Tensor]) -> None:
     """Every process holds the same bits: no sum of these could tell +x in one place from +x in another."""
     sums = [
@@ -67,9 +73,7 @@ def compare(
             train(base, folder, cells, settings)
         else:
             together(size, train, base, folder, cells, settings)
-    alone, *others = (
-        torch.load(folder / f"{size}.pt", weights_only=True) for size in {one or sizes[0]: 0, **dict.fromkeys(sizes)}
-    )
+    alone, *others = (found_by(size, folder) for size in {one or sizes[0]: 0, **dict.fromkeys(sizes)})
     for other in others:
         for which, expected, found in zip(cells, alone, other, strict=True):
             losses, gradients, later, adapter = expected
