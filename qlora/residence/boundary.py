@@ -8,8 +8,9 @@ Knows modules and autograd's graph; must not know layers, MLPs or where an input
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -92,15 +93,26 @@ def unread_linears(output: Tensor) -> list[nn.Module]:
 
 
 @contextmanager
-def drawn_by_row(seed: int, step: int, first: int, device: torch.device) -> Iterator[None]:
-    """Inside, a step's micro-batch draws as (seed, step, place of its ``first`` row) say, and in each layer anew (``draw``)."""
+def drawn_by_row(seed: int, step: int, first: int, device: torch.device, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a step's micro-batch draws as (seed, step, place of its ``first`` row) say, and in each of ``layers`` anew (``draw``):
+    those behind a boundary see to it themselves."""
     global _drawn
+    bare = [
+        (number, layer) for number, layer in enumerate(layers, 1) if not isinstance(layer, Boundary) and draws(layer)
+    ]
+    hooks = [layer.register_forward_pre_hook(partial(_draw_for, number)) for number, layer in bare]
     before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first, device)
     draw()
     try:
         yield
     finally:
         _drawn = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _draw_for(number: int, *_: Any) -> None:
+    draw(number)
 
 
 def draw(layer: int = 0, row: int = 0) -> None:

@@ -13,16 +13,16 @@ What can go wrong on the way (memory, overflow, NaN) is not handled here: ``reco
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora.data import Row
 from qlora.errors import ModelError
 from qlora.model import anatomy
-from qlora.residence.boundary import drawn_by_row
+from qlora.residence.boundary import drawn_by_row, draws
 from qlora.training.masters import is_narrow
 from qlora.training.objectives import Objective
 from qlora.training.state import TrainState
@@ -119,12 +119,19 @@ def _grads(state: TrainState) -> list[Tensor]:
     return [p.grad for p in state.parameters.values() if p.grad is not None]
 
 
+def _layers(state: TrainState) -> Iterable[nn.Module]:
+    """The decoder layers, if anything draws; none where the model has no list of them, and so no boundaries either."""
+    with suppress(ModelError):
+        return anatomy.layers(state.model.model) if draws(state.model.model) else ()
+    return ()
+
+
 @contextmanager
 def random_draws(state: TrainState, first: int = 0) -> Iterator[None]:
     """Inside, torch draws from (seed, step, place of the ``first`` row); outside, as if nothing had been drawn."""
     device = state.model.device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        drawn_by_row(state.training.seed, state.step, first, device),
+        drawn_by_row(state.training.seed, state.step, first, device, _layers(state)),
     ):
         yield
