@@ -86,6 +86,8 @@ def test_check_packing_accepts_a_model_that_magnifies_rounding() -> None:
             for n in (1, 2)
         )
     apart = (alone - wider[:, :8]).abs().max()
+    if not apart:
+        pytest.skip("this processor's bf16 products are the same in one row and in two")
     assert apart > 2e-2 * alone.abs().max()
     check_packing(model, IDS)
 
