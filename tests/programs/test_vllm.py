@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from qlora import recipe as config
+from qlora.export import merge
 from qlora.export.programs import programs
 from qlora.methods import apply_method, save_adapter
 from qlora.methods.files import save_portable
 from tests.programs import read_vllm
 from tests.rounding import MODEL, rounding
-from tests.tiny import SIZES, random_model, stir, tiny_base, word_tokenizer
+from tests.tiny import SIZES, random_model, stir, tiny_base, tiny_checkpoint, word_tokenizer
 
 PYTHON = Path(os.environ.get("QLORA_VLLM_PYTHON", "/nonexistent"))
 pytestmark = [
@@ -44,6 +45,13 @@ REFUSED = {
     "whole module": (config.Combined(parts=(config.LoRA(r=4), config.Modules(modules=("norm",)))), save_adapter),
 }
 HIGHEST = 32
+HEADS = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}  # that vLLM has on a CPU
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def likelihood(logits: Tensor) -> np.ndarray:
@@ -51,10 +59,10 @@ def likelihood(logits: Tensor) -> np.ndarray:
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(IDS[1:])[:, None])[:, 0].numpy()
 
 
-def read(work: Path, adapters: list[Path | None]) -> list[np.ndarray]:
+def read(work: Path, adapters: list[Path | None], max_rank: int = HIGHEST) -> list[np.ndarray]:
     """What vLLM says of the base with each of ``adapters``."""
     job = {
-        "base": str(work / "base"), "adapters": [adapter and str(adapter) for adapter in adapters], "max_rank": HIGHEST,
+        "base": str(work / "base"), "adapters": [adapter and str(adapter) for adapter in adapters], "max_rank": max_rank,
         "ids": IDS, "out": str(work / "found.npz"),
     }  # fmt: skip
     (work / "job.json").write_text(json.dumps(job))
@@ -67,8 +75,7 @@ def read(work: Path, adapters: list[Path | None]) -> list[np.ndarray]:
 
 def test_adapters(tmp_path: Path) -> None:
     """What the rules say that vLLM loads gives our likelihoods; what they say that it does not, it refuses."""
-    sizes = {**SIZES, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-    random_model("Llama", **{**sizes, "tie_word_embeddings": True}).save_pretrained(tmp_path / "base")
+    random_model("Llama", **{**SIZES, **HEADS, "tie_word_embeddings": True}).save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     ids, expected, verdicts, folders = torch.tensor([IDS]), {}, {}, {}
     for name, (section, save) in {**LOADED, **REFUSED}.items():
@@ -95,3 +102,24 @@ def test_adapters(tmp_path: Path) -> None:
         (theirs,) = read(tmp_path, [folders[name]])
         assert theirs.dtype.kind == "U"
         assert verdicts[name].why_not
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Merged, with experts that were trained, it gives our likelihoods; the adapter beside its base does not load."""
+    base = tiny_checkpoint(tmp_path / "trained on", "qwen3_moe", **HEADS)
+    model = apply_method(tiny_base(base), config.LoRA(r=4, target_parameters=EXPERTS))
+    stir(model, 0.05)
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        expected = likelihood(model.model(input_ids=ids, use_cache=False).logits[0])
+        with model.disabled():
+            bare = likelihood(model.model(input_ids=ids, use_cache=False).logits[0])
+    save_adapter(model, tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "base", compute_dtype="fp32", dtype="fp32")
+    (found,) = read(tmp_path, [None], max_rank=0)
+    apart, moved = np.abs(found - expected).max(), np.abs(bare - expected).max()
+    print(f"experts, merged: within {apart:.1e}, the base alone {moved:.1e}")
+    close = rounding(MODEL, terms=128) * float(np.abs(expected).max())
+    assert moved > 100 * close
+    assert apart < close
+    assert programs(tmp_path / "adapter", tied=False)[0].why_not == "it adapts experts"
