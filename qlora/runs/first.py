@@ -37,8 +37,10 @@ def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> 
             f"method.from is '{place}', where there is no folder; expected that of a run or of an adapter.{from_here(place)}"
         )
     asked = _data(recipe) if reads else []
-    if trains and _main():
-        look_at_folder(expanded(recipe.folder or "runs/run"), recipe.overwrite)
+    folder = expanded(recipe.folder or "runs/run")
+    more_of_it = recipe.method.from_ is not None and expanded(recipe.method.from_).resolve() == folder.resolve()
+    if trains and _main() and not more_of_it:  # which gets a folder of its own
+        look_at_folder(folder, recipe.overwrite)
         if recipe.memory.tier == "disk" and recipe.memory.cache:
             require_writable(expanded(recipe.memory.cache), "choose another folder (memory.cache=…)")
     require_model(recipe.model.name, recipe.model.revision)
