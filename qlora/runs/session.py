@@ -259,7 +259,11 @@ def write_evaluation(
     folder: Path, before: HeldOut | None, after: HeldOut | None, generations: list[Generation]
 ) -> None:
     """Write ``evaluation.json``: what was measured, the verdict on it, and the answers."""
-    held_out = {key: asdict(value) for key, value in (("before", before), ("after", after)) if value is not None}
+    held_out = {
+        key: {name: part for name, part in asdict(value).items() if part is not None}
+        for key, value in (("before", before), ("after", after))
+        if value is not None
+    }
     found = compared(before, after)
     values = {
         "held_out": held_out,

@@ -147,8 +147,9 @@ def wounded(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_run_folder_holds_what_the_readme_documents(finished: Path) -> None:
-    # LoRA finds nothing out, and the recipe names no task
-    assert {path.name for path in finished.iterdir()} == {*RUN_FILES, ".lock"} - {"method.json", "tasks", "tasks.json"}
+    # LoRA finds nothing out, the recipe names no task, and there are no pairs
+    left_out = {"method.json", "tasks", "tasks.json", "reference"}
+    assert {path.name for path in finished.iterdir()} == {*RUN_FILES, ".lock"} - left_out
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["000009", "000010"]
 
     steps = [line for line in lines_of(finished) if "loss" in line]
