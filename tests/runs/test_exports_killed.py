@@ -34,10 +34,8 @@ def exported(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPat
     values["evaluation"] = {"prompts": 0, "held_out_rows": 1}
     qlora.train(qlora.Recipe.from_dict(values), quiet=True)
     for words in FORMS.values():
-        assert main(["export", str(run), *words]) in (
-            0,
-            4,
-        )  # four bits may cost a random model more than nf4 is held to
+        status = main(["export", str(run), *words])
+        assert status in ((0, 4) if words == FORMS["nf4"] else (0,))  # a random model may lose more than nf4 is held to
     return run
 
 
