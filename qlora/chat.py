@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
-from qlora.evaluation import answer, room
+from qlora.evaluation.generate import answer, room
 from qlora.runs.evaluate import chat_tokenizer, load_run
 
 if TYPE_CHECKING:

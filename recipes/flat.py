@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import qlora
-from qlora.evaluation import score
+from qlora.evaluation.score import score
 from qlora.export import merge
 from qlora.machine.device import dtype_name, resolve_device
 

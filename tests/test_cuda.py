@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from qlora.data import IGNORE_INDEX, Row
-from qlora.evaluation import answers
+from qlora.evaluation.generate import answers
 from qlora.machine.cards import workspace_bytes
 from qlora.machine.device import bytes_text, capability
 from qlora.methods import AdaptedModel, apply_method

@@ -25,7 +25,7 @@ from qlora.runs.folder import RUN_FILES
 from tests.processes import NO_MOUNTS, Ended, run, start
 from tests.tiny import conversations, write_lines
 
-CLOCKED = ("tokens_per_second", "seconds", "peak_memory_bytes")  # what two equal runs need not share
+CLOCKED = ("tokens_per_second", "seconds", "peak_memory_bytes", "resumed")  # what two equal runs need not share
 OFFLINE = {"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}
 slow = pytest.mark.slow
 

@@ -19,7 +19,8 @@ import torch
 from qlora import recipe as config
 from qlora.data import Row, collate
 from qlora.errors import MethodError
-from qlora.evaluation import answers, score
+from qlora.evaluation.generate import answers
+from qlora.evaluation.score import score
 from qlora.export import merge
 from qlora.methods import AdaptedModel, Adapters, apply_method, load_adapter, save_adapter
 from qlora.model.base import Base

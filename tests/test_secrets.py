@@ -78,6 +78,7 @@ def test_errors_say_no_secret(
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError(f"401 for https://me:{TOKEN}@hub/x, authorization: Bearer my-own-token-0123")
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     monkeypatch.setattr("qlora.model.hub._require_room", lambda *_: None)
     assert main(["train", str(recipe_file), "model.name=org/private"]) == 2

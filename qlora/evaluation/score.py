@@ -117,7 +117,8 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
         return _losses(model, [rows[place] for place in places[start:stop]], chunk)
 
     try:
-        found = in_smaller_parts(len(rows), rows_at_once, chunk, measured, model.device, "Measuring one held-out row")
+        lengths = [len(rows[place].ids) for place in places]
+        found = in_smaller_parts(lengths, rows_at_once, chunk, measured, model.device, "held-out row")
     finally:
         model.model.train(was_training)
     if not (count := sum(targets for _, targets in found)):

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,19 +189,19 @@ def release_memory(device: torch.device) -> None:
 
 
 def in_smaller_parts(
-    count: int,
+    lengths: Sequence[int],
     at_once: int,
     chunk: int,
     measure: Callable[[int, int, int], list[Some]],
     device: torch.device,
     what: str,
 ) -> list[Some]:
-    """What ``measure(start, stop, chunk)`` gives over ``count`` rows, ``at_once`` of them at a time. Where memory runs out it goes
-    on with half as many, and in the end with smaller chunks.
+    """What ``measure(start, stop, chunk)`` gives over rows of ``lengths`` tokens, ``at_once`` of them at a time. Where memory
+    runs out it goes on with half as many, and in the end with smaller chunks.
 
-    Raises DoesNotFitError, which begins with ``what``, when one row is too much.
+    Raises DoesNotFitError, which names ``what`` was measured, when one row is too much.
     """
-    start, found = 0, list[Some]()
+    count, start, found = len(lengths), 0, list[Some]()
     while start < count:
         stop = min(start + at_once, count)
         try:
@@ -219,8 +219,8 @@ def in_smaller_parts(
             chunk = max(SMALLEST_CHUNK, chunk // 2)
         else:
             raise DoesNotFitError(
-                f"{what} did not fit into memory ({reason}), and no smaller way is left; lower data.max_length, or hold out shorter "
-                "rows."
+                f"Measuring one {what} of {lengths[start]:,} tokens did not fit into memory ({reason}), and no smaller way is "
+                "left; lower data.max_length, or hold out shorter rows."
             )
     return found
 

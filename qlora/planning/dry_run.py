@@ -237,6 +237,8 @@ class Ledger(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls; it makes nothing
+            return args[0].fake_device
         if func is torch.ops.aten.nonzero.default:
             result = _all_of(args[0])
         elif func.overloadpacket in BY_MASK:

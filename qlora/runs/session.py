@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qlora.data import Data, Prompt, Row
 from qlora.errors import RunError, redacted, visible
-from qlora.evaluation import HeldOut, Verdict, answers, score, verdict
+from qlora.evaluation.generate import answers
 from qlora.evaluation.preferences import held_out_pairs
-from qlora.evaluation.score import Preferences
+from qlora.evaluation.score import HeldOut, Preferences, Verdict, score, verdict
 from qlora.evaluation.tasks import Task
 from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text

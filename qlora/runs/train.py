@@ -19,7 +19,7 @@ from signal import Signals as Signal
 from statistics import median
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
-from qlora.evaluation import HeldOut
+from qlora.evaluation.score import HeldOut
 from qlora.evaluation.tasks import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.evaluation import answers
 from qlora.evaluation.diversity import diversity, of_texts
 from qlora.evaluation.forgetting import Before, text_rows
+from qlora.evaluation.generate import answers
 from qlora.evaluation.tasks import Result, Task, difference, open_task, score
 from qlora.methods import AdaptedModel, apply_method
 from qlora.recipe import Full, Modules, PromptTuning, TaskSection

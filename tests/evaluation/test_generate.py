@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 
 from qlora import recipe as config
 from qlora.errors import DataError
-from qlora.evaluation import answer, answers, room
+from qlora.evaluation.generate import answer, answers, room
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.nf4 import FrozenLinear
 from qlora.residence.layers import wrap_layers

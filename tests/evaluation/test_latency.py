@@ -10,7 +10,7 @@ import torch
 
 from qlora import recipe as config
 from qlora.evaluation import latency as measured
-from qlora.evaluation import latency_of
+from qlora.evaluation.latency import latency_of
 from qlora.methods import Planted, apply_method
 from qlora.model.nf4 import FrozenLinear
 from qlora.residence.load import load_base

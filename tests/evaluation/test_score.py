@@ -14,8 +14,7 @@ from qlora.data import IGNORE_INDEX, Row, collate
 from qlora.data.examples import Example, make_example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError
-from qlora.evaluation import HeldOut, score
-from qlora.evaluation.score import difference, verdict
+from qlora.evaluation.score import HeldOut, difference, score, verdict
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers

@@ -18,7 +18,8 @@ from qlora.data.batches import collate
 from qlora.data.examples import make_example
 from qlora.data.packing import make_rows
 from qlora.errors import MethodError
-from qlora.evaluation import answers, score
+from qlora.evaluation.generate import answers
+from qlora.evaluation.score import score
 from qlora.export import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model.base import Base

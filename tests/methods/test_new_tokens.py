@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 from qlora import recipe as config
 from qlora.data import Row
 from qlora.errors import MethodError
-from qlora.evaluation import answers, score
+from qlora.evaluation.generate import answers
+from qlora.evaluation.score import score
 from qlora.export import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.new_tokens import NewTokenEmbedding, NewTokenHead

@@ -14,7 +14,8 @@ from qlora.data import collate
 from qlora.data.examples import Example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError, MethodError
-from qlora.evaluation import answers, score
+from qlora.evaluation.generate import answers
+from qlora.evaluation.score import score
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.prompt import KEY, EncodedPrompt, PromptEmbedding
 from qlora.model.loss import batch_loss

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.evaluation import answers
+from qlora.evaluation.generate import answers
 from qlora.methods import (
     AdaptedModel,
     Adapters,

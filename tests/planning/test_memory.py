@@ -11,7 +11,7 @@ import torch
 
 from qlora.data import Row
 from qlora.errors import MethodError
-from qlora.evaluation import score
+from qlora.evaluation.score import score
 from qlora.machine.device import bytes_text, resolve_compute_dtype
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint

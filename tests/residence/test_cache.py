@@ -300,7 +300,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(
 def test_too_little_room_is_known_before_anything_is_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora.machine.device.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DoesNotFitError, match=r"file cache of the quantised layers needs .* but 1000 B are free"):
         streamed(folder, tmp_path / "cache")
     assert not caches(tmp_path / "cache")

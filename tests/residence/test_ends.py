@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
-from qlora.evaluation import answers
+from qlora.evaluation.generate import answers
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import as_base
 from qlora.model.anatomy import is_tied

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from qlora.errors import ModelError
-from qlora.evaluation import answer
+from qlora.evaluation.generate import answer
 from qlora.methods import apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base

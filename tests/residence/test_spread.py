@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
-from qlora.evaluation import score
+from qlora.evaluation.score import score
 from qlora.machine.processes import here
 from qlora.residence.homes import SharedHostHome
 from qlora.residence.placement import by_main

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qlora.cli import _summary, main
-from qlora.evaluation import HeldOut
+from qlora.evaluation.score import HeldOut
 from qlora.runs.session import Run
 from tests.tiny import tiny_values
 

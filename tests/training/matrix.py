@@ -19,7 +19,7 @@ import torch
 
 from qlora import recipe
 from qlora.errors import InputError
-from qlora.evaluation import score
+from qlora.evaluation.score import score
 from qlora.methods import apply_method
 from qlora.recipe import MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base

@@ -17,7 +17,8 @@ from transformers import BartConfig, BartForCausalLM
 
 from qlora.data import IGNORE_INDEX, Data, Row, step_rows
 from qlora.errors import DataError, ModelError, NonFiniteError
-from qlora.evaluation import answers, score
+from qlora.evaluation.generate import answers
+from qlora.evaluation.score import score
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError, RunError
-from qlora.evaluation import score
+from qlora.evaluation.score import score
 from qlora.methods import AdaptedModel
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss

@@ -16,10 +16,6 @@ here holds full logits (``evaluation/likelihood.py``).
 
 from __future__ import annotations
 
-from qlora.evaluation.tasks.opening import kind_of, open_task
-from qlora.evaluation.tasks.result import Metric, Paired, Result, difference
-from qlora.evaluation.tasks.scoring import score
-from qlora.evaluation.tasks.table import lines, table
-from qlora.evaluation.tasks.task import Task
+from qlora.files.late import late_names
 
-__all__ = ["Metric", "Paired", "Result", "Task", "difference", "kind_of", "lines", "open_task", "score", "table"]
+__getattr__, __all__ = late_names(__file__)

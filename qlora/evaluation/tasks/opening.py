@@ -22,7 +22,7 @@ from qlora.data.values import capital
 from qlora.errors import DataError, RecipeError, listed, nearest
 from qlora.evaluation.likelihood import Ids, Pair
 from qlora.evaluation.tasks.kinds import KINDS
-from qlora.evaluation.tasks.presets import PRESETS, Fields, Preset
+from qlora.evaluation.tasks.presets import PRESETS, Fields, Preset, kind_of, preset_of
 from qlora.evaluation.tasks.task import Asked, Form, Item, Task, Unusable
 from qlora.recipe import TaskSection
 
@@ -32,19 +32,13 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTemplate
 
 
-def kind_of(section: TaskSection) -> str | None:
-    """The kind that a section names, or that of its public set."""
-    preset = _preset(section)
-    return section.kind or (preset.kind if preset is not None else None)
-
-
 def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Task:
     """The task of a recipe's section, its items in token ids. ``template``: what ``chat: true`` asks in.
 
     Raises RecipeError for a section without a kind or without data, DataError for data that are missing or that give no item,
     with the first record's place.
     """
-    preset, kind = _preset(section), kind_of(section)
+    preset, kind = preset_of(section), kind_of(section)
     if kind is None:
         raise RecipeError(
             f"The task '{section.name}' is no public set and has no kind; expected one of {', '.join(KINDS)}, or the name of a "
@@ -90,16 +84,6 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
             )
         items.append(Item(name, place, one, pairs, prompt))
     return Task(section.name, kind, settings, tuple(items), form, len(tokenizer))
-
-
-def _preset(section: TaskSection) -> Preset | None:
-    """The public set that a section names. Raises RecipeError for one that there is not."""
-    if section.preset is not None and section.preset not in PRESETS:
-        raise RecipeError(
-            f"The task '{section.name}' has the preset {section.preset!r}; expected one of {', '.join(PRESETS)}."
-            f"{nearest(section.preset, PRESETS)}"
-        )
-    return PRESETS.get(section.preset or section.name)
 
 
 def _form(section: TaskSection, preset: Preset | None) -> Form:

@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora.errors import RecipeError, nearest
+from qlora.recipe import TaskSection
+
 Fields = Mapping[str, Any]
 
 
@@ -202,3 +205,19 @@ PRESETS: dict[str, Preset] = {
         "text", {"prompt": "{text}"}, ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"), _wikitext
     ),
 }  # fmt: skip
+
+
+def preset_of(section: TaskSection) -> Preset | None:
+    """The public set that a section names. Raises RecipeError for one that there is not."""
+    if section.preset is not None and section.preset not in PRESETS:
+        raise RecipeError(
+            f"The task '{section.name}' has the preset {section.preset!r}; expected one of {', '.join(PRESETS)}."
+            f"{nearest(section.preset, PRESETS)}"
+        )
+    return PRESETS.get(section.preset or section.name)
+
+
+def kind_of(section: TaskSection) -> str | None:
+    """The kind that a section names, or that of its public set."""
+    preset = preset_of(section)
+    return section.kind or (preset.kind if preset is not None else None)

@@ -118,10 +118,10 @@ class Pairs(Tokens):
             return list(zip(*(values.cpu().split(pairs) for values in both), strict=True))
 
         network.eval()
-        device, what = self.model.device, "Measuring one row of pairs"
+        lengths = [len(rows[place].ids) for place in places]
         try:
             with recomputing(network):
-                found = in_smaller_parts(len(rows), at_once, chunk, measured, device, what)
+                found = in_smaller_parts(lengths, at_once, chunk, measured, self.model.device, "row of pairs")
         finally:
             network.train(was_training)
         in_order = [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]

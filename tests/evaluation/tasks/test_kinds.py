@@ -13,7 +13,7 @@ from tokenizers.normalizers import Replace
 
 from qlora.data.chat import ChatTemplate
 from qlora.errors import DataError, RecipeError
-from qlora.evaluation import answers
+from qlora.evaluation.generate import answers
 from qlora.evaluation.tasks import difference, open_task, score
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.numeric import number_in
