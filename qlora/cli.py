@@ -499,7 +499,7 @@ def _summary(run: Run) -> None:
             if text is not None:
                 print(f"  {name + ':':<10}{visible(' '.join(text.split()))}")
     if run.tasks:
-        from qlora.evaluation.tasks import lines
+        from qlora.evaluation.tasks.table import lines
 
         print("", *map(visible, lines(run.tasks)), sep="\n")
     print(f"\nRun folder   {visible(run.folder)}")

@@ -310,6 +310,7 @@ def test_a_leftover_of_a_process_with_this_number_is_cleared(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "e"]  # b was moved aside and has no successor
 
 
+@pytest.mark.slow
 def test_of_two_at_the_same_moment_one_wins(plain: Course, folder: Path) -> None:
     both = [start(*plain.words(folder)) for _ in range(2)]
     ended = sorted((one.wait() for one in both), key=lambda one: one.status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import pkgutil
@@ -44,6 +45,7 @@ OWNERS = {
 }
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """The top-level packages that a file imports, wherever in it, but for what only a type checker reads."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

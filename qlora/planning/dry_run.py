@@ -73,7 +73,7 @@ class Shape:
     """Rows that go through a layer together."""
     length: int
     passes: int
-    """How often rows enter the model in a step."""
+    """How often rows enter the model in a step, as far as that is told apart: at most ``ROUNDS``."""
     chunk: int
     kept: tuple[int, ...] | None
     """The layers that keep their activations behind the boundary; None where there is no boundary."""
@@ -188,7 +188,7 @@ def dry_run(adapted: AdaptedModel, shape: Shape, device: str) -> DryRun:
         graph: list[bool] = []
         try:
             keep = {place[layer] for layer in shape.kept or ()}
-            passes = [_pass(model, shape, keep, ledger, graph) for _ in range(min(shape.passes, ROUNDS))]
+            passes = [_pass(model, shape, keep, ledger, graph) for _ in range(shape.passes)]
         except RuntimeError as error:  # Bloom's biases have no row for each row, and cannot be cut with them
             what = f"this {anatomy.kind(model)} model"
             if shape.at_once < shape.rows:

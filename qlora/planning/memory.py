@@ -25,7 +25,7 @@ from qlora.machine.processes import BUCKET
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import Packed
-from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run
+from qlora.planning.dry_run import ROUNDS, DryRun, Moment, Phase, Shape, dry_run
 from qlora.planning.few_layers import kinds_of, layers_of, sketch_of
 from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
@@ -196,7 +196,7 @@ def shape_of(training: TrainingSection, length: int, packing: bool, memory: Memo
         rows=training.batch_size if together else at_once,
         at_once=at_once,
         length=length,
-        passes=1 if together else -(-training.batch_size // at_once),
+        passes=1 if together else min(-(-training.batch_size // at_once), ROUNDS),
         chunk=training.loss_chunk,
         kept=layers_that_keep(way.kept, layers, away) if boundary else None,
         packed=packing,

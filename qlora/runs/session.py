@@ -25,7 +25,7 @@ from qlora.errors import RunError, redacted, visible
 from qlora.evaluation.generate import answers
 from qlora.evaluation.preferences import held_out_pairs
 from qlora.evaluation.score import HeldOut, Preferences, Verdict, score, verdict
-from qlora.evaluation.tasks import Task
+from qlora.evaluation.tasks.task import Task
 from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object

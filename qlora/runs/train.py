@@ -20,7 +20,7 @@ from statistics import median
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation.score import HeldOut
-from qlora.evaluation.tasks import Result
+from qlora.evaluation.tasks.result import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
 from qlora.machine.device import DTYPES, bytes_text, duration_text, resolve_device

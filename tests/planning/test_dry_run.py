@@ -41,6 +41,7 @@ from qlora.planning.memory import estimate, shape_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
 from qlora.residence.layers import wrap_layers
 from qlora.training import Trainer
+from tests.marks import slow
 from tests.planning.test_memory import NEAR, compare, rows_of
 
 SMALL: dict[str, Any] = {
@@ -87,12 +88,12 @@ def small(family: str, layers: int = 6, method: Any = None) -> AdaptedModel:
     ("family", "way"),
     [
         ("qwen2", "layer-major, packed"),
-        ("mistral", "micro-batches"),
-        ("gemma2", "layer-major, packed"),
+        slow("mistral", "micro-batches"),
+        slow("gemma2", "layer-major, packed"),
         ("gemma3", "no checkpointing"),
-        ("gemma3n", "no checkpointing"),
-        ("gemma4", "layer-major, packed"),
-        ("gemma4, shared keys", "no checkpointing"),
+        slow("gemma3n", "no checkpointing"),
+        slow("gemma4", "layer-major, packed"),
+        slow("gemma4, shared keys", "no checkpointing"),
     ],
 )
 def test_every_family_takes_what_was_estimated(family: str, way: str) -> None:
@@ -101,7 +102,7 @@ def test_every_family_takes_what_was_estimated(family: str, way: str) -> None:
     compare(f"{family}, {way}", small(family), 160, packed, **settings)
 
 
-@pytest.mark.parametrize(("family", "length"), [("qwen2", 160), ("mistral", 160), ("gemma3", 96)])
+@pytest.mark.parametrize(("family", "length"), [slow("qwen2", 160), slow("mistral", 160), ("gemma3", 96)])
 def test_packed_rows_that_are_kept_apart_take_what_was_estimated(family: str, length: int) -> None:
     """With windows shorter than an example, and longer."""
     model = small(family)
@@ -119,7 +120,7 @@ class Zeros:
         return lambda *args, **sizes: [args[place].zero_() for place in self.outputs] and None
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["micro-batches", *(slow(way) for way in WAYS if way != "micro-batches")])
 def test_fused_operators_take_what_was_estimated(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {rms_norm: {"_forward": (2, 3), "_backward": (4, 5)}, rotary: {"_rotate": (2, 3)}, glu: {"_forward": (2,), "_backward": ()}}  # fmt: skip
     for module, outputs in kernels.items():
@@ -132,7 +133,9 @@ def test_fused_operators_take_what_was_estimated(way: str, monkeypatch: pytest.M
     compare(f"fused, {way}", model, 160, packed, **settings)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(0, torch.float32), (7.5, torch.float16), (9.0, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [slow(0, torch.float32), slow(7.5, torch.float16), (9.0, torch.bfloat16)]
+)
 def test_a_step_of_packed_rows_makes_no_mask(
     capability: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,10 +220,10 @@ def true_step(adapted: AdaptedModel, training: TrainingSection, length: int, til
 @pytest.mark.parametrize(
     ("kind", "layers", "length", "tile", "settings"),
     [
-        ("7B", 5, 2048, None, {"batch_size": 3, "micro_batch_size": 1}),
+        slow("7B", 5, 2048, None, {"batch_size": 3, "micro_batch_size": 1}),
         ("7B", 4, 1024, None, {"batch_size": 2, "micro_batch_size": 1, "gradient_checkpointing": False}),
-        ("70B", 4, 8192, 4096, {"batch_size": 1, "micro_batch_size": 1, "loss_chunk": 4096}),
-        ("70B", 4, 512, None, {"batch_size": 3, "micro_batch_size": 1, "accumulation": "micro_batch_major"}),
+        slow("70B", 4, 8192, 4096, {"batch_size": 1, "micro_batch_size": 1, "loss_chunk": 4096}),
+        slow("70B", 4, 512, None, {"batch_size": 3, "micro_batch_size": 1, "accumulation": "micro_batch_major"}),
     ],
 )
 def test_large_shapes_take_what_was_estimated(

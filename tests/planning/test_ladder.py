@@ -23,6 +23,7 @@ from qlora.planning.rates import rates_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Recipe
 from qlora.residence.load import cached_bytes, load_base
 from tests.data.conftest import make_tokenizer
+from tests.marks import slow
 from tests.tiny import chat_checkpoint
 
 SIZES = {
@@ -129,6 +130,7 @@ def test_host_memory_and_disk_count_too(folder: Path) -> None:
     assert arranger(folder, tight.total + 2**20, host=2**20).fastest() is None
 
 
+@pytest.mark.slow
 def test_on_a_cpu_only_the_disk_saves_memory(folder: Path) -> None:
     rungs = arranger(folder, 24 * GIB, "cpu").ladder()
     for one in rungs:
@@ -138,6 +140,7 @@ def test_on_a_cpu_only_the_disk_saves_memory(folder: Path) -> None:
     assert rungs[-1].needed.disk["file_cache"] > 0
 
 
+@pytest.mark.slow
 def test_the_largest_rows_and_context_are_those_that_just_fit(folder: Path) -> None:
     found = arranger(folder, GIB // 2)
     one = found.look({"training.recompute": "all"})
@@ -240,7 +243,7 @@ def test_a_card_that_is_not_here_is_surveyed(folder: Path) -> None:
     assert all(part in text for part in ("tokens/s", "Largest that fits", "From the fastest arrangement", "Assumed"))
 
 
-@pytest.mark.parametrize("name", ["T4", "H100"])
+@pytest.mark.parametrize("name", ["T4", slow("H100")])
 def test_the_card_is_asked_and_not_this_machine(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a card computes in and what it takes are the same whatever GPU is here."""
     recipe = recipe_of(folder, device={"memory": name, "host_memory": "64GiB"})
@@ -258,15 +261,16 @@ def test_the_card_is_asked_and_not_this_machine(folder: Path, name: str, monkeyp
     assert found[0][2]["workspaces"] == (32 * 2**20 if name == "H100" else 8 * 2**20 + 2**17)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_no_by_its_exit_status(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_of(folder).to_yaml(), encoding="utf-8")
-    assert main(["plan", str(path), "device.memory=150MiB", "device.host_memory=8GiB"]) == 3
-    printed = capsys.readouterr().out
-    assert "As the recipe stands it does not fit" in printed
     assert main(["plan", str(path), "device.memory=twelve"]) == 2
+    capsys.readouterr()
+    assert main(["plan", str(path), "device.memory=150MiB", "device.host_memory=8GiB"]) == 3
+    assert "As the recipe stands it does not fit" in capsys.readouterr().out
 
 
 def test_a_card_may_be_given_as_a_number(folder: Path) -> None:
@@ -299,7 +303,9 @@ ODD: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name", [name if name in ("rows that cannot be cut", "every weight trains") else slow(name) for name in ODD]
+)
 def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_path: Path) -> None:
     config, method = ODD[name]
     config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
@@ -349,7 +355,7 @@ def test_what_the_file_cache_holds_already_is_not_counted_again(folder: Path, tm
     assert cached_bytes(section, torch.bfloat16, torch.device("cpu"), memory) == 0
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", slow("cuda")])
 def test_as_few_layers_are_recomputed_as_memory_asks_for(folder: Path, kind: str) -> None:
     """From plenty of memory to little: none, some, all; each plan within its share, and one layer fewer would not be."""
     sections: dict[str, Any] = {"data": {"train": "none.jsonl", "max_length": 512}, "training": {"batch_size": 1}}

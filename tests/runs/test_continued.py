@@ -21,6 +21,7 @@ from qlora.planning.plan import survey
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import load_run
 from qlora.runs.train import resume, train
+from tests.marks import slow
 from tests.tiny import conversations, logits_of, tiny_values, write_lines
 
 WEIGHTS = "adapter_model.safetensors"
@@ -67,9 +68,7 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").iterdir(), key=lambda place: int(place.name))
 
 
-@pytest.mark.parametrize(
-    "name", ["lora", "adalora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pissa", "p_tuning", "two"))]
-)
+@pytest.mark.parametrize("name", ["lora", *(slow(name) for name in ("adalora", "pissa", "p_tuning", "two"))])
 def test_a_run_goes_on_from_anothers(
     first: dict[str, Path], name: str, tiny_model: Path, new_data: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +112,7 @@ def test_more_of_a_run_is_its_own_recipe_in_a_folder_of_its_own(first: dict[str,
         resume(origin, "training.steps=9", quiet=True)
 
 
+@pytest.mark.slow
 def test_what_is_measured_before_is_the_old_adapter(
     first: dict[str, Path], tiny_model: Path, chat_data: Path, tmp_path: Path
 ) -> None:
@@ -212,6 +212,7 @@ def test_what_is_no_adapter_is_said_before_anything_is_loaded(
         survey(recipe_from(tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "wider")}))
 
 
+@pytest.mark.slow
 def test_the_run_that_it_goes_on_from_is_not_overwritten(
     first: dict[str, Path], tiny_model: Path, new_data: Path, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_what_was_trained_is_merged(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_orpo_needs_no_reference_and_a_model_that_cannot_pack_learns_too(
     values: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_recipe_of_the_run_trains_the_same_run_again(finished: Path, tmp_path: P
     assert evaluation_of(tmp_path / "again") == evaluation_of(finished)
 
 
+@pytest.mark.slow
 def test_recipe_of_a_replacing_run_does_not_replace_it_again(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -597,6 +598,7 @@ def test_run_of_a_device_that_is_not_here_goes_on(
     assert "(device cuda:7, now cpu): it goes on, but not bit for bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_home_in_the_folders_name_is_the_home(
     tiny_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

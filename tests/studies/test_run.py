@@ -20,7 +20,7 @@ from qlora import load_base, load_run
 from qlora.data import Row
 from qlora.errors import InputError, RunError
 from qlora.evaluation.forgetting import text_rows
-from qlora.evaluation.tasks import open_task
+from qlora.evaluation.tasks.opening import open_task
 from qlora.recipe import Recipe, TaskSection
 from qlora.studies import StudySection, plan_study, study
 from tests.tiny import WORDS, tiny_values, write_lines

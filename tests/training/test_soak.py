@@ -16,6 +16,7 @@ from tests.tiny import tiny_values
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+@pytest.mark.slow
 def test_files_and_threads_do_not_pile_up(
     tiny_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
