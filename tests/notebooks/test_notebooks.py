@@ -25,7 +25,7 @@ SHOWN = {  # what some cell of each must have shown
     "1-your-own-data": ["<mark>", "expected: ", "quantised weights", "step 2 of 2", "srcdoc=", ".gguf", "adapter.zip"],
     "2-an-8b-model-on-a-t4": ["T4", "quantised weights", "step 2 of 2", "srcdoc=", "report.html"],
     "3-chat-and-several-adapters": ["step 2 of 2", "None: ", "python: "],
-    "4-export": ["step 2 of 2", "vLLM", "logits differ by at most", ".gguf", "TEMPLATE"],
+    "4-export": ["step 2 of 2", "vLLM", "| merged ", ".gguf", "TEMPLATE"],
     "5-compare-methods": ["srcdoc=", "bottleneck"],
     "6-your-own-loop": ["trainable parameters on cpu", "held out", "expected: ", "checkpoints/000002"],
 }
