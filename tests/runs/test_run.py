@@ -42,7 +42,7 @@ EXACT_HELD_OUT = ("step", "held_out_loss", "held_out_perplexity", "held_out_targ
 # Imports once, then forks a process for each run, which sends itself a signal when the line of a step is written and goes
 # on as if nothing were. Prints the wait status of each.
 DRIVER = """
-import json, os, sys
+import json, os, signal, sys
 import qlora.runs.train
 from qlora.cli import main
 from qlora.files.durable import write_json
@@ -59,6 +59,7 @@ for recipe, number, last in json.loads(sys.argv[1]):
     if not child:
         os.dup2(os.open(recipe + ".err", os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(2, 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         status = main(["train", recipe])
         sys.stdout.flush()
         sys.stderr.flush()
