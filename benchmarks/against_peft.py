@@ -188,7 +188,8 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write what both sides read: rows in the order of the steps, learning rates, the adapter's initial values."""
     from importlib.metadata import version
 
-    from qlora.data import load_data, step_rows
+    from qlora.data.batches import step_rows
+    from qlora.data.load import load_data
     from qlora.methods import apply_method, save_adapter
     from qlora.residence.load import load_base
     from qlora.training.optim import learning_rate
@@ -320,7 +321,7 @@ class InOrder:
     """Rows such that the trainer's own permutation takes them in the order of the file."""
 
     def __init__(self, rows: list[Any], batch: int, seed: int) -> None:
-        from qlora.data import step_rows
+        from qlora.data.batches import step_rows
 
         order = [place for step in range(len(rows) // batch) for place in step_rows(len(rows), batch, step, seed)]
         self.rows = dict(zip(order, rows, strict=True))

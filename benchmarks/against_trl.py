@@ -126,7 +126,7 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The model, cut to so many layers; the pairs of every step in token ids; the adapter's first values."""
     from transformers import AutoModelForCausalLM
 
-    from qlora.data import load_data
+    from qlora.data.load import load_data
     from qlora.methods import apply_method, save_adapter
     from qlora.model.checkpoint import open_checkpoint
     from qlora.recipe import DataSection, LoRA, ModelSection
@@ -179,7 +179,7 @@ class Clock:
 
 
 def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from qlora.data import step_rows
+    from qlora.data.batches import step_rows
     from qlora.data.examples import make_example
     from qlora.data.packing import make_rows
     from qlora.methods import load_adapter

@@ -26,9 +26,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.export.writer import SafetensorsWriter
-from qlora.machine.device import GIB, bytes_text, peak_memory_bytes
+from qlora.machine.device import peak_memory_bytes
+from qlora.machine.disk import GIB, bytes_text
 from qlora.methods import apply_method
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base

@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from qlora import recipe as config
-from qlora.data import Row
-from qlora.machine.device import bytes_text, versions
+from qlora.data.packing import Row
+from qlora.machine.device import versions
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.model.config import Scheme

@@ -32,7 +32,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from qlora.machine.device import DTYPES, bytes_text
+from qlora.machine.device import DTYPES
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base

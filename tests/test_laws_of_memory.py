@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import AdaptedModel, Adapters, apply_method, load_adapter, save_adapter
 from qlora.model.base import Base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection

@@ -36,9 +36,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qlora.data import Row
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.recipe import LoRA, ModelSection

@@ -24,7 +24,7 @@ import bitsandbytes
 import torch
 
 from benchmarks.on_gpu.shapes import attend, llama, operators, planned, random_base, rows
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.machine.device import versions
 from qlora.methods import apply_method
 from qlora.model.nf4 import Linear4bit

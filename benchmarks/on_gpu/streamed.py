@@ -18,14 +18,8 @@ import torch
 
 from benchmarks.on_gpu.shapes import llama, operators, planned, random_base, rows
 from qlora.machine.cards import parse_memory
-from qlora.machine.device import (
-    bytes_text,
-    peak_memory_bytes,
-    release_memory,
-    resolve_compute_dtype,
-    resolve_device,
-    versions,
-)
+from qlora.machine.device import peak_memory_bytes, release_memory, resolve_compute_dtype, resolve_device, versions
+from qlora.machine.disk import bytes_text
 from qlora.methods import apply_method
 from qlora.planning.ladder import changed
 from qlora.recipe import LoRA, Recipe

@@ -13,9 +13,3 @@
 ``load_data`` runs them in this order (pieces are drawn once the texts are cut) and returns ``Data``: rows to train on, rows
 held out, and a report in which every token is accounted for. This room knows tokenizers; it must not know a model or a method.
 """
-
-from __future__ import annotations
-
-from qlora.files.late import late_names
-
-__getattr__, __all__ = late_names(__file__)

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, NonFiniteError, first_line
 from qlora.evaluation.generate import fast_decoding
 from qlora.machine.device import ran_out_of_memory, release_memory

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import DataError
 from qlora.machine.device import in_smaller_parts
 from qlora.methods import AdaptedModel

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.attention import keeps_apart

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.machine.cards import WORKSPACE
-from qlora.machine.device import GIB, bytes_text
+from qlora.machine.disk import GIB, bytes_text
 from qlora.machine.processes import BUCKET
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.experts import PackedExperts, is_packed, packed_of

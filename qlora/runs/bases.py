@@ -14,7 +14,7 @@ import torch
 
 from qlora.machine.device import release_memory
 from qlora.methods import AdaptedModel
-from qlora.model import Base
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.layers import unwrap_layers

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data import Preview
+from qlora.data.preview import Preview
 from qlora.errors import RunError
 from qlora.machine.device import peak_memory_bytes
 from qlora.methods import AdaptedModel

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import QloraError, RunError
 from qlora.evaluation.divergence import Divergence, mean_with_error
 from qlora.export.gguf import stands_for

@@ -20,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.data import Data, Prompt, Row
+from qlora.data.load import Data, Prompt
+from qlora.data.packing import Row
 from qlora.errors import RunError, redacted, visible
 from qlora.evaluation.generate import answers
 from qlora.evaluation.preferences import held_out_pairs
 from qlora.evaluation.score import HeldOut, Preferences, Verdict, score, verdict
-from qlora.evaluation.tasks import Task
+from qlora.evaluation.tasks.task import Task
 from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.cards import amount
-from qlora.machine.device import bytes_text, duration_text, total_memory_bytes
+from qlora.machine.device import total_memory_bytes
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint

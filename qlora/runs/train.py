@@ -20,10 +20,11 @@ from statistics import median
 
 from qlora.errors import PackingError, RunError, Stopped, listed, redacted
 from qlora.evaluation.score import HeldOut
-from qlora.evaluation.tasks import Result
+from qlora.evaluation.tasks.result import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
-from qlora.machine.device import DTYPES, bytes_text, duration_text, resolve_device
+from qlora.machine.device import DTYPES, resolve_device
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint

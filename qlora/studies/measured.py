@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.data import Data
+from qlora.data.load import Data
 from qlora.errors import RunError
 from qlora.evaluation.change import MatrixChange, change_of
 from qlora.evaluation.diversity import diversity
 from qlora.evaluation.forgetting import Before
 from qlora.evaluation.latency import latency_of
-from qlora.evaluation.tasks import kind_of, open_task
+from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.presets import kind_of
 from qlora.files.durable import write_json
 from qlora.files.strangers import JsonObject
 from qlora.methods import AdaptedModel, Adapters

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from qlora.errors import RecipeError, listed
-from qlora.evaluation.tasks import kind_of
+from qlora.evaluation.tasks.presets import kind_of
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.recipe.reading import read_file, validated, with_value
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from qlora.data import Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
 from qlora.machine.processes import Processes, here

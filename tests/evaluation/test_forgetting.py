@@ -11,7 +11,10 @@ import torch
 from qlora.evaluation.diversity import diversity, of_texts
 from qlora.evaluation.forgetting import Before, text_rows
 from qlora.evaluation.generate import answers
-from qlora.evaluation.tasks import Result, Task, difference, open_task, score
+from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.result import Result, difference
+from qlora.evaluation.tasks.scoring import score
+from qlora.evaluation.tasks.task import Task
 from qlora.methods import AdaptedModel, apply_method
 from qlora.recipe import Full, Modules, PromptTuning, TaskSection
 from tests import tiny

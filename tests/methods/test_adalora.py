@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
 from qlora.methods.adalora import AdaLoraLinear, AdaLoraMethod
 from qlora.methods.files import save_portable

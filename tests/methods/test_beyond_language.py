@@ -35,8 +35,8 @@ from transformers import (
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model import as_base, dense_weight, quantise
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.in_memory import as_base, quantise
+from qlora.model.nf4 import FrozenLinear, dense_weight
 from tests.tiny import difference
 
 CLASSES = 5

@@ -24,7 +24,7 @@ from transformers import (
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.bitfit import BiasLayer, BitFitMethod
 from qlora.model.loss import batch_loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import MethodError
 from qlora.methods import AdaptedModel, Planted, apply_method, load_adapter, save_adapter
 from qlora.methods.bottleneck import Adapter, Bottleneck, BottleneckMethod

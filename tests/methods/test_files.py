@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import recipe as config
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError, RunError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.files.durable import clear_leftovers, folder_written_aside
 from qlora.methods import LoraLinear, apply_method, load_adapter, peft_config, read_adapter_config, save_adapter
 from qlora.methods.files import save_portable

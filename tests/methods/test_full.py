@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model import Base
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate

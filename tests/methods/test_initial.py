@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import AdaptedModel, apply_method, beginning, load_adapter, save_adapter
 from qlora.methods.dora import DoraLinear
 from qlora.methods.files import save_portable

@@ -13,14 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import Row
 from qlora.data.batches import collate
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.model.base import Base
 from qlora.model.loss import batch_loss

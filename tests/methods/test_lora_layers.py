@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
 from qlora.methods.files import save_portable
 from qlora.methods.lora_layers import LoraConv2d, LoraEmbedding, sides

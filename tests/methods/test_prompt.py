@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.data.examples import Example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError, MethodError

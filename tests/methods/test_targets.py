@@ -19,7 +19,7 @@ from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.methods import apply_method
 from qlora.methods.targets import choose_targets, find_linears, matches, target_names
-from qlora.model import Base
+from qlora.model.base import Base
 from tests.tiny import tiny_base, tiny_checkpoint
 
 

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model import attention
 from qlora.model.anatomy import layers as decoder_layers

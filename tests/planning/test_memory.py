@@ -9,10 +9,11 @@ import numpy
 import pytest
 import torch
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError
 from qlora.evaluation.score import score
-from qlora.machine.device import bytes_text, resolve_compute_dtype
+from qlora.machine.device import resolve_compute_dtype
+from qlora.machine.disk import bytes_text
 from qlora.methods import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.kernels import fuse

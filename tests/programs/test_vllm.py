@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora import recipe as config
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.export.programs import programs
 from qlora.methods import apply_method, save_adapter
 from qlora.methods.files import save_portable

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel
 from qlora.model.anatomy import layers as decoder_layers

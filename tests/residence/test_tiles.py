@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import ModelError
 from qlora.methods import AdaptedModel, save_adapter
 from qlora.model.anatomy import layers as decoder_layers

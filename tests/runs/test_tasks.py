@@ -63,7 +63,8 @@ def test_base_and_adapter_are_in_the_table(folder: Path, capsys: pytest.CaptureF
 
 
 def test_the_results_are_those_of_the_model(folder: Path) -> None:
-    from qlora.evaluation.tasks import open_task, score
+    from qlora.evaluation.tasks.opening import open_task
+    from qlora.evaluation.tasks.scoring import score
 
     model = load_run(folder, quiet=True)
     section = Recipe.from_yaml(folder / "recipe.yaml").evaluation.tasks[0]

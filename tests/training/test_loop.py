@@ -15,14 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans, integers, sampled_from
 from transformers import BartConfig, BartForCausalLM
 
-from qlora.data import IGNORE_INDEX, Data, Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.load import Data
+from qlora.data.packing import Row
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
 from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import keep_apart
+from qlora.model.base import Base
+from qlora.model.loss import IGNORE_INDEX
 from qlora.model.skeleton import skeleton_base
 from qlora.recipe import LoRA, ModelSection, TrainingSection
 from qlora.residence import layers

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.data import Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.packing import Row
 from qlora.errors import NonFiniteError
 from qlora.methods import AdaptedModel
 from qlora.model.nf4 import dense_weight

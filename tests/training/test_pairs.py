@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora import recipe as config
-from qlora.data import Row
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError, RunError
 from qlora.machine.processes import here
 from qlora.methods import AdaptedModel, apply_method

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import Row, collate, step_rows
+from qlora.data.batches import collate, step_rows
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError
 from qlora.machine import device
 from qlora.methods import AdaptedModel, apply_method

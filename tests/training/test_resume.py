@@ -23,7 +23,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora.data import step_rows
+from qlora.data.batches import step_rows
 from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe

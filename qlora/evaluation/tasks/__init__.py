@@ -13,9 +13,3 @@
 A kind of task (``choice.py``, …) says what of a record is asked, what each item scores, and what all items come to. Nothing
 here holds full logits (``evaluation/likelihood.py``).
 """
-
-from __future__ import annotations
-
-from qlora.files.late import late_names
-
-__getattr__, __all__ = late_names(__file__)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.methods import AdaptedModel
 from qlora.recipe import AnyObjective
 from qlora.training.objectives.dpo import DPOComparison, IPOComparison

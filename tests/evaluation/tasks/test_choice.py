@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qlora.errors import DataError
-from qlora.evaluation.tasks import Result, difference, open_task, score
+from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.result import Result, difference
+from qlora.evaluation.tasks.scoring import score
 from qlora.methods import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.rounding import rounding

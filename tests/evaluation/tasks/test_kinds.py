@@ -14,11 +14,11 @@ from tokenizers.normalizers import Replace
 from qlora.data.chat import ChatTemplate
 from qlora.errors import DataError, RecipeError
 from qlora.evaluation.generate import answers
-from qlora.evaluation.tasks import difference, open_task, score
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.numeric import number_in
-from qlora.evaluation.tasks.result import Result, jackknifed, mean_and_error
-from qlora.evaluation.tasks.scoring import windows
+from qlora.evaluation.tasks.opening import open_task
+from qlora.evaluation.tasks.result import Result, difference, jackknifed, mean_and_error
+from qlora.evaluation.tasks.scoring import score, windows
 from qlora.methods import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.evaluation.tasks.test_choice import by_hand

@@ -10,7 +10,7 @@ import pytest
 from qlora.data.chat import ChatTemplate
 from qlora.data.sources import Record
 from qlora.errors import DataError
-from qlora.evaluation.tasks import open_task
+from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.presets import PRESETS
 from qlora.methods import AdaptedModel
 from qlora.recipe import TaskSection
