@@ -190,7 +190,8 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from qlora.data.batches import step_rows
     from qlora.data.load import load_data
-    from qlora.methods import apply_method, save_adapter
+    from qlora.methods.base import apply_method
+    from qlora.methods.files import save_adapter
     from qlora.residence.load import load_base
     from qlora.training.optim import learning_rate
 
@@ -295,9 +296,9 @@ def train_qlora(settings: dict[str, Any], folder: Path, dtype: str) -> dict[str,
     import torch
 
     from qlora.data.packing import Row
-    from qlora.methods import apply_method
+    from qlora.methods.base import apply_method
     from qlora.residence.load import load_base
-    from qlora.training import Trainer
+    from qlora.training.loop import Trainer
 
     plan = recipe(settings, dtype)
     model = apply_method(load_base(plan.model), plan.method, plan.training.seed)

@@ -127,7 +127,8 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from qlora.data.load import load_data
-    from qlora.methods import apply_method, save_adapter
+    from qlora.methods.base import apply_method
+    from qlora.methods.files import save_adapter
     from qlora.model.checkpoint import open_checkpoint
     from qlora.recipe import DataSection, LoRA, ModelSection
     from qlora.residence.load import load_base
@@ -182,11 +183,11 @@ def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     from qlora.data.batches import step_rows
     from qlora.data.examples import make_example
     from qlora.data.packing import make_rows
-    from qlora.methods import load_adapter
+    from qlora.methods.loading import load_adapter
     from qlora.planning.plan import plan
     from qlora.recipe import Recipe
     from qlora.residence.load import load_base
-    from qlora.training import Trainer
+    from qlora.training.loop import Trainer
 
     pairs, steps = json.loads((folder / "pairs.json").read_text()), settings["steps"]
     recipe = plan(

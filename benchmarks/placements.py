@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from qlora.data.packing import Row
 from qlora.machine.device import peak_since_reset, reset_peak_memory, resolve_device
 from qlora.machine.disk import bytes_text
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.step import gradients
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {

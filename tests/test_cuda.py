@@ -23,7 +23,7 @@ from qlora.evaluation.generate import answers
 from qlora.machine.cards import workspace_bytes
 from qlora.machine.device import capability
 from qlora.machine.disk import bytes_text
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.attention import VARLEN, PackedMask, attention_of, keep_apart
 from qlora.model.kernels import fuse, fused, language, proof
 from qlora.model.loss import IGNORE_INDEX
@@ -33,7 +33,7 @@ from qlora.planning.rates import measure
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.step import gradients
 from tests.rounding import no_worse
 from tests.tiny import chat_checkpoint, difference, stir

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from qlora.data.packing import Row
 from qlora.machine.cards import workspace_bytes
 from qlora.machine.device import capability
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import PLAIN, attention_of, keep_apart
 from qlora.model.base import Base

@@ -26,8 +26,9 @@ from qlora.evaluation.likelihood import states
 from qlora.evaluation.tasks.result import Paired, Result, difference
 from qlora.evaluation.tasks.scoring import score, windows
 from qlora.evaluation.tasks.task import Task
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
 from qlora.methods.planted import Planted
+from qlora.methods.switching import Adapters
 from qlora.model.loss import Head, head_of
 
 ROW = 512  # tokens of general text that are read at once

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qlora.machine.disk import bytes_text
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.in_memory import as_base, on_meta, quantise
 from qlora.model.skeleton import any_skeleton
 from qlora.planning.shapes import bytes_of, count_parameters

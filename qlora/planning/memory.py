@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.disk import GIB, bytes_text
 from qlora.machine.processes import BUCKET
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import DryRun, Moment, Phase, Shape, dry_run

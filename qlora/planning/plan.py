@@ -29,7 +29,7 @@ from qlora.machine.device import (
 )
 from qlora.machine.disk import bytes_text, duration_text, free_disk, require_disk
 from qlora.machine.processes import here
-from qlora.methods import METHODS, apply_method
+from qlora.methods.base import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
 from qlora.model.attention import keep_apart

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 
 from qlora.machine.device import release_memory
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import Recipe, parts_of

@@ -30,7 +30,7 @@ from qlora.export.source import Source
 from qlora.export.verify import GgufFile
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import TrainedModule
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint

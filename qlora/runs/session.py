@@ -34,14 +34,16 @@ from qlora.machine.cards import amount
 from qlora.machine.device import total_memory_bytes
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
-from qlora.training import MetricsLog, Rehearsal, Trainer
+from qlora.training.log import MetricsLog
+from qlora.training.loop import Trainer
 from qlora.training.objectives import Objective, Pairs
 from qlora.training.objectives.pairs import pair_numbers
+from qlora.training.rehearsal import Rehearsal
 
 NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
 

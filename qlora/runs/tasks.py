@@ -25,7 +25,7 @@ from qlora.evaluation.tasks.table import table
 from qlora.evaluation.tasks.task import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import Fault, JsonObject, read_object
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import Recipe
 from qlora.runs.session import speaker
 

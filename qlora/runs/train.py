@@ -68,8 +68,9 @@ from qlora.runs.session import (
     write_evaluation,
 )
 from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, write_table
-from qlora.training import Progress, Trainer
 from qlora.training import checkpoint as checkpoints
+from qlora.training.log import Progress
+from qlora.training.loop import Trainer
 from qlora.training.record import differences, launcher, started_by
 from qlora.training.reference import rows_at_once
 from qlora.training.rehearsal import Rehearsal

@@ -21,7 +21,8 @@ from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.presets import kind_of
 from qlora.files.durable import write_json
 from qlora.files.strangers import JsonObject
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe

@@ -24,7 +24,7 @@ from qlora.files.durable import file_written_aside, write_json
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
 from qlora.machine.processes import here
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.attention import attention_of
 from qlora.model.base import Base
 from qlora.model.kernels import fused

@@ -15,7 +15,7 @@ from qlora.data.examples import Example, make_example
 from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError
 from qlora.evaluation.score import HeldOut, difference, score, verdict
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.loss import IGNORE_INDEX

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
 from qlora.export.merged import merge
-from qlora.methods import AdaptedModel, apply_method, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
 from qlora.model.checkpoint import MERGE, Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
 from qlora.recipe import ModelSection

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import qlora
 from qlora.data.batches import collate
 from qlora.errors import ModelError, QloraError
-from qlora.methods import AdaptedModel, save_adapter
+from qlora.methods.base import AdaptedModel
+from qlora.methods.files import save_adapter
 from qlora.model import anatomy
 from qlora.model.checks import check_packing
 from qlora.model.loss import batch_loss, hidden_states

@@ -20,7 +20,9 @@ from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
 from qlora.export.merged import merge
-from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.methods.base import METHODS, AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
@@ -28,7 +30,7 @@ from qlora.model.walk import Walk
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.runs.measured import widen
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.rounding import GRADIENT, rounding
 from tests.tiny import CPU, FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 

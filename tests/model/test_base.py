@@ -12,7 +12,8 @@ import transformers
 
 from qlora.export.merged import merge
 from qlora.machine.disk import bytes_text
-from qlora.methods import apply_method, save_adapter
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter
 from qlora.methods.planted import Planted
 from qlora.model import anatomy
 from qlora.model import checkpoint as checkpoints

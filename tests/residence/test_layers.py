@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora.data.batches import collate
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.loss import batch_loss

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from qlora.data.batches import collate
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel, save_adapter
+from qlora.methods.base import AdaptedModel
+from qlora.methods.files import save_adapter
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit

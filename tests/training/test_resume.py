@@ -28,7 +28,9 @@ from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
 from qlora.runs.train import resume, train
-from qlora.training import MetricsLog, Trainer, checkpoint
+from qlora.training import checkpoint
+from qlora.training.log import MetricsLog
+from qlora.training.loop import Trainer
 from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
 from tests.tiny import tiny_checkpoint, tiny_values
 from tests.training import matrix

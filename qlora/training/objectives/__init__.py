@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qlora.data.packing import Row
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective
 from qlora.training.objectives.dpo import DPOComparison, IPOComparison
 from qlora.training.objectives.orpo import ORPOComparison

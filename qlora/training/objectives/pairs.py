@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qlora.data.packing import Row
 from qlora.machine.device import in_smaller_parts
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.loss import IGNORE_INDEX, grouped_loss, head_of, hidden_states
 from qlora.residence.layers import recomputing
 from qlora.training.objectives.tokens import Tokens

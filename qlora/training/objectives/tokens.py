@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora.data.batches import collate
 from qlora.data.packing import Row
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.loss import batch_loss
 
 
