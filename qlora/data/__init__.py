@@ -1,7 +1,7 @@
 """Data: files become rows of tokens.
 
     sources     files, hub data sets                  → records              (read_records)
-    formats     records                               → conversations, texts (parse)
+    parsing     records, by formats or detection      → conversations, texts (parse)
     split       records, or pieces of few texts       → train, held out      (split_records, split_pieces)
     dialect     conversations                         → the template's words (Dialect.speak)
     chat        conversations                         → ids + mask           (ChatTemplate.encode)

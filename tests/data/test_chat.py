@@ -10,7 +10,7 @@ import pytest
 
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.rendering import Renderer
 from qlora.data.sources import Record
 from qlora.errors import DataError

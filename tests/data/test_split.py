@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data.examples import Example, make_example
-from qlora.data.formats import Parsed
 from qlora.data.load import Data, load_data
 from qlora.data.packing import Row
+from qlora.data.parsing import Parsed
 from qlora.data.split import needs_pieces, split_pieces
 from qlora.errors import DataError
 from qlora.recipe import DataSection, Recipe

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.sources import read_records
 from qlora.errors import QloraError
 from qlora.files.durable import SEAL, damage, seal
