@@ -188,8 +188,10 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write what both sides read: rows in the order of the steps, learning rates, the adapter's initial values."""
     from importlib.metadata import version
 
-    from qlora.data import load_data, step_rows
-    from qlora.methods import apply_method, save_adapter
+    from qlora.data.batches import step_rows
+    from qlora.data.load import load_data
+    from qlora.methods.base import apply_method
+    from qlora.methods.files import save_adapter
     from qlora.residence.load import load_base
     from qlora.training.optim import learning_rate
 
@@ -294,9 +296,9 @@ def train_qlora(settings: dict[str, Any], folder: Path, dtype: str) -> dict[str,
     import torch
 
     from qlora.data.packing import Row
-    from qlora.methods import apply_method
+    from qlora.methods.base import apply_method
     from qlora.residence.load import load_base
-    from qlora.training import Trainer
+    from qlora.training.loop import Trainer
 
     plan = recipe(settings, dtype)
     model = apply_method(load_base(plan.model), plan.method, plan.training.seed)
@@ -320,7 +322,7 @@ class InOrder:
     """Rows such that the trainer's own permutation takes them in the order of the file."""
 
     def __init__(self, rows: list[Any], batch: int, seed: int) -> None:
-        from qlora.data import step_rows
+        from qlora.data.batches import step_rows
 
         order = [place for step in range(len(rows) // batch) for place in step_rows(len(rows), batch, step, seed)]
         self.rows = dict(zip(order, rows, strict=True))

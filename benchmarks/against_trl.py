@@ -126,8 +126,9 @@ def prepare(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The model, cut to so many layers; the pairs of every step in token ids; the adapter's first values."""
     from transformers import AutoModelForCausalLM
 
-    from qlora.data import load_data
-    from qlora.methods import apply_method, save_adapter
+    from qlora.data.load import load_data
+    from qlora.methods.base import apply_method
+    from qlora.methods.files import save_adapter
     from qlora.model.checkpoint import open_checkpoint
     from qlora.recipe import DataSection, LoRA, ModelSection
     from qlora.residence.load import load_base
@@ -179,14 +180,14 @@ class Clock:
 
 
 def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from qlora.data import step_rows
+    from qlora.data.batches import step_rows
     from qlora.data.examples import make_example
     from qlora.data.packing import make_rows
-    from qlora.methods import load_adapter
+    from qlora.methods.loading import load_adapter
     from qlora.planning.plan import plan
     from qlora.recipe import Recipe
     from qlora.residence.load import load_base
-    from qlora.training import Trainer
+    from qlora.training.loop import Trainer
 
     pairs, steps = json.loads((folder / "pairs.json").read_text()), settings["steps"]
     recipe = plan(

@@ -23,7 +23,8 @@ import torch
 import qlora
 from qlora.evaluation.change import matrices_of
 from qlora.evaluation.spectrum import norm, singular_values
-from qlora.machine.device import bytes_text, peak_since_reset, reset_peak_memory
+from qlora.machine.device import peak_since_reset, reset_peak_memory
+from qlora.machine.disk import bytes_text
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

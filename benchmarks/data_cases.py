@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora.data import load_data
+from qlora.data.load import load_data
 from qlora.errors import QloraError
 from qlora.model.checkpoint import open_checkpoint
 from qlora.recipe import DEFAULT_MODEL, DataSection, ModelSection

@@ -31,7 +31,7 @@ from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.data import load_data
+from qlora.data.load import load_data
 from qlora.errors import DiffersError, QloraError
 from qlora.export.verify import GgufFile
 from qlora.machine.device import DTYPES, resolve_device

@@ -26,13 +26,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.export.writer import SafetensorsWriter
-from qlora.machine.device import GIB, bytes_text, peak_memory_bytes
-from qlora.methods import apply_method
+from qlora.machine.device import peak_memory_bytes
+from qlora.machine.disk import GIB, bytes_text
+from qlora.methods.base import apply_method
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 
 SIZES = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,

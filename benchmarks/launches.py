@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.on_gpu.shapes import empty_base, llama
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.attention import keep_apart
 from qlora.model.kernels import fuse
 from qlora.planning import dry_run

@@ -20,14 +20,15 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.data import Row
-from qlora.machine.device import bytes_text, peak_since_reset, reset_peak_memory, resolve_device
-from qlora.methods import apply_method
-from qlora.model import load_config
+from qlora.data.packing import Row
+from qlora.machine.device import peak_since_reset, reset_peak_memory, resolve_device
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import apply_method
+from qlora.model.checkpoint import open_checkpoint
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import DEFAULT_MODEL, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.step import gradients
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,9 @@ def measure(options: argparse.Namespace, name: str, scratch: Path) -> None:
     device = resolve_device()
     values = {**ARRANGEMENTS[name], "cache": str(scratch / "cache")}
     if values.get("layers") == 0.5:
-        values["layers"] = load_config(ModelSection(name=options.model)).num_hidden_layers // 2
+        values["layers"] = (
+            open_checkpoint(ModelSection(name=options.model), weights=False).model_config().num_hidden_layers // 2
+        )
     memory = MemorySection(**values)
     base = load_base(ModelSection(name=options.model), device, memory=memory)
     linears = [module for module in base.model.modules() if isinstance(module, FrozenLinear)]

@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from qlora import recipe as config
-from qlora.data import Row
-from qlora.machine.device import bytes_text, versions
-from qlora.methods import AdaptedModel, apply_method
+from qlora.data.packing import Row
+from qlora.machine.device import versions
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.in_memory import as_base, on_meta, quantise
@@ -48,7 +49,7 @@ from qlora.planning.memory import estimate
 from qlora.recipe import Combined, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.ends import embedding_on_host, head_on_host
 from qlora.residence.layers import wrap_layers
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZES: dict[str, Any] = {

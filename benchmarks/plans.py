@@ -32,8 +32,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from qlora.machine.device import DTYPES, bytes_text
-from qlora.methods import AdaptedModel, apply_method
+from qlora.machine.device import DTYPES
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import Arrangement, Arranger, changed

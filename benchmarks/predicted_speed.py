@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qlora
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.machine.device import resolve_compute_dtype, resolve_device, versions
 from qlora.planning.rates import measure
 from qlora.planning.shapes import shapes_of

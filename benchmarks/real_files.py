@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.data import Report
+from qlora.data.report import Report
 from qlora.errors import QloraError
 from qlora.model.checkpoint import open_checkpoint
 from qlora.planning.rows import load_recipe_data

@@ -23,8 +23,11 @@ from torch import Tensor
 
 import qlora
 from qlora.machine.device import versions
-from qlora.methods import Adapters, load_adapter, save_adapter
-from qlora.model import Base, as_base
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
+from qlora.methods.switching import Adapters
+from qlora.model.base import Base
+from qlora.model.in_memory import as_base
 from qlora.recipe import DEFAULT_MODEL, LoRA, ModelSection
 
 SECTIONS = {

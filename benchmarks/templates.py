@@ -26,8 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat import ChatTemplate
-from qlora.data.formats import parse
 from qlora.data.mistakes import BadRecords
+from qlora.data.parsing import parse
 from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.data.sources import Record
 from qlora.errors import DataError

@@ -1,7 +1,7 @@
 # The public names, each once: type checkers read this file, and so does __init__.py, which imports a name on first use.
 
-from qlora.data import Data as Data
-from qlora.data import load_data as load_data
+from qlora.data.load import Data as Data
+from qlora.data.load import load_data as load_data
 from qlora.errors import QloraError as QloraError
 from qlora.evaluation.change import Change as Change
 from qlora.evaluation.change import change_of as change_of
@@ -10,15 +10,15 @@ from qlora.evaluation.change import overlaps as overlaps
 from qlora.evaluation.generate import answer as answer
 from qlora.evaluation.generate import answers as answers
 from qlora.evaluation.latency import latency_of as latency_of
-from qlora.methods import AdaptedModel as AdaptedModel
-from qlora.methods import Adapters as Adapters
-from qlora.methods import apply_method as apply_method
-from qlora.methods import combine as combine
-from qlora.methods import load_adapter as load_adapter
-from qlora.methods import save_adapter as save_adapter
-from qlora.methods import save_combined as save_combined
-from qlora.model import Base as Base
-from qlora.model import quantise as quantise
+from qlora.methods.base import AdaptedModel as AdaptedModel
+from qlora.methods.base import apply_method as apply_method
+from qlora.methods.combining import combine as combine
+from qlora.methods.combining import save_combined as save_combined
+from qlora.methods.files import save_adapter as save_adapter
+from qlora.methods.loading import load_adapter as load_adapter
+from qlora.methods.switching import Adapters as Adapters
+from qlora.model.base import Base as Base
+from qlora.model.in_memory import quantise as quantise
 from qlora.planning.accounting import Account as Account
 from qlora.planning.accounting import account as account
 from qlora.planning.plan import Plan as Plan
@@ -50,8 +50,8 @@ from qlora.runs.live import live as live
 from qlora.runs.session import Run as Run
 from qlora.runs.train import resume as resume
 from qlora.runs.train import train as train
-from qlora.studies import Study as Study
-from qlora.studies import StudySection as StudySection
-from qlora.studies import study as study
-from qlora.training import Step as Step
-from qlora.training import Trainer as Trainer
+from qlora.studies.run import Study as Study
+from qlora.studies.run import study as study
+from qlora.studies.spec import StudySection as StudySection
+from qlora.training.log import Step as Step
+from qlora.training.loop import Trainer as Trainer

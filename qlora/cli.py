@@ -251,8 +251,8 @@ def study(words: list[str]) -> int:
     from qlora.studies.first import look_at_study
 
     look_at_study(words[0], *words[2 if words[1:2] == ["plan"] else 1 :])
-    from qlora.studies import plan_study
-    from qlora.studies import study as run
+    from qlora.studies.run import plan_study
+    from qlora.studies.run import study as run
 
     if words[1:2] == ["plan"]:
         print(visible(plan_study(words[0], *words[2:])))
@@ -469,7 +469,7 @@ def _summary(run: Run) -> None:
         return
     from rich.console import Console
 
-    from qlora.machine.device import bytes_text, duration_text
+    from qlora.machine.disk import bytes_text, duration_text
     from qlora.runs.session import NOTHING_HELD_OUT
 
     def judge(outcome: str, said: str) -> None:

@@ -157,7 +157,7 @@ def _cuda() -> Iterator[Finding]:
 def _cuda_device(index: int) -> Iterator[Finding]:
     import torch
 
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
 
     name, gpu = f"cuda:{index}", torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
@@ -299,7 +299,8 @@ def _int8(device: str) -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     import torch
 
-    from qlora.machine.device import bytes_text, total_memory_bytes
+    from qlora.machine.device import total_memory_bytes
+    from qlora.machine.disk import bytes_text
 
     free, total = total_memory_bytes(torch.device("cpu"))
     found = f"{bytes_text(free)} of {bytes_text(total)} free" if total else "this system does not tell"
@@ -308,7 +309,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _disk(name: str, folder: Path) -> Iterator[Finding]:
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
 
     free = shutil.disk_usage(_existing(folder)).free
     none = "free some: not even a small model fits" if free < NO_DISK else ""
@@ -317,7 +318,7 @@ def _disk(name: str, folder: Path) -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from qlora.machine.device import cache_folder
+    from qlora.machine.disk import cache_folder
 
     folder = cache_folder()
     with tempfile.TemporaryFile(dir=_existing(folder)) as file:  # leaves nothing behind, not even the cache folder

@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
     from qlora.runs.export import merge
 
     if purpose := options.pop("for", None):
@@ -102,7 +102,7 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_nf4, hold
     from qlora.runs.measured import judged, table
 
@@ -136,7 +136,7 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_gguf
 
     kind = options.get("type", "q8_0")
@@ -161,7 +161,7 @@ def check(folder: Path, options: dict[str, Any]) -> None:
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.hub import publish
-    from qlora.machine.device import bytes_text
+    from qlora.machine.disk import bytes_text
 
     private = options.get("private", "true") == "true"
     source = to_publish(folder, options.get("from"))

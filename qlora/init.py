@@ -28,7 +28,7 @@ from qlora.recipe import Recipe
 from qlora.runs.first import look_at_recipe
 
 if TYPE_CHECKING:
-    from qlora.data import Data
+    from qlora.data.load import Data
     from qlora.model.checkpoint import Checkpoint
     from qlora.planning.plan import Plan
 
@@ -205,7 +205,7 @@ def _planned(
     is_text: bool,
 ) -> Draft:
     """The recipe with what depends on the number of rows, and its plan. Raises DoesNotFitError."""
-    from qlora.data import steps_per_epoch
+    from qlora.data.batches import steps_per_epoch
 
     rows, examples = len(data.train), len(lengths)
     batch = 16 if rows >= 200 else 8 if rows >= 50 else 4

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import qlora
 from qlora.evaluation.score import score
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.machine.device import dtype_name, resolve_device
 
 # What is wanted: every field is in docs/recipe.md; the last override of a field counts.

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from qlora import cli
-from qlora.training import MetricsLog
+from qlora.training.log import MetricsLog
 
 NO_MOUNTS = 77
 """The status of a process that could not make a folder read-only."""

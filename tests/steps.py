@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from qlora.training import Step, Trainer
+from qlora.training.log import Step
+from qlora.training.loop import Trainer
 from qlora.training.way import Way
 from tests.rounding import FLOOR, MODEL, difference, rounding
 

@@ -18,20 +18,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from qlora.data import IGNORE_INDEX, Row
+from qlora.data.packing import Row
 from qlora.evaluation.generate import answers
 from qlora.machine.cards import workspace_bytes
-from qlora.machine.device import bytes_text, capability
-from qlora.methods import AdaptedModel, apply_method
+from qlora.machine.device import capability
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.attention import VARLEN, PackedMask, attention_of, keep_apart
 from qlora.model.kernels import fuse, fused, language, proof
+from qlora.model.loss import IGNORE_INDEX
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.planning.rates import measure
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.step import gradients
 from tests.rounding import no_worse
 from tests.tiny import chat_checkpoint, difference, stir

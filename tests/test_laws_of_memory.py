@@ -17,18 +17,22 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.export import merge
-from qlora.methods import AdaptedModel, Adapters, apply_method, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
+from qlora.methods.switching import Adapters
 from qlora.model.base import Base
 from qlora.recipe import LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.methods.test_laws import CASES, TARGETS, Case, spoken
 from tests.rounding import MODEL as SUMS_OF_TWO
 from tests.rounding import rounding

@@ -36,10 +36,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qlora.data import Row
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
-from qlora.methods import AdaptedModel, apply_method
+from qlora.data.packing import Row, make_rows
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.recipe import LoRA, ModelSection
 from qlora.residence.load import load_base

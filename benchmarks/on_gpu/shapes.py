@@ -13,16 +13,17 @@ import numpy
 import torch
 from transformers import LlamaConfig
 
-from qlora.data import IGNORE_INDEX, Row
+from qlora.data.packing import Row
 from qlora.machine.cards import workspace_bytes
 from qlora.machine.device import capability
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import PLAIN, attention_of, keep_apart
 from qlora.model.base import Base
 from qlora.model.config import Scheme
 from qlora.model.kernels import fuse
 from qlora.model.load import finish
+from qlora.model.loss import IGNORE_INDEX
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import empty_linears, empty_model
 from qlora.planning.memory import estimate

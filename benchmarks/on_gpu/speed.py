@@ -24,12 +24,12 @@ import bitsandbytes
 import torch
 
 from benchmarks.on_gpu.shapes import attend, llama, operators, planned, random_base, rows
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.machine.device import versions
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import LoRA, MemorySection, TrainingSection
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS = 3

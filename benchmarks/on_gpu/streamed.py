@@ -18,18 +18,12 @@ import torch
 
 from benchmarks.on_gpu.shapes import llama, operators, planned, random_base, rows
 from qlora.machine.cards import parse_memory
-from qlora.machine.device import (
-    bytes_text,
-    peak_memory_bytes,
-    release_memory,
-    resolve_compute_dtype,
-    resolve_device,
-    versions,
-)
-from qlora.methods import apply_method
+from qlora.machine.device import peak_memory_bytes, release_memory, resolve_compute_dtype, resolve_device, versions
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import apply_method
 from qlora.planning.ladder import changed
 from qlora.recipe import LoRA, Recipe
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 
 ON_HOST = {"memory.embedding": "host", "memory.head": "host", "memory.layer_inputs": "host", "training.loss_chunk": 64}
 

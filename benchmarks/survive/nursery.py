@@ -395,7 +395,7 @@ class _Events:
         import safetensors.torch
 
         from qlora.runs import session, train
-        from qlora.training import MetricsLog
+        from qlora.training.log import MetricsLog
 
         self.at, self.torn, self.folder, self.count, self.fill, self.busy = at, torn, folder, 0, fill, False
         self.record = open(record, "w", buffering=1) if record else None  # noqa: SIM115

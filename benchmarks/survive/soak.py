@@ -125,7 +125,7 @@ def main(recipe: str, every: int) -> None:
     """In a process of its own: train, and print the samples as one line of JSON."""
     from qlora.recipe import Recipe
     from qlora.runs.train import train
-    from qlora.training import MetricsLog
+    from qlora.training.log import MetricsLog
 
     write, samples = MetricsLog.write, list[dict[str, float]]()
 

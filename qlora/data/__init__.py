@@ -1,7 +1,7 @@
 """Data: files become rows of tokens.
 
     sources     files, hub data sets                  → records              (read_records)
-    formats     records                               → conversations, texts (parse)
+    parsing     records, by formats or detection      → conversations, texts (parse)
     split       records, or pieces of few texts       → train, held out      (split_records, split_pieces)
     dialect     conversations                         → the template's words (Dialect.speak)
     chat        conversations                         → ids + mask           (ChatTemplate.encode)
@@ -13,9 +13,3 @@
 ``load_data`` runs them in this order (pieces are drawn once the texts are cut) and returns ``Data``: rows to train on, rows
 held out, and a report in which every token is accounted for. This room knows tokenizers; it must not know a model or a method.
 """
-
-from __future__ import annotations
-
-from qlora.files.late import late_names
-
-__getattr__, __all__ = late_names(__file__)

@@ -39,10 +39,11 @@ from qlora.data.dialect import Dialect, shown
 from qlora.data.dropped import lost_around, lost_of_answers
 from qlora.data.endings import Endings, alike
 from qlora.data.examples import Example, adds_bos, doubled_note, make_example, without_begin, without_end
-from qlora.data.formats import Conversation, Message
+from qlora.data.formats import Conversation
 from qlora.data.mistakes import BadRecords
 from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_child
 from qlora.data.suggestions import ENDS, MARKS
+from qlora.data.turns import Message
 from qlora.data.values import Mistake, capital
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded

@@ -24,9 +24,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from qlora.data.formats import Conversation, Message
+from qlora.data.formats import Conversation
 from qlora.data.rendering import Refused
-from qlora.data.turns import THOUGHTS
+from qlora.data.turns import THOUGHTS, Message
 from qlora.data.values import Mistake, function_calls, json_inside
 from qlora.files.strangers import JsonObject
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from qlora.data.dialect import parts
-from qlora.data.formats import Message
+from qlora.data.turns import Message
 
 _AROUND = {"system": "a system text", "user": "a user's turn", "tool": "the result of a function"}
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example, doubled_note, fit, text_examples, without_doubles
 from qlora.data.files import DataFile, DataFolder
-from qlora.data.formats import Conversation, Parsed, parse, trains
+from qlora.data.formats import Conversation, trains
 from qlora.data.lengths import bins_of, require_positions, too_long_note
 from qlora.data.packing import Row, make_rows
+from qlora.data.parsing import Parsed, parse
 from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report

@@ -17,7 +17,7 @@ from typing import Self
 import numpy
 
 from qlora.data.examples import Example
-from qlora.data.formats import Parsed
+from qlora.data.parsing import Parsed
 from qlora.errors import DataError
 from qlora.model.loss import IGNORE_INDEX
 

@@ -33,12 +33,13 @@ from qlora.evaluation.spectrum import (
     rank_of_energy,
     singular_values,
 )
-from qlora.methods import AdaptedModel, Planted
+from qlora.methods.base import AdaptedModel
 from qlora.methods.decomposition import leading
 from qlora.methods.full import FullMethod
 from qlora.methods.lora_experts import LoraExperts
 from qlora.methods.method import Method, generator_of
 from qlora.methods.modules import ModulesMethod, TrainedModule
+from qlora.methods.planted import Planted
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.load import turned
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_linear, is_transposed

@@ -18,7 +18,8 @@ import torch
 from qlora.evaluation.generate import Ids, answers
 from qlora.evaluation.tasks.result import Metric, Result, mean_and_error
 from qlora.evaluation.tasks.task import Better
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 
 BETTER: dict[str, Better] = {"unique": "higher", "distinct_1": "higher", "distinct_2": "higher", "self_bleu": "lower"}
 

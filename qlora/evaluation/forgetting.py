@@ -19,16 +19,16 @@ import numpy
 import torch
 from torch import Tensor
 
-from qlora.data import Row
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.evaluation.divergence import Divergence
 from qlora.evaluation.likelihood import states
 from qlora.evaluation.tasks.result import Paired, Result, difference
 from qlora.evaluation.tasks.scoring import score, windows
 from qlora.evaluation.tasks.task import Task
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
 from qlora.methods.planted import Planted
+from qlora.methods.switching import Adapters
 from qlora.model.loss import Head, head_of
 
 ROW = 512  # tokens of general text that are read at once

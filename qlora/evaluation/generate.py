@@ -13,7 +13,8 @@ import torch
 
 from qlora.errors import DataError
 from qlora.machine.device import total_memory_bytes
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 from qlora.model import anatomy
 from qlora.model.nf4 import FrozenLinear, dense_cached
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from qlora.evaluation.generate import answer_length, generated
 from qlora.machine.device import total_memory_bytes
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import dense_linear
 from qlora.methods.planted import modules_unplanted, unplanted
+from qlora.methods.switching import Adapters
 from qlora.model.nf4 import FrozenLinear, Packed, is_linear
 from qlora.model.walk import standing
 

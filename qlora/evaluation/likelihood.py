@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, NonFiniteError, first_line
 from qlora.evaluation.generate import fast_decoding
 from qlora.machine.device import ran_out_of_memory, release_memory
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 from qlora.model import anatomy
 from qlora.model.loss import Head, head_of, hidden_states
 

@@ -21,7 +21,8 @@ from qlora.evaluation.generate import answers, room
 from qlora.evaluation.likelihood import Likelihood, Pair, likelihoods
 from qlora.evaluation.tasks.opening import begin, encoded, encoded_pair
 from qlora.evaluation.tasks.scoring import ANSWERS_AT_ONCE, joined, window, windows
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 
 LONGEST = 256  # tokens of an answer, where a task does not say
 

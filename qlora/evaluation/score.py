@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import DataError
 from qlora.machine.device import in_smaller_parts
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
 from qlora.model.loss import head_of, hidden_states, token_loss
 

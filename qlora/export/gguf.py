@@ -30,7 +30,8 @@ from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
-from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
+from qlora.machine.device import resolve_compute_dtype, trim_heap
+from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
 from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.load import GENERATION, end_tokens

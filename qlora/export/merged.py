@@ -24,7 +24,8 @@ from qlora.export.source import Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import folder_written_aside
-from qlora.machine.device import DTYPES, require_disk, resolve_compute_dtype, trim_heap
+from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
+from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
 from qlora.model.config import FOUR_BIT

@@ -22,7 +22,8 @@ from qlora.errors import ModelError
 from qlora.export.merged import Merged, write_beside, write_plain
 from qlora.export.source import Source
 from qlora.files.durable import folder_written_aside
-from qlora.machine.device import require_disk, resolve_compute_dtype, trim_heap
+from qlora.machine.device import resolve_compute_dtype, trim_heap
+from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
 from qlora.model import anatomy

@@ -21,12 +21,7 @@ import torch
 
 from qlora.errors import DoesNotFitError, RecipeError, first_line
 from qlora.machine import DISTRIBUTION
-from qlora.machine.disk import GIB as GIB
-from qlora.machine.disk import bytes_text as bytes_text
-from qlora.machine.disk import cache_folder as cache_folder
-from qlora.machine.disk import duration_text as duration_text
-from qlora.machine.disk import free_disk as free_disk
-from qlora.machine.disk import require_disk as require_disk
+from qlora.machine.disk import bytes_text
 from qlora.machine.processes import count, here
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed
-from qlora.machine.device import bytes_text, dtype_name
+from qlora.machine.device import dtype_name
+from qlora.machine.disk import bytes_text
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.methods.bitfit import BitFitMethod
 from qlora.methods.bottleneck import BottleneckMethod

@@ -8,9 +8,3 @@ a module of yours ─► in_memory (quantised, as it is) ───────�
 
 What stays on the device while training, and what does not, is the room above: ``residence``.
 """
-
-from __future__ import annotations
-
-from qlora.files.late import late_names
-
-__getattr__, __all__ = late_names(__file__)

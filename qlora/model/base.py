@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from qlora.machine.device import bytes_text, dtype_name
+from qlora.machine.device import dtype_name
+from qlora.machine.disk import bytes_text
 from qlora.model.nf4 import Packed, away_of
 
 if TYPE_CHECKING:

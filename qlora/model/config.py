@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from qlora.errors import ModelError, first_line
-from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.checkpoint import Checkpoint
 from qlora.model.foreign_code import say_foreign_code
 from qlora.recipe import ModelSection
 
@@ -33,11 +33,6 @@ class Scheme:
     quantization: str
     double_quant: bool
     prequantised: bool
-
-
-def load_config(section: ModelSection) -> PretrainedConfig:
-    """The transformers configuration of ``section.name``, without its weights."""
-    return open_checkpoint(section, weights=False).model_config()
 
 
 def parse_config(checkpoint: Checkpoint) -> PretrainedConfig:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora.errors import ModelError, listed
-from qlora.machine.device import bytes_text, trim_heap
+from qlora.machine.device import trim_heap
+from qlora.machine.disk import bytes_text
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
 from qlora.model.experts import PackedExperts, is_packed

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qlora.errors import DoesNotFitError
 from qlora.files.strangers import Fault, json_object, shown
-from qlora.machine.device import bytes_text, total_memory_bytes
+from qlora.machine.device import total_memory_bytes
+from qlora.machine.disk import bytes_text
 
 # Bytes of a header, 200,000 tensors; the format's own library takes 100 MB. As Python objects it may be thirty times that.
 MAX_HEADER = 24 * 1024**2

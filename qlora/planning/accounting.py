@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qlora.machine.device import bytes_text
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import as_base, quantise
-from qlora.model.in_memory import on_meta
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.model.in_memory import as_base, on_meta, quantise
 from qlora.model.skeleton import any_skeleton
 from qlora.planning.shapes import bytes_of, count_parameters
 from qlora.recipe import AnyMethod

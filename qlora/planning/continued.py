@@ -17,7 +17,7 @@ import torch
 from qlora.errors import MethodError, RecipeError, listed
 from qlora.files.durable import expanded, sha256_of
 from qlora.files.strangers import shown
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.files import CONFIG, WEIGHTS, recorded_base
 from qlora.methods.loading import kind_of, load_adapter
 from qlora.methods.peft_config import read_adapter_config

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora.errors import ModelError, first_line
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.attention import CPU_BACKWARD, PackedMask
 from qlora.model.kernels.language import PIECE

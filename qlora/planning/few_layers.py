@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.method import Method
 from qlora.model import anatomy
 from qlora.model.attention import EACH, PLAIN, VARLEN, attention_of

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from qlora.errors import ModelError
-from qlora.machine.device import bytes_text
-from qlora.methods import AdaptedModel
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.attention import keeps_apart
 from qlora.planning.memory import Estimate, estimate

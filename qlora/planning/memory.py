@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora.machine.cards import WORKSPACE
-from qlora.machine.device import GIB, bytes_text
+from qlora.machine.disk import GIB, bytes_text
 from qlora.machine.processes import BUCKET
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import ROUNDS, DryRun, Moment, Phase, Shape, dry_run

@@ -21,18 +21,15 @@ from qlora.files.html import as_text
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, amount, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
     DTYPES,
-    bytes_text,
     capability,
     dtype_name,
-    duration_text,
-    free_disk,
-    require_disk,
     resolve_compute_dtype,
     resolve_device,
     total_memory_bytes,
 )
+from qlora.machine.disk import bytes_text, duration_text, free_disk, require_disk
 from qlora.machine.processes import here
-from qlora.methods import METHODS, apply_method
+from qlora.methods.base import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
 from qlora.model.attention import keep_apart

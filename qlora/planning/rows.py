@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data import Data, Report, load_data, steps_per_epoch
+from qlora.data.batches import steps_per_epoch
+from qlora.data.load import Data, load_data
+from qlora.data.report import Report
 from qlora.data.sources import data_files
 from qlora.errors import DataError, ModelError, listed
-from qlora.machine.device import duration_text
+from qlora.machine.disk import duration_text
 from qlora.model.anatomy import position_limit, why_not_packed
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.load import end_tokens

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora.errors import RecipeError
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.planning.rates import Rate, Rates
 from qlora.planning.shapes import Shapes
 from qlora.recipe import MemorySection, TrainingSection

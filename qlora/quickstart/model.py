@@ -19,7 +19,7 @@ from filelock import FileLock
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full, first_line
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.files.durable import damage, folder_written_aside, seal, write_json
-from qlora.machine.device import bytes_text, cache_folder, require_disk
+from qlora.machine.disk import bytes_text, cache_folder, require_disk
 from qlora.model.checkpoint import read_json
 from qlora.recipe import DEFAULT_MODEL
 

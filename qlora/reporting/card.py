@@ -19,7 +19,7 @@ import yaml
 
 from qlora.errors import redacted
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.recipe import parts_of
 from qlora.reporting.figures import (
     change_text,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora.errors import InputError, RunError
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting.charts import Chart, Curve
 from qlora.reporting.curves import loss_chart

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from qlora.machine.device import GIB
+from qlora.machine.disk import GIB
 from qlora.reporting.charts import Chart, Curve, Point, smooth
 from qlora.reporting.figures import exact_text, significant
 from qlora.reporting.records import Records, number, whole

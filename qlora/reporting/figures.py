@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from qlora.machine import device
+from qlora.machine import disk
 from qlora.reporting.records import HeldOut, Records, number, section, whole
 
 MISSING = "—"
@@ -112,4 +112,4 @@ def significant(value: float | None, digits: int = 4) -> str:
 
 def duration_text(seconds: float | None) -> str:
     """``4.3 s``, ``6 min 12 s``; a dash where nobody knows."""
-    return MISSING if seconds is None else device.duration_text(seconds)
+    return MISSING if seconds is None else disk.duration_text(seconds)

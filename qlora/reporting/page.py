@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qlora.errors import redacted
-from qlora.machine.device import bytes_text
+from qlora.machine.disk import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting import charts, figures
 from qlora.reporting.answers import CUT, Piece, compared

@@ -30,7 +30,7 @@ from torch import nn
 from qlora.errors import ModelError, QloraError, first_line
 from qlora.files.durable import expanded, sync
 from qlora.files.strangers import json_values
-from qlora.machine.device import bytes_text, cache_folder, require_disk
+from qlora.machine.disk import bytes_text, cache_folder, require_disk
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import MemorySection
 from qlora.residence.homes import FileHome, unwritable

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from qlora.errors import DoesNotFitError, ModelError
-from qlora.machine.device import bytes_text, host_bytes
+from qlora.machine.device import host_bytes
+from qlora.machine.disk import bytes_text
 
 
 class LayerInputs:

@@ -13,8 +13,8 @@ from typing import TypeVar, cast
 import torch
 
 from qlora.machine.device import release_memory
-from qlora.methods import AdaptedModel
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel
+from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.layers import unwrap_layers

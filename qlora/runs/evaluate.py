@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data import Preview
+from qlora.data.preview import Preview
 from qlora.errors import RunError
 from qlora.machine.device import peak_memory_bytes
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.loading import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.tokenizer import with_new_tokens

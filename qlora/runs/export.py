@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import DiffersError, RunError, listed
-from qlora.export import Merged, Written, export_gguf_adapter
-from qlora.export import export_adapter as write_adapter
-from qlora.export import export_gguf as write_gguf
-from qlora.export import export_nf4 as write_nf4
-from qlora.export import merge as merge_files
+from qlora.export.adapter import export_adapter as write_adapter
+from qlora.export.gguf import Written, export_gguf_adapter
+from qlora.export.gguf import export_gguf as write_gguf
 from qlora.export.llama_cpp import LlamaCpp
+from qlora.export.merged import Merged
+from qlora.export.merged import merge as merge_files
+from qlora.export.nf4 import export_nf4 as write_nf4
 from qlora.export.programs import Verdict, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import expanded

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora.data.files import ending, unpacker
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.sources import data_files, is_here, read_records
 from qlora.errors import DataError, MethodError, RunError
 from qlora.files.durable import expanded, from_here, require_writable

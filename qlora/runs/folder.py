@@ -22,7 +22,7 @@ from qlora.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from qlora.data import Data
+    from qlora.data.load import Data
     from qlora.model.checkpoint import Checkpoint
 
 Some = TypeVar("Some")

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import QloraError, RunError
 from qlora.evaluation.divergence import Divergence, mean_with_error
 from qlora.export.gguf import stands_for
@@ -29,7 +30,7 @@ from qlora.export.source import Source
 from qlora.export.verify import GgufFile
 from qlora.files.durable import file_written_aside
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import TrainedModule
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.data import Data, Prompt, Row
+from qlora.data.load import Data, Prompt
+from qlora.data.packing import Row
 from qlora.errors import RunError, redacted, visible
 from qlora.evaluation.generate import answers
 from qlora.evaluation.preferences import held_out_pairs
@@ -30,16 +31,19 @@ from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.cards import amount
-from qlora.machine.device import bytes_text, duration_text, total_memory_bytes
+from qlora.machine.device import total_memory_bytes
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
-from qlora.training import MetricsLog, Rehearsal, Trainer
+from qlora.training.log import MetricsLog
+from qlora.training.loop import Trainer
 from qlora.training.objectives import Objective, Pairs
 from qlora.training.objectives.pairs import pair_numbers
+from qlora.training.rehearsal import Rehearsal
 
 NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
 

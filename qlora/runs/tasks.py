@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora.data import Data
+from qlora.data.load import Data
 from qlora.data.rendering import one_child
 from qlora.errors import InputError, RunError
 from qlora.evaluation.tasks.opening import open_task
@@ -25,7 +25,7 @@ from qlora.evaluation.tasks.table import table
 from qlora.evaluation.tasks.task import Task
 from qlora.files.durable import write_json
 from qlora.files.strangers import Fault, JsonObject, read_object
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import Recipe
 from qlora.runs.session import speaker
 

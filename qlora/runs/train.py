@@ -23,7 +23,8 @@ from qlora.evaluation.score import HeldOut
 from qlora.evaluation.tasks.result import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
 from qlora.files.lock import run_lock
-from qlora.machine.device import DTYPES, bytes_text, duration_text, resolve_device
+from qlora.machine.device import DTYPES, resolve_device
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
 from qlora.methods.files import keep_apart, save_portable
 from qlora.model.checkpoint import open_checkpoint
@@ -67,8 +68,9 @@ from qlora.runs.session import (
     write_evaluation,
 )
 from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, write_table
-from qlora.training import Progress, Trainer
 from qlora.training import checkpoint as checkpoints
+from qlora.training.log import Progress
+from qlora.training.loop import Trainer
 from qlora.training.record import differences, launcher, started_by
 from qlora.training.reference import rows_at_once
 from qlora.training.rehearsal import Rehearsal

@@ -3,9 +3,3 @@
 spec (what is asked) ─► schedule (which cell next) ─► engines ─► cell (one run, measured) ─► results ─► page
                                                  run (all of it)
 """
-
-from __future__ import annotations
-
-from qlora.files.late import late_names
-
-__getattr__, __all__ = late_names(__file__)

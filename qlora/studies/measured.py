@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora.data import Data
+from qlora.data.load import Data
 from qlora.errors import RunError
 from qlora.evaluation.change import MatrixChange, change_of
 from qlora.evaluation.diversity import diversity
@@ -21,7 +21,8 @@ from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.presets import kind_of
 from qlora.files.durable import write_json
 from qlora.files.strangers import JsonObject
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 from qlora.model.checkpoint import Checkpoint
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora.evaluation.change import directions_of, overlaps
 from qlora.files.durable import file_written_aside
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.studies.results import Compared
 
 DIRECTIONS, MOST = "directions.safetensors", 8

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import bytes_text, duration_text
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
 from qlora.reporting.page import templates

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.data import steps_per_epoch
+from qlora.data.batches import steps_per_epoch
 from qlora.errors import DoesNotFitError, InputError, RunError, Stopped, listed
 from qlora.files.durable import expanded, file_written_aside, write_json
 from qlora.files.html import as_frame
 from qlora.files.lock import run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
-from qlora.machine.device import bytes_text, duration_text
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.model.checkpoint import open_checkpoint
 from qlora.planning.plan import timed
 from qlora.planning.rows import load_recipe_data

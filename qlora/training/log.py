@@ -23,7 +23,7 @@ from rich.table import Column
 
 from qlora.errors import redacted, visible
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import bytes_text, duration_text
+from qlora.machine.disk import bytes_text, duration_text
 
 STEPS_OF_THE_MEDIAN = 50  # a run that gets slower, as on a laptop that gets warm, is seen within so many
 WIDE, LEAST_BAR = 70, 12  # letters: of a terminal that has room for a bar, and what that takes at least

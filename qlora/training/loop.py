@@ -15,10 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlora.data import Data, Row, step_rows, steps_per_epoch
+from qlora.data.batches import step_rows, steps_per_epoch
+from qlora.data.load import Data
+from qlora.data.packing import Row
 from qlora.errors import DataError, DoesNotFitError, NonFiniteError, RunError, first_line, listed
 from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective, MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.residence.placement import by_main
 from qlora.training import checkpoint

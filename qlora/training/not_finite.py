@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.methods.planted import Planted
 from qlora.model.nf4 import dense_weight
 from qlora.residence.layers import RecomputedLayer

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple
 
-from qlora.data import Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, ModelError, RecipeError, listed
 from qlora.machine.device import ran_out_of_memory
 from qlora.machine.processes import Processes, here
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
 from qlora.model.checks import check_causal, check_loss_path, check_packing, check_rows
 from qlora.recipe import MemorySection, TrainingSection

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import torch
 
-from qlora.data import Data
+from qlora.data.load import Data
 from qlora.errors import RecipeError, RunError, disk_is_full
 from qlora.files.durable import file_written_aside, write_json
 from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.machine.device import dtype_name, versions
 from qlora.machine.processes import here
-from qlora.methods import AdaptedModel
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel
 from qlora.model.attention import attention_of
+from qlora.model.base import Base
 from qlora.model.kernels import fused
 from qlora.recipe import DeviceSection, MemorySection, Recipe, TrainingSection
 

@@ -20,7 +20,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, NonFiniteError, first_line, listed
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.training.not_finite import Blame, find_blame

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import RunError
 from qlora.files.durable import damage, folder_written_aside, seal
 from qlora.files.strangers import Fault

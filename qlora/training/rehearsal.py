@@ -22,9 +22,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from qlora.data import IGNORE_INDEX, Row
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, first_line
-from qlora.machine.device import bytes_text, peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
+from qlora.machine.device import peak_since_reset, ran_out_of_memory, release_memory, reset_peak_memory
+from qlora.machine.disk import bytes_text
+from qlora.model.loss import IGNORE_INDEX
 from qlora.residence.layers import RecomputedLayer
 from qlora.training.objectives import Objective
 from qlora.training.optim import make_state, steps_taken_back

@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora.errors import RunError
 from qlora.machine.processes import Processes, here
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import TrainingSection
 from qlora.training.masters import Masters
 from qlora.training.optim import make_optimizer, quiet_paging

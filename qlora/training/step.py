@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import ModelError
 from qlora.model import anatomy
 from qlora.residence.boundary import drawn_by_row, draws

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlora.data import load_data
+from qlora.data.load import load_data
 from qlora.errors import DataError
 from qlora.recipe import DataSection
 from tests.data import conftest as families

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from qlora.data import IGNORE_INDEX
 from qlora.data.chat import ChatTemplate
 from qlora.data.examples import Example
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.rendering import Renderer
 from qlora.data.sources import Record
 from qlora.errors import DataError
+from qlora.model.loss import IGNORE_INDEX
 from tests.data import conftest as families
 from tests.data.conftest import make_tokenizer
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora.data.formats import Conversation, Parsed, parse
+from qlora.data.formats import Conversation
+from qlora.data.parsing import Parsed, parse
 from qlora.data.sources import Record
 from qlora.errors import DataError
 

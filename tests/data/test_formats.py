@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora.data.formats import Parsed, detect_form, parse
+from qlora.data.detection import detect_form
+from qlora.data.parsing import Parsed, parse
 from qlora.data.sources import Record
 from qlora.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora.data import Data, load_data
+from qlora.data.load import Data, load_data
 from qlora.errors import DataError
 from qlora.recipe import DataSection
 from tests.data import conftest as families

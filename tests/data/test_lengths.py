@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora.data import Data, load_data
 from qlora.data.examples import fit, make_example
 from qlora.data.lengths import LONGEST_ROW, bins_of, histogram, too_long_note
+from qlora.data.load import Data, load_data
 from qlora.errors import DataError
 from qlora.recipe import DataSection
 

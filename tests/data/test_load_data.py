@@ -13,8 +13,9 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from qlora.data import IGNORE_INDEX, Data, load_data
+from qlora.data.load import Data, load_data
 from qlora.errors import DataError
+from qlora.model.loss import IGNORE_INDEX
 from qlora.recipe import DataSection
 from tests.data import conftest as families
 from tests.data.conftest import LINES, make_tokenizer

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.data import IGNORE_INDEX
 from qlora.data.batches import collate
 from qlora.data.examples import Example, fit, make_example, text_examples
 from qlora.data.packing import best_fit, make_rows
+from qlora.model.loss import IGNORE_INDEX
 from tests.data.conftest import make_tokenizer
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qlora.data import rendering
 from qlora.data.chat import ChatTemplate
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.rendering import CutOff, Job, Refused, Renderer, one_child
 from qlora.data.sources import Record
 from qlora.errors import DataError

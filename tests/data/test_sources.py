@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qlora.data import files
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.sources import not_read, read_records
 from qlora.errors import DataError, DoesNotFitError
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora.data import Data, Row, load_data
 from qlora.data.examples import Example, make_example
-from qlora.data.formats import Parsed
+from qlora.data.load import Data, load_data
+from qlora.data.packing import Row
+from qlora.data.parsing import Parsed
 from qlora.data.split import needs_pieces, split_pieces
 from qlora.errors import DataError
 from qlora.recipe import DataSection, Recipe

@@ -30,10 +30,9 @@ import pytest
 import yaml
 
 from qlora import cli
-from qlora.data.formats import detect_form
+from qlora.data.detection import detect_form
 from qlora.recipe import Recipe, reference
-from qlora.studies import StudySection
-from qlora.studies.spec import settings_of
+from qlora.studies.spec import StudySection, settings_of
 from tests.docs.pages import PAGES, ROOT, Block, blocks, name, prose, spans
 
 KINDS = ("sh", "python", "yaml", "json", "text")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.residence.layers import unwrap_layers
 from tests import tiny
 

@@ -15,7 +15,7 @@ from qlora import recipe as config
 from qlora.errors import DataError, MethodError
 from qlora.evaluation import change
 from qlora.evaluation.change import NO_MATRIX, Change, change_of, directions_of, overlaps
-from qlora.methods import METHODS, AdaptedModel, apply_method
+from qlora.methods.base import METHODS, AdaptedModel, apply_method
 from qlora.methods.lora_experts import LoraExperts
 from qlora.methods.planted import unplanted
 from qlora.model.nf4 import features

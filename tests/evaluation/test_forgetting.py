@@ -15,7 +15,7 @@ from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.result import Result, difference
 from qlora.evaluation.tasks.scoring import score
 from qlora.evaluation.tasks.task import Task
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.recipe import Full, Modules, PromptTuning, TaskSection
 from tests import tiny
 from tests.evaluation.tasks.test_choice import PLAIN, records

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 from qlora import recipe as config
 from qlora.errors import DataError
 from qlora.evaluation.generate import answer, answers, room
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.nf4 import FrozenLinear
 from qlora.residence.layers import wrap_layers
 from tests import tiny

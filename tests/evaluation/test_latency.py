@@ -11,7 +11,8 @@ import torch
 from qlora import recipe as config
 from qlora.evaluation import latency as measured
 from qlora.evaluation.latency import latency_of
-from qlora.methods import Planted, apply_method
+from qlora.methods.base import apply_method
+from qlora.methods.planted import Planted
 from qlora.model.nf4 import FrozenLinear
 from qlora.residence.load import load_base
 from tests.tiny import CPU, logits_of, stir, tiny_base, tiny_checkpoint

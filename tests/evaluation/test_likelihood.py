@@ -9,8 +9,8 @@ import torch
 
 from qlora.errors import DoesNotFitError
 from qlora.evaluation.likelihood import Likelihood, likelihoods
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.model.base import Base
 from qlora.recipe import LoRA
 from tests import tiny
 from tests.model.test_loss import LargestLogits

@@ -10,14 +10,15 @@ import numpy
 import pytest
 import torch
 
-from qlora.data import IGNORE_INDEX, Row, collate
+from qlora.data.batches import collate
 from qlora.data.examples import Example, make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError
 from qlora.evaluation.score import HeldOut, difference, score, verdict
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
+from qlora.model.base import Base
+from qlora.model.loss import IGNORE_INDEX
 from qlora.recipe import PrefixTuning
 from qlora.residence.layers import wrap_layers
 from tests.model.test_loss import LargestLogits

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora import recipe as config
-from qlora.methods import AdaptedModel, apply_method, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
 from tests.tiny import SIZES, stir, tiny_base
 
 WINDOWS = ["sliding_attention", "full_attention"]

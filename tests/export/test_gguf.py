@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
-from qlora.export import export_gguf, export_gguf_adapter, gguf_tokenizer, merge
-from qlora.export.gguf import stands_for
+from qlora.export import gguf_tokenizer
+from qlora.export.gguf import export_gguf, export_gguf_adapter, stands_for
 from qlora.export.gguf_models import Converted
+from qlora.export.merged import merge
 from qlora.export.modelfile import go_template, write_modelfile
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import ModelSection

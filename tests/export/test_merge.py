@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
 from qlora.model.checkpoint import MERGE, Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
 from qlora.recipe import ModelSection
@@ -245,7 +246,7 @@ def test_a_taken_folder_and_a_full_disk_are_refused(tmp_path: Path, monkeypatch:
 
 PEAK = """
 import resource, sys
-from qlora.export import merge
+from qlora.export.merged import merge
 small, large, adapter_small, adapter_large, out = sys.argv[1:]
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,8 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM
 
 from qlora.errors import ModelError
-from qlora.export import export_nf4, merge
+from qlora.export.merged import merge
+from qlora.export.nf4 import export_nf4
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import LoRA, ModelSection
 from tests.export.test_merge import trained

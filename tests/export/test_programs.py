@@ -9,8 +9,8 @@ import pytest
 
 from qlora import recipe as config
 from qlora.export.programs import programs, told
-from qlora.methods import apply_method, save_adapter
-from qlora.methods.files import save_portable
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter, save_portable
 from tests.tiny import tiny_base, tiny_checkpoint
 
 VLLM, LLAMA = "vLLM (--enable-lora --max-lora-rank {0}), SGLang (--max-lora-rank {1})", "llama.cpp (as gguf-adapter)"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import DiffersError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.export.source import Source
 from qlora.export.verify import verify
 from qlora.model.checkpoint import Checkpoint

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import qlora
 from qlora.data.batches import collate
 from qlora.errors import ModelError, QloraError
-from qlora.methods import AdaptedModel, save_adapter
+from qlora.methods.base import AdaptedModel
+from qlora.methods.files import save_adapter
 from qlora.model import anatomy
 from qlora.model.checks import check_packing
 from qlora.model.loss import batch_loss, hidden_states
@@ -184,7 +185,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 def merged_plain(kind: str, checkpoint: Path, adapter: Path, out: Path) -> nn.Module:
     """The merge of a base and an adapter, opened in plain transformers as the class that made the checkpoint."""
-    from qlora.export import merge
+    from qlora.export.merged import merge
 
     merge(checkpoint, adapter, out, compute_dtype="fp32", dtype="fp32", overwrite=True)
     model: nn.Module = model_class(kind).from_pretrained(out, dtype=torch.float32)

@@ -14,9 +14,10 @@ import pytest
 import transformers
 
 import qlora
-from qlora.methods import load_adapter, save_adapter, save_combined
-from qlora.methods.files import read_adapter_tensors, save_portable
+from qlora.methods.combining import save_combined
+from qlora.methods.files import read_adapter_tensors, save_adapter, save_portable
 from qlora.methods.layout import PREFIX
+from qlora.methods.loading import load_adapter
 from qlora.model.anatomy import why_not_packed
 from qlora.residence.load import load_base
 from tests.families.checkpoints import save_family, tiny_config, types

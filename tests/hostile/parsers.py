@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qlora.data.formats import parse
+from qlora.data.parsing import parse
 from qlora.data.sources import read_records
 from qlora.errors import QloraError
 from qlora.files.durable import SEAL, damage, seal
@@ -35,7 +35,6 @@ from qlora.methods.files import (
 )
 from qlora.methods.peft_config import read_adapter_config
 from qlora.model.checkpoint import INDEX, Checkpoint, open_checkpoint
-from qlora.model.config import load_config
 from qlora.model.skeleton import skeleton_base
 from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection, Recipe
@@ -186,7 +185,9 @@ def _index(folder: Path, content: bytes) -> None:
 def _config(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     section = ModelSection(name=str(folder))
-    if getattr(load_config(section), "num_hidden_layers", 0) <= 50:  # more take longer to build, a thousand seconds
+    if (
+        getattr(open_checkpoint(section, weights=False).model_config(), "num_hidden_layers", 0) <= 50
+    ):  # more take longer to build, a thousand seconds
         skeleton_base(section, torch.device("meta"), torch.float32)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from qlora.errors import RecipeError
 from qlora.machine.cards import CARDS, card, parse_memory, several, workspace_bytes
-from qlora.machine.device import GIB
+from qlora.machine.disk import GIB
 
 
 @pytest.mark.parametrize(

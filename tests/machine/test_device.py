@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
-from qlora.machine import device
+from qlora.machine import device, disk
 from qlora.machine.processes import Processes
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_random_state_comes_back() -> None:
 
 def test_bytes_for_people() -> None:
     shown = {512: "512 B", 2048: "2.0 KiB", 12 * 1024**2: "12.0 MiB", 5 * 1024**3 // 4: "1.25 GiB"}
-    assert {count: device.bytes_text(count) for count in shown} == shown
+    assert {count: disk.bytes_text(count) for count in shown} == shown
 
 
 def test_memory_of_this_process_and_machine() -> None:
@@ -116,20 +116,20 @@ def test_memory_of_this_process_and_machine() -> None:
 
 def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000 if place == tmp_path else 0))
-    device.require_disk(tmp_path / "not" / "yet", 1000, "It")
+    disk.require_disk(tmp_path / "not" / "yet", 1000, "It")
     with pytest.raises(DoesNotFitError, match=r"It needs 1001 B"):
-        device.require_disk(tmp_path / "not" / "yet", 1001, "It")
+        disk.require_disk(tmp_path / "not" / "yet", 1001, "It")
     assert not (tmp_path / "not").exists()
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", "/somewhere")
-    assert device.cache_folder() == Path("/somewhere")
+    assert disk.cache_folder() == Path("/somewhere")
     monkeypatch.delenv("QLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert device.cache_folder() == Path("/cache/qlora")
+    assert disk.cache_folder() == Path("/cache/qlora")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert device.cache_folder() == Path.home() / ".cache/qlora"
+    assert disk.cache_folder() == Path.home() / ".cache/qlora"
 
 
 class FakeCuda:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from tests.rounding import difference, doubled, no_worse, none_worse
 from tests.tiny import TOKENS, logits_of
 

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
+from qlora.export.merged import merge
 from qlora.methods.adalora import AdaLoraLinear, AdaLoraMethod
-from qlora.methods.files import save_portable
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
+from qlora.methods.peft_config import read_adapter_config
 from tests import tiny
 from tests.methods.against_peft import assert_answers_as
 from tests.rounding import GRADIENT, rounding

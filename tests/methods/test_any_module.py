@@ -13,9 +13,11 @@ from transformers import BertConfig, BertModel
 
 from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.methods.targets import find_linears
-from qlora.model import as_base, quantise
+from qlora.model.in_memory import as_base, quantise
 from qlora.model.nf4 import FrozenLinear
 from tests.rounding import difference, rounding
 from tests.tiny import stir

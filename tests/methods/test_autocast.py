@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora import recipe as config
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.lora import as_autocast, without_autocast
 from tests.tiny import TOKENS, difference, stir, tiny_base, tiny_checkpoint
 

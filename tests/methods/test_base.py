@@ -9,7 +9,8 @@ import torch
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, LoraLinear, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.lora import LoraLinear
 from tests.tiny import logits_of, stir, tiny_base, tiny_checkpoint
 
 SECTION = config.LoRA(r=4, target_modules=("q_proj", "down_proj"))

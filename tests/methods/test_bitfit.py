@@ -24,9 +24,11 @@ from transformers import (
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.bitfit import BiasLayer, BitFitMethod
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.loss import batch_loss
 from qlora.residence.layers import wrap_layers
 from tests import tiny

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, Planted, apply_method, load_adapter, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.bottleneck import Adapter, Bottleneck, BottleneckMethod
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
+from qlora.methods.planted import Planted
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.in_memory import as_base

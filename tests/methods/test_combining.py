@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, apply_method, combine, load_adapter, save_adapter, save_combined
-from qlora.methods.combining import WAYS, drawn
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.combining import WAYS, combine, drawn, save_combined
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from tests.methods.against_peft import assert_answers_as
 from tests.rounding import doubled, no_worse, rounding
 from tests.tiny import difference, logits_of, stir, tiny_base, tiny_checkpoint

@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import apply_method, load_adapter, save_adapter
+from qlora.methods.base import apply_method
 from qlora.methods.dora import DoraLinear
-from qlora.methods.files import save_portable
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
 from qlora.methods.lora import LoraLinear
 from qlora.model.nf4 import Linear4bit, Linear8bit, dense_weight
 from tests.methods.against_peft import BATCH, assert_as_peft, gradients_of, merge_in_place, plain_model, with_our_values

@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassificat
 from qlora import recipe as config
 from qlora.data.batches import collate
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, apply_method, eva, load_adapter, save_adapter
+from qlora.methods import eva
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.eva import Directions
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.loss import IGNORE_INDEX
 from qlora.residence.layers import wrap_layers
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.rounding import rounding
 from tests.tiny import VOCABULARY, difference, logits_of, random_rows, tiny_base, tiny_checkpoint
 

@@ -18,15 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import recipe as config
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError, RunError
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.files.durable import clear_leftovers, folder_written_aside
-from qlora.methods import LoraLinear, apply_method, load_adapter, peft_config, read_adapter_config, save_adapter
-from qlora.methods.files import save_portable
-from qlora.methods.lora import LoraLayout
+from qlora.methods import peft_config
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
+from qlora.methods.lora import LoraLayout, LoraLinear
+from qlora.methods.peft_config import read_adapter_config
 from qlora.recipe import TrainingSection
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.methods.against_peft import assert_answers_as
 from tests.rounding import rounding
 from tests.tiny import FAMILIES, TOKENS, VOCABULARY, difference, logits_of, stir, tiny_base, tiny_checkpoint

@@ -13,18 +13,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.model import Base
+from qlora.export.merged import merge
+from qlora.methods.base import METHODS, AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.memory import estimate
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.rounding import GRADIENT, rounding
 from tests.steps import peak_of

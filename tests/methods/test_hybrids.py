@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.methods.files import save_portable
 from qlora.methods.targets import leaf, left_out
 from qlora.model.nf4 import FrozenLinear

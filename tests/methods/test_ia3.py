@@ -24,9 +24,11 @@ from transformers import (
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
 from qlora.methods.ia3 import Ia3Linear, Ia3Method
+from qlora.methods.loading import load_adapter
 from tests import tiny
 from tests.methods.against_peft import assert_answers_as
 from tests.rounding import GRADIENT, rounding

@@ -17,16 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, beginning, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods import beginning
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.dora import DoraLinear
-from qlora.methods.files import save_portable
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.nf4 import dense_weight
 from qlora.model.skeleton import skeleton_base
 from qlora.residence.layers import wrap_layers
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.rounding import LAYER, rounding
 from tests.tiny import difference, logits_of, random_rows, stir, tiny_base, tiny_checkpoint
 

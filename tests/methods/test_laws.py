@@ -13,15 +13,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora import recipe as config
-from qlora.data import Row
 from qlora.data.batches import collate
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.export import merge
-from qlora.methods import METHODS, AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import METHODS, AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, dense_weight
@@ -29,7 +30,7 @@ from qlora.model.walk import Walk
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.load import load_base
 from qlora.runs.measured import widen
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.rounding import GRADIENT, rounding
 from tests.tiny import CPU, FAMILIES, VOCABULARY, difference, tiny_base, tiny_checkpoint
 

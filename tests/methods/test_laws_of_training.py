@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.data import Row
-from qlora.methods import AdaptedModel
+from qlora.data.packing import Row
+from qlora.methods.base import AdaptedModel
 from tests.methods.test_laws import CASES, ROWS, adapted, spoken
 from tests.methods.test_prompt import assert_answers_need_no_cache, assert_packed_is_alone, gradients_of
 from tests.rounding import GRADIENT, rounding

@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, LoraLinear, apply_method, load_adapter, save_adapter
-from qlora.methods.files import save_portable
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
+from qlora.methods.lora import LoraLinear
 from qlora.methods.method import adapter_dtype
 from qlora.methods.switching import MixedRows, Rows
 from qlora.methods.targets import pattern_value

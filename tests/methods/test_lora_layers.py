@@ -17,9 +17,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
-from qlora.methods.files import save_portable
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter, save_portable
+from qlora.methods.loading import load_adapter
 from qlora.methods.lora_layers import LoraConv2d, LoraEmbedding, sides
 from qlora.methods.targets import left_out
 from qlora.model.in_memory import as_base

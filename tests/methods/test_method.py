@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import MethodError
-from qlora.methods import load_adapter
+from qlora.methods.loading import load_adapter
 from tests.methods.against_peft import plain_model
 from tests.rounding import rounding
 from tests.tiny import difference, logits_of, tiny_base, tiny_checkpoint

@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.methods.modules import ModulesMethod, TrainedModule, dense_copy
+from qlora.methods.peft_config import read_adapter_config
 from qlora.methods.planted import Planted
-from qlora.model import as_base
+from qlora.model.in_memory import as_base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import ModelSection

@@ -16,18 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from qlora import recipe as config
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, read_adapter_config, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.methods.new_tokens import NewTokenEmbedding, NewTokenHead
-from qlora.model import Base
+from qlora.methods.peft_config import read_adapter_config
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.skeleton import skeleton_base
 from qlora.model.tokenizer import load_tokenizer, with_new_tokens
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.methods.against_peft import plain_model
 from tests.rounding import GRADIENT, rounding
 from tests.tiny import SIZES, TOKENS, VOCABULARY, difference, stir, tiny_base, tiny_checkpoint

@@ -29,13 +29,15 @@ from transformers import (
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.methods.prefix import SPREAD, LaterPositions, PrefixAttention
 from qlora.methods.prompt import KEY
 from qlora.model.checks import check_packing
 from qlora.recipe import TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests import tiny
 from tests.methods.against_peft import plain_model
 from tests.methods.test_prompt import assert_answers_need_no_cache, assert_packed_is_alone, gradients_of

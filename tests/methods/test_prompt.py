@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.data.examples import Example
 from qlora.data.packing import make_rows
 from qlora.errors import DataError, MethodError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.methods.prompt import KEY, EncodedPrompt, PromptEmbedding
 from qlora.model.loss import batch_loss
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import unwrap_layers, wrap_layers
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.methods.against_peft import plain_model
 from tests.rounding import GRADIENT, rounding
 from tests.tiny import FAMILIES, TOKENS, difference, logits_of, random_rows, stir, tiny_base, tiny_checkpoint

@@ -11,8 +11,8 @@ from torch import nn
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import Planted, apply_method
-from qlora.methods.planted import unplanted
+from qlora.methods.base import apply_method
+from qlora.methods.planted import Planted, unplanted
 from qlora.methods.sublayers import find_layers, width
 from qlora.model.anatomy import at
 from qlora.model.base import Base

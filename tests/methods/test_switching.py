@@ -12,16 +12,13 @@ from torch import Tensor, nn
 from qlora import recipe as config
 from qlora.errors import MethodError
 from qlora.evaluation.generate import answers
-from qlora.methods import (
-    AdaptedModel,
-    Adapters,
-    LoraLinear,
-    Planted,
-    apply_method,
-    load_adapter,
-    save_adapter,
-    switching,
-)
+from qlora.methods import switching
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
+from qlora.methods.lora import LoraLinear
+from qlora.methods.planted import Planted
+from qlora.methods.switching import Adapters
 from qlora.model.nf4 import add_product
 from tests.rounding import LAYER, rounding
 from tests.tiny import TOKENS, VOCABULARY, difference, tiny_base, tiny_checkpoint

@@ -17,9 +17,9 @@ from transformers import (
 
 from qlora import recipe as config
 from qlora.errors import MethodError
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.methods.targets import choose_targets, find_linears, matches, target_names
-from qlora.model import Base
+from qlora.model.base import Base
 from tests.tiny import tiny_base, tiny_checkpoint
 
 

@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 
-from qlora.export import merge
-from qlora.machine.device import bytes_text
-from qlora.methods import apply_method, save_adapter
+from qlora.export.merged import merge
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter
 from qlora.methods.planted import Planted
-from qlora.model import anatomy, as_base, open_checkpoint
+from qlora.model import anatomy
 from qlora.model import checkpoint as checkpoints
+from qlora.model.checkpoint import open_checkpoint
+from qlora.model.in_memory import as_base
 from qlora.recipe import LoRA, MemorySection, ModelSection
 from qlora.residence.load import load_base
 from tests.tiny import tiny_checkpoint

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from qlora.data import Row, collate
+from qlora.data.batches import collate
+from qlora.data.packing import Row
 from qlora.errors import MethodError
-from qlora.export import merge
-from qlora.methods import AdaptedModel, apply_method, load_adapter, save_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.methods.files import save_adapter
+from qlora.methods.loading import load_adapter
 from qlora.model.experts import PackedExperts
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, Linear4bit

@@ -8,10 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from qlora.errors import ModelError
-from qlora.model import as_base, dense_weight, quantise
 from qlora.model.checks import check_packing
-from qlora.model.in_memory import main_dtype, on_meta
-from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.in_memory import as_base, main_dtype, on_meta, quantise
+from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, dense_weight
 from qlora.recipe import ModelSection
 from qlora.residence.load import load_base
 from tests.tiny import HYBRIDS, random_model

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.errors import ModelError
-from qlora.model import load_config, load_tokenizer, open_checkpoint, quantised_names
-from qlora.model.checkpoint import Checkpoint
+from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.load import quantised_names
 from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit
+from qlora.model.tokenizer import load_tokenizer
 from qlora.recipe import ModelSection
 from qlora.residence.load import load_base
 from tests.tiny import any_checkpoint, word_tokenizer
@@ -137,7 +138,7 @@ def test_base_is_frozen_whole_and_described(llama: Path) -> None:
     names = quantised_names(base.model)
     assert len(names) == 14
     assert "model.layers.1.self_attn.o_proj.weight" in names
-    assert load_config(ModelSection(name=str(llama))).hidden_size == 64
+    assert open_checkpoint(ModelSection(name=str(llama))).model_config().hidden_size == 64
 
 
 def test_at_most_one_dense_tensor_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +323,7 @@ def test_code_of_the_hub_is_downloaded_with_leave_alone(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.model_info", model_info)
     section = ModelSection(name="org/name", trust_remote_code=trusted)
-    load_config(section)
+    open_checkpoint(section, weights=False).model_config()
     open_checkpoint(section, weights=False).tokenizer  # noqa: B018
     load_base(section, CPU)
     assert asked == [trusted] * 3
@@ -452,7 +453,7 @@ def test_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
 def test_other_kinds_of_model_are_refused(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ModelError, match=sentence):
-        load_config(ModelSection(name=str(tmp_path)))
+        open_checkpoint(ModelSection(name=str(tmp_path)), weights=False).model_config()
 
 
 def test_cast_of_the_model_keeps_the_packed_weights(llama: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.model.attention import keep_apart
 from qlora.model.walk import Walk, standing
 from tests.tiny import CPU, random_model, random_rows, tiny_model

@@ -19,8 +19,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qlora.errors import ModelError
-from qlora.export import export_adapter, merge
-from qlora.methods import apply_method
+from qlora.export.adapter import export_adapter
+from qlora.export.merged import merge
+from qlora.methods.base import apply_method
 from qlora.methods.files import save_adapter
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, open_checkpoint

@@ -16,8 +16,9 @@ from transformers import BertConfig, BertModel, OPTConfig, Qwen2Config, ViTConfi
 import qlora
 from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
-from qlora.methods import apply_method, save_adapter
-from qlora.model import quantise
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter
+from qlora.model.in_memory import quantise
 from qlora.planning.accounting import account, account_of
 from qlora.planning.shapes import count_parameters
 from qlora.training.optim import make_optimizer, optimizer_tensors

@@ -24,8 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora.machine.device import bytes_text
-from qlora.methods import AdaptedModel, apply_method
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model import attention
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import PackedMask, keep_apart
@@ -40,7 +40,7 @@ from qlora.planning.few_layers import shortened
 from qlora.planning.memory import estimate, shape_of
 from qlora.recipe import LoRA, MemorySection, ModelSection, Modules, PTuning, TrainingSection
 from qlora.residence.layers import wrap_layers
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.marks import slow
 from tests.planning.test_memory import NEAR, compare, rows_of
 

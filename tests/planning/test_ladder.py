@@ -13,8 +13,9 @@ from transformers import BloomConfig, Gemma4TextConfig, GptOssConfig, LlamaConfi
 from qlora.cli import main
 from qlora.errors import DoesNotFitError, RecipeError
 from qlora.machine.cards import card
-from qlora.machine.device import DTYPES, GIB, bytes_text
-from qlora.methods import AdaptedModel, apply_method
+from qlora.machine.device import DTYPES
+from qlora.machine.disk import GIB, bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.ladder import SPARE, Arrangement, Arranger, Target, changed, largest

@@ -9,11 +9,12 @@ import numpy
 import pytest
 import torch
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import MethodError
 from qlora.evaluation.score import score
-from qlora.machine.device import bytes_text, resolve_compute_dtype
-from qlora.methods import AdaptedModel, apply_method
+from qlora.machine.device import resolve_compute_dtype
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.kernels import fuse
 from qlora.model.skeleton import skeleton_base
@@ -23,7 +24,7 @@ from qlora.planning.memory import RUNTIME, Estimate, estimate, holdings, shape_o
 from qlora.planning.shapes import shapes_of
 from qlora.recipe import Bottleneck, Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.test_laws import CASES as CASES_OF_METHODS
 from tests.steps import peak_of

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from qlora import recipe as config
 from qlora.cli import main
 from qlora.errors import DoesNotFitError, MethodError
-from qlora.machine.device import bytes_text
-from qlora.methods import apply_method
+from qlora.machine.disk import bytes_text
+from qlora.methods.base import apply_method
 from qlora.methods.files import portable_bytes, save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.skeleton import skeleton_base

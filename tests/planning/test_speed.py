@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import ModelError, RecipeError
 from qlora.machine.cards import card
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import as_base, quantise
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.experts import PackedExperts
+from qlora.model.in_memory import as_base, quantise
 from qlora.model.nf4 import Linear4bit
 from qlora.model.skeleton import any_skeleton
 from qlora.planning import shapes as counts
@@ -29,7 +29,7 @@ from qlora.planning.shapes import Shapes, shapes_of
 from qlora.planning.speed import Pass, Seconds, Work, step_seconds, work_of
 from qlora.recipe import Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.tiny import any_checkpoint, chat_checkpoint
 
 CPU = torch.device("cpu")

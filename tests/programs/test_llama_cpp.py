@@ -13,10 +13,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.cli import main
-from qlora.export import gguf_tokenizer, llama_cpp, merge
+from qlora.export import gguf_tokenizer, llama_cpp
 from qlora.export.gguf import export_gguf, export_gguf_adapter
-from qlora.machine.device import cache_folder
-from qlora.methods import apply_method, save_adapter
+from qlora.export.merged import merge
+from qlora.machine.disk import cache_folder
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import DEFAULT_MODEL, LoRA, ModelSection
 from qlora.residence.load import load_base

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.result import Result
 from qlora.evaluation.tasks.scoring import score
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel, apply_method
+from qlora.model.base import Base
 from qlora.recipe import LoRA, TaskSection
 from tests import tiny
 from tests.evaluation.tasks.test_choice import records

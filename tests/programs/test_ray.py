@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora.studies import study
+from qlora.studies.run import study
 from tests.tiny import tiny_values
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora.export import merge
-from qlora.machine.device import cache_folder
+from qlora.export.merged import merge
+from qlora.machine.disk import cache_folder
 from qlora.recipe import DEFAULT_MODEL
 from tests.export.gguf_models import FAMILIES, checkpoint, trained
 from tests.programs import read_logits

@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora.data import Row, step_rows
+from qlora.data.batches import step_rows
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.recipe import Recipe
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests import tiny
 
 FOLDER = os.environ.get("QLORA_TRL", "/nonexistent")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qlora import recipe as config
-from qlora.export import merge
+from qlora.export.merged import merge
 from qlora.export.programs import programs
-from qlora.methods import apply_method, save_adapter
-from qlora.methods.files import save_portable
+from qlora.methods.base import apply_method
+from qlora.methods.files import save_adapter, save_portable
 from tests.programs import read_vllm
 from tests.rounding import MODEL, rounding
 from tests.tiny import SIZES, random_model, stir, tiny_base, tiny_checkpoint, word_tokenizer

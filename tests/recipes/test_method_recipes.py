@@ -13,7 +13,7 @@ import qlora
 from qlora.chat import Conversation
 from qlora.cli import main
 from qlora.errors import MethodError
-from qlora.methods import METHODS
+from qlora.methods.base import METHODS
 from qlora.methods.files import WEIGHTS
 from qlora.recipe import Recipe, parts_of
 from qlora.runs.export import in_transformers

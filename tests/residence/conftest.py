@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.residence.layers import unwrap_layers
 from tests.tiny import tiny_model
 

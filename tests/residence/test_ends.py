@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
 from qlora.evaluation.generate import answers
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import as_base
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import is_tied
 from qlora.model.checks import check_loss_path, check_packing
+from qlora.model.in_memory import as_base
 from qlora.model.load import quantised_names
 from qlora.model.loss import (
     IGNORE_INDEX,

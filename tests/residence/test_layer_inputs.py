@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.residence.layer_inputs import HostMemory, KeptInput, LayerInputs

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
+from qlora.model.base import Base
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit
 from qlora.recipe import LoRA

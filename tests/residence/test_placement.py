@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from qlora.errors import ModelError
 from qlora.evaluation.generate import answer
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.base import Base
 from qlora.model.nf4 import FrozenLinear, dense_cached, dense_weight, is_away
@@ -30,7 +30,7 @@ from qlora.residence.homes import HostHome
 from qlora.residence.image import Image, frozen_linears
 from qlora.residence.load import load_base
 from qlora.residence.placement import POISON, Placement, Slot, next_layers, resident_layers
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.model.test_load import theirs
 from tests.tiny import any_checkpoint, logits_of, random_rows, stir, tiny_checkpoint, word_tokenizer
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import ModelError
-from qlora.methods import AdaptedModel, save_adapter
+from qlora.methods.base import AdaptedModel
+from qlora.methods.files import save_adapter
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import Linear4bit

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import qlora
-from qlora.data import collate
+from qlora.data.batches import collate
 from qlora.errors import PackingError
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import preview

@@ -16,7 +16,7 @@ from qlora.recipe import Recipe
 from qlora.runs.evaluate import evaluate
 from qlora.runs.session import read_evaluation
 from qlora.runs.train import resume, train
-from qlora.training import MetricsLog
+from qlora.training.log import MetricsLog
 from tests.tiny import WORDS, tiny_values, write_lines
 
 NAMES = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")

@@ -30,7 +30,8 @@ from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
 from qlora.runs.export import in_transformers, merge
 from qlora.runs.folder import RUN_FILES
 from qlora.runs.train import resume, train
-from qlora.training import MetricsLog, checkpoint
+from qlora.training import checkpoint
+from qlora.training.log import MetricsLog
 from tests.rounding import difference, rounding
 from tests.tiny import conversations, tiny_values, write_lines
 
@@ -47,7 +48,8 @@ import qlora.runs.train
 from qlora.cli import main
 from qlora.files.durable import write_json
 from qlora.runs.folder import RUN_FILES
-from qlora.training import MetricsLog, checkpoint
+from qlora.training.log import MetricsLog
+from qlora.training import checkpoint
 write = MetricsLog.write
 for recipe, number, last in json.loads(sys.argv[1]):
     def wounded(self, values):

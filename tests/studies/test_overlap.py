@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from qlora.methods import LoraLinear
+from qlora.methods.lora import LoraLinear
 from qlora.studies.overlap import MOST, keep_directions, overlaps_of
 from tests import tiny
 

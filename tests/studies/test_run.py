@@ -17,12 +17,13 @@ import torch
 import yaml
 
 from qlora import load_base, load_run
-from qlora.data import Row
+from qlora.data.packing import Row
 from qlora.errors import InputError, RunError
 from qlora.evaluation.forgetting import text_rows
 from qlora.evaluation.tasks.opening import open_task
 from qlora.recipe import Recipe, TaskSection
-from qlora.studies import StudySection, plan_study, study
+from qlora.studies.run import plan_study, study
+from qlora.studies.spec import StudySection
 from tests.tiny import WORDS, tiny_values, write_lines
 
 pytestmark = pytest.mark.slow  # a cell takes seconds

@@ -20,10 +20,10 @@ import torch
 from qlora import recipe
 from qlora.errors import InputError
 from qlora.evaluation.score import score
-from qlora.methods import apply_method
+from qlora.methods.base import apply_method
 from qlora.recipe import MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.methods.test_laws import spoken
 from tests.tiny import CPU, random_rows
 

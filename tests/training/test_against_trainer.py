@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers import Trainer as TheirTrainer
 
-from qlora.data import collate, step_rows
+from qlora.data.batches import collate, step_rows
 from qlora.model.nf4 import dense_weight
 from qlora.recipe import TrainingSection
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.steps import GRADIENT
 from tests.tiny import random_rows, tiny_checkpoint, tiny_model
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from qlora.errors import RunError
 from qlora.files.durable import damage, seal
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.methods.files import read_adapter_tensors
 from qlora.model.nf4 import FrozenLinear
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import unwrap_layers
-from qlora.training import Trainer, checkpoint
+from qlora.training import checkpoint
+from qlora.training.loop import Trainer
 from tests.rounding import difference, rounding
 from tests.tiny import TOKENS, adapter_bytes, logits_of, random_rows, stir, tiny_checkpoint, tiny_model
 

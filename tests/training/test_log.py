@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora.training import MetricsLog, Progress, Step
+from qlora.training.log import MetricsLog, Progress, Step
 
 
 def make_step(number: int, **values: Any) -> Step:

@@ -15,20 +15,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans, integers, sampled_from
 from transformers import BartConfig, BartForCausalLM
 
-from qlora.data import IGNORE_INDEX, Data, Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.load import Data
+from qlora.data.packing import Row
 from qlora.errors import DataError, ModelError, NonFiniteError
 from qlora.evaluation.generate import answers
 from qlora.evaluation.score import score
-from qlora.methods import AdaptedModel, apply_method
-from qlora.model import Base
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.attention import keep_apart
+from qlora.model.base import Base
+from qlora.model.loss import IGNORE_INDEX
 from qlora.model.skeleton import skeleton_base
 from qlora.recipe import LoRA, ModelSection, TrainingSection
 from qlora.residence import layers
 from qlora.residence.layers import RecomputedLayer, unwrap_layers, wrap_layers
-from qlora.training import Trainer, learning_rate, recover
+from qlora.training import recover
+from qlora.training.loop import Trainer
 from qlora.training.objectives.tokens import Tokens
+from qlora.training.optim import learning_rate
 from qlora.training.state import LARGEST_SCALE
 from qlora.training.step import total_norm
 from tests.rounding import rounding

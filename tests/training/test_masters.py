@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from qlora import recipe
 from qlora.errors import RunError
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import WEIGHTS
 from qlora.methods.lora import LoraLinear
 from qlora.recipe import ModelSection, TrainingSection
 from qlora.residence.load import load_base
-from qlora.training import Trainer, make_optimizer
 from qlora.training.checkpoint import OPTIMIZER
+from qlora.training.loop import Trainer
 from qlora.training.masters import KEY, Masters, master_bytes, wide_gradients
+from qlora.training.optim import make_optimizer
 from tests.steps import close, same_bits, step_of
 from tests.tiny import CPU, random_rows, stir, tiny_checkpoint, tiny_model
 

@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.data import Row, step_rows
+from qlora.data.batches import step_rows
+from qlora.data.packing import Row
 from qlora.errors import NonFiniteError
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.nf4 import dense_weight
 from qlora.recipe import TrainingSection
-from qlora.training import Step, Trainer, checkpoint
+from qlora.training import checkpoint
+from qlora.training.log import Step
+from qlora.training.loop import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.tiny import adapter_bytes, random_rows, tiny_checkpoint, tiny_model
 

@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora import recipe as config
-from qlora.data import Row
 from qlora.data.examples import make_example
-from qlora.data.packing import make_rows
+from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError, RunError
 from qlora.machine.processes import here
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.recipe import MemorySection, ModelSection, Recipe
 from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
 from qlora.residence.placement import Placement
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.objectives.pairs import pair_numbers
 from tests.methods.test_laws import CASES, Case, adapted, spoken
 from tests.rounding import MODEL, rounding

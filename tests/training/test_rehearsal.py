@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from qlora import recipe as config
-from qlora.data import Row, collate, step_rows
+from qlora.data.batches import collate, step_rows
+from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError
 from qlora.machine import device
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.recipe import TrainingSection
 from qlora.residence.layers import unwrap_layers
-from qlora.training import Trainer, rehearsal
+from qlora.training import rehearsal
+from qlora.training.loop import Trainer
 from qlora.training.objectives import tokens
 from qlora.training.optim import optimizer_tensors, steps_taken_back
 from qlora.training.rehearsal import worst_rows

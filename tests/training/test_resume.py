@@ -23,12 +23,14 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora.data import step_rows
+from qlora.data.batches import step_rows
 from qlora.errors import NonFiniteError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
 from qlora.runs.train import resume, train
-from qlora.training import MetricsLog, Trainer, checkpoint
+from qlora.training import checkpoint
+from qlora.training.log import MetricsLog
+from qlora.training.loop import Trainer
 from tests.runs.test_run import WEIGHTS, assert_same_run, lines_of
 from tests.tiny import tiny_checkpoint, tiny_values
 from tests.training import matrix

@@ -11,7 +11,7 @@ import torch
 
 from qlora.errors import DoesNotFitError
 from qlora.machine.processes import here
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from tests.steps import GRADIENT, LATER, LOSS, difference, step_of
 from tests.tiny import tiny_checkpoint
 from tests.together import together

@@ -17,12 +17,14 @@ import torch
 
 from qlora.errors import DoesNotFitError, RecipeError, RunError
 from qlora.evaluation.score import score
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.model.anatomy import layers as decoder_layers
 from qlora.model.loss import batch_loss
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layers import RecomputedLayer, unwrap_layers
-from qlora.training import Progress, Step, Trainer, recover
+from qlora.training import recover
+from qlora.training.log import Progress, Step
+from qlora.training.loop import Trainer
 from qlora.training.objectives import tokens
 from qlora.training.way import Way
 from tests.steps import GRADIENT, LATER, LOSS, go, take

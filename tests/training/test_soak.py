@@ -11,7 +11,7 @@ import pytest
 
 from qlora.recipe import Recipe
 from qlora.runs.train import train
-from qlora.training import MetricsLog
+from qlora.training.log import MetricsLog
 from tests.tiny import tiny_values
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from qlora.errors import RecipeError
 from qlora.recipe import Recipe
-from qlora.training import MetricsLog
 from qlora.training import tracking as module
+from qlora.training.log import MetricsLog
 from qlora.training.tracking import require_trackers, tracking
 
 LINES: list[dict[str, Any]] = [

@@ -25,7 +25,8 @@ from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.result import Json, Metric, Result, jackknifed, mean_and_error
 from qlora.evaluation.tasks.task import Item, Kind, Reply, Task
 from qlora.files.durable import file_written_aside
-from qlora.methods import AdaptedModel, Adapters
+from qlora.methods.base import AdaptedModel
+from qlora.methods.switching import Adapters
 
 WINDOW = 2048  # tokens that a long text is read by
 ANSWERS_AT_ONCE = 16  # that are generated together

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qlora.data import Row
-from qlora.methods import AdaptedModel
+from qlora.data.packing import Row
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective
 from qlora.training.objectives.dpo import DPOComparison, IPOComparison
 from qlora.training.objectives.orpo import ORPOComparison

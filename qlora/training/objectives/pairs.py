@@ -22,10 +22,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from qlora.data import IGNORE_INDEX, Row
+from qlora.data.packing import Row
 from qlora.machine.device import in_smaller_parts
-from qlora.methods import AdaptedModel
-from qlora.model.loss import grouped_loss, head_of, hidden_states
+from qlora.methods.base import AdaptedModel
+from qlora.model.loss import IGNORE_INDEX, grouped_loss, head_of, hidden_states
 from qlora.residence.layers import recomputing
 from qlora.training.objectives.tokens import Tokens
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from qlora.data import Row, collate
-from qlora.methods import AdaptedModel
+from qlora.data.batches import collate
+from qlora.data.packing import Row
+from qlora.methods.base import AdaptedModel
 from qlora.model.loss import batch_loss
 
 

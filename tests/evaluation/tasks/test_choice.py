@@ -13,7 +13,7 @@ from qlora.errors import DataError
 from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.result import Result, difference
 from qlora.evaluation.tasks.scoring import score
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.rounding import rounding
 from tests.tiny import WORDS, write_lines

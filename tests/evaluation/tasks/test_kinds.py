@@ -19,7 +19,7 @@ from qlora.evaluation.tasks.numeric import number_in
 from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.result import Result, difference, jackknifed, mean_and_error
 from qlora.evaluation.tasks.scoring import score, windows
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.evaluation.tasks.test_choice import by_hand
 from tests.rounding import rounding

@@ -12,7 +12,7 @@ from qlora.data.sources import Record
 from qlora.errors import DataError
 from qlora.evaluation.tasks.opening import open_task
 from qlora.evaluation.tasks.presets import PRESETS
-from qlora.methods import AdaptedModel
+from qlora.methods.base import AdaptedModel
 from qlora.recipe import TaskSection
 from tests.tiny import write_lines
 
