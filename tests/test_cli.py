@@ -228,6 +228,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled
 def test_bad_model(
     name: str, tiny_model: Path, chat_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
