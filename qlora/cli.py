@@ -250,14 +250,15 @@ def study(words: list[str]) -> int:
         raise InputError("qlora study needs a study: qlora study recipes/studies/methods.yaml")
     from qlora.studies.first import look_at_study
 
-    look_at_study(words[0], *words[2 if words[1:2] == ["plan"] else 1 :])
+    values = [word for word in words[1:] if word != "plan"]
+    look_at_study(words[0], *values)
     from qlora.studies.run import plan_study
     from qlora.studies.run import study as run
 
-    if words[1:2] == ["plan"]:
-        print(visible(plan_study(words[0], *words[2:])))
+    if "plan" in words[1:]:
+        print(visible(plan_study(words[0], *values)))
         return 0
-    return 2 if any(row.error for row in run(words[0], *words[1:]).rows) else 0
+    return 2 if any(row.error for row in run(words[0], *values).rows) else 0
 
 
 def doctor(_: list[str]) -> int:

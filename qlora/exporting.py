@@ -5,15 +5,18 @@ Everything heavy is imported inside, as for the other verbs: see ``cli.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.files.durable import expanded, from_here, require_new, require_writable
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, to_publish
+
+if TYPE_CHECKING:
+    from qlora.export.programs import Verdict
 
 PURPOSES = {"serving": "dequantized", "quantising": "original"}
 """What a merged model is for → the base that it is merged into."""
@@ -122,7 +125,8 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
     place = export_folder(folder, "adapter", options.pop("out", None))
     why = export_adapter(folder, place, **options)
     print(f"Adapter: {place} ({why or 'plain LoRA in the layout of PEFT'})")
-    said = [told(loaded_by(folder, place))]
+    verdicts = loaded_by(folder, place)
+    said = [told(verdicts)]
     if Path(base := base_of(place)).is_absolute():
         said.append(f"It names its base by the folder it has here, '{base}'; elsewhere, give the base yourself.")
     if ends := foreign_ends(folder):
@@ -131,7 +135,7 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
             "with it has to be told (eos_token_id, or stop_token_ids)."
         )
     print(*said, sep="\n")
-    _card(folder, place, "adapter", said)
+    _card(folder, place, "adapter", said, verdicts)
     _compared(lambda: _read_again(folder, place))
 
 
@@ -173,10 +177,10 @@ def hub(folder: Path, options: dict[str, Any]) -> None:
     print(f"{total}, would go to {where}; nothing was sent." if found.url is None else f"{total}, are in {found.url}")
 
 
-def _card(folder: Path, out: str | Path, form: str, said: list[str]) -> None:
+def _card(folder: Path, out: str | Path, form: str, said: list[str], verdicts: Sequence[Verdict] = ()) -> None:
     from qlora.runs.export import write_card_of
 
-    write_card_of(folder, out, form, said)
+    write_card_of(folder, out, form, said, verdicts)
 
 
 COMMON = {"out": ANY, "overwrite": YES}

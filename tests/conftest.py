@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +52,45 @@ def recipe_file(tiny_model: Path, chat_data: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_values(tiny_model, chat_data, tmp_path / "run")), encoding="utf-8")
     return path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is marked ``sampled``, ``make test`` runs a part, and ``make test-all`` what is left: of one parameter
+    every third value, of several parameters so many combinations that each value of each is met.
+    """
+    cases: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and item.get_closest_marker("sampled")
+            and not item.get_closest_marker("slow")
+        ):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, those in cases.items():
+        values = [[(key, _known_by(value)) for key, value in one.callspec.params.items()] for one in those]
+        if len(values) == len({value for case in values for value in case[:1]}):  # another third of each test's
+            kept = set(range(zlib.crc32(name.encode()) % 3, len(those), 3))
+        else:
+            kept = _each_value_once(values)
+        for number, one in enumerate(those):
+            if number not in kept:
+                one.add_marker(pytest.mark.slow)
+
+
+def _each_value_once(cases: list[list[tuple[str, Any]]]) -> set[int]:
+    """So many of ``cases`` that every value is in one of them; the first that shows most new ones, and the rarest others."""
+    met: Counter[tuple[str, Any]] = Counter()
+    kept: set[int] = set()
+    while len(met) < len({value for case in cases for value in case}):
+        best = max(
+            set(range(len(cases))) - kept,
+            key=lambda at: (sum(value not in met for value in cases[at]), -sum(met[value] for value in cases[at]), -at),
+        )
+        met.update(cases[best])
+        kept.add(best)
+    return kept
+
+
+def _known_by(value: Any) -> Any:
+    return (type(value), value) if isinstance(value, str | int | float) else id(value)

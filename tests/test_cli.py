@@ -228,6 +228,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sampled
 def test_bad_model(
     name: str, tiny_model: Path, chat_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -411,3 +412,13 @@ def test_command_in_a_process(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("qlora: There is no recipe")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["plan", "hours=2"], ["hours=2", "plan"]])
+def test_a_study_is_planned_wherever_the_word_stands(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora.studies.first.look_at_study", lambda *given: print("looked at", *given))
+    monkeypatch.setattr("qlora.studies.run.plan_study", lambda *given: f"planned {' '.join(given)}")
+    assert main(["study", "rank.yaml", *words]) == 0
+    assert capsys.readouterr().out.splitlines() == ["looked at rank.yaml hours=2", "planned rank.yaml hours=2"]

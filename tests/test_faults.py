@@ -160,6 +160,7 @@ def assert_same_numbers(folder: Path, expected: Path) -> None:
     assert all(torch.equal(values, theirs[name]) for name, values in ours.items())
 
 
+@pytest.mark.slow
 def test_a_difference_would_be_seen(plain: Course, folder: Path) -> None:
     shutil.copytree(plain.expected, folder)
     assert difference(folder, plain.expected) is None
@@ -208,6 +209,7 @@ def test_a_kill_while_the_file_cache_is_written(cached: Course, folder: Path, tm
 
 
 @pytest.mark.parametrize("share", [0.5, *(pytest.param(share, marks=slow) for share in (0.05, 0.25, 0.9))])
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     plain: Course, folder: Path, share: float
 ) -> None:

@@ -158,6 +158,7 @@ def known() -> dict[tuple[str, str, float], Measured]:
 
 @pytest.mark.parametrize("name", list(ARRANGEMENTS)[1:])
 @pytest.mark.parametrize("case", FAMILY_CASES)
+@pytest.mark.sampled
 def test_every_arrangement_gives_the_gradients_of_the_resident_model(
     folders: Callable[[str], Path], known: dict[tuple[str, str, float], Measured], case: str, name: str
 ) -> None:
@@ -204,6 +205,7 @@ SHARED = ("prefix_projected",)  # a parameter of all layers gets its gradient's 
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_every_method_has_the_same_gradients_however_its_step_is_cut(folders: Callable[[str], Path], name: str) -> None:
     """1×5 = 2×2+1 = 5×1 in both orders, and in tiles. AdaLoRA's penalty counts once."""
     case = CASES[name]
@@ -243,6 +245,7 @@ def trainer_of(
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_every_method_trains_streamed_as_resident_whatever_is_asked_in_between(
     folders: Callable[[str], Path], name: str
 ) -> None:

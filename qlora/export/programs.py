@@ -13,6 +13,7 @@ documentation; Ollama takes safetensors too, of Llama, Mistral and Gemma 1 and 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ class Verdict(NamedTuple):
     program: str
     why_not: str | None
     how: str = ""
+    command: str = ""
+    """A line for a shell that opens it; BASE and PATH stand for the two folders."""
 
 
 def programs(folder: str | Path, tied: bool) -> list[Verdict]:
@@ -50,11 +53,23 @@ def programs(folder: str | Path, tied: bool) -> list[Verdict]:
     r = max(int(config.get("r") or 0), *(config.get("rank_pattern") or {"": 0}).values())
     needed = next((rank for rank in VLLM_RANKS if rank >= r), None)
     high = None if needed else f"its rank is {r}, where {VLLM_RANKS[-1]} is the most"
+    vllm, sglang = f"--enable-lora --max-lora-rank {needed}", f"--max-lora-rank {r}"
     return [
-        Verdict("vLLM", none or high, f"--enable-lora --max-lora-rank {needed}"),
-        Verdict("SGLang", none, f"--max-lora-rank {r}"),
-        Verdict("llama.cpp", none or ends, "as gguf-adapter"),
+        Verdict("vLLM", none or high, vllm, f"vllm serve BASE {vllm} --lora-modules tuned=PATH"),
+        Verdict(
+            "SGLang", none, sglang, f"python -m sglang.launch_server --model-path BASE {sglang} --lora-paths tuned=PATH"
+        ),
+        Verdict("llama.cpp", none or ends, "as gguf-adapter", "llama-cli -m BASE.gguf --lora ADAPTER.gguf"),
+        Verdict("Ollama", none or ends, "as gguf-adapter", "ollama create tuned -f Modelfile"),
     ]
+
+
+def commands(verdicts: Sequence[Verdict]) -> list[str]:
+    """For a shell, a line a program that loads the adapter; what a program reads as GGUF is exported first."""
+    lines = [each.command for each in verdicts if each.why_not is None]
+    gguf = next((at for at, line in enumerate(lines) if line.startswith("llama-cli")), len(lines))
+    first = ["qlora export RUN gguf-adapter  # for the lines below, in the folder that it writes"]
+    return lines[:gguf] + (first + lines[gguf:] if lines[gguf:] else [])
 
 
 def told(verdicts: list[Verdict]) -> str:

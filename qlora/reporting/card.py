@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -38,18 +39,29 @@ LIBRARY = {"merged": "transformers", "nf4": "transformers", "gguf": "gguf", "ggu
 MOST_README = 1024**2  # of a base's, which is read for its licence
 
 
-def write_card(run: Path, out: Path, form: str, *, base_folder: Path | None = None, told: Sequence[str] = ()) -> Path:
+def write_card(
+    run: Path,
+    out: Path,
+    form: str,
+    *,
+    base_folder: Path | None = None,
+    told: Sequence[str] = (),
+    shell: Sequence[str] = (),
+) -> Path:
     """Write the card of what ``run`` exported as ``form`` (merged, nf4, adapter, gguf, gguf-adapter) into ``out``.
 
-    ``base_folder``: the base's, whose own card may name a licence; ``told``: sentences of the export to be kept with it.
+    ``base_folder``: the base's, whose own card may name a licence; ``told``: sentences of the export to be kept with it; ``shell``:
+    lines that open an adapter, beside Python's; BASE stands for its base.
     """
-    text = card(read_records(Path(run)), out, form, licence_of(base_folder), told)
+    text = card(read_records(Path(run)), out, form, licence_of(base_folder), told, shell)
     with file_written_aside(Path(out) / CARD) as aside:
         aside.write_text(text, encoding="utf-8")
     return Path(out) / CARD
 
 
-def card(records: Records, out: Path, form: str, licence: str | None, told: Sequence[str] = ()) -> str:
+def card(
+    records: Records, out: Path, form: str, licence: str | None, told: Sequence[str] = (), shell: Sequence[str] = ()
+) -> str:
     """The card as Markdown with YAML in front."""
     summary, data = summarise(records), section(records.plan, "data")
     base = str(
@@ -97,7 +109,7 @@ def card(records: Records, out: Path, form: str, licence: str | None, told: Sequ
         "</details>",
         "",
     ]
-    lines += ["## Loading it", "", *_loading(out, form, base), ""]
+    lines += ["## Loading it", "", *_loading(out, form, base, shell), ""]
     return "\n".join(redacted(lines))
 
 
@@ -140,7 +152,7 @@ def _made(records: Records, summary: Any, data: dict[str, object]) -> list[str]:
     return facts
 
 
-def _loading(out: Path, form: str, base: str) -> list[str]:
+def _loading(out: Path, form: str, base: str, shell: Sequence[str]) -> list[str]:
     if form in ("merged", "nf4"):
         bits = "" if form == "merged" else "  # bitsandbytes; the configuration says so"
         python = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
@@ -159,15 +171,12 @@ def _loading(out: Path, form: str, base: str) -> list[str]:
             f'base = AutoModelForCausalLM.from_pretrained("{base}")',
             'model = PeftModel.from_pretrained(base, "PATH")',
         ]
-        return _fenced("\n".join(python), "python")
+        served = "\n".join(shell).replace("BASE ", f"{quote(base)} ")
+        return [*_fenced("\n".join(python), "python"), *(["", *_fenced(served, "sh")] if shell else [])]
     file = next((path.name for path in sorted(out.glob("*.gguf"))), "model.gguf")
     if form == "gguf":
-        shell = (
-            f"llama-cli -m {file}\nollama create NAME -f Modelfile"
-            if (out / "Modelfile").is_file()
-            else f"llama-cli -m {file}"
-        )
-        return _fenced(shell, "sh")
+        ollama = "\nollama create NAME -f Modelfile" if (out / "Modelfile").is_file() else ""
+        return _fenced(f"llama-cli -m {file}{ollama}", "sh")
     return _fenced(f"llama-cli -m BASE.gguf --lora {file}", "sh")
 
 

@@ -24,7 +24,7 @@ from qlora.export.llama_cpp import LlamaCpp
 from qlora.export.merged import Merged
 from qlora.export.merged import merge as merge_files
 from qlora.export.nf4 import export_nf4 as write_nf4
-from qlora.export.programs import Verdict, programs
+from qlora.export.programs import Verdict, commands, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import expanded
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
@@ -199,10 +199,13 @@ def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
     return programs(expanded(adapter), bool(anatomy.text_config(base.model_config()).tie_word_embeddings))
 
 
-def write_card_of(folder: str | Path, out: str | Path, form: str, told: Sequence[str] = ()) -> Path:
-    """Write the model card of what a run exported as ``form`` into ``out``."""
+def write_card_of(
+    folder: str | Path, out: str | Path, form: str, told: Sequence[str] = (), verdicts: Sequence[Verdict] = ()
+) -> Path:
+    """Write the model card of what a run exported as ``form`` into ``out``; ``verdicts``: of an adapter's programs."""
     base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
-    return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told)
+    shell = commands(verdicts)
+    return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told, shell=shell)
 
 
 def export_nf4(

@@ -31,7 +31,7 @@ from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.cards import amount
-from qlora.machine.device import total_memory_bytes
+from qlora.machine.device import allowed_cores, total_memory_bytes
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
 from qlora.methods.base import AdaptedModel, apply_method
@@ -180,9 +180,10 @@ def decided_by_main(recipe: Recipe) -> Recipe:
 
 
 def use_threads(recipe: Recipe) -> None:
-    """As many CPU threads as the recipe says, before anything is measured or loaded."""
-    if recipe.device.threads:
-        torch.set_num_threads(recipe.device.threads)
+    """As many CPU threads as the recipe says, else no more than a container may keep busy; before anything is measured or loaded."""
+    threads = recipe.device.threads or min(torch.get_num_threads(), allowed_cores() or sys.maxsize)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def limited(device: torch.device, recipe: Recipe) -> torch.device:

@@ -75,6 +75,7 @@ def ending(model: AdaptedModel) -> tuple[int, int, list[list[int]]]:
 
 
 @pytest.mark.parametrize("where", ["config", "generation_config", "list", "tokenizer"])
+@pytest.mark.sampled
 def test_every_end_token_ends_an_answer(model: AdaptedModel, where: str) -> None:
     """One row ends early, the others go on; what is padded behind it is not part of the answer."""
     token, _, ways = ending(model)

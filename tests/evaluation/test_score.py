@@ -44,6 +44,7 @@ def truth(model: AdaptedModel) -> tuple[float, int]:
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 50])
 @pytest.mark.parametrize("rows", [UNPACKED, PACKED, PACKED[::-1]], ids=["unpacked", "packed", "reversed"])
+@pytest.mark.sampled
 def test_neither_packing_nor_batches_nor_order_matter(model: AdaptedModel, rows: list[Row], rows_at_once: int) -> None:
     assert len(PACKED) < len(UNPACKED) / 2
     loss, count = truth(model)

@@ -49,6 +49,7 @@ def plain_logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_merged_is_the_adapter_model(tmp_path: Path, family: str, quantization: Any) -> None:
     base = tiny_checkpoint(tmp_path / "base", family)
     model = trained(base, tmp_path / "adapter", quantization)

@@ -81,6 +81,26 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert device.total_memory_bytes(CPU)[0] == 0
 
 
+def test_a_containers_cores_are_known(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).write_text(text + "\n")
+
+    assert device.allowed_cores(tmp_path) is None
+    write("cpu/cpu.cfs_quota_us", "-1")
+    write("cpu/cpu.cfs_period_us", "100000")
+    assert device.allowed_cores(tmp_path) is None
+    write("cpu/cpu.cfs_quota_us", "50000")
+    assert device.allowed_cores(tmp_path) == 1
+    write("cpu.max", "max 100000")
+    assert device.allowed_cores(tmp_path) == 1  # version 1 still says so
+    write("cpu.max", "350000 100000")
+    assert device.allowed_cores(tmp_path) == 4
+    write("cpu.max", "not a number")
+    assert device.allowed_cores(tmp_path) == 1
+
+
 def test_compute_dtype_is_what_the_device_does_well(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     assert device.resolve_compute_dtype(CPU) == torch.float32

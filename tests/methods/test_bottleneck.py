@@ -379,6 +379,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         ("parallel", "none"),
     ],
 )
+@pytest.mark.sampled
 def test_recomputed_is_resident(tmp_path: Path, form: str, quantization: str) -> None:
     """With dropout; one micro-batch after the other bitwise, and a step's layer by layer."""
     base = tiny_base(tiny_checkpoint(tmp_path), quantization)

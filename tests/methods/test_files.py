@@ -102,6 +102,7 @@ REGEX = r"model\.layers\.\d+\.(self_attn|mlp)\.(q|v|up)_proj"  # as Unsloth writ
     ],
 )
 @pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.sampled
 def test_what_peft_chooses_by_patterns_is_loaded(
     tmp_path: Path, chosen: dict[str, Any], expected: tuple[str, ...], dora: bool
 ) -> None:

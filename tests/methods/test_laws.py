@@ -283,6 +283,7 @@ def trainer_of(checkpoint: Path, case: Case, folder: Path, prepared: bool = True
 
 
 @each_method_once
+@pytest.mark.sampled
 def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     whole = trainer_of(checkpoint, case, tmp_path / "whole")
@@ -303,6 +304,7 @@ def test_ten_steps_are_six_a_new_process_and_four(checkpoint: Path, tmp_path: Pa
 
 
 @each_method_once
+@pytest.mark.sampled
 def test_evaluation_leaves_the_model_as_it_was(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     plain, disturbed = (trainer_of(checkpoint, case, tmp_path / way) for way in ("a", "b"))
@@ -326,6 +328,7 @@ def test_saved_and_loaded_gives_the_same_logits(checkpoint: Path, tmp_path: Path
 
 
 @every_method
+@pytest.mark.sampled
 def test_merged_is_the_adapted_model_or_a_sentence_says_why_not(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     model = adapted(checkpoint, case, stirred=True)

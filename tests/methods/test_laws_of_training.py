@@ -44,6 +44,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert difference(found[worst], expected[worst]) <= tolerance, worst
 
 
+@pytest.mark.sampled
 def test_gradients_are_the_same_by_every_way(model: AdaptedModel) -> None:
     """Resident, recomputed, and layer by layer with whole, even and uneven micro-batches."""
     rows = spoken(model, ROWS[:4])
@@ -55,6 +56,7 @@ def test_gradients_are_the_same_by_every_way(model: AdaptedModel) -> None:
         assert_same(gradients_of(model, rows, size), resident, rounding(GRADIENT))
 
 
+@pytest.mark.sampled
 def test_answers_need_no_cache(model: AdaptedModel) -> None:
     assert_answers_need_no_cache(model, 6)
 

@@ -186,6 +186,7 @@ def test_modules_inside_what_another_method_planted_are_found(tmp_path: Path) ->
     "modules", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head"), ("layers.0", "norm")], ids=str
 )
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.sampled
 def test_merged_is_the_model_and_a_trained_tie_is_undone(
     tmp_path: Path, family: str, modules: tuple[str, ...], tied: bool
 ) -> None:

@@ -87,6 +87,7 @@ def their_gradients(theirs: nn.Module) -> dict[str, torch.Tensor]:
 
 @each_base
 @pytest.mark.parametrize("section", [NEW, WITH_LORA], ids=["alone", "with LoRA"])
+@pytest.mark.sampled
 def test_files_logits_and_gradients_are_pefts_on_a_resized_base(
     tmp_path: Path, family: str, tied: bool, vocabulary: int, section: Any
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_leak_of_one_percent_is_told_from_rounding(check: Any, seen: int, shar
 @pytest.mark.parametrize(("rows", "at_once"), [(1, 1), (7, 2), (8, 3), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_check_boundary_accepts_it(family: str, dtype: torch.dtype, rows: int, at_once: int, packed: bool) -> None:
     model = random_model(family).to(dtype)
     decoder_layers(model)[0].requires_grad_(True)

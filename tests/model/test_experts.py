@@ -202,6 +202,7 @@ def test_streamed_layers_bring_their_experts(family: str, tier: str, checkpoint:
 
 @EVERY
 @pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.sampled
 def test_the_merged_model_is_the_trained_one_in_the_layout_of_its_checkpoint(
     family: str, base: Any, checkpoint: Any, tmp_path: Path
 ) -> None:

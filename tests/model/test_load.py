@@ -89,6 +89,7 @@ def test_logits_of_every_family_are_those_of_from_pretrained(family: str, tied: 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
+@pytest.mark.sampled
 def test_logits_of_every_dtype_and_quantization(
     quantization: str, compute_dtype: str, stored: str, tmp_path: Path, unfused: None
 ) -> None:

@@ -57,6 +57,7 @@ def test_groups_hold_every_token_once() -> None:
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.sampled
 def test_packed_examples_are_what_they_are_alone(name: str) -> None:
     model, plain = ready(name), hybrid(name)
     ids, positions = packed()
@@ -113,6 +114,7 @@ def test_what_was_refused_is_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.sampled
 def test_the_recompute_boundary_knows_where_examples_begin(name: str) -> None:
     """Also in backward, long after the forward that was told: by gradients, with two of three rows at once."""
     ids, positions = packed()

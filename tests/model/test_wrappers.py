@@ -103,6 +103,7 @@ def test_step_0_is_the_base(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", ["whole", "text"])
+@pytest.mark.sampled
 def test_adapter_keys_are_those_of_the_class_that_loads_them(
     family: str, folder: Path, keys: Any, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def tokens_a_step(one: Arrangement) -> int:
     return one.recipe.training.batch_size * one.recipe.data.max_length
 
 
+@pytest.mark.slow
 def test_a_ladder_goes_down_in_memory_and_in_speed_and_keeps_every_token(folder: Path) -> None:
     found = arranger(folder, 24 * GIB)
     rungs = found.ladder()
@@ -183,6 +184,7 @@ def test_the_largest_number_that_fits(limit: int, power: float) -> None:
     assert largest(lambda _: 0.0, 1, 99) == 99  # where nobody knows what is free
 
 
+@pytest.mark.slow
 def test_a_budget_is_resolved_into_the_recipe(folder: Path, tmp_path: Path) -> None:
     """What runs holds plain values: no budget is left in it, and it plans to itself again."""
     resident = plan(recipe_of(folder, "training.recompute=all", device={"name": "cpu"}))
@@ -307,6 +309,7 @@ ODD: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "name", [name if name in ("rows that cannot be cut", "every weight trains") else slow(name) for name in ODD]
 )
+@pytest.mark.slow
 def test_no_rung_is_offered_that_the_model_or_the_method_refuses(name: str, tmp_path: Path) -> None:
     config, method = ODD[name]
     config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]

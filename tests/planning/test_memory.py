@@ -115,6 +115,7 @@ def test_weights_are_counted_exactly(models: dict[str, Path], quantization: str,
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.sampled
 def test_adapter_gradients_and_optimizer_are_counted_exactly(
     models: dict[str, Path], optimizer: str, dtype: Any
 ) -> None:
@@ -164,6 +165,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_step_takes_what_was_estimated(name: str, models: dict[str, Path]) -> None:
     size, length, settings, options = CASES[name]
     packed, memory = options.get("packed", False), options.get("memory")
@@ -203,6 +205,7 @@ KEPT = ("dora", "head")
 
 
 @pytest.mark.parametrize("name", [*METHODS, *(f"{name}, kept" for name in KEPT)])
+@pytest.mark.sampled
 def test_step_of_every_method_takes_what_was_estimated(name: str, models: dict[str, Path]) -> None:
     """A head that trains has a gradient in fp32, virtual tokens lengthen the rows, lower layers may need no backward."""
     key, _, kept = name.partition(", ")

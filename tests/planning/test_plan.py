@@ -48,6 +48,7 @@ def recipe_of(bare: Path, case: Case, **training: object) -> Recipe:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_every_method_is_planned(bare: Path, name: str) -> None:
     case = CASES[name]
     planned = plan(recipe_of(bare, case))

@@ -143,6 +143,7 @@ def weights_of(model: AdaptedModel, *parts: str) -> int:
         ("recomputed", Full()),
     ],
 )
+@pytest.mark.sampled
 def test_flops_are_those_of_a_real_step(deep: Path, name: str, method: Any) -> None:
     training = TrainingSection(batch_size=4, steps=2, max_grad_norm=None, **ARRANGEMENTS[name])
     quantization = "none" if isinstance(method, Full) else "nf4"
@@ -191,6 +192,7 @@ def test_dequantised_bytes_are_those_of_a_real_step(
         ("layer-major", 4, 2),
     ],
 )
+@pytest.mark.sampled
 def test_fetched_bytes_are_those_of_a_real_step(
     deep: Path, tmp_path_factory: pytest.TempPathFactory, name: str, layers: Any, slots: int
 ) -> None:

@@ -92,6 +92,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [flip, Path.unlink], ids=["one-bit", "missing"])
 @pytest.mark.parametrize("name", ["model.safetensors", SEAL])
+@pytest.mark.sampled
 def test_damaged_folder_is_noticed_and_made_again(
     name: str, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

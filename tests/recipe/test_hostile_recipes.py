@@ -66,6 +66,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.sampled
 def test_recipe_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, said = RECIPES[name]
     monkeypatch.chdir(tmp_path)

@@ -61,7 +61,8 @@ def test_nothing_breaks_out(tmp_path: Path) -> None:
     name = 'a"`b\n---\nlicense: mit'
     folder = run(tmp_path / "mine", RECIPE + "# ```\n# hf_abcdefghijklmnopqrstuvwxyz0123456789\n", name)
     (folder / "evaluation.json").unlink()
-    text = write_card(folder, tmp_path, "adapter").read_text()
+    text = write_card(folder, tmp_path, "adapter", shell=["serve BASE --lora PATH"]).read_text()
+    assert """\nserve 'a'"'"''"'"'b --- license: mit' --lora PATH\n""" in text
     front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
     assert front["base_model"] == "a''b --- license: mit"
     assert "license" not in front

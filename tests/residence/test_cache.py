@@ -206,6 +206,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.sampled
 def test_damage_is_noticed_said_and_mended(
     folder: Path, tmp_path: Path, expected: torch.Tensor, says: Says, kind: str
 ) -> None:

@@ -89,6 +89,7 @@ class Renamed(nn.Module):
 
 
 @pytest.mark.parametrize("rows", [2, 7])
+@pytest.mark.sampled
 def test_dropout_against_plain_autograd_with_the_same_draws(model: AdaptedModel, rows: int, monkeypatch: Any) -> None:
     """Each tile with a graph of its own, and no recompute: the same numbers are drawn in the same order."""
     for layer in model.planted.values():

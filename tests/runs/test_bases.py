@@ -57,6 +57,7 @@ def alone(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPathFa
     [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)],
     ids=lambda section: "-".join(map(str, section.values())),
 )
+@pytest.mark.slow
 def test_a_run_behind_another_one_is_the_run_alone(
     method: Any, tiny_model: Path, chat_data: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def saved(base: Path, tmp_path: Path) -> tuple[Trainer, Path]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.sampled
 def test_ten_steps_are_six_and_four(base: Path, tmp_path: Path, optimizer: str) -> None:
     """Six steps end in the middle of the second epoch; the four after it cross into the third. Rank 64 makes matrices
     of 4,096 values and more, which have 8-bit state."""
@@ -227,6 +228,7 @@ def test_the_same_step_is_written_once(saved: tuple[Trainer, Path]) -> None:
 @pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", "adapter_model.safetensors"])
 @pytest.mark.parametrize("wound", ["cut", "gone", "garbage"])
 @pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.sampled
 def test_a_damaged_one_is_refused_and_changes_nothing(
     saved: tuple[Trainer, Path], base: Path, tmp_path: Path, file: str, wound: str, sealed: bool
 ) -> None:

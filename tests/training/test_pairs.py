@@ -154,6 +154,7 @@ def expected(folder: Path) -> Callable[[str, str], tuple[Tensor, dict[str, Tenso
     pytest.param(name, kind, marks=[pytest.mark.slow] if kind == "apart" and name != "dpo" else [])
     for name in OBJECTIVES for kind in ROWS
 ])  # fmt: skip
+@pytest.mark.sampled
 def test_a_step_is_that_of_whole_logits_one_answer_at_a_time(
     folder: Path, expected: Callable[..., Any], name: str, kind: str
 ) -> None:

@@ -49,6 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("cell", matrix.few(), ids=lambda cell: cell.method)
+@pytest.mark.sampled
 def test_a_resumed_run_is_the_run_that_was_not_broken(base: Path, tmp_path: Path, cell: Cell) -> None:
     found = matrix.try_cell(base, tmp_path, cell)
     assert found == matrix.Found(eight_bit=found.eight_bit)

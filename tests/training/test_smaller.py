@@ -133,6 +133,7 @@ def test_the_ways_become_smaller_until_there_is_none() -> None:
         ("resident", "backward"),  # that is, with a graph: its forward
     ],
 )
+@pytest.mark.sampled
 def test_the_curve_is_the_one_of_fewer_rows_from_that_step_on(
     dropping: AdaptedModel, tmp_path: Path, way: str, when: str
 ) -> None:
