@@ -33,7 +33,7 @@ _qlora() {
     local -a found
     found=("${(@f)$(qlora completion words "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     found=("${(@)found:#}")
-    (( ${#found} )) && compadd -Q -S '' -- "${found[@]}" || _files
+    (( ${#found} )) && compadd -S '' -- "${found[@]}" || _files
 }
 compdef _qlora qlora
 """,

@@ -81,3 +81,33 @@ try "qlora tra"; try "qlora train x.yaml training.schedule=co"
         ["bash"], input=lines, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
     )
     assert done.stdout.splitlines() == ["train", "cosine constant"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_is_offered_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "with space.yaml").touch()
+    lines = f"""function qlora; "{sys.executable}" -m qlora.cli $argv; end
+{completion.script("fish")}
+complete -C "qlora tra"; complete -C "qlora train x.yaml training.schedule=co"; complete -C "qlora train wi"
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        ["fish"], input=lines, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [
+        "train", "training.schedule=constant", "training.schedule=cosine", "with space.yaml",
+    ], done.stderr  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_quotes_what_is_offered() -> None:
+    """In a script there is no line to complete, so what would be offered is looked at."""
+    lines = f"""compdef() {{ :; }}; compadd() {{ print -r -- "$@"; }}; _files() {{ print files; }}
+qlora() {{ print -r -- "with space.yaml"; print -r -- "w.yaml"; }}
+{completion.script("zsh").replace("#compdef qlora", "")}
+words=(qlora train w); CURRENT=3; _qlora
+qlora() {{ :; }}
+_qlora
+"""
+    done = subprocess.run(["zsh", "-f"], input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["-S  -- with space.yaml w.yaml", "files"], done.stderr

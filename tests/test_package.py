@@ -21,6 +21,7 @@ PACKAGES = ["qlora", *(f"qlora.{m.name}" for m in pkgutil.iter_modules(qlora.__p
 # the only files that may import these when they run, whole folders by a trailing slash
 OWNERS = {
     "bitsandbytes": {
+        "qlora/model/late_compile.py",
         "qlora/model/nf4.py",
         "qlora/model/experts.py",
         "qlora/training/optim.py",
@@ -139,6 +140,23 @@ def test_threads_do_not_spin_for_long_unless_asked_to(before: dict[str, str], af
         [sys.executable, "-c", code], capture_output=True, text=True, env={**ours, **before}, check=False, cwd=ROOT
     )
     assert done.stdout.split() == [after], done.stderr
+
+
+def test_a_run_begins_without_torchs_compiler() -> None:
+    code = "import sys, qlora.runs.train, qlora.chat; print('torch._inductor.compile_fx' in sys.modules, 'bitsandbytes' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_what_is_compiled_later_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora.model import late_compile
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(late_compile, "_compile", lambda function, **options: asked.append(options) or function)
+    plain, with_options = late_compile._later(max), late_compile._later(dynamic=False)(min)
+    assert not asked
+    assert (plain(1, 2), plain(3, 2), with_options(1, 2)) == (2, 3, 1)
+    assert asked == [{}, {"dynamic": False}]
 
 
 @pytest.mark.parametrize("library", OWNERS)

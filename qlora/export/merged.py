@@ -23,7 +23,7 @@ from qlora.errors import ModelError
 from qlora.export.source import Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
-from qlora.files.durable import folder_written_aside
+from qlora.files.durable import checksums, file_written_aside, folder_written_aside
 from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
@@ -33,6 +33,7 @@ from qlora.model.load import GENERATION, end_tokens
 from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import ModelSection
 
+CARRYING = ".carrying"  # while a merge is written: the tensors that the adapter changed, so far
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
 BESIDE = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -80,7 +81,7 @@ def merge(
     it to the weights as they were before quantisation instead. ``chat_template`` takes the place of the base's own, its
     ``ends`` are written into generation_config.json where they are not the base's end tokens, and
     ``checkpoint`` is the base's, where it was opened before. The files are split as the source's are. Nothing is at
-    ``out`` before everything is written.
+    ``out`` before everything is written; a merge that was killed goes on with the files that it had finished.
 
     Raises ModelError or MethodError for a base or an adapter that cannot be read or do not belong together, RunError
     when ``out`` is taken (``overwrite`` replaces it, if it is a model), DoesNotFitError when the disk is too small.
@@ -104,12 +105,22 @@ def merge(
     promised = source.promise(DTYPES[dtype])
     total = sum(math.prod(shape) * kind.itemsize for shard in promised.values() for kind, shape in shard.values())
     require_disk(out, total + 64 * 1024**2, "The merged model")
-    with folder_written_aside(out, overwrite) as aside:
+    with folder_written_aside(
+        out, overwrite, _made_of(checkpoint, adapter_folder, section, compute_dtype, base, dtype)
+    ) as aside:
+        carrying = aside / CARRYING
+        if carrying.exists():
+            source.carrying.update(json.loads(carrying.read_text(encoding="utf-8")))
         for file, entries in promised.items():
-            with SafetensorsWriter(aside / file, entries) as writer:
-                for name, (kind, _) in entries.items():
-                    writer.write(name, source.tensor(name, kind, requantise=base == "dequantized"))
-                    trim_heap()
+            if not (aside / file).exists():
+                with file_written_aside(aside / file) as part:
+                    with SafetensorsWriter(part, entries) as writer:
+                        for name, (kind, _) in entries.items():
+                            writer.write(name, source.tensor(name, kind, requantise=base == "dequantized"))
+                            trim_heap()
+                    with file_written_aside(carrying) as told:
+                        told.write_text(json.dumps(sorted(source.carrying)), encoding="utf-8")
+        carrying.unlink()
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
             write_plain(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -125,6 +136,12 @@ def merge(
         for_serving=bool(changed) and quantization in FOUR_BIT,
         new_ends=new_ends,
     )
+
+
+def _made_of(checkpoint: Checkpoint, adapter: Path, *settings: object) -> str:
+    """All that decides the weights of a merge."""
+    shards = [(str(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in checkpoint.shards]
+    return repr((shards, checksums(adapter), settings))
 
 
 def write_beside(

@@ -25,26 +25,32 @@ from qlora.errors import RunError, disk_is_full
 from qlora.files.strangers import Fault, JsonObject, read_object
 
 SEAL = "checksums.json"
+MADE_OF = ".made-of"  # in a folder that is written aside
 _ASIDE: set[Path] = set()
 """What this process writes aside now. A number alone does not tell: in a container the next process may have the same."""
 
 
 @contextmanager
-def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def folder_written_aside(folder: str | Path, overwrite: bool = False, made_of: str | None = None) -> Iterator[Path]:
     """Yield an empty folder beside ``folder`` to write into; when the block ends well it is flushed and takes its place.
 
-    When the block fails, what was written is deleted and ``folder`` is as it was. Raises RunError when ``folder`` holds
-    something already and ``overwrite`` is off.
+    When the block fails, what was written is deleted and ``folder`` is as it was. ``made_of`` names all that decides what is
+    written: then it is not empty where a process that was killed wrote the same, but has its files that were ``file_written_aside``
+    there. Raises RunError when ``folder`` holds something already and ``overwrite`` is off.
     """
     folder = Path(folder)
     require_new(folder, overwrite)
     aside, old = _beside(folder, "writing"), _beside(folder, "old")
-    clear_leftovers(aside.parent, folder.absolute().name)
-    shutil.rmtree(aside, ignore_errors=True)
     _ASIDE.update((aside, old))
     try:
-        aside.mkdir(parents=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        _take_over(aside, folder.absolute().name, made_of)
+        clear_leftovers(aside.parent, folder.absolute().name)
+        aside.mkdir(parents=True, exist_ok=True)
+        if made_of is not None:
+            (aside / MADE_OF).write_text(made_of, encoding="utf-8")
         yield aside
+        (aside / MADE_OF).unlink(missing_ok=True)
         for path in sorted(aside.rglob("*")):
             follow_umask(path)
             sync(path)
@@ -61,6 +67,20 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False) -> Iterato
         _ASIDE.difference_update((aside, old))
     sync(folder.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_over(aside: Path, name: str, made_of: str | None) -> None:
+    """Give ``aside`` what a process that is gone wrote aside for ``name``, if it was the same."""
+    for left in aside.parent.glob(f".{glob.escape(name)}.writing-*"):
+        number = left.name.rpartition("-")[2]
+        try:
+            same = (left / MADE_OF).read_text(encoding="utf-8") == made_of
+        except (OSError, ValueError):
+            continue
+        if same and number.isdecimal() and not _lives(left, int(number)):
+            left.rename(aside)
+            clear_leftovers(aside)
+            return
 
 
 def require_new(folder: Path, overwrite: bool = False) -> None:

@@ -11,6 +11,9 @@ all state is plain buffers, and the backward asks the module again.
 
 from __future__ import annotations
 
+import qlora.model.late_compile  # noqa: F401  before bitsandbytes
+
+# isort: split
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager

@@ -186,20 +186,22 @@ class Arranger:
         training, memory = self.recipe.training, self.recipe.memory
         if not self.keeps:
             return changed(self.recipe, self._decided(training.recompute, training.layer_major))
-        if training.accumulation != "layer_major" and self.kept_whole:
-            self.keeps = False
-            return changed(self.recipe, self._decided(0, False))
         lowest = self.depth - len(resident_layers(memory.layers, self.depth))
         if memory.layer_inputs != "device" or memory.mlp_tile is not None:  # which is done at the boundary
             lowest = max(1, lowest)
+        everything = self._decided(0, False)
+        # each look at another arrangement costs a second of dry runs
+        fits = not lowest and training.accumulation != "layer_major" and self._share_of(everything) <= 1
+        if training.accumulation != "layer_major" and not fits and self.kept_whole:
+            self.keeps = False
+            return changed(self.recipe, everything)
         if training.accumulation != "auto":
-            least = self._least_recomputed(lowest, training.layer_major)
+            least = 0 if fits else self._least_recomputed(lowest, training.layer_major)
             return changed(self.recipe, self._decided(least, training.layer_major))
-        found = [self._decided(self._least_recomputed(lowest, False), False)]
+        best = everything if fits else self._decided(self._least_recomputed(lowest, False), False)
         whole = self._decided(self.depth, True)
-        if "layer_major" in self._orders() and not self.target.lacking(self.look(whole).needed):
-            found.insert(0, whole)
-        return changed(self.recipe, min(found, key=self._cost))
+        cheaper = self._cost(whole) <= self._cost(best) and "layer_major" in self._orders()
+        return changed(self.recipe, whole if cheaper and not self.target.lacking(self.look(whole).needed) else best)
 
     def _decided(self, recompute: str | int, layer_major: bool) -> Changes:
         """Both values as a recipe has them."""
@@ -210,14 +212,16 @@ class Arranger:
     def _least_recomputed(self, lowest: int, layer_major: bool, now: Mapping[str, object] | None = None) -> int:
         """How many layers, at least ``lowest``, have to be recomputed so that the others' activations fit."""
 
-        # a budget says itself how much may be taken
-        spare = SPARE[self.target.device.type] if self.recipe.memory.budget is None else 1.0
-
         def share(kept: int) -> float:
-            one = self.look({**(now or {}), **self._decided(self.depth - kept, layer_major)})
-            return _share(self.target.places(one.needed)[0]) / spare
+            return self._share_of({**(now or {}), **self._decided(self.depth - kept, layer_major)})
 
         return self.depth - (largest(share, 0, self.depth - lowest, self.depth - lowest) or 0)
+
+    def _share_of(self, changes: Changes) -> float:
+        """How much is taken of what layers may fill with their activations."""
+        # a budget says itself how much may be taken
+        spare = SPARE[self.target.device.type] if self.recipe.memory.budget is None else 1.0
+        return _share(self.target.places(self.look(changes).needed)[0]) / spare
 
     def _cost(self, changes: Mapping[str, object]) -> float:
         """FLOPs of a step, with the bytes that are dequantised counted as such."""
@@ -231,6 +235,7 @@ class Arranger:
 
         From the fastest to the smallest, whether or not it fits on the device; host memory and disk always do.
         """
+        self.keeps = self.keeps and self.kept_whole is None
         found = [rung for order in self._orders() for rung in self._rungs(order)]
         found.sort(key=lambda one: one.seconds.expected if one.seconds else 0.0)
         steps: list[Arrangement] = []

@@ -271,7 +271,8 @@ def _plan(
     arranger = Arranger(adapted, resolved, target)
     if resolved.training.recompute == "auto":
         decided = arranger.recipe.training
-        reason = arranger.kept_whole or "activations are kept in as many layers as memory allows"
+        whole = None if arranger.keeps else arranger.kept_whole
+        reason = whole or "activations are kept in as many layers as memory allows"
         why.append(f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: {reason}.")
     asked = arranger.look()
     lacking = target.lacking(asked.needed)

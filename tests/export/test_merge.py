@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,57 @@ def test_a_base_in_fp8_is_merged_into_plain_weights(tmp_path: Path, weights: Any
     merged = merge(base, tmp_path / "adapter", tmp_path / "out", compute_dtype="fp32", dtype="fp32", base=weights)
     assert difference(plain_logits(tmp_path / "out"), logits_of(model.model)) <= rounding()
     assert merged.tensors == len(load_file(tmp_path / "out" / "model.safetensors")) == len(tensors) - len(exact)
+
+
+def test_a_killed_merge_goes_on_with_the_files_that_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora.export.source import Source
+
+    base, adapter, out = tiny_checkpoint(tmp_path / "base", shard="100KB"), tmp_path / "adapter", tmp_path / "merged"
+    trained(base, adapter)
+    expected = merge(base, adapter, tmp_path / "whole", compute_dtype="fp32")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    first = min(name for name in files if name.startswith("model-"))
+    plain, asked = Source.tensor, list[str]()
+    names = {
+        name for name, file in json.loads(files["model.safetensors.index.json"])["weight_map"].items() if file == first
+    }
+
+    def counted(self: Source, name: str, *given: Any, **named: Any) -> torch.Tensor:
+        asked.append(name)
+        return plain(self, name, *given, **named)
+
+    monkeypatch.setattr(Source, "tensor", counted)
+
+    def killed(settings: dict[str, Any]) -> None:
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+            return
+
+        def deadly(self: Source, *given: Any, **named: Any) -> torch.Tensor:
+            if len(asked) > len(names):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return counted(self, *given, **named)
+
+        monkeypatch.setattr(Source, "tensor", deadly)
+        merge(base, adapter, out, compute_dtype="fp32", **settings)
+        os._exit(0)
+
+    killed({})
+    assert not out.exists()
+    found = merge(base, adapter, out, compute_dtype="fp32")
+    assert not names & set(asked)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert (found.adapted, found.dequantised) == (expected.adapted, expected.dequantised)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "whole", "merged"}
+    # what was made of other weights, or otherwise, is begun anew
+    shutil.rmtree(out)
+    asked.clear()
+    killed({"base": "original"})
+    merge(base, adapter, out, compute_dtype="fp32")
+    assert names <= set(asked)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 
 
 def test_shards_keep_their_boundaries(tmp_path: Path) -> None:
