@@ -15,6 +15,7 @@ from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
 from qlora.evaluation.generate import answer, room
 from qlora.runs.evaluate import chat_tokenizer, load_run
+from qlora.runs.folder import require_language_model
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -26,6 +27,7 @@ class Conversation:
     """A model and what has been said so far."""
 
     def __init__(self, folder: str | Path) -> None:
+        require_language_model(Path(folder), "chat")
         self.tokenizer = chat_tokenizer(folder)
         self.model = load_run(folder)
         self.messages: list[dict[str, str]] = []

@@ -486,10 +486,15 @@ def _summary(run: Run) -> None:
             judge(*run.verdict)
         if run.before.preferences and run.after.preferences:
             print(f"Preferences before     {run.before.preferences}\n  and after            {run.after.preferences}")
+        if run.before.classes and run.after.classes:
+            print(f"Classes before         {run.before.classes}\n  and after            {run.after.classes}")
+            print(visible(run.after.classes.table()))
     elif run.after:
         print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
         if run.after.preferences:
             print(f"Preferences            {run.after.preferences}")
+        if run.after.classes:
+            print(f"Classes                {run.after.classes}\n{visible(run.after.classes.table())}")
     else:
         judge("not known", NOTHING_HELD_OUT)
     steps = f" in {run.steps:,} steps" if run.steps else ""
@@ -510,8 +515,10 @@ def _summary(run: Run) -> None:
 
 
 def _next(run: Run) -> str:
-    """What to do after a run: talk to the model, or train anew where it came out worse."""
+    """What to do after a run: talk to the model, take a classifier away, or train anew where it came out worse."""
     if run.verdict is None or run.verdict.outcome not in ("worse", "diverged"):
+        if run.after and run.after.classes:
+            return f"export {visible(shlex.quote(str(run.folder)))} merged"
         return f"chat {visible(shlex.quote(str(run.folder)))}"
     from qlora.recipe import Recipe
 

@@ -25,8 +25,8 @@ _BATCH = 512  # texts given to the tokenizer at once: enough to use it fully, an
 class Example:
     """Token ids and labels of one example, both int32 ``[n]``, n ≥ 1.
 
-    ``labels[i]`` is ``ids[i]`` or ``IGNORE_INDEX``; the shift by one happens in the loss. ``labels[0]`` is always
-    ``IGNORE_INDEX``: nothing precedes the first token, and in a packed row its predecessor is another example's last.
+    ``labels[i]`` is ``ids[i]`` (of a classifier's text, at its end, the class) or ``IGNORE_INDEX``; the shift by one happens in
+    the loss. ``labels[0]`` is always ``IGNORE_INDEX``: nothing precedes the first token, and in a packed row its predecessor is another example's last.
     """
 
     ids: NDArray[numpy.int32]
@@ -61,6 +61,32 @@ def text_examples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_
                 ids = [*ids, tokenizer.eos_token_id]
             examples.append([make_example(piece, numpy.ones(len(piece))) for piece in _pieces(ids, max_length)])
     return examples
+
+
+def labelled_examples(labelled: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    """Texts and their classes, by number: one example each, the text's tokens and one more, whose label is the class.
+
+    The loss predicts a label from the token before it, so the class is read at the text's last token, as transformers'
+    ``…ForSequenceClassification`` does. That takes the tokens of its padding for none; at the end of a text they are left off. Texts are
+    read as they will be then: with the special tokens that the tokenizer itself adds, and no chat template.
+    """
+    pad, examples = tokenizer.pad_token_id, list[list[Example]]()
+    for start in range(0, len(labelled), _BATCH):
+        several = labelled[start : start + _BATCH]
+        read = tokenizer([text for text, _ in several], verbose=False)["input_ids"]
+        for ids, (_, number) in zip(read, several, strict=True):
+            length = next((end for end in range(len(ids), 0, -1) if ids[end - 1] != pad), 1)
+            array = numpy.array([*ids[:length], (ids or [0])[0] if pad is None else pad], dtype=numpy.int32)
+            labels = numpy.full(len(array), IGNORE_INDEX, dtype=numpy.int32)
+            labels[max(1, len(array) - 1) :] = number  # a text of no token has no target, and is dropped
+            examples.append([Example(array, labels)])
+    return examples
+
+
+def special_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens the tokenizer itself puts behind every text; one that is cut keeps them, as where it cuts."""
+    special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    return next((count for count, one in enumerate(reversed(special)) if not one), 0)
 
 
 def without_doubles(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -120,9 +146,9 @@ class Fitted:
     dropped_tokens: int = 0
 
 
-def fit(examples: Sequence[Example], max_length: int, too_long: str, together: int = 1) -> Fitted:
+def fit(examples: Sequence[Example], max_length: int, too_long: str, together: int = 1, end: int = 0) -> Fitted:
     """Bring every example to at most ``max_length`` tokens; ``too_long`` is ``truncate`` or ``drop``. ``together``: so many that
-    follow each other stay or are dropped as one, as the two sides of a pair.
+    follow each other stay or are dropped as one, as the two sides of a pair. ``end``: so many tokens at the end are never cut off.
 
     An example with no target token, or with none left after truncation, is dropped: it would cost a forward and teach
     nothing. Tokens in = tokens of the examples returned + ``truncated_tokens`` + ``dropped_tokens``.
@@ -131,19 +157,20 @@ def fit(examples: Sequence[Example], max_length: int, too_long: str, together: i
     truncated = truncated_tokens = cut_answers = dropped = dropped_tokens = 0
     for start in range(0, len(examples), together):
         whole = examples[start : start + together]
-        kept = [_cut(example, max_length) for example in whole] if too_long == "truncate" else whole
+        kept = [_cut(example, max_length, end) for example in whole] if too_long == "truncate" else whole
         if any(len(example.ids) > max_length or not example.target_tokens for example in kept):
             dropped, dropped_tokens = dropped + together, dropped_tokens + sum(len(example.ids) for example in whole)
             continue
         for example in whole:
             if (more := len(example.ids) - max_length) > 0:
                 truncated, truncated_tokens = truncated + 1, truncated_tokens + more
-                cut_answers += bool((example.labels[max_length - 1 : max_length + 1] != IGNORE_INDEX).all())
+                cut_answers += bool((example.labels[max_length - 1 : max_length + 1] != IGNORE_INDEX).all()) and not end
         stay += kept
     return Fitted(stay, truncated, truncated_tokens, cut_answers, dropped, dropped_tokens)
 
 
-def _cut(example: Example, length: int) -> Example:
-    if len(example.ids) <= length:
+def _cut(example: Example, length: int, end: int) -> Example:
+    if (whole := len(example.ids)) <= length:
         return example
-    return Example(example.ids[:length].copy(), example.labels[:length].copy())
+    kept = numpy.r_[: length - end, whole - end : whole]
+    return Example(example.ids[kept], example.labels[kept])

@@ -12,9 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qlora.data.chat import ChatTemplate
-from qlora.data.examples import Example, doubled_note, fit, text_examples, without_doubles
+from qlora.data.examples import (
+    Example,
+    doubled_note,
+    fit,
+    labelled_examples,
+    special_end,
+    text_examples,
+    without_doubles,
+)
 from qlora.data.files import DataFile, DataFolder
 from qlora.data.formats import Conversation, trains
+from qlora.data.labelled import Labelled, classes_note, classes_of, read_labelled, require_known
 from qlora.data.lengths import bins_of, require_positions, too_long_note
 from qlora.data.packing import Row, make_rows
 from qlora.data.parsing import Parsed, parse
@@ -22,7 +31,7 @@ from qlora.data.preview import Preview, make_preview
 from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
 from qlora.data.sources import data_files, not_read, read_records
-from qlora.data.split import Seen, needs_pieces, seen_note, split_pieces, split_records
+from qlora.data.split import Seen, drawn, needs_pieces, seen_note, split_pieces, split_records
 from qlora.errors import DataError, listed
 from qlora.files.durable import expanded
 from qlora.recipe import DataSection
@@ -68,6 +77,8 @@ class Data:
     """What is held out was drawn by it."""
     pairs: bool = False
     """Whether examples 0 and 1, 2 and 3, … are a chosen answer and the rejected one."""
+    classes: tuple[str, ...] = ()
+    """What the labels of a classifier's examples stand for, by their number."""
 
     def __repr__(self) -> str:
         train, held = self.report.train, self.report.held_out
@@ -89,6 +100,8 @@ class Data:
         begin, end = row.spans()[row.examples.index(index)]
         example = Example(row.ids[begin:end], row.labels[begin:end])
         which = f"{self.report.form} example {index} of {count:,}"
+        if self.classes:
+            which = f"{which}, of the class '{self.classes[example.labels[-1]]}'"
         if self.pairs:
             which = f"pair {index // 2} of {count // 2:,}, {('chosen', 'rejected')[index % 2]}"
         return make_preview(example, self.tokenizer, f"{which}, in row {number}")
@@ -100,6 +113,8 @@ class Data:
         many more. A prompt that is no shorter than the longest held-out example is passed over: those are known to fit into
         ``max_length`` and into the model's positions, and an answer needs room.
         """
+        if self.classes:  # which answers no question
+            return []
         longest = max((int(row.positions.max()) + 1 for row in self.held_out), default=0)
         pieces = [] if self.template else _in_order(self.held_out)
         total = len(pieces or self.held_out_conversations)
@@ -137,13 +152,16 @@ def load_data(
     virtual_tokens: int = 0,
     positions: int | None = None,
     pairs: bool = False,
+    classifies: bool = False,
+    classes: Sequence[str] = (),
 ) -> Data:
     """Read, check, tokenise and pack what a recipe's `data` section names.
 
     ``tokenizer`` is a transformers tokenizer with a fast implementation and is left as it is; ``seed`` draws the
     held-out part; ``virtual_tokens`` is the room, out of ``max_length``, that the method needs before every example;
     ``positions`` is how many of them an example may have in the model, None where there is no bound; ``pairs`` says that the
-    objective compares a chosen answer with a rejected one, which then stay in one row.
+    objective compares a chosen answer with a rejected one, which then stay in one row; ``classifies``,
+    that records are texts with labels, which are ``classes``, or those of the training data where none are given.
     Raises DataError, in a sentence that names the place, for data that is missing, broken, of no known
     form, or that would train on nothing.
     """
@@ -154,12 +172,23 @@ def load_data(
             "tokens; raise data.max_length, or lower method.tokens."
         )
     files = _look(section)
-    parts, in_pieces = _read(section, seed, pairs)
+    labelled: list[Labelled] = _labelled(section, seed) if classifies else []
+    in_pieces = False
+    parts: Sequence[Parsed] = [Parsed("labelled", [], one.notes, one.bad) for one in labelled]
+    if not classifies:
+        parts, in_pieces = _read(section, seed, pairs)
     if changed := [file.name for file in files if file.change()]:
         raise DataError(f"{listed(changed)} changed while it was read; wait until it is written, then begin again.")
     form = parts[0].form
-    train_on = _resolve_train_on(section.train_on, form, pairs)
-    if form == "text":
+    train_on = "the label" if classifies else _resolve_train_on(section.train_on, form, pairs)
+    if classifies:
+        template, classes = None, tuple(classes) or classes_of([label for _, label, _ in labelled[0].records])
+        for one in labelled:
+            require_known(one, classes)
+        numbered = [[(text, classes.index(label)) for text, label, _ in one.records] for one in labelled]
+        examples = tuple(labelled_examples(part, tokenizer) for part in numbered)
+        notes = [classes_note(classes, *labelled)]
+    elif form == "text":
         template = None
         examples = tuple(text_examples(part.texts, tokenizer, longest) for part in parts)
         texts = [text for part in parts for text in part.texts]
@@ -205,8 +234,9 @@ def load_data(
         notes += [] if in_pieces else seen_note(*([Seen(hash(text)) for text in part.texts] for part in parts))
     else:
         notes += seen_note(*([Seen.of(example) for example in part] for part in flat))
+    end = 1 + special_end(tokenizer) if classifies else 0
     (train, counts), (held_out, held_counts) = (
-        _rows(part, several, tokenizer, section, virtual_tokens, 1 + pairs)
+        _rows(part, several, tokenizer, section, virtual_tokens, 1 + pairs, end)
         for part, several in zip(parts, examples, strict=True)
     )
     report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes), pairs)
@@ -225,7 +255,20 @@ def load_data(
         section=section.model_copy(update={"packing": True}) if section.packing == "auto" else section,
         seed=seed,
         pairs=pairs,
+        classes=tuple(classes),
     )
+
+
+def _labelled(section: DataSection, seed: int) -> list[Labelled]:
+    """[texts to train on, texts held out]."""
+    train = read_labelled(read_records(section.train, section.subset, section.split, section.limit), section)
+    if section.held_out is not None:
+        return [train, read_labelled(read_records(section.held_out, section.subset, section.held_out_split), section)]
+    if not section.held_out_fraction:
+        return [train, Labelled()]
+    held = drawn(len(train.records), section.held_out_fraction, seed, "records")
+    stay = [record for index, record in enumerate(train.records) if index not in held]
+    return [replace(train, records=stay), Labelled([train.records[index] for index in sorted(held)], bad=train.bad)]
 
 
 def _read(section: DataSection, seed: int, pairs: bool) -> tuple[tuple[Parsed, Parsed], bool]:
@@ -303,11 +346,12 @@ def _rows(
     section: DataSection,
     virtual_tokens: int,
     together: int,
+    end: int,
 ) -> tuple[list[Row], Counts]:
     """One part of the data as rows, with its counts. ``examples``: of each record, those that belong to this part; ``together``:
-    so many of them share a row and a fate."""
+    so many of them share a row and a fate; ``end``: so many tokens at the end of each are never cut off."""
     longest = section.max_length - virtual_tokens
-    fitted = fit([example for several in examples for example in several], longest, section.too_long, together)
+    fitted = fit([example for several in examples for example in several], longest, section.too_long, together, end)
     rows = make_rows(fitted.examples, section.max_length, section.packs, virtual_tokens, together)
     lengths = [len(example.ids) for several in examples for example in several]
     if parsed.form == "text":  # of documents: their pieces are as long as a row

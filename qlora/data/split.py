@@ -30,7 +30,7 @@ def needs_pieces(parsed: Parsed, fraction: float) -> bool:
 
 def split_records(parsed: Parsed, fraction: float, seed: int) -> tuple[Parsed, Parsed]:
     """(train, held out) in whole records."""
-    held = _drawn(len(parsed), fraction, seed, "records")
+    held = drawn(len(parsed), fraction, seed, "records")
     train = [record for index, record in enumerate(parsed.records) if index not in held]
     return replace(parsed, records=train), Parsed(parsed.form, [parsed.records[index] for index in sorted(held)])
 
@@ -39,7 +39,7 @@ def split_pieces(
     documents: Sequence[list[Example]], fraction: float, seed: int
 ) -> tuple[list[list[Example]], list[list[Example]]]:
     """(train, held out), each with the pieces that it has of every document; of some it may have none."""
-    held = _drawn(sum(map(len, documents)), fraction, seed, "pieces of text")
+    held = drawn(sum(map(len, documents)), fraction, seed, "pieces of text")
     parts: tuple[list[list[Example]], list[list[Example]]] = ([[] for _ in documents], [[] for _ in documents])
     pieces = ((document, piece) for document, several in enumerate(documents) for piece in several)
     for index, (document, piece) in enumerate(pieces):
@@ -81,7 +81,7 @@ def seen_note(train: Iterable[Seen], held_out: Sequence[Seen]) -> list[str]:
     return [told] if said else []
 
 
-def _drawn(count: int, fraction: float, seed: int, unit: str) -> set[int]:
+def drawn(count: int, fraction: float, seed: int, unit: str) -> set[int]:
     """The numbers of those of ``count`` that are held out: at least one, and never all."""
     held = max(1, round(count * fraction))
     if held >= count:

@@ -29,7 +29,7 @@ from qlora.evaluation.tasks.task import Task
 from qlora.methods.base import AdaptedModel
 from qlora.methods.planted import Planted
 from qlora.methods.switching import Adapters
-from qlora.model.loss import Head, head_of
+from qlora.model.loss import Head, token_head
 
 ROW = 512  # tokens of general text that are read at once
 
@@ -62,7 +62,7 @@ class Before:
         frozen now and will be another one, as where a base is trained whole later."""
         rows = () if text is None else tuple(text_rows(text))
         found = tuple(_states(model, row).cpu() for row in rows)
-        head = head_of(model.model)
+        head = token_head(model.model)
         # one that trains, or holds what trains, is kept as it is now
         changes = (
             keep_head or isinstance(head.module, Planted) or any(one.requires_grad for one in head.module.parameters())
@@ -78,7 +78,7 @@ class Before:
         for row, before in zip(self.rows, self.states, strict=True):
             assert text is not None
             now, labels = _states(model, row), torch.from_numpy(row.labels).to(model.device)
-            text.add(now, before.to(model.device), labels, head_of(model.model), self.head)
+            text.add(now, before.to(model.device), labels, token_head(model.model), self.head)
         return Forgotten(apart, results, text)
 
 

@@ -30,7 +30,7 @@ from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods.base import AdaptedModel
 from qlora.methods.switching import Adapters
 from qlora.model import anatomy
-from qlora.model.loss import Head, head_of, hidden_states
+from qlora.model.loss import Head, hidden_states, token_head
 
 Ids = tuple[int, ...]
 Pair = tuple[Ids, Ids]
@@ -141,7 +141,7 @@ def _behind_contexts(model: AdaptedModel | Adapters, groups: Sequence[Sequence[P
     after_RTD = _through(model, rows, length + torch.arange(width, device=device)[None], cache)
     states_RTD = torch.cat([last_GD[owners, None], after_RTD], 1)  # position t judges token t of what follows
     wanted = torch.arange(width + 1)[None] < torch.tensor([len(rest) for _, rest in pairs])[:, None]
-    found = iter(_judged(states_RTD[wanted.to(device)], head_of(model.model), [rest for _, rest in pairs]))
+    found = iter(_judged(states_RTD[wanted.to(device)], token_head(model.model), [rest for _, rest in pairs]))
     return [[next(found) for _ in group] for group in groups]
 
 
@@ -170,7 +170,7 @@ def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> 
         for place in range(len(continuation))
     ]
     row, place = torch.tensor(at, device=hidden_RTD.device).unbind(1)
-    found = _judged(hidden_RTD[row, place], head_of(model.model), [continuation for _, continuation in pairs])
+    found = _judged(hidden_RTD[row, place], token_head(model.model), [continuation for _, continuation in pairs])
     places = iter(found)
     return [[next(places) for _ in group] for group in groups]
 

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora.data.batches import collate
 from qlora.data.packing import Row
 from qlora.errors import DataError
+from qlora.evaluation.classes import Classes, classes_of
 from qlora.machine.device import in_smaller_parts
 from qlora.methods.base import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
-from qlora.model.loss import head_of, hidden_states, token_loss
+from qlora.model.loss import IGNORE_INDEX, Head, head_of, hidden_states, token_loss
+from qlora.recipe.methods import labels_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class HeldOut:
     """Of each row, as they were given, its summed loss in nats and its target tokens or pairs: what a comparison row by row needs."""
     preferences: Preferences | None = None
     """Of pairs."""
+    classes: Classes | None = None
+    """Of a classifier, whose target tokens are its examples."""
 
 
 def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
@@ -83,7 +88,7 @@ def verdict(before: HeldOut, after: HeldOut) -> Verdict:
     if not math.isfinite(after.loss):
         return Verdict("diverged", "the loss is not finite any more; lower training.learning_rate")
     more, error = difference(after, before)
-    unit = "pair" if after.preferences else "token"
+    unit = "pair" if after.preferences else "example" if after.classes else "token"
     way, among = "more" if more > 0 else "less", f"over {sum(count for _, count in after.rows):,} held-out {unit}s"
     if math.isinf(error):
         said = f"{abs(more):.4f} nats a {unit} {way}, {among} in one row, which has no standard error; hold more out"
@@ -114,7 +119,7 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
     # Rows of like length share a batch, so that little is padded; a row's loss does not depend on it.
     places = sorted(range(len(rows)), key=lambda place: len(rows[place].ids) + virtual * len(rows[place].examples))
 
-    def measured(start: int, stop: int, chunk: int) -> list[tuple[float, int]]:
+    def measured(start: int, stop: int, chunk: int) -> list[_Measured]:
         return _losses(model, [rows[place] for place in places[start:stop]], chunk)
 
     try:
@@ -122,23 +127,44 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
         found = in_smaller_parts(lengths, rows_at_once, chunk, measured, model.device, "held-out row")
     finally:
         model.model.train(was_training)
-    if not (count := sum(targets for _, targets in found)):
+    if not (count := sum(one.targets for one in found)):
         raise DataError("The held-out rows have no target token to measure; give others, or raise data.max_length.")
-    mean = math.fsum(loss for loss, _ in found) / count
+    mean = math.fsum(one.loss for one in found) / count
     by_place = dict(zip(places, found, strict=True))
+    labels = labels_of(model.section)
     return HeldOut(
-        mean, math.exp(mean) if mean < 700 else math.inf, count, tuple(by_place[place] for place in range(len(rows)))
+        mean,
+        math.exp(mean) if mean < 700 else math.inf,
+        count,
+        tuple((by_place[place].loss, by_place[place].targets) for place in range(len(rows))),
+        classes=classes_of([pair for one in found for pair in one.chosen], labels) if labels else None,
     )
 
 
-def _losses(model: AdaptedModel, rows: list[Row], chunk: int) -> list[tuple[float, int]]:
-    """Of each row its summed loss in nats, and its target tokens."""
+class _Measured(NamedTuple):
+    """One row: its summed loss in nats, its target tokens, and of a classifier's examples the (chosen, right) class of each."""
+
+    loss: float
+    targets: int
+    chosen: list[tuple[int, int]]
+
+
+def _losses(model: AdaptedModel, rows: list[Row], chunk: int) -> list[_Measured]:
     pad = getattr(model.tokenizer, "pad_token_id", None)
     batch = collate(rows, 0 if pad is None else int(pad), model.virtual_tokens)
     given = {key: values if key == "labels" else values.to(model.device) for key, values in batch.items()}
     hidden, head = hidden_states(model.model, given), head_of(model.model)
-    each = [
-        token_loss(hidden[place : place + 1], head, given["labels"][place : place + 1], chunk)
-        for place in range(len(rows))
-    ]
-    return [(loss.item(), targets) for loss, targets in each]
+    classifies, found = bool(labels_of(model.section)), []
+    for place in range(len(rows)):
+        labels = given["labels"][place]
+        loss, targets = token_loss(hidden[place : place + 1], head, labels[None], chunk)
+        chosen = _chosen(hidden[place], head, labels) if classifies else []
+        found.append(_Measured(loss.item(), targets, chosen))
+    return found
+
+
+def _chosen(hidden_TD: Tensor, head: Head, labels_T: Tensor) -> list[tuple[int, int]]:
+    """The (chosen, right) class of each example of a row."""
+    places = (labels_T[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+    logits = head.logits(hidden_TD[places.to(hidden_TD.device)])
+    return list(zip(logits.argmax(-1).tolist(), labels_T[places + 1].tolist(), strict=True))

@@ -58,6 +58,8 @@ class Source:
         for method in self.adapted.methods:
             if why := method.merge.why_not():
                 raise MethodError(f"{method.section.name} cannot be merged: {why}.")
+        merges = [method.merge for method in self.adapted.methods]
+        self.names = {name: to for name, to in self.names.items() if not any(merge.drops(to) for merge in merges)}
         self.untied = self._untied()
         """Tensors that the source has under the name of a tied one alone → its name in the checkpoint."""
         self.left = frozenset(self.empty.left)

@@ -176,6 +176,8 @@ def _weight_of(base: Base, path: str, paths: list[str]) -> Tensor:
 
 def _named_modules(part: Any) -> tuple[str, ...]:
     """The module names that a single method's section lists."""
+    if getattr(part, "labels", ()):  # the head of a classifier, which the base lacks
+        return ()
     fields = [getattr(part, field, ()) for field in ("target_modules", "feedforward_modules", "modules")]
     return tuple(name for field in fields if isinstance(field, tuple) for name in field)
 

@@ -65,6 +65,10 @@ class Merge:
         """The merged model's config.json, given the base's."""
         return values
 
+    def drops(self, name: str) -> bool:
+        """Whether the base's tensor ``name`` is not in the merged model."""
+        return False
+
     def new_tensors(self) -> dict[str, Tensor]:
         """Tensors that the merged model has and the base has not, by name."""
         return {}

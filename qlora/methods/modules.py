@@ -10,6 +10,9 @@ The copy is kept in the adapter's dtype and computed with in the base's, so that
 dtype is fp32 unless another is asked for: in bf16, which keeps 8 bits, a norm's weights near 1 would never change, since a
 step of 1e-4 is rounded away there.
 
+A causal language model gets the head of a classifier, ``score``, in this way too: where ``labels`` say what its outputs stand for,
+it is made, beside the output head, with the values that transformers would draw.
+
 Knows modules and their names; must not know what they compute, how W is stored (ask ``dense_weight``) or the training loop.
 """
 
@@ -24,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, listed, nearest
+from qlora.files.durable import write_json
+from qlora.files.strangers import MAX_OURS, Fault, read_object
 from qlora.methods.layout import Fields, Layout
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
@@ -33,11 +38,14 @@ from qlora.model import anatomy
 from qlora.model.base import Base
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
+from qlora.model.skeleton import classifier_of
 from qlora.recipe.methods import Modules
 from qlora.residence.ends import HostLinear, on_device
 
 # PEFT adds both of these to every classifier's modules_to_save, whichever of them it has.
 CLASSIFIERS = ("classifier", "score")
+SCORE = "score"
+LABELS = "labels.json"  # beside an adapter: what the outputs of its head stand for
 
 
 class TrainedModule(Planted):
@@ -85,10 +93,23 @@ class TrainedModule(Planted):
         return values if trained is None else trained.to(values)
 
 
+class ScoreHead(nn.Linear):
+    """Hidden states in any dtype to logits [..., labels] in the weight's, fp32: there are few of them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
 class ModulesLayout(Layout):
     """PEFT's field ``modules_to_save``: each copy whole, under the module's own name."""
 
+    method: ModulesMethod
     read = frozenset({"modules_to_save"})
+
+    def save_beside(self, folder: Path) -> None:
+        """PEFT's config has no place for the names of labels."""
+        if labels := self.method.section.labels:
+            write_json(folder / LABELS, {"labels": list(labels)})
 
     def tensors(self) -> dict[str, Tensor]:
         """The copies' whole state, as PEFT saves it: buffers too."""
@@ -102,12 +123,19 @@ class ModulesLayout(Layout):
         """PEFT matches the plain end of a path: ``norm`` would be ``input_layernorm`` too."""
         leaves = sorted({leaf(path) for path in self.method.planted})
         reached = {path for path in every_path if any(path.endswith(name) for name in leaves)}
-        return {"modules_to_save": leaves if reached == set(self.method.planted) else sorted(self.method.planted)}
+        names = leaves if reached == set(self.method.planted) else sorted(self.method.planted)
+        return {"modules_to_save": names} | ({"task_type": "SEQ_CLS"} if self.method.section.labels else {})
 
     @classmethod
     def section_of(cls, values: Fields, folder: Path) -> Fields | None:
         names = values.get("modules_to_save")
-        return {"name": "modules", "modules": names} if names else None
+        if not names:
+            return None
+        try:
+            labels = (read_object(folder / LABELS, MAX_OURS) or {}).get("labels", [])
+        except Fault as fault:
+            raise MethodError(f"'{folder / LABELS}' is damaged ({fault}); save the adapter again.") from None
+        return {"name": "modules", "modules": names} | ({"labels": labels} if labels else {})
 
 
 class ModulesMerge(Merge):
@@ -116,10 +144,24 @@ class ModulesMerge(Merge):
     method: ModulesMethod
 
     def config(self, values: dict[str, Any]) -> dict[str, Any]:
+        if self.method.classifies:
+            return {**values, **_classifier_config(self.method, values)}
         return {**values, "tie_word_embeddings": False} if self._untied() else values
 
+    def drops(self, name: str) -> bool:
+        """A classifier has no output head but ``score``."""
+        path = anatomy.path_of(self.method.base.model, anatomy.head(self.method.base.model))
+        return self.method.classifies and path is not None and name.startswith(f"{path}.")
+
+    def finish(self, folder: Path) -> None:
+        """The tokenizer of a classifier names the token that its config.json takes for padding."""
+        if self.method.classifies and self.method.base.tokenizer is not None:
+            self.method.base.tokenizer.save_pretrained(folder)
+
     def new_tensors(self) -> dict[str, Tensor]:
-        """The weights that the checkpoint leaves out because they were tied to another one."""
+        """The classifier's head, and the weights that the checkpoint leaves out because they were tied to another one."""
+        if self.method.classifies:
+            return {f"{SCORE}.weight": self.method.parameters()[f"{SCORE}.weight"].detach()}
         base, group = self.method.base, self._untied()
         names = base.names or {}
         present = next((path for path in group if f"{path}.weight" in names), None)
@@ -154,10 +196,15 @@ class ModulesMethod(Method):
         """Where each stands in the model as it is, inside what other methods planted around it."""
         self.tied = _tied(base.model)
         """The modules that shared one weight before: head and embedding."""
+        self.classifies = bool(section.labels) and anatomy.score(base.model) is None
+        """Whether it makes the head of a classifier."""
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
         """Raises MethodError for a name that matches nothing, modules inside one another, lists, the whole decoder, and
         modules in which another method has planted something."""
+        if self.classifies:
+            self.places = {SCORE: SCORE}
+            return {SCORE: self.new_layer(self._new_head(model))}
         chosen = self._choose(model)
         self.places = {path: place for path, (place, _) in chosen.items()}
         return {path: self.new_layer(module) for path, (_, module) in chosen.items()}
@@ -165,6 +212,26 @@ class ModulesMethod(Method):
     def put(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Inside what other methods planted around it."""
         model.set_submodule(self.places[path], module)
+
+    def detach(self, model: nn.Module) -> None:
+        """A head that was made here goes again."""
+        super().detach(model)
+        if self.classifies and self.planted:
+            del model.score
+
+    def _new_head(self, model: nn.Module) -> ScoreHead:
+        """A head with one row for each label, drawn as transformers draws it. Raises MethodError where transformers has no such
+        classifier for this model."""
+        if classifier_of(model.config) is None:
+            raise MethodError(
+                f"transformers has no classifier with a head '{SCORE}' for this {anatomy.kind(model)} model, so none could be trained "
+                "that it opens; take another model, as Llama, Qwen, Mistral or Gemma."
+            )
+        head = ScoreHead(anatomy.sizes(model).hidden, len(self.section.labels), bias=False, dtype=torch.float32)
+        spread = getattr(anatomy.text_config(model), "initializer_range", 0.02)
+        with torch.no_grad():
+            head.weight.normal_(0.0, spread, generator=self.generator(SCORE))
+        return head.requires_grad_(False).to(self.device)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """``lm_head.weight``, ``model.layers.31.mlp.up_proj.weight``, …"""
@@ -224,6 +291,20 @@ class ModulesMethod(Method):
                 values.data = values.data.to(self.dtype if values.dtype == compute else values.dtype)
                 values.requires_grad_(True)
         return TrainedModule(base, module, dtypes)
+
+
+def _classifier_config(method: ModulesMethod, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a classifier's config.json has otherwise than its base's, ``values``."""
+    names, tokenizer = dict(enumerate(method.section.labels)), method.base.tokenizer
+    return {
+        "architectures": [classifier_of(method.base.model.config)],
+        "id2label": {str(number): name for number, name in names.items()},
+        "label2id": {name: number for number, name in names.items()},
+        "problem_type": "single_label_classification",
+        # transformers finds a text's last token by it
+        "pad_token_id": getattr(tokenizer, "pad_token_id", None),
+        "tie_word_embeddings": False,
+    }
 
 
 def walk(model: nn.Module, path: str = "", place: str = "") -> Iterator[tuple[str, str, nn.Module]]:

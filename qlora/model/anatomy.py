@@ -226,6 +226,12 @@ def head(model: nn.Module) -> nn.Module | None:
     return _asked_inside(model, "get_output_embeddings")
 
 
+def score(model: nn.Module) -> nn.Module | None:
+    """The head of a classifier, as transformers and PEFT call it; None where the model has none."""
+    found = getattr(model, "score", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def _asked_inside(model: nn.Module, name: str) -> nn.Module | None:
     """What ``model`` names, or else the whole language model inside it, as in Nemotron-H Omni."""
     found = _asked(model, name)

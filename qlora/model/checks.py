@@ -20,19 +20,20 @@ from torch import nn
 
 from qlora.errors import DataError, ModelError, NonFiniteError, PackingError
 from qlora.model import anatomy
-from qlora.model.loss import head_of, hidden_states
+from qlora.model.loss import hidden_states, token_head
 
 
 @torch.no_grad()
 def check_loss_path(model: nn.Module, ids: list[int]) -> None:
-    """Raise ModelError unless our head gives the model's own logits on a few tokens; NonFiniteError where they are NaN.
+    """Raise ModelError unless our head gives the model's own logits on a few tokens, of a classifier those of its language model;
+    NonFiniteError where they are NaN.
 
-    A family may do something to its logits that ``head_of`` does not know; its loss would then be wrong in silence.
+    A family may do something to its logits that ``token_head`` does not know; its loss would then be wrong in silence.
     """
     input_ids = torch.tensor([ids[:8]], device=next(model.parameters()).device)
     position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     theirs = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
-    ours = head_of(model).logits(hidden_states(model, {"input_ids": input_ids, "position_ids": position_ids}))
+    ours = token_head(model).logits(hidden_states(model, {"input_ids": input_ids, "position_ids": position_ids}))
     if not theirs.isfinite().all():
         raise NonFiniteError("The model's logits are not finite on the data's first tokens, before any step")
     difference = (theirs - ours).abs().max().item()

@@ -103,6 +103,12 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
+    """What gives a model's predictions: a classifier's head, or else the language model's own."""
+    score = anatomy.score(model)
+    return token_head(model) if score is None else Head(score)
+
+
+def token_head(model: nn.Module) -> Head:
     """The output head of a causal language model, with the scaling that its family puts on logits."""
     module = anatomy.head(model)
     assert module is not None

@@ -28,7 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from qlora.errors import ModelError, first_line, listed
 from qlora.model import anatomy
@@ -160,6 +164,14 @@ def skeleton_base(
     base = bare(checkpoint or open_checkpoint(section, weights=False), section, dtype).base(device, tokenizer)
     base.folder, base.names, base.checkpoint = Path(), None, None
     return base
+
+
+def classifier_of(config: PretrainedConfig) -> str | None:
+    """transformers' classifier for a text model's configuration, with a head ``score`` that reads the last token; None where it
+    has none, or one of another build."""
+    maker = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    plain = isinstance(maker, type) and issubclass(maker, GenericForSequenceClassification) and not is_wrapper(config)
+    return maker.__name__ if plain else None
 
 
 def any_skeleton(model: str | Path | PretrainedConfig) -> nn.Module:

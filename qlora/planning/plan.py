@@ -42,7 +42,7 @@ from qlora.planning.continued import Origin, continued
 from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
-from qlora.planning.rows import Reading, read, with_packing
+from qlora.planning.rows import Reading, read, with_known_head, with_packing
 from qlora.planning.shapes import Dense, count_parameters, dense_of
 from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
@@ -432,8 +432,8 @@ def resolve(
 
     Nothing is asked of the device: it need not be here.
     """
-    why = []
-    name = dtype_name(dtype)
+    recipe, unknown = with_known_head(recipe, checkpoint)
+    why, name = list(filter(None, [unknown])), dtype_name(dtype)
     if recipe.model.compute_dtype == "auto":
         reasons = {"bf16": "the hardware has it", "fp16": "this GPU has no bf16", "fp32": "the default on CPUs"}
         why.append(f"model.compute_dtype is {name}: {reasons[name]}.")

@@ -16,13 +16,13 @@ from qlora.data.batches import steps_per_epoch
 from qlora.data.load import Data, load_data
 from qlora.data.report import Report
 from qlora.data.sources import data_files
-from qlora.errors import DataError, ModelError, listed
+from qlora.errors import DataError, MethodError, ModelError, listed
 from qlora.machine.disk import duration_text
 from qlora.model.anatomy import position_limit, why_not_packed
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.load import end_tokens
 from qlora.model.tokenizer import with_new_tokens
-from qlora.recipe import Recipe
+from qlora.recipe import Combined, Modules, Recipe, parts_of
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,55 @@ def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
     recipe, _ = with_packing(recipe, checkpoint)
     tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
     positions = position_limit(checkpoint.model_config())
-    method, seed, pairs = recipe.method, recipe.training.seed, recipe.objective.pairs
-    return load_data(recipe.data, tokenizer, seed, method.virtual_tokens, positions, pairs)
+    method, seed, objective = recipe.method, recipe.training.seed, recipe.objective
+    return load_data(
+        recipe.data,
+        tokenizer,
+        seed,
+        method.virtual_tokens,
+        positions,
+        objective.pairs,
+        objective.classifies,
+        recipe.classes,
+    )
+
+
+def with_head(recipe: Recipe, classes: Sequence[str]) -> Recipe:
+    """A classifier's recipe with the head that its method lacks, one output for each of ``classes``; any other as it is.
+    Raises MethodError where it goes on from an adapter that has none."""
+    if not recipe.objective.classifies or recipe.classes:
+        return recipe
+    if recipe.method.from_ is not None:
+        raise MethodError(
+            f"The adapter in '{recipe.method.from_}' has no head of a classifier; go on from one that has, or begin without method.from."
+        )
+    head = Modules(modules=("score",), labels=tuple(classes))
+    return recipe.model_copy(update={"method": Combined(parts=(*parts_of(recipe.method), head))})
+
+
+def with_known_head(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str | None]:
+    """The same for a plan, which holds without data: with their classes if they can be read, else with two, which it says."""
+    if not recipe.objective.classifies or recipe.classes:
+        return recipe, None
+    unknown = "The labels of the data are not known, so a head of two classes is planned."
+    try:
+        known = load_recipe_data(recipe, checkpoint).classes if _all_here(recipe) else ()
+    except (DataError, ModelError):  # which reading them for the plan says
+        known = ()
+    return with_head(recipe, known or ("0", "1")), None if known else unknown
+
+
+def _all_here(recipe: Recipe) -> bool:
+    """Whether all data are files, so that nothing would be fetched."""
+    train = recipe.data.train
+    sources = [train] if isinstance(train, str) else list(train)
+    return all(map(data_files, [*sources, *filter(None, [recipe.data.held_out])]))
 
 
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     """Read the data for a plan, which holds without them: what is wrong with them is said. Nothing is fetched for it."""
-    train = recipe.data.train
-    sources = [train] if isinstance(train, str) else list(train)
     try:
-        if not all(map(data_files, [*sources, *filter(None, [recipe.data.held_out])])):
+        if not _all_here(recipe):
             return Reading(why_not="they are not all files here.")
         data = load_recipe_data(recipe, checkpoint)
     except (DataError, ModelError) as error:

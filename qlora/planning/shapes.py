@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qlora.errors import ModelError
 from qlora.machine.disk import bytes_text
 from qlora.methods.base import AdaptedModel
+from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.experts import PackedExperts, is_packed, packed_of
 from qlora.model.nf4 import Packed, features, is_linear
@@ -93,14 +94,14 @@ def dense_of(model: nn.Module) -> Dense | None:
 def shapes_of(adapted: AdaptedModel) -> Shapes:
     """Count ``adapted``, whose weights may be on meta and whose layers must not be wrapped yet."""
     model, sizes = adapted.model, anatomy.sizes(adapted.model)
-    depth = sizes.layers
+    depth, head = sizes.layers, anatomy.score(model) or anatomy.head(model)
+    plain = None if head is None else unplanted(head)
     try:
         layers: list[nn.Module] = list(anatomy.layers(model))
     except ModelError:  # they stand in no list: the decoder counts as one of so many equal parts
         layers = [anatomy.decoder(model)]
     linears = [module for layer in layers for module in layer.modules() if is_frozen_linear(module)]
     counts = [math.prod(features(linear)) for linear in linears]
-    head = anatomy.head(model)
     experts = [
         (linear, count) for linear, count in zip(linears, counts, strict=True) if isinstance(linear, PackedExperts)
     ]
@@ -119,7 +120,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         ),
         visited=1 - unvisited / in_experts if in_experts else 1.0,
         trained=sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad and p.dim() > 1),
-        head=math.prod(features(head)) if head is not None and is_linear(head) else sizes.vocabulary * sizes.hidden,
+        head=math.prod(features(plain)) if plain is not None and is_linear(plain) else sizes.vocabulary * sizes.hidden,
         head_trains=head is not None and trains(head),
         layers=depth,
         with_graph=depth - _without_graph(model, layers) * depth // len(layers),
@@ -139,10 +140,11 @@ def _first_products(layer: nn.Module) -> Iterator[PackedExperts]:
 def _without_graph(model: nn.Module, layers: list[nn.Module]) -> int:
     """How many layers from the first on have nothing that trains in them or before them: no gradient goes so far down.
 
-    Outside of the layers and the head, a vector is the last norm's, behind them.
+    Outside of the layers and the heads, a vector is the last norm's, behind them.
     """
     head, embedding = anatomy.head(model), anatomy.embedding(model)
-    inside = {id(values) for module in (*layers, head) if module is not None for values in module.parameters()}
+    heads = (head, anatomy.score(model))
+    inside = {id(values) for module in (*layers, *heads) if module is not None for values in module.parameters()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     if (embedding is not None and trains(embedding)) or any(values.dim() > 1 for values in rest):
         return 0

@@ -42,7 +42,7 @@ from qlora.recipe.methods import (
     named,
     parts_of,
 )
-from qlora.recipe.objectives import DPO, IPO, ORPO, AnyObjective, TokensObjective
+from qlora.recipe.objectives import DPO, IPO, ORPO, AnyObjective, Classification, TokensObjective
 from qlora.recipe.reference import about, choices, reference
 from qlora.recipe.schema import Section
 from qlora.recipe.tasks import TaskSection
@@ -58,6 +58,7 @@ __all__ = [
     "AnyObjective",
     "BitFit",
     "Bottleneck",
+    "Classification",
     "Combined",
     "DataSection",
     "DeviceSection",

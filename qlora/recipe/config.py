@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from qlora.files.strangers import JsonObject, Lines, shown
-from qlora.recipe.methods import AnyMethod, LoRA, named, parts_of
+from qlora.recipe.methods import AnyMethod, LoRA, labels_of, named, parts_of
 from qlora.recipe.objectives import AnyObjective, TokensObjective
 from qlora.recipe.reading import read_file, validated
 from qlora.recipe.schema import Section, by_text
@@ -291,6 +291,47 @@ class Recipe(Section):
     @classmethod
     def _lora_by_default(cls, value: object) -> object:
         return named(value)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels of a classifier, once they are known."""
+        return labels_of(self.method)
+
+    @model_validator(mode="after")
+    def _a_head_has_its_objective(self) -> Self:
+        names = [part.name for part in parts_of(self.method)]
+        if self.classes and not self.objective.classifies:
+            raise ValueError(
+                f"has a method with labels, those of a classifier's head, and objective.name={self.objective.name}; expected "
+                "objective.name=classification"
+            )
+        if not self.objective.classifies:
+            return self
+        if names not in (["lora"], ["dora"], ["adalora"]) and not self.classes:
+            raise ValueError(
+                f"has objective.name=classification and the method {' and '.join(names)}; expected lora, dora or adalora alone, to "
+                "which the head is added. Other classifiers, and regression, are left to the API: qlora.apply_method on a transformers "
+                "model"
+            )
+        if self.evaluation.tasks:
+            raise ValueError(
+                "has objective.name=classification and evaluation.tasks, which ask a language model; expected none, a classifier is "
+                "measured on what is held out"
+            )
+        targets = [getattr(part, "target_modules", ()) for part in parts_of(self.method)]
+        if any("lm_head" in names for names in targets if isinstance(names, tuple)):
+            raise ValueError("has lm_head in method.target_modules; expected none, a classifier does not use it")
+        if self.data.form != "auto" or self.data.train_on != "auto" or self.data.chat_template is not None:
+            raise ValueError(
+                "has objective.name=classification and data.form, data.train_on or data.chat_template; expected none of them, its "
+                "records have a text and a label, read as they are"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path, *overrides: str) -> Recipe:

@@ -270,6 +270,15 @@ class Modules(MethodSection):
     modules: tuple[str, ...] = Field(min_length=1)
     """Module names as `[lm_head]`, `[score]` or `[layers.31]`; each matches the end of a path. A head or an embedding that
     trains is tied to the other no longer."""
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Of a classifier whose head, `score`, the model lacks: what its outputs stand for, in order. `objective: classification` fills
+    them in from the data."""
+
+    @model_validator(mode="after")
+    def _of_a_head(self) -> Self:
+        if self.labels and (self.modules != ("score",) or len(set(self.labels)) < max(2, len(self.labels))):
+            raise ValueError("has labels; expected two or more, each once, and modules=[score]")
+        return self
 
 
 class NewTokens(MethodSection):
@@ -366,3 +375,8 @@ def named(value: object) -> object:
 def parts_of(section: object) -> tuple[Any, ...]:
     """The single methods of a section: its parts, or itself."""
     return tuple(section.parts) if isinstance(section, Combined) else (section,)
+
+
+def labels_of(section: object) -> tuple[str, ...]:
+    """What the outputs of a classifier's head stand for; nothing where a method section has no such head."""
+    return next((part.labels for part in parts_of(section) if isinstance(part, Modules)), ())

@@ -19,6 +19,8 @@ class ObjectiveSection(Section):
     """Whether it compares a chosen answer with a rejected one, so that the data are pairs."""
     refers: ClassVar[bool] = False
     """Whether it asks how likely answers were before training."""
+    classifies: ClassVar[bool] = False
+    """Whether it learns the label of a text, with a head of its own."""
 
 
 class TokensObjective(ObjectiveSection):
@@ -68,10 +70,21 @@ class ORPO(ObjectiveSection):
     """The weight of the odds ratio; λ in the paper."""
 
 
+class Classification(ObjectiveSection):
+    """The label of a text: cross-entropy of a new head, `score`, at the text's last token. The records have a text and a label, and
+    the labels are those of the training data. [More](classification.md)."""
+
+    classifies: ClassVar[bool] = True
+
+    name: Literal["classification"] = "classification"
+    """`classification`."""
+
+
 AnyObjective = Annotated[
     Annotated[TokensObjective, Tag("tokens")]
     | Annotated[DPO, Tag("dpo")]
     | Annotated[IPO, Tag("ipo")]
-    | Annotated[ORPO, Tag("orpo")],
+    | Annotated[ORPO, Tag("orpo")]
+    | Annotated[Classification, Tag("classification")],
     Discriminator(name_of),
 ]

@@ -31,7 +31,7 @@ from qlora.reporting.figures import (
     significant,
     summarise,
 )
-from qlora.reporting.records import Records, read_records, section, whole
+from qlora.reporting.records import Json, Records, number, read_records, section, whole
 
 CARD = "README.md"
 RELATION = {"merged": "finetune", "gguf": "quantized", "nf4": "quantized"}
@@ -64,6 +64,7 @@ def card(
 ) -> str:
     """The card as Markdown with YAML in front."""
     summary, data = summarise(records), section(records.plan, "data")
+    classifies = records.recipe is not None and records.recipe.objective.classifies
     base = str(
         section(records.plan, "model").get("name") or (records.recipe and records.recipe.model.name) or "its base"
     )
@@ -86,12 +87,15 @@ def card(
         "", "## Results", "",
     ]  # fmt: skip
     if summary.before and summary.after:
+        unit = "pair" if summary.after.pairs else "example" if classifies else "token"
         lines += [
             "| | before | after | |", "|---|--:|--:|--:|",
-            f"| held-out loss, nats per {'pair' if summary.after.pairs else 'token'} | {significant(summary.before.loss)} | {significant(summary.after.loss)} | "
+            f"| held-out loss, nats per {unit} | {significant(summary.before.loss)} | {significant(summary.after.loss)} | "
             f"{change_text(summary.before.loss, summary.after.loss)} |",
-            f"| perplexity | {significant(summary.before.perplexity)} | {significant(summary.after.perplexity)} | |",
-            "", f"On {exact_text(summary.after.target_tokens)} held-out tokens with loss. Nothing else was evaluated."
+            *(_classes(records.evaluation) if classifies else [
+                f"| perplexity | {significant(summary.before.perplexity)} | {significant(summary.after.perplexity)} | |"
+            ]),
+            "", f"On {exact_text(summary.after.target_tokens)} held-out {'examples' if classifies else 'tokens with loss'}. Nothing else was evaluated."
             if not summary.after.pairs else
             f"The chosen answer was ahead in {shares_text(summary.before, summary.after, 'ahead')} of {exact_text(summary.after.pairs)} "
             "held-out pairs (50 % is chance), of whose chosen answers the perplexity is. Nothing else was evaluated.",
@@ -109,8 +113,24 @@ def card(
         "</details>",
         "",
     ]
-    lines += ["## Loading it", "", *_loading(out, form, base, shell), ""]
+    classes = len(records.recipe.classes) if records.recipe else 0
+    lines += ["## Loading it", "", *_loading(out, form, base, shell, classes), ""]
     return "\n".join(redacted(lines))
+
+
+def _classes(evaluation: Json) -> list[str]:
+    """The shares of a classifier as rows of the table."""
+    before, after = (section(evaluation, "held_out", when, "classes") for when in ("before", "after"))
+    names = {
+        "accuracy": "accuracy",
+        "precision": "precision, mean over classes",
+        "recall": "recall, the same",
+        "f1": "F1, the same",
+    }
+    found = {title: (number(before, key), number(after, key)) for key, title in names.items()}
+    return [
+        f"| {title} | {one:.3f} | {other:.3f} | |" for title, (one, other) in found.items() if None not in (one, other)
+    ]
 
 
 def licence_of(base_folder: Path | None) -> str | None:
@@ -152,23 +172,22 @@ def _made(records: Records, summary: Any, data: dict[str, object]) -> list[str]:
     return facts
 
 
-def _loading(out: Path, form: str, base: str, shell: Sequence[str]) -> list[str]:
+def _loading(out: Path, form: str, base: str, shell: Sequence[str], classes: int) -> list[str]:
+    maker = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     if form in ("merged", "nf4"):
         bits = "" if form == "merged" else "  # bitsandbytes; the configuration says so"
-        python = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        python = [f"from transformers import {maker}, AutoTokenizer", ""]
         python += [
-            f'model = AutoModelForCausalLM.from_pretrained("PATH"){bits}',
+            f'model = {maker}.from_pretrained("PATH"){bits}',
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         ]
-        return [
-            *_fenced("\n".join(python), "python"),
-            "",
-            *_fenced("vllm serve PATH\npython -m sglang.launch_server --model-path PATH", "sh"),
-        ]
+        serve = ["", *_fenced("vllm serve PATH\npython -m sglang.launch_server --model-path PATH", "sh")]
+        return [*_fenced("\n".join(python), "python"), *([] if classes else serve)]
     if form == "adapter":
-        python = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+        labels = f", num_labels={classes}" if classes else ""
+        python = ["from peft import PeftModel", f"from transformers import {maker}", ""]
         python += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'base = {maker}.from_pretrained("{base}"{labels})',
             'model = PeftModel.from_pretrained(base, "PATH")',
         ]
         served = "\n".join(shell).replace("BASE ", f"{quote(base)} ")

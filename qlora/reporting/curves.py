@@ -29,10 +29,13 @@ def loss_chart(records: Records) -> Chart:
         Curve("smoothed", smoothed),
         Curve("held out", [(float(point.step), point.loss) for point in records.held_out], "held-out"),
     ]
-    pairs = records.recipe is not None and records.recipe.objective.pairs
+    objective = records.recipe and records.recipe.objective
+    unit = (
+        "pair" if objective and objective.pairs else "example" if objective and objective.classifies else "target token"
+    )
     return Chart(
         "Loss",
-        "nats per pair" if pairs else "nats per target token",
+        f"nats per {unit}",
         [curve for curve in curves if curve.points],
         note=f"smoothed over ± {reach} steps" if smoothed else "",
         boundaries=_epochs(records),

@@ -81,6 +81,7 @@ def render(records: Records) -> str:
             small_charts=small_charts(records),
             held_out=records.held_out,
             answers=_answers(records.evaluation.get("generations")),
+            classes=_classes(records.evaluation),
             tasks=[_task(row) for row in records.tasks],
             ranks=_ranks(section(records.method, "ranks")),
             data=_data(section(records.plan, "data")),
@@ -165,6 +166,27 @@ def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[P
                 shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
             found.append((said(item.get("prompt")), shown))
     return found
+
+
+def _classes(evaluation: Json) -> list[tuple[str, ...]]:
+    """The rows of a classifier's table as text, each share before and after: of all its classes and of each one."""
+    found = [part for when in ("before", "after") if (part := section(evaluation, "held_out", when, "classes"))]
+    if not found:
+        return []
+
+    def row(name: str, parts: list[Json], *more: str) -> tuple[str, ...]:
+        shares = [[number(part, key) for part in parts] for key in ("precision", "recall", "f1")]
+        told = (" → ".join("—" if one is None else f"{one:.3f}" for one in each) for each in shares)
+        return (name, exact_text(whole(parts[-1], "examples")), *more, *told)
+
+    accuracy = " → ".join("—" if (one := number(part, "accuracy")) is None else f"{one:.1%}" for part in found)
+    every = [
+        [one for one in each if isinstance(one, dict)] for part in found if isinstance(each := part.get("each"), list)
+    ]
+    return [
+        row("all", found, accuracy),
+        *(row(said(parts[-1].get("label")), [*parts], "") for parts in zip(*every, strict=False)),
+    ]
 
 
 def _task(row: Json) -> tuple[str, ...]:
@@ -310,8 +332,11 @@ def _commands(records: Records, finished: bool, worse: bool) -> tuple[Pairs, Pai
             ("Watch it while it trains", f"qlora watch {here}"),
         ]
         return ahead, repeat
+    classifies = records.recipe is not None and records.recipe.objective.classifies
     ahead = [
-        ("Talk to the trained model", f"qlora chat {here}"),
+        ("Measure it again", f"qlora evaluate {here}")
+        if classifies
+        else ("Talk to the trained model", f"qlora chat {here}"),
         ("Base and adapter as one plain checkpoint", f"qlora export {here} merged"),
         ("More epochs, in a folder of its own", f"qlora train {recipe} method.from={here}"),
     ]

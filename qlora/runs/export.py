@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
+from qlora.model.loss import head_of, hidden_states
 from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.reporting.card import write_card
@@ -46,6 +47,7 @@ from qlora.runs.folder import (
     open_base,
     open_run,
     read_adapter,
+    require_language_model,
     template_of,
 )
 from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
@@ -63,9 +65,10 @@ class Difference:
     """Largest absolute difference of a logit."""
     largest_logit: float
     divergence: float
-    """Mean Kullback-Leibler divergence, in nats per token."""
+    """Mean Kullback-Leibler divergence, in nats per token, or per example of a classifier."""
     same_choice: float
-    """Share of positions at which both choose the same token."""
+    """Share of positions at which both choose the same token, or of examples with the same class."""
+    classifies: bool = False
 
     def told(self, program: str) -> str:
         """The numbers, and whether they are good."""
@@ -75,10 +78,13 @@ class Difference:
             else f"Above {CLOSE} nats is more than rounding: these are not the weights that were trained on. Where answers got worse, "
             "export with for=serving, or as GGUF in 8 bits or more."
         )
+        unit, choice, places = (
+            ("example", "class", "examples") if self.classifies else ("token", "next token", "positions")
+        )
         return (
             f"In {program}, on {self.examples} held-out examples: logits differ by at most {self.largest:.3g} (of "
-            f"{self.largest_logit:.3g}), {self.divergence:.2g} nats per token, the same next token at "
-            f"{self.same_choice:.1%} of the positions. {judged}"
+            f"{self.largest_logit:.3g}), {self.divergence:.2g} nats per {unit}, the same {choice} at "
+            f"{self.same_choice:.1%} of the {places}. {judged}"
         )
 
 
@@ -168,6 +174,7 @@ def export_gguf(
 
     ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
     """
+    require_language_model(Path(folder), "GGUF")
     run = _opened(folder)
     place = export_folder(run.folder, "gguf-adapter" if adapter else "gguf", out, type)
     section = run.recipe.model
@@ -216,6 +223,7 @@ def export_nf4(
     The table has the trained model, the merge into the weights it was trained beside in NF4 again, and this; it is empty
     where nothing is held out.
     """
+    require_language_model(Path(folder), "export to NF4")
     run, place = _opened(folder), export_folder(Path(folder), "nf4", out)
     with full_disk_said(place, "export it again"):
         merged = read_adapter(
@@ -268,10 +276,15 @@ def in_transformers(folder: Path, place: Path, count: int = 20) -> Difference | 
     free, _ = total_memory_bytes(device)
     if free and numbers * dtype.itemsize > free / 2:
         return None
-    expected = _logits(trained.model, examples, device)
+    if recipe.classes:
+        examples = [ids[:-1] for ids in examples]  # the last stands for the class
+        expected = [_class_logits(trained.model, ids, device) for ids in examples]
+    else:
+        expected = _logits(trained.model, examples, device)
     del trained
-    found = _logits(_plain(place, dtype, recipe.model.trust_remote_code).to(device).eval(), examples, device)
-    difference = _difference(found, expected)
+    network = _plain(place, dtype, recipe.model.trust_remote_code, bool(recipe.classes)).to(device).eval()
+    found = _logits(network, examples, device)
+    difference = replace(_difference(found, expected), classifies=bool(recipe.classes))
     hold(place, exported.merge.get("weights") == "dequantized", difference.divergence)
     return difference
 
@@ -368,15 +381,21 @@ def hold(place: Path, same: bool, divergence: float, more: float = 0.0) -> None:
         )
 
 
-def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool, classifies: bool) -> nn.Module:
     """The merged model as anyone would load it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+        AutoModelForSequenceClassification,
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        maker = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
+        maker: Any = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
+        maker = AutoModelForSequenceClassification if classifies else maker
         model: nn.Module = maker.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise RunError(f"transformers does not load '{folder}': {error}") from error
@@ -385,9 +404,18 @@ def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> nn.Modu
 
 @torch.no_grad()
 def _logits(network: nn.Module, examples: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Of each example [T], its logits [T, V] in fp32 on the CPU."""
+    """Of each example [T], its logits [T, V], of a classifier [1, C], in fp32 on the CPU."""
     batches = [torch.tensor([ids], device=device) for ids in examples]
-    return [network(ids, use_cache=False).logits[0].float().cpu() for ids in batches]
+    found = [network(ids, use_cache=False).logits.float().cpu() for ids in batches]
+    return [logits if logits.dim() == 2 else logits[0] for logits in found]
+
+
+@torch.no_grad()
+def _class_logits(network: nn.Module, ids: list[int], device: torch.device) -> Tensor:
+    """The logits [1, C] of a classifier that is being trained, in fp32 on the CPU."""
+    given = torch.tensor([ids], device=device)
+    hidden = hidden_states(network, {"input_ids": given, "position_ids": torch.arange(len(ids), device=device)[None]})
+    return head_of(network).logits(hidden[0, -1:]).float().cpu()
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> Difference:

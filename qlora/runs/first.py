@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora.data.files import ending, unpacker
+from qlora.data.labelled import read_labelled
 from qlora.data.parsing import parse
 from qlora.data.sources import data_files, is_here, read_records
 from qlora.errors import DataError, MethodError, RunError
@@ -130,7 +131,7 @@ def _data(recipe: Recipe) -> list[str]:
             raise DataError(f"The task '{task.name}' cannot be read. {error}") from None
         elsewhere |= others
     if not elsewhere and all(_small(file) for file in files) and sum(map(os.path.getsize, files)) < SMALL:
-        _read(section, recipe.objective.pairs)
+        _read(section, recipe.objective.pairs, recipe.objective.classifies)
     return [name for name in sorted(elsewhere) if not data_set_cached(name)]
 
 
@@ -150,8 +151,13 @@ def _small(file: Path) -> bool:
     return unpacker(file) is None and ending(file) in LINES
 
 
-def _read(section: DataSection, pairs: bool) -> None:
+def _read(section: DataSection, pairs: bool, classifies: bool) -> None:
     """Raise DataError where records cannot be read, as ``load_data`` would."""
+    if classifies:
+        read_labelled(read_records(section.train, limit=section.limit), section)
+        if section.held_out is not None:
+            read_labelled(read_records(section.held_out), section)
+        return
     how = section.columns, section.on_bad_record, section.labels, pairs
     train = parse(read_records(section.train, limit=section.limit), section.form, *how)
     train.bad.settle()

@@ -106,6 +106,15 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     return Recipe.from_yaml(path), environment
 
 
+def require_language_model(folder: Path, what: str) -> None:
+    """Raise RunError where the run in ``folder`` trained a classifier, which has no answers for ``what`` to give."""
+    if open_run(folder)[0].objective.classifies:
+        raise RunError(
+            f"The run in '{folder}' trained a classifier, and {what} is for models that answer in text. Measure it: qlora evaluate "
+            f"{shown(folder)}; take it away for AutoModelForSequenceClassification: qlora export {shown(folder)} merged"
+        )
+
+
 def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Recipe:
     """The run's recipe with ``section.key=value`` overrides. Raises RecipeError where one would make it another run."""
     changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
@@ -196,7 +205,7 @@ def device_here(recipe: Recipe) -> torch.device:
 
 
 def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
-    """The chat template that the run was trained with, or None for raw text: it lies beside the finished adapter."""
+    """The chat template that the run was trained with, or None for raw text and for a classifier's: it lies beside the finished adapter."""
     from qlora.data.chat import ChatTemplate
     from qlora.model.tokenizer import TEMPLATE
 
@@ -204,7 +213,10 @@ def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
         planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
     except Fault:
         planned = None  # the template beside the adapter tells as much
-    if "text" in (recipe.data.form, planned.get("form") if isinstance(planned, dict) else None):
+    if recipe.objective.classifies or "text" in (
+        recipe.data.form,
+        planned.get("form") if isinstance(planned, dict) else None,
+    ):
         return None
     kept = folder / "adapter" / TEMPLATE
     if kept.is_file():

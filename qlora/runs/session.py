@@ -23,6 +23,7 @@ from torch import Tensor
 from qlora.data.load import Data, Prompt
 from qlora.data.packing import Row
 from qlora.errors import RunError, redacted, visible
+from qlora.evaluation.classes import Classes, OfClass
 from qlora.evaluation.generate import answers
 from qlora.evaluation.preferences import held_out_pairs
 from qlora.evaluation.score import HeldOut, Preferences, Verdict, score, verdict
@@ -90,7 +91,7 @@ class Run:
             f"{bytes_text(self.peak_memory_bytes)}\n"
             f"  {self.trainable_parameters:,} trainable parameters\n"
             f"  held-out loss {', '.join(losses) or 'not measured'}"
-            + (f"\n  {self.after.preferences}" if self.after and self.after.preferences else "")
+            + (f"\n  {told}" if self.after and (told := self.after.preferences or self.after.classes) else "")
         )
 
 
@@ -255,9 +256,15 @@ def held_out_of(values: dict[str, Any] | None) -> HeldOut | None:
     """What ``evaluation.json`` says of one measurement; older ones have no rows."""
     if not values:
         return None
-    pairs = values.get("preferences")
+    pairs, classes = values.get("preferences"), values.get("classes")
     rows = tuple((loss, count) for loss, count in values.get("rows", ()))
-    return HeldOut(**{**values, "rows": rows, "preferences": Preferences(**pairs) if pairs else None})
+    beside = {
+        "preferences": Preferences(**pairs) if pairs else None,
+        "classes": Classes(**{**classes, "each": tuple(OfClass(**one) for one in classes["each"])})
+        if classes
+        else None,
+    }
+    return HeldOut(**{**values, "rows": rows, **beside})
 
 
 def write_evaluation(

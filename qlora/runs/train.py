@@ -32,7 +32,7 @@ from qlora.model.tokenizer import TEMPLATE
 from qlora.planning.continued import continued
 from qlora.planning.plan import Plan, plan
 from qlora.planning.rates import matrix_rate
-from qlora.planning.rows import load_recipe_data
+from qlora.planning.rows import load_recipe_data, with_head
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
 from qlora.residence.placement import by_main
@@ -170,6 +170,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     if not data.held_out:
         say(f"Warning: {NOTHING_HELD_OUT}.")
     tasks = open_tasks(recipe, data)
+    recipe = with_head(recipe, data.classes)
     planned = plan(recipe, checkpoint)
     for sentence in planned.why:
         say(sentence)
@@ -324,7 +325,9 @@ def _measure_before(session: Session, bases: Bases) -> tuple[HeldOut | None, lis
                 session.say("Measuring the held-out loss before training …")
                 recipe = session.recipe
                 known = ("held out", session.data.fingerprint, recipe.evaluation.held_out_rows, recipe.objective)
-                before = _held_out(session, 0, None if continues else bases, known)
+                # a classifier's head is no part of the base
+                alone = not (continues or recipe.objective.classifies)
+                before = _held_out(session, 0, bases if alone else None, known)
                 session.say(f"Held-out loss before: {before.loss:.4f}")
             generations = [
                 Generation(prompt.text, prompt.answer, answer)
@@ -345,8 +348,9 @@ def _held_out(session: Session, step: int, bases: Bases | None = None, known: tu
         return measured(trainer.objective, rows, trainer.reference, at_once, way.loss_chunk)
 
     result = now() if bases is None else bases.once(known, now)
-    told = {name: value for name, value in asdict(result).items() if name not in ("rows", "preferences")}
+    told = {name: value for name, value in asdict(result).items() if name not in ("rows", "preferences", "classes")}
     told |= asdict(result.preferences) if result.preferences else {}
+    told |= {name: value for name, value in asdict(result.classes).items() if name != "each"} if result.classes else {}
     session.log.write({"step": step} | {f"held_out_{name}": value for name, value in told.items()})
     return result
 
@@ -397,8 +401,9 @@ def _take_steps(session: Session, signals: Signals) -> None:
             if session.data.held_out and due(step.number, recipe.evaluation.every) and not last:
                 found = by_main(session.model.base.placement, partial(_held_out, session, step.number))
                 if found:
-                    pairs = f", {found.preferences}" if found.preferences else ""
-                    progress.say(f"Held-out loss after step {step.number}: {found.loss:.4f}{pairs}")
+                    beside = found.preferences or found.classes
+                    more = f", {beside}" if beside else ""
+                    progress.say(f"Held-out loss after step {step.number}: {found.loss:.4f}{more}")
             if last or due(step.number, recipe.training.save_every):
                 save()
             if arrived := int(max(number for (number,) in processes.gather(signals.arrived))):

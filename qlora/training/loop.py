@@ -22,6 +22,7 @@ from qlora.errors import DataError, DoesNotFitError, NonFiniteError, RunError, f
 from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective, MemorySection, Recipe, TokensObjective, TrainingSection
+from qlora.recipe.methods import labels_of
 from qlora.residence.placement import by_main
 from qlora.training import checkpoint
 from qlora.training.diverging import Divergence
@@ -37,8 +38,15 @@ from qlora.training.state import TrainState
 from qlora.training.step import update
 
 
-def _require_its_data(data: Data | Sequence[Row], section: AnyObjective) -> None:
-    """Raise DataError where an objective of pairs has other rows, or pairs another objective."""
+def _require_its_data(data: Data | Sequence[Row], section: AnyObjective, labels: Sequence[str]) -> None:
+    """Raise DataError where an objective of pairs has other rows, or pairs another objective, or where the data have other classes than
+    the model's head, whose ``labels`` are there."""
+    if isinstance(data, Data) and data.classes != tuple(labels):
+        raise DataError(
+            f"The model's head has the labels {listed(labels) or '(none)'}, and the data the classes {listed(data.classes) or '(none)'}; "
+            "expected the same: objective.name=classification, or load_data(…, classifies=True, classes=…) and "
+            "Modules(modules=['score'], labels=…)."
+        )
     pairs = data.pairs if isinstance(data, Data) else section.pairs
     rows = data.train if isinstance(data, Data) else data
     if pairs != section.pairs or (pairs and any(len(row.examples) % 2 for row in rows)):
@@ -85,7 +93,7 @@ class Trainer:
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
         self.state = TrainState.new(model, self.training, self.total_steps)
         section = recipe.objective if recipe else TokensObjective()
-        _require_its_data(data, section)
+        _require_its_data(data, section, labels_of(model.section))
         self.objective = make_objective(section, model)
         self.reference: dict[str, Tensor] = {}
         """How likely the answers of pairs were before training, of ``train`` and ``held_out``, where the objective asks for it."""

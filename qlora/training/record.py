@@ -28,7 +28,7 @@ from qlora.methods.base import AdaptedModel
 from qlora.model.attention import attention_of
 from qlora.model.base import Base
 from qlora.model.kernels import fused
-from qlora.recipe import DeviceSection, MemorySection, Recipe, TrainingSection
+from qlora.recipe import Classification, DeviceSection, MemorySection, Recipe, TokensObjective, TrainingSection
 
 ENVIRONMENT = "environment.json"
 RECIPE = "recipe.yaml"
@@ -93,6 +93,7 @@ def recipe_of(
         model=base.section.model_copy(update={"compute_dtype": dtype_name(base.compute_dtype)}),
         method=model.section,
         data=data.section,
+        objective=Classification() if data.classes else TokensObjective(),
         training=training,
         memory=memory,
         device=DeviceSection(name=str(base.device)),

@@ -147,7 +147,7 @@ def _with_targets(row: Row, count: int) -> Row:
     """``row`` with ``count`` more targets, as far as it has room."""
     labels = row.labels.copy()
     silent = numpy.flatnonzero(labels == IGNORE_INDEX)[-count:]
-    labels[silent] = row.ids[silent]
+    labels[silent] = labels.max()  # one that the head has: a classifier's are no tokens
     return replace(row, labels=labels)
 
 

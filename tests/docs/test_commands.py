@@ -109,6 +109,8 @@ class Bench:
         turns = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines.splitlines()]
         table = "question,answer\n" + "".join(f"{question},{answer}\n" for question, answer in turns)
         (folder / "faq.csv").write_text(table, encoding="utf-8")
+        labelled = [{"review": question, "opinion": len(question) % 2} for question, _ in turns]
+        (folder / "reviews.jsonl").write_text("".join(json.dumps(one) + "\n" for one in labelled), encoding="utf-8")
         text = "\n".join(" ".join(pair) for pair in turns)
         (folder / "my-text.txt").write_text(text, encoding="utf-8")
         self.recipe("quickstart.yaml", (ROOT / "recipes/methods/lora.yaml").read_text(encoding="utf-8"))

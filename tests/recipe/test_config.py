@@ -41,7 +41,7 @@ def fields_of(kind: Any) -> dict[str, Any]:
 def test_every_field_is_documented_and_in_the_reference() -> None:
     tables = {part.split("`")[0]: part for part in reference().split("## `")[1:]}
     assert tables.keys() == sections().keys() | {"(top level)"}
-    assert len(tables) == 6 + 13 + 4 + 1 + 1
+    assert len(tables) == 6 + 13 + 5 + 1 + 1
     for heading, section in {**sections(), "(top level)": Recipe}.items():
         for name, field in section.model_fields.items():
             if section is not Recipe or name not in ("method", "objective", *sections()):

@@ -49,7 +49,7 @@ class Classification:
     def together(self, answers: Sequence[Json]) -> dict[str, float]:
         pairs = [(likeliest(answer["log_likelihoods"]), answer["right"]) for answer in answers]
         positive, count = answers[0]["positive"], len(answers[0]["log_likelihoods"])
-        each = [_of_label(pairs, label) for label in ([positive] if positive is not None else range(count))]
+        each = [of_label(pairs, label) for label in ([positive] if positive is not None else range(count))]
         means = (sum(values) / len(each) for values in zip(*each, strict=True))
         return dict(zip(("precision", "recall", "f1"), means, strict=True))
 
@@ -63,7 +63,7 @@ class Classification:
         return {"accuracy": 1 / count, "precision": precision, "recall": 1 / count, "f1": sum(f1) / len(f1)}
 
 
-def _of_label(pairs: Sequence[tuple[int, int]], label: int) -> tuple[float, float, float]:
+def of_label(pairs: Sequence[tuple[int, int]], label: int) -> tuple[float, float, float]:
     """(precision, recall, F1) of one label, from (given, right)."""
     hits = sum(given == right == label for given, right in pairs)
     given, there = (sum(pair[side] == label for pair in pairs) for side in (0, 1))
