@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import pytest
 
-from qlora.data import Data, load_data
+from qlora.data.load import Data, load_data
 from qlora.errors import DataError
 from qlora.model.loss import IGNORE_INDEX
 from qlora.recipe import DataSection

@@ -22,7 +22,7 @@ from qlora.recipe import Recipe
 from qlora.runs.evaluate import evaluate, load_run
 from qlora.runs.session import read_evaluation
 from qlora.runs.train import resume, train
-from qlora.training import MetricsLog
+from qlora.training.log import MetricsLog
 from tests.tiny import WORDS, tiny_values, write_lines
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

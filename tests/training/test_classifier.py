@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
-from qlora.data import Row, load_data
 from qlora.data.examples import Example
-from qlora.data.packing import make_rows
+from qlora.data.load import load_data
+from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError, MethodError
 from qlora.evaluation.classes import classes_of
 from qlora.evaluation.score import score
 from qlora.evaluation.tasks.classification import Classification
-from qlora.methods import AdaptedModel, apply_method
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import save_adapter
 from qlora.methods.loading import load_adapter
 from qlora.model.loss import batch_loss, head_of, hidden_states
 from qlora.recipe import Combined, DataSection, LoRA, MemorySection, ModelSection, Modules, Recipe, TrainingSection
 from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
-from qlora.training import Trainer
+from qlora.training.loop import Trainer
 from qlora.training.objectives import make_objective
 from tests.data.test_labelled import RECORDS
 from tests.rounding import MODEL, rounding
