@@ -337,7 +337,7 @@ def test_a_data_file_that_changes_is_said_once_and_refused_afterwards(
     ended = first.wait()
     assert ended.status == 0, ended.errors
     assert ended.errors.count(f"'{data}' has other content since this run read it") == 1
-    refused(run("resume", folder), "has changed", str(data))
+    refused(run("evaluate", folder), "has changed", str(data))
 
 
 @slow

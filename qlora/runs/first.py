@@ -43,7 +43,9 @@ def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> 
     if trains and _main() and not more_of_it:  # which gets a folder of its own
         look_at_folder(folder, recipe.overwrite)
         if recipe.memory.tier == "disk" and recipe.memory.cache:
-            require_writable(expanded(recipe.memory.cache), "choose another folder (memory.cache=…)")
+            cache = expanded(recipe.memory.cache)
+            if not cache.is_dir() or not any(cache.iterdir()):  # one that is filled is only read
+                require_writable(cache, "choose another folder (memory.cache=…)")
     require_model(recipe.model.name, recipe.model.revision)
     for source in asked:
         if problem := ask_hub(source, "dataset", None):
