@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from qlora.evaluation.tasks.classification import of_label
 
+MOST_SHOWN = 20  # classes in a terminal
+
 
 @dataclass(frozen=True)
 class OfClass:
@@ -42,12 +44,15 @@ class Classes:
         return f"accuracy {self.accuracy:.1%} over {self.examples:,} examples, {means}"
 
     def table(self) -> str:
-        """A line a class."""
-        wide = max(len(one.label) for one in self.each)
-        return "\n".join(
+        """A line a class, of many the first."""
+        shown = self.each[:MOST_SHOWN]
+        wide = max(len(one.label) for one in shown)
+        lines = [
             f"  {one.label:<{wide}}  {one.examples:>6,} examples  precision {one.precision:.3f}  recall {one.recall:.3f}  F1 {one.f1:.3f}"
-            for one in self.each
-        )
+            for one in shown
+        ]
+        more = len(self.each) - len(shown)
+        return "\n".join([*lines, *([f"  and {more:,} more, in evaluation.json"] if more else [])])
 
 
 def classes_of(pairs: Sequence[tuple[int, int]], labels: Sequence[str]) -> Classes:

@@ -100,6 +100,8 @@ def test_classes_are_measured_before_and_after_and_by_step(finished: Path, capsy
     assert "<h2>Classes</h2>" in page
     assert "3 classes: bad 1" in page
     assert "nats per example" in page
+    assert "over 12 examples" in page
+    assert f"→ {100 * after['classes']['accuracy']:.0f} %" in page
     again = evaluate(finished, quiet=True)
     assert again.after is not None
     assert again.after.classes is not None

@@ -208,6 +208,12 @@ def test_shares_are_those_of_the_task_of_the_same_name() -> None:
     assert [(one.label, one.examples, one.precision, one.recall) for one in found.each] == [
         ("bad", 3, 2 / 5, 2 / 3), ("good", 3, 2 / 3, 2 / 3), ("so", 2, 0.0, 0.0),
     ]  # fmt: skip
+    assert "  so  " in found.table()
+    assert (
+        classes_of([(0, 0)], [f"class {number}" for number in range(25)])
+        .table()
+        .endswith("and 5 more, in evaluation.json")
+    )
 
 
 def test_parts_put_together_in_python_train_if_they_belong_together(folder: Path, tmp_path: Path) -> None:
