@@ -89,11 +89,12 @@ def verdict(before: HeldOut, after: HeldOut) -> Verdict:
         return Verdict("diverged", "the loss is not finite any more; lower training.learning_rate")
     more, error = difference(after, before)
     unit = "pair" if after.preferences else "example" if after.classes else "token"
+    each = f"{'an' if unit == 'example' else 'a'} {unit}"
     way, among = "more" if more > 0 else "less", f"over {sum(count for _, count in after.rows):,} held-out {unit}s"
     if math.isinf(error):
-        said = f"{abs(more):.4f} nats a {unit} {way}, {among} in one row, which has no standard error; hold more out"
+        said = f"{abs(more):.4f} nats {each} {way}, {among} in one row, which has no standard error; hold more out"
     else:
-        said = f"{abs(more):.4f} ± {error:.4f} nats a {unit} {way}, {among}"
+        said = f"{abs(more):.4f} ± {error:.4f} nats {each} {way}, {among}"
     if abs(more) < 2 * error < math.inf or not more:
         return Verdict("no clear change", said)
     return (
