@@ -90,11 +90,11 @@ def _words(verb: str, place: int) -> list[str]:
 def _keys(verb: str) -> dict[str, list[str]]:
     """The keys that may follow a verb's first word, and their values where they are few."""
     from qlora.recipe import choices
-    from qlora.runs.folder import CHANGEABLE
+    from qlora.runs.folder import CHANGEABLE, LENGTH
 
     if verb in ("plan", "train", "preview", "recipe"):
         return {**choices(), **({"count": []} if verb == "preview" else {})}
-    return {key: values for key, values in choices().items() if key in CHANGEABLE} if verb == "resume" else {}
+    return {key: values for key, values in choices().items() if key in CHANGEABLE + LENGTH} if verb == "resume" else {}
 
 
 def _key_or_value(last: str, before: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from qlora import cli, completion
 from qlora.cli import main
 from qlora.exporting import TARGETS
-from qlora.runs.folder import CHANGEABLE
+from qlora.runs.folder import CHANGEABLE, LENGTH
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_verbs_files_and_keys(offered) -> None:  # type: ignore[no-untyped-def]
     assert offered("export", "runs/mine", "") == list(TARGETS)
     assert offered("export", "runs/mine", "adapter", "k") == ["keys="]
     assert offered("export", "runs/mine", "gguf", "type=q8") == ["type=q8_0"]
-    assert set(offered("resume", "runs/mine", "training.")) < {f"{key}=" for key in CHANGEABLE}
+    assert set(offered("resume", "runs/mine", "training.")) < {f"{key}=" for key in CHANGEABLE + LENGTH}
     assert offered("recipe", "da") == ["data"]
     assert offered("completion", "") == list(completion.SCRIPTS)
     assert offered("no-such-verb", "x", "y") == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import mmap
 import os
 import sys
@@ -298,22 +297,6 @@ def _container(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
         except (OSError, ValueError):
             continue
     return 0, 0
-
-
-def allowed_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """So many cores a container may keep busy, version 2 or 1, a part of one counting as one; None without a limit.
-
-    torch begins a thread for each core that it sees. With 64 of them on the time of four, each waits most of a tenth of a
-    second for the others' next share.
-    """
-    for folder, files in ((root, ["cpu.max"]), (root / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"])):
-        try:
-            time, period = " ".join((folder / name).read_text() for name in files).split()
-            if time.isdecimal():  # "max" or -1 is no limit
-                return max(1, math.ceil(int(time) / int(period)))
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return None
 
 
 def host_bytes(count: int, device: torch.device) -> torch.Tensor:

@@ -248,7 +248,8 @@ class DeviceSection(Section):
     name: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     threads: int | None = Field(None, ge=1, le=4096)
-    """CPU threads; when left out all cores, in a container those that its limit leaves."""
+    """CPU threads; when left out all cores, in a container those that its limit leaves. Where other programs keep some of them busy
+    as training begins, as many as have a core for themselves."""
     memory: str | None = None
     """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here; `2x4090`
     for two processes on two of them. In training it is a limit: what needs more is refused, and a GPU gives this process no more."""

@@ -7,6 +7,7 @@ imported before it is needed, so that the command line can look here before it w
 from __future__ import annotations
 
 import copy
+import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora.errors import DoesNotFitError, QloraError, RecipeError, RunError, disk_is_full, first_line, listed
-from qlora.files.durable import clear_leftovers, damage, delete_folder, expanded, from_here, is_leftover, sha256_of
+from qlora.files.durable import (
+    clear_leftovers,
+    damage,
+    delete_folder,
+    expanded,
+    file_written_aside,
+    from_here,
+    is_leftover,
+    sha256_of,
+    write_json,
+)
 from qlora.files.lock import LOCK, run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
-from qlora.recipe import Recipe
+from qlora.recipe import Recipe, TrainingSection
+from qlora.recipe.methods import parts_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +45,8 @@ CHANGEABLE = (
     "training.micro_batch_size", "training.recompute", "training.accumulation", "training.loss_chunk", "training.not_finite",
     "training.skip_limit", "training.save_every", "training.keep_checkpoints", "tracking",
 )  # fmt: skip
+LENGTH = ("training.epochs", "training.steps")
+"""What a run may become longer by, for good, where its steps do not depend on how many there are."""
 NOT_BEGUN = {LOCK, "recipe.yaml", "plan.json"}  # what there is before environment.json says that a run has begun
 RUN_FILES = (
     "recipe.yaml",
@@ -99,7 +113,8 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         environment = {}
     if "recipe_sha256" not in environment:
         raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
-    if sha256_of(path) != environment.get("recipe_sha256"):
+    # two of them where making it longer was broken off
+    if sha256_of(path) not in (environment.get("recipe_sha256"), environment.get("recipe_sha256_before")):
         raise RunError(
             f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {shown(path)} folder=runs/…"
         )
@@ -120,12 +135,9 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
     changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
     before, after = _by_key(recipe), _by_key(changed)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if keys and set(keys) <= {"training.epochs", "training.steps"}:
-        raise RecipeError(
-            f"{listed(keys)} cannot change within a run: its learning rate follows a {recipe.training.schedule} schedule over the steps "
-            "it began with. More of it is a new run that goes on from this one's adapter: qlora train "
-            f"{shown(folder / 'recipe.yaml')} method.from={shown(folder)}"
-        )
+    if length := [key for key in keys if key in LENGTH]:
+        changed = changed.model_copy(update={"training": _longer(recipe, changed.training, length, folder)})
+        keys = [key for key in keys if key not in length]
     if strange := [key for key in keys if key not in CHANGEABLE]:
         raise RecipeError(
             f"{listed(strange)} cannot change within a run: going on would be no continuation. A resumed run may change "
@@ -133,6 +145,56 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
             "folder=runs/…"
         )
     return changed
+
+
+def _longer(recipe: Recipe, asked: TrainingSection, keys: list[str], folder: Path) -> TrainingSection:
+    """What ``asked`` for more steps than the run in ``folder`` began with, which then are the first ones of a longer run: only
+    at a constant rate does a step not depend on how many there are, once the warm-up keeps its own number of them.
+
+    Raises RecipeError where they would depend on it, or no more are asked for.
+    """
+    steps, why = steps_of(recipe, folder), None
+    if recipe.training.schedule != "constant":
+        why = f"its learning rate follows a {recipe.training.schedule} schedule over the steps it began with"
+    elif any(part.name == "adalora" for part in parts_of(recipe.method)):
+        why = "AdaLoRA spreads its ranks over the steps it began with"
+    if why or steps is None:
+        why = why or "no plan.json says how many steps an epoch has"
+        raise RecipeError(
+            f"{listed(keys)} cannot change within this run: {why}. More of it is a new run that goes on from this one's "
+            f"adapter: qlora train {shown(folder / 'recipe.yaml')} method.from={shown(folder)}"
+        )
+    if keys == ["training.epochs"]:
+        asked = asked.model_copy(update={"steps": None})  # which would hide them
+    total = steps_of(recipe.model_copy(update={"training": asked}), folder) or 0
+    if total <= steps:
+        raise RecipeError(
+            f"The run in '{folder}' has {steps:,} steps, and {listed(keys)} would make them {total:,}; expected more than it has."
+        )
+    return asked.model_copy(update={"warmup_fraction": round(recipe.training.warmup_fraction * steps) / total})
+
+
+def steps_of(recipe: Recipe, folder: Path) -> int | None:
+    """How many steps ``recipe``, which that of the run in ``folder`` is or becomes, has in all; None where the folder does not say
+    how many an epoch has."""
+    try:
+        epoch = (read_object(folder / "plan.json", MAX_OURS) or {}).get("steps_per_epoch")
+    except Fault:
+        return None
+    if not isinstance(epoch, int):
+        return None
+    return recipe.training.steps or recipe.training.epochs * epoch
+
+
+def lengthen(recipe: Recipe, folder: Path, steps: int) -> None:
+    """Make ``recipe``, of more ``steps``, that of the run in ``folder``. Killed at any moment it leaves a run that goes on."""
+    text = recipe.to_yaml().encode()
+    environment = read_object(folder / "environment.json", MAX_OURS) or {}
+    known, new = environment.get("recipe_sha256"), hashlib.sha256(text).hexdigest()
+    write_json(folder / "plan.json", {**(read_object(folder / "plan.json", MAX_OURS) or {}), "steps": steps})
+    write_json(folder / "environment.json", {**environment, "recipe_sha256": new, "recipe_sha256_before": known})
+    with file_written_aside(folder / "recipe.yaml") as aside:
+        aside.write_bytes(text)
 
 
 def _by_key(recipe: Recipe) -> dict[str, Any]:
@@ -149,15 +211,15 @@ def _by_key(recipe: Recipe) -> dict[str, Any]:
 
 def finished(folder: Path, recipe: Recipe) -> int | None:
     """How many steps the run in ``folder`` took, when there is nothing left to do or to mend in it; None where there is."""
+    steps = steps_of(recipe, folder)
     try:
-        steps = (read_object(folder / "plan.json", MAX_OURS) or {}).get("steps")
         measured = read_object(folder / "evaluation.json", MAX_OURS) or {}
         after = [item.get("after") for item in measured.get("generations", [])]
     except (AttributeError, Fault):
         return None
     names = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
     last = max(names, key=int, default="")
-    if not isinstance(steps, int) or last != f"{steps:06d}" or not (folder / "report.html").is_file():
+    if steps is None or last != f"{steps:06d}" or not (folder / "report.html").is_file():
         return None
     holds_out = recipe.data.held_out is not None or recipe.data.held_out_fraction > 0
     if holds_out and (None in after or "after" not in measured.get("held_out", {})):

@@ -32,7 +32,8 @@ from qlora.files.durable import write_json
 from qlora.files.html import as_frame, as_text
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.machine.cards import amount
-from qlora.machine.device import allowed_cores, total_memory_bytes
+from qlora.machine.cores import allowed_cores, threads_for
+from qlora.machine.device import resolve_device, total_memory_bytes
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
 from qlora.methods.base import AdaptedModel, apply_method
@@ -40,6 +41,7 @@ from qlora.model.checkpoint import Checkpoint
 from qlora.planning.rows import new_ends_note
 from qlora.recipe import Recipe
 from qlora.runs.bases import Bases
+from qlora.runs.folder import shown
 from qlora.training.log import MetricsLog
 from qlora.training.loop import Trainer
 from qlora.training.objectives import Objective, Pairs
@@ -185,6 +187,21 @@ def use_threads(recipe: Recipe) -> None:
     threads = recipe.device.threads or min(torch.get_num_threads(), allowed_cores() or sys.maxsize)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+
+
+def with_threads(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Recipe:
+    """A new run's recipe, with the number of CPU threads in it where other programs leave cores for fewer than there are: the run
+    in ``folder`` has that many from then on, since sums depend on it."""
+    there = torch.get_num_threads()
+    if recipe.device.threads is not None or here().size > 1 or resolve_device(recipe.device.name).type != "cpu":
+        return recipe
+    if (threads := threads_for(there)) == there:
+        return recipe
+    say(
+        f"device.threads is {threads} of {there}: other programs keep cores busy, and threads that share one slow all of them down. "
+        f"Once they have ended, go on with: qlora resume {shown(folder)} device.threads={there}"
+    )
+    return recipe.model_copy(update={"device": recipe.device.model_copy(update={"threads": threads})})
 
 
 def limited(device: torch.device, recipe: Recipe) -> torch.device:

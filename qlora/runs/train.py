@@ -42,6 +42,7 @@ from qlora.runs.folder import (
     clear,
     device_here,
     full_disk_said,
+    lengthen,
     open_base,
     open_run,
     require_free,
@@ -65,6 +66,7 @@ from qlora.runs.session import (
     speaker,
     stop_at,
     use_threads,
+    with_threads,
     write_evaluation,
 )
 from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, write_table
@@ -160,6 +162,8 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     say = speaker(quiet)
     require_trackers(recipe.tracking)
     use_threads(recipe)
+    recipe = with_threads(recipe, folder, say)
+    use_threads(recipe)
     recipe, origin = continued(recipe)
     if origin is not None:
         keep_apart(folder, origin.folder)
@@ -200,6 +204,8 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     say = speaker(quiet)
     first, environment = open_run(folder)
     recipe = with_changes(first, overrides, folder)
+    length = {key: getattr(recipe.training, key) for key in ("epochs", "steps", "warmup_fraction")}
+    begun, first = first, first.model_copy(update={"training": first.training.model_copy(update=length)})
     require_trackers(recipe.tracking)
     for place in (folder, folder / "checkpoints") if here().main else ():
         clear_leftovers(place)
@@ -228,6 +234,8 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
             say(sentence)
     else:
         model.prepare(trainer.batches())
+    if first != begun and here().main:
+        lengthen(first, folder, trainer.total_steps)
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
     return Session(recipe, folder, data, prompts, model, trainer, say, quiet, tasks)
 

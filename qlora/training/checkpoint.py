@@ -185,7 +185,9 @@ def load(state: TrainState, place: Path) -> None:
         OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, MethodError
     ) as error:  # fmt: skip
         raise DamagedError(_loss(place, str(error))) from None
-    if (total, kind) != (state.total_steps, state.training.optimizer):
+    # at a constant rate a run may have been made longer since
+    longer = state.training.schedule == "constant" and isinstance(total, int) and total < state.total_steps
+    if not (total == state.total_steps or longer) or kind != state.training.optimizer:
         raise RunError(
             f"The checkpoint '{place}' is of a run of {total} steps with {kind}, not of {state.total_steps} steps with "
             f"{state.training.optimizer}; resume with the run's own recipe."

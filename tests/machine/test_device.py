@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qlora.errors import DoesNotFitError, RecipeError
-from qlora.machine import device, disk
+from qlora.machine import cores, device, disk
 from qlora.machine.processes import Processes
 
 CPU = torch.device("cpu")
@@ -87,18 +87,18 @@ def test_a_containers_cores_are_known(tmp_path: Path) -> None:
     def write(name: str, text: str) -> None:
         (tmp_path / name).write_text(text + "\n")
 
-    assert device.allowed_cores(tmp_path) is None
+    assert cores.allowed_cores(tmp_path) is None
     write("cpu/cpu.cfs_quota_us", "-1")
     write("cpu/cpu.cfs_period_us", "100000")
-    assert device.allowed_cores(tmp_path) is None
+    assert cores.allowed_cores(tmp_path) is None
     write("cpu/cpu.cfs_quota_us", "50000")
-    assert device.allowed_cores(tmp_path) == 1
+    assert cores.allowed_cores(tmp_path) == 1
     write("cpu.max", "max 100000")
-    assert device.allowed_cores(tmp_path) == 1  # version 1 still says so
+    assert cores.allowed_cores(tmp_path) == 1  # version 1 still says so
     write("cpu.max", "350000 100000")
-    assert device.allowed_cores(tmp_path) == 4
+    assert cores.allowed_cores(tmp_path) == 4
     write("cpu.max", "not a number")
-    assert device.allowed_cores(tmp_path) == 1
+    assert cores.allowed_cores(tmp_path) == 1
 
 
 def test_compute_dtype_is_what_the_device_does_well(monkeypatch: pytest.MonkeyPatch) -> None:

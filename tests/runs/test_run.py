@@ -648,3 +648,25 @@ def test_a_merge_is_compared_without_the_rounding_of_16_bits(tiny_model: Path, c
     found = in_transformers(tmp_path / "run", qlora.merge(tmp_path / "run", dtype="fp32").folder)
     assert found is not None
     assert found.largest < rounding() * found.largest_logit
+
+
+def test_a_run_keeps_the_threads_that_others_left_it(
+    tiny_model: Path,
+    chat_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run's sums depend on them, so what decided is in its recipe, not the moment of a resume."""
+    asked, set_threads = [], list[int]()
+    monkeypatch.setattr("qlora.runs.session.threads_for", lambda there: asked.append(there) or 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: set_threads[-1] if set_threads else 8)
+    monkeypatch.setattr("torch.set_num_threads", set_threads.append)
+    monkeypatch.setattr("qlora.runs.session.allowed_cores", lambda: 6)
+    values = tiny_values(tiny_model, chat_data, tmp_path / "run")
+    train(Recipe.from_dict(values, "device.threads=null"))
+    assert (asked, set_threads) == ([6], [6, 1])
+    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").device.threads == 1
+    assert "device.threads is 1 of 6: other programs keep cores busy" in capsys.readouterr().err
+    train(Recipe.from_dict(values, "device.threads=3", f"folder={tmp_path / 'told'}"), quiet=True)
+    assert (asked, set_threads[-1]) == ([6], 3)

@@ -23,8 +23,10 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import qlora.runs.folder
+from qlora.cli import main
 from qlora.data.batches import step_rows
-from qlora.errors import NonFiniteError, Stopped
+from qlora.errors import NonFiniteError, RecipeError, Stopped
 from qlora.methods.adalora import AdaLoraMethod
 from qlora.recipe import Recipe
 from qlora.runs.train import resume, train
@@ -334,6 +336,57 @@ def test_another_seed_is_another_run(values: dict[str, Any], finished: Path, tmp
     )
     assert len(losses) == 2
     assert all(loss not in others for loss in losses)
+
+
+CONSTANT = ("training.schedule=constant", "training.steps=4", "training.warmup_fraction=0.5")
+
+
+def test_at_a_constant_rate_a_finished_run_goes_on_as_the_longer_one(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of six steps and four more, of which two are the warm-up; also where making it longer, or its first new step, is
+    broken off."""
+    longer = (*CONSTANT, "training.steps=10", "training.warmup_fraction=0.2")
+    train(recipe_of(values, tmp_path / "whole", *longer), quiet=True)
+    train(recipe_of(values, tmp_path / "run", *CONSTANT), quiet=True)
+    assert main(["resume", str(tmp_path / "run")]) == 0  # finished
+    for broken, patch in ((OSError, broken_off), (Stopped, lambda patched: stop_after(patched, 5))):
+        with monkeypatch.context() as patched:
+            patch(patched)
+            with pytest.raises(broken):
+                resume(tmp_path / "run", "training.steps=10", quiet=True)
+    resume(tmp_path / "run", quiet=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").training.steps == 10
+
+
+def broken_off(patched: pytest.MonkeyPatch) -> None:
+    """The recipe of the longer run cannot be written, which is the last thing that is."""
+
+    def refused(path: Path) -> Any:
+        raise OSError(f"{path.name} is refused")
+
+    patched.setattr(qlora.runs.folder, "file_written_aside", refused)
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "said"),
+    [
+        ((), "training.epochs=9", r"follows a linear schedule .* method.from="),
+        (CONSTANT, "training.steps=3", "has 4 steps, and training.steps would make them 3; expected more"),
+        ((*CONSTANT, "training.steps=13"), "training.epochs=2", "has 13 steps, and training.epochs would make them 12; expected more"),
+        ((*CONSTANT, "method={name: adalora, initial_r: 4, r: 2, warmup: 0, final: 0}"), "training.epochs=9", "AdaLoRA spreads"),
+    ],
+    ids=["linear", "fewer", "fewer epochs", "adalora"],
+)  # fmt: skip
+def test_a_run_is_made_longer_only_where_its_steps_stay_the_same(
+    values: dict[str, Any], tmp_path: Path, begun: tuple[str, ...], asked: str, said: str
+) -> None:
+    train(recipe_of(values, tmp_path / "run", *(begun or ("training.steps=1",))), quiet=True)
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    with pytest.raises(RecipeError, match=said):
+        resume(tmp_path / "run", asked, quiet=True)
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
 
 
 def test_a_run_remembers_where_it_began(stopped: Path, chat_data: Path) -> None:
