@@ -12,7 +12,7 @@ from torch import nn
 
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
-from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts, is_router, kind, read_as_weights
+from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts, is_router, kind, read_as_weights, repeated
 from qlora.model.names import OnLoad
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
@@ -65,6 +65,7 @@ def choose_targets(
             )
     else:
         every = {path: module for path, module in modules_unplanted(model) if fits(unplanted(module))}
+        shared = repeated(model)
         fused = fused_experts(model)
         for name in wanted:
             if found := [path for path in fused if matches(name, path) or matches(name, path.rpartition(".")[0])]:
@@ -72,6 +73,11 @@ def choose_targets(
                     f"method.target_modules names '{name}', but the experts of {type(model).__name__} are fused into one "
                     f"parameter of three dimensions ({listed(found, 2)}), which is no linear and cannot be adapted; name "
                     f"linears, by more of their path where they share '{name}'."
+                )
+            if found := [path for path in every if path in shared and matches(name, path)]:
+                raise MethodError(
+                    f"method.target_modules names '{name}', but {kind(model)} has {listed(found, 2)} in several layers at once, and an "
+                    "adapter of all of them would be several to PEFT; name linears of one layer, by more of their path."
                 )
             if not any(matches(name, path) for path in every):
                 raise _nothing(model, name, every, what)
@@ -88,10 +94,15 @@ def left_out(model: nn.Module, wanted: Targets) -> list[str]:
     if wanted != "all-linear":
         return []
     said = []
-    if without := _peft_refuses(model):
+    if without := set(_peft_refuses(model)) - repeated(model):
         said.append(
             f"method.target_modules is all-linear without {listed(sorted({leaf(path) for path in without}))}: PEFT loads no "
             f"adapter there in {kind(model)} models. Name it to adapt it all the same."
+        )
+    if shared := repeated(model) & find_linears(model).keys():
+        said.append(
+            f"method.target_modules is all-linear without the {len(shared)} linears of blocks that several layers of {kind(model)} share "
+            f"({listed(sorted(shared), 2)}): an adapter of all of them would be several to PEFT."
         )
     if fused := fused_experts(model):
         said.append(
@@ -102,9 +113,15 @@ def left_out(model: nn.Module, wanted: Targets) -> list[str]:
 
 
 def _peft_refuses(model: nn.Module) -> list[str]:
+    """Linears that an adapter in PEFT's form cannot reach, or not as one."""
+    shared = repeated(model)
     names, refused = OnLoad(model), getattr(getattr(model, "config", None), "model_type", None) in WITHOUT_OUT_PROJ
     linears = find_linears(model)
-    return [path for path in linears if (refused and leaf(path) == "out_proj") or names.written(path) is None]
+    return [
+        path
+        for path in linears
+        if (refused and leaf(path) == "out_proj") or path in shared or names.written(path) is None
+    ]
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:

@@ -377,6 +377,41 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
+def share_blocks(model: nn.Module) -> None:
+    """Where the weights of a whole block are another one's by the model's own word, as in the layers of Zamba, put that other
+    block in its place, so that it is packed and lies there once; those weights are tied no longer."""
+    tied, modules = tied_names(model), dict(model.named_modules())
+    for path, block in list(modules.items()):
+        inside = {f"{path}.{name}": name for name, _ in block.named_parameters()}
+        first = next((tied.get(name, "").removesuffix(f".{inside[name]}") for name in inside), "")
+        other = modules.get(first)
+        if other is None or not next(block.children(), None) or _plain_values(block) != _plain_values(other):
+            continue
+        if all(tied.get(name) == f"{first}.{end}" for name, end in inside.items()):
+            model.set_submodule(path, other)
+            for name in inside:
+                del tied[name]
+
+
+def _plain_values(block: nn.Module) -> list[tuple[str, type, dict[str, object]]]:
+    """What a block's modules are told beside weights: the number of a layer, for example."""
+    plain = (bool, int, float, str, type(None))
+    return [
+        (path, type(module), {key: value for key, value in vars(module).items() if isinstance(value, plain)})
+        for path, module in block.named_modules()
+    ]
+
+
+def repeated(model: nn.Module) -> set[str]:
+    """The paths of modules that stand in several places: in a block that layers share."""
+    first: dict[int, str] = {}
+    found = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(id(module), path) != path:
+            found |= {path, first[id(module)]}
+    return found
+
+
 def is_tied(model: nn.Module) -> bool:
     """Whether the output head and the input embedding are one matrix; on meta, where it is not yet, the model's word counts."""
     one, other = (getattr(module, "weight", None) for module in (embedding(model), head(model)))

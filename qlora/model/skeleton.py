@@ -135,6 +135,7 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     sizes = {path: sum(values.numel() for values in model.get_submodule(path).parameters()) for path in towers}
     take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    anatomy.share_blocks(model)
     packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)

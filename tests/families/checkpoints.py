@@ -177,6 +177,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba": {
+        "mamba_dt_rank": 4,
+        "mamba_d_state": 4,
+        "n_mamba_heads": 2,
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
         "num_hidden_layers": 4,

@@ -44,7 +44,7 @@ MOST_USED = (
 SAMPLE = (
     "apertus", "bamba", "bart", "bert", "bloom", "cohere2", "deepseek_v3", "doge", "ernie4_5", "exaone4", "falcon", "falcon_h1",
     "gemma3", "gpt_bigcode", "gpt_neox", "gpt_oss", "lfm2", "llama4_text", "mamba2", "mixtral", "molmo2", "nemotron", "olmo_hybrid",
-    "opt", "phi", "qwen2_5_vl", "qwen3_moe", "recurrent_gemma",
+    "opt", "phi", "qwen2_5_vl", "qwen3_moe", "recurrent_gemma", "zamba2",
 )  # fmt: skip
 
 
