@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from qlora.errors import ModelError
-from qlora.export.source import Source
+from qlora.export.source import CARRYING, Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import checksums, file_written_aside, folder_written_aside
@@ -33,7 +33,6 @@ from qlora.model.load import GENERATION, end_tokens
 from qlora.model.tokenizer import TEMPLATE
 from qlora.recipe import ModelSection
 
-CARRYING = ".carrying"  # while a merge is written: the tensors that the adapter changed, so far
 # Everything beside the weights and config.json that loading, generating or converting to GGUF may ask for.
 BESIDE = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -106,11 +105,9 @@ def merge(
     total = sum(math.prod(shape) * kind.itemsize for shard in promised.values() for kind, shape in shard.values())
     require_disk(out, total + 64 * 1024**2, "The merged model")
     with folder_written_aside(
-        out, overwrite, _made_of(checkpoint, adapter_folder, section, compute_dtype, base, dtype)
+        out, overwrite, made_of(checkpoint, adapter_folder, section, compute_dtype, base, dtype)
     ) as aside:
-        carrying = aside / CARRYING
-        if carrying.exists():
-            source.carrying.update(json.loads(carrying.read_text(encoding="utf-8")))
+        source.recall(aside)
         for file, entries in promised.items():
             if not (aside / file).exists():
                 with file_written_aside(aside / file) as part:
@@ -118,9 +115,8 @@ def merge(
                         for name, (kind, _) in entries.items():
                             writer.write(name, source.tensor(name, kind, requantise=base == "dequantized"))
                             trim_heap()
-                    with file_written_aside(carrying) as told:
-                        told.write_text(json.dumps(sorted(source.carrying)), encoding="utf-8")
-        carrying.unlink()
+                    source.remember(aside)
+        (aside / CARRYING).unlink()
         if len(promised) > 1:
             weight_map = {name: file for file, entries in promised.items() for name in entries}
             write_plain(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -138,8 +134,8 @@ def merge(
     )
 
 
-def _made_of(checkpoint: Checkpoint, adapter: Path, *settings: object) -> str:
-    """All that decides the weights of a merge."""
+def made_of(checkpoint: Checkpoint, adapter: Path, *settings: object) -> str:
+    """All that decides the weights of an export."""
     shards = [(str(file), (at := file.stat()).st_size, at.st_mtime_ns) for file in checkpoint.shards]
     return repr((shards, checksums(adapter), settings))
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
-from qlora.export.merged import Merged, write_beside, write_plain
-from qlora.export.source import Source
-from qlora.files.durable import folder_written_aside
+from qlora.export.merged import Merged, made_of, write_beside, write_plain
+from qlora.export.source import CARRYING, Source
+from qlora.files.durable import file_written_aside, folder_written_aside
 from qlora.machine.device import resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
@@ -29,6 +29,7 @@ from qlora.methods.planted import modules_unplanted, unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint
 from qlora.model.nf4 import FrozenLinear, is_plain_linear, is_transposed, quantised
+from qlora.model.tensor_file import read_header
 from qlora.recipe import ModelSection
 
 SHARD = 1024**3  # bytes after which another file begins
@@ -87,9 +88,12 @@ def export_nf4(
         for number, layer in enumerate(layers)
         for path in linears_of(layer, bool(source.quantised))
     }
-    with folder_written_aside(out, overwrite) as aside:
-        shards = _Shards(aside)
+    made = made_of(checkpoint, Path(adapter_folder), section, "nf4")
+    with folder_written_aside(out, overwrite, made) as aside:
+        shards = _Shards(aside, source)
         for name, (kind, _) in entries.items():
+            if name in shards.places:
+                continue
             values = source.tensor(name, kind, requantise=False)
             if source.names.get(name, "").removesuffix(".weight") in packed:
                 shards.add(_tensors(name, *quantised(values.contiguous(), "nf4", section.double_quant)))
@@ -105,11 +109,15 @@ def export_nf4(
 
 
 class _Shards:
-    """Safetensors files of about ``SHARD`` bytes, written as they fill, and their index."""
+    """Safetensors files of about ``SHARD`` bytes, written as they fill, and their index; with those that a killed export left."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.waiting, self.places, self.total = folder, dict[str, Tensor](), dict[str, str](), 0
-        self.files = 0
+    def __init__(self, folder: Path, source: Source) -> None:
+        self.folder, self.source = folder, source
+        self.waiting, self.places, self.total, self.files = dict[str, Tensor](), dict[str, str](), 0, 0
+        source.recall(folder)
+        for file in sorted(folder.glob("model-*.safetensors")):
+            entries = read_header(file).entries
+            self._count(file.name, {name: entry.bytes for name, entry in entries.items()})
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take these, and write what there is where it is enough for a file."""
@@ -118,17 +126,26 @@ class _Shards:
             self._write(f"model-{self.files + 1:05}.safetensors")
 
     def _write(self, file: str) -> None:
-        save_file(self.waiting, self.folder / file, metadata={"format": "pt"})
-        self.files += 1
-        self.places |= dict.fromkeys(self.waiting, file)
-        self.total += sum(values.nbytes for values in self.waiting.values())
+        self.source.remember(self.folder)
+        with file_written_aside(self.folder / file) as aside:
+            save_file(self.waiting, aside, metadata={"format": "pt"})
+        self._count(file, {name: values.nbytes for name, values in self.waiting.items()})
         self.waiting = {}
+
+    def _count(self, file: str, sizes: Mapping[str, int]) -> None:
+        self.files += 1
+        self.places |= dict.fromkeys(sizes, file)
+        self.total += sum(sizes.values())
 
     def end(self) -> int:
         """Write the rest; the bytes of all tensors."""
         self._write(f"model-{self.files + 1:05}.safetensors" if self.files else "model.safetensors")
         if self.files > 1:
-            write_plain(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.places})
+            write_plain(
+                self.folder / INDEX,
+                {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self.places.items()))},
+            )
+        (self.folder / CARRYING).unlink()
         return self.total
 
 

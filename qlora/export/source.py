@@ -8,6 +8,7 @@ checkpoints, and asks the method what it adds; must not know which format the te
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError
+from qlora.files.durable import file_written_aside
 from qlora.machine.device import DTYPES, trim_heap
 from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
@@ -27,6 +29,8 @@ from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
 from qlora.recipe import ModelSection
+
+CARRYING = ".carrying"  # while an export is written: the tensors that the adapter changed, so far
 
 
 class Source:
@@ -65,6 +69,16 @@ class Source:
         self.left = frozenset(self.empty.left)
         self.carrying: set[str] = set()
         """The tensors that carry something learned, as far as they were asked for."""
+
+    def recall(self, folder: Path) -> None:
+        """Know what the adapter changed in the files that a process before this one finished in ``folder``."""
+        if (told := folder / CARRYING).exists():
+            self.carrying.update(json.loads(told.read_text(encoding="utf-8")))
+
+    def remember(self, folder: Path) -> None:
+        """Leave in ``folder``, where one more file is finished, what the adapter changed so far."""
+        with file_written_aside(folder / CARRYING) as told:
+            told.write_text(json.dumps(sorted(self.carrying)), encoding="utf-8")
 
     def _untied(self) -> dict[str, str]:
         """What the adapter made different from the tensor that it was tied to, as ``{"lm_head.weight": "model.embed…"}``."""

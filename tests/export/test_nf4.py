@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora.errors import ModelError
 from qlora.export.merged import merge
 from qlora.export.nf4 import export_nf4
+from qlora.export.source import Source
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import LoRA, ModelSection
 from tests.export.test_merge import trained
@@ -50,6 +54,40 @@ def test_it_opens_and_keeps_what_was_learned(tmp_path: Path, quantization: str) 
     assert not torch.equal(ours.get_submodule(path).weight, before.get_submodule(path).weight)
     said = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
     assert (said["quant_method"], said["llm_int8_skip_modules"]) == ("bitsandbytes", ["lm_head"])
+
+
+def test_a_killed_export_goes_on_with_the_files_that_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = tiny_checkpoint(tmp_path / "base", "qwen2"), tmp_path / "adapter", tmp_path / "nf4"
+    trained(base, adapter, "nf4", LoRA(r=4, alpha=4))
+    section = ModelSection(name=str(base), compute_dtype="fp32")
+    monkeypatch.setattr("qlora.export.nf4.SHARD", 20_000)
+    expected = export_nf4(Checkpoint(base, "base"), adapter, tmp_path / "whole", section=section)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 3
+    plain, asked, finished = Source.tensor, list[str](), len(files)
+
+    def deadly(self: Source, name: str, *given: Any, **named: Any) -> torch.Tensor:
+        asked.append(name)
+        if len(list(tmp_path.glob(".nf4.writing-*/model-*"))) == finished:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, name, *given, **named)
+
+    monkeypatch.setattr(Source, "tensor", deadly)
+    if not (child := os.fork()):
+        finished = 2
+        export_nf4(Checkpoint(base, "base"), adapter, out, section=section)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not out.exists()
+    found = export_nf4(Checkpoint(base, "base"), adapter, out, section=section)
+    places = json.loads(files["model.safetensors.index.json"])["weight_map"]
+    assert asked
+    assert {places[name] for name in asked}.isdisjoint({min(places.values())})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    assert (found.tensors, found.adapted, found.bytes) == (expected.tensors, expected.adapted, expected.bytes)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "whole", "nf4"}
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
