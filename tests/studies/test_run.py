@@ -166,7 +166,7 @@ def _begun(path: Path, *overrides: str) -> subprocess.Popen[str]:
     return process
 
 
-LONG = ("recipe.training.steps=60", "recipe.training.save_every=1")
+LONG = ("recipe.training.steps=25", "recipe.training.save_every=1")
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
