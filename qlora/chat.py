@@ -39,6 +39,8 @@ class Conversation:
 
         Raises RunError when the conversation grows too long for the model, or its chat template refuses it.
         """
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise RunError("That is no text: some of its bytes are not UTF-8. Send it as UTF-8.")
         asked = [*self.messages, {"role": "user", "content": text}]
         if self._renderer is None:
             ids = self.tokenizer(text, verbose=False)["input_ids"]

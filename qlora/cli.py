@@ -118,7 +118,8 @@ def train(words: list[str]) -> None:
 def resume(words: list[str]) -> None:
     """RUN: go on from the newest checkpoint.
 
-    Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1.
+    Values that concern memory, speed and safety alone may follow, such as training.micro_batch_size=1; and, where the learning rate is
+    constant, training.epochs or training.steps, which make the run longer.
 
     Examples:
         qlora resume runs/mine
@@ -447,7 +448,10 @@ def _run(verb: str, words: list[str]) -> Path:
     if not words:
         raise InputError(f"qlora {verb} needs a run folder: qlora {verb} runs/quickstart")
     if len(words) > 1:
-        raise InputError(f"qlora {verb} takes a run folder and nothing more, but found '{' '.join(words[1:])}'.")
+        more = "what its help names" if verb == "export" else "nothing more"
+        raise InputError(
+            f"qlora {verb} takes a run folder and {more}, but found '{' '.join(words[1:])}' (qlora {verb} --help)."
+        )
     path = Path(words[0])
     if not path.is_dir():
         from qlora.files.durable import from_here

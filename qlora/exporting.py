@@ -144,7 +144,9 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
     from qlora.runs.export import export_gguf
 
     kind = options.get("type", "q8_0")
-    said = [] if alone else _base(folder, options, kind if kind in TYPES else None)
+    # of llama-quantize's types the nearest that can be tried here
+    nearest = kind if kind in TYPES else "q8_0" if kind == "q6_k" else "q4_0"
+    said = [] if alone else _base(folder, options, nearest)
     written = export_gguf(folder, options.pop("out", None), adapter=alone, **options)
     print(f"GGUF: {written.file} ({written.tensors} tensors, {bytes_text(written.bytes)}, {written.type})")
     if written.command:

@@ -74,12 +74,15 @@ def init(words: Sequence[str]) -> str:
     if out.exists() and options.get("overwrite") != "true":
         raise InputError(f"'{out}' is there already; choose another name (out=…), or replace it (overwrite=true).")
     require_writable(out.parent, "choose another folder (out=…)")
+    if not options.get("epochs", "1").isdecimal() or not int(options.get("epochs", "1")):
+        raise InputError(f"epochs is '{options['epochs']}'; expected a whole number of at least 1.")
     card = options.get("card") or None
     if card is not None:
         amount(card)
     look_at_recipe(Recipe.from_dict(_begun(options, out, overrides), *overrides, source="what was given"))
     made = drafted(options, out, overrides)
     text = written(made, out, command=_command(options, overrides))
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     lines = [line.removeprefix("# ") for line in text.splitlines()[2:] if line.startswith("# ")]
     following = [f"qlora {verb} {shlex.quote(str(out))}" for verb in ("preview", "plan", "train")]
@@ -218,7 +221,11 @@ def _planned(
     train, held = data.report.train, data.report.held_out
     whole = 1 - (train.truncated + held.truncated) / max(1, train.examples + held.examples)
     seconds = made.chosen.seconds
-    time = f", about {duration_text(steps * seconds.expected)}" if seconds is not None else ""
+    time = (
+        f", about {duration_text(steps * seconds.expected * made.chosen.share(train.tokens, rows))}"
+        if seconds is not None
+        else ""
+    )
     about = "raw text is split into rows of so many tokens"
     if not is_text:
         about = f"holds {whole:.1%} of the examples whole; the longest has at most {train.lengths[-1][0]:,} tokens"

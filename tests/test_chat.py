@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,9 @@ def test_raw_text_is_continued_and_nothing_remembered(tiny_model: Path, tmp_path
     assert conversation.messages == []
     with pytest.raises(RunError, match="the model reads 256"):
         conversation.say("the fox " * 300)
+
+
+def test_bytes_that_are_no_text_are_said_and_not_remembered(chat_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TextIOWrapper(BytesIO(b"Wie hei\xdft du?\n"), encoding="utf-8", errors="surrogateescape") as lines:
+        talk(chat_run, lines)
+    assert "some of its bytes are not UTF-8" in capsys.readouterr().out

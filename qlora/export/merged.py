@@ -23,7 +23,7 @@ from qlora.errors import ModelError
 from qlora.export.source import CARRYING, Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
-from qlora.files.durable import checksums, file_written_aside, folder_written_aside
+from qlora.files.durable import checksums, file_written_aside, folder_written_aside, sha256_of
 from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
@@ -167,14 +167,33 @@ def write_beside(
         (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
     older_tokenizer(folder)
     section = source.empty.section
-    made = {
+    made: dict[str, Any] = {
         "base": checkpoint.name,
         "revision": checkpoint.revision,
         "weights": weights,
         "quantization": section.quantization,
     }
-    write_plain(folder / MERGE, made | {"double_quant": section.double_quant, "dtype": dtype})
+    made |= {"double_quant": section.double_quant, "dtype": dtype}
+    files = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*")) if _answers(file)}
+    write_plain(folder / MERGE, made | {"files": files})
     return tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends)))
+
+
+def _answers(file: Path) -> bool:
+    """Whether a file decides what a merged model answers, and is none of its weights, which are compared by themselves."""
+    return (
+        file.is_file()
+        and file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
+        and file.name not in (INDEX, MERGE)
+    )
+
+
+def changed_since(folder: Path) -> list[str]:
+    """The files beside a merged model's weights that are not what was written there; none where an older release wrote it."""
+    written = read_json(folder, MERGE, "how a model was merged").get("files", {})
+    return [
+        name for name, digest in written.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest
+    ]
 
 
 def _generation(folder: Path, checkpoint: Checkpoint, ends: set[int]) -> dict[str, Any]:

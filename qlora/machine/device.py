@@ -137,6 +137,13 @@ def reset_peak_memory(device: torch.device) -> bool:
     return True
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory_bytes`` tell of what follows alone; of the whole process where the system cannot."""
+    release_memory(device)
+    if reset_peak_memory(device):
+        del _earlier_peaks[str(device)]
+
+
 def peak_since_reset(device: torch.device) -> int:
     """The most memory held since ``reset_peak_memory``."""
     return _peak(device)

@@ -115,6 +115,12 @@ class Arrangement:
         """In a step of full rows."""
         return self.recipe.training.batch_size * self.recipe.row_length
 
+    def share(self, tokens: int, rows: int) -> float:
+        """What part of these the steps of an epoch have on average, of ``rows`` that hold so many tokens."""
+        batch = self.recipe.training.batch_size
+        full = -(-rows // batch) * batch * self.recipe.row_length
+        return min(1.0, tokens / full) if full else 1.0
+
 
 class Arranger:
     """Looks at one recipe in several arrangements, by one process's share of a step; the model is planted once, on meta."""

@@ -138,9 +138,10 @@ class Survey:
             lines.append(str(target.rates))
         seconds = reference = None
         if plan.chosen.seconds is not None and target.rates is not None:
-            seconds = plan.chosen.seconds.expected
+            share = self._share
+            seconds = plan.chosen.seconds.expected * share
             if plan.recipe.objective.refers:
-                reference = step_seconds([plan.chosen.work.forward], target.rates).expected
+                reference = step_seconds([plan.chosen.work.forward], target.rates).expected * share
         lines.append(self.reading.said(seconds, reference))
         if not self.ladder:
             return "\n".join(lines)
@@ -153,6 +154,12 @@ class Survey:
         lines.append("From the fastest arrangement to the smallest:")
         lines += [f"  {line}" for line in ladder_lines(self.ladder, target, plan.chosen)]
         return "\n".join(lines)
+
+    @property
+    def _share(self) -> float:
+        """What part of a full step's tokens the steps have, on average."""
+        report = self.reading.report
+        return 1.0 if report is None else self.plan.chosen.share(report.train.tokens, report.train.rows)
 
     @property
     def summary(self) -> str:
@@ -169,7 +176,7 @@ class Survey:
         if chosen.seconds is None:
             return f"{said}, {memory}"
         each = chosen.seconds.expected
-        said += f" {'≈' if reading.packed else '≤'} {duration_text(reading.steps * each)}"
+        said += f" {'≈' if reading.packed else '≤'} {duration_text(reading.steps * each * self._share)}"
         if held_out.tokens:
             every = recipe.evaluation.every
             times = 2 + ((reading.steps - 1) // every if every else 0)
@@ -269,13 +276,13 @@ def _plan(
         why.append(f"Left out of all-linear, since they are narrower than method.r: {listed(left, 3)}.")
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
-    if resolved.training.recompute == "auto":
+    asked = arranger.look()
+    lacking = target.lacking(asked.needed)
+    if resolved.training.recompute == "auto" and not (budget or lacking):
         decided = arranger.recipe.training
         whole = None if arranger.keeps else arranger.kept_whole
         reason = whole or "activations are kept in as many layers as memory allows"
         why.append(f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: {reason}.")
-    asked = arranger.look()
-    lacking = target.lacking(asked.needed)
     chosen: Arrangement | None = asked
     if budget or lacking:
         chosen = arranger.fastest() if choose else None

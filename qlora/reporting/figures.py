@@ -7,6 +7,7 @@ Knows units, rounding and a run's records; must not know HTML. Every text is pla
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import NamedTuple
 
 from qlora.machine import disk
@@ -38,10 +39,10 @@ def summarise(records: Records) -> Figures:
     done = records.steps[-1].number if records.steps else 0
     planned = whole(records.plan, "steps")
     evaluated = number(section(records.evaluation, "held_out", "after"), "loss") is not None
-    speeds = sorted(column(records, "tokens_per_second"))
+    speeds = column(records, "tokens_per_second")
     tokens, targets = column(records, "tokens"), column(records, "target_tokens")
     seconds = column(records, "seconds")
-    speed = speeds[len(speeds) // 2] if speeds else None
+    speed = median(speeds) if speeds else None
     arithmetic = section(records.plan, "arithmetic")
     flops, rate = number(arithmetic, "flops_per_token"), number(arithmetic, "matrix_flops_per_second")
     return Figures(

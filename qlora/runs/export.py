@@ -21,16 +21,16 @@ from qlora.export.adapter import export_adapter as write_adapter
 from qlora.export.gguf import Written, export_gguf_adapter
 from qlora.export.gguf import export_gguf as write_gguf
 from qlora.export.llama_cpp import LlamaCpp
-from qlora.export.merged import Merged
+from qlora.export.merged import Merged, changed_since
 from qlora.export.merged import merge as merge_files
 from qlora.export.nf4 import export_nf4 as write_nf4
 from qlora.export.programs import Verdict, commands, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
-from qlora.files.durable import expanded
+from qlora.files.durable import SEAL, damage, expanded
 from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
 from qlora.methods.files import CONFIG, read_about_base
 from qlora.model import anatomy
-from qlora.model.checkpoint import Checkpoint, open_checkpoint
+from qlora.model.checkpoint import MERGE, Checkpoint, open_checkpoint
 from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
 from qlora.model.loss import head_of, hidden_states
@@ -344,11 +344,19 @@ def check(folder: str | Path, place: str | Path | None = None, program: str | No
     file = GgufFile(files[0]) if files else None
     if (place / CONFIG).is_file() or (file is not None and file.said.get("general.type") == "adapter"):
         run, at = _opened(folder), place if file is None else file.file
-        return Checked(read_adapter(folder, lambda found: verify_adapter(run.recipe.model, run.base, found, at)))
+        read = read_adapter(folder, lambda found: verify_adapter(run.recipe.model, run.base, found, at))
+        if file is None and (place / SEAL).is_file() and (why := damage(place)):
+            raise DiffersError(f"'{place}' is not what was written ({why}); put that back, or export it again.")
+        return Checked(read)
     found = subject(folder)
     if file is None:
         tensors, lying = verify(found.source, place), lying_in(place, found.source)
         same = Checkpoint(place, str(place)).merge.get("weights") == "dequantized"
+        if (place / MERGE).is_file() and (other := changed_since(place)):
+            raise DiffersError(
+                f"'{place}' has other content than was written in {listed(other)}, beside its weights, and may answer otherwise; "
+                "put that back, or export it again."
+            )
     else:
         run = _opened(folder)
         tensors, lying = verify_gguf(found.source, file, run.template, run.ends), lying_in(file, found.source)

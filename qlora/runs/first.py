@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from qlora.data.files import ending, unpacker
@@ -70,18 +71,21 @@ def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False,
     Returns a sentence when it is to go on and there is nothing left to do.
     """
     if (folder / "recipe.yaml").is_file() and not trains and not _has_adapter(folder):
-        raise RunError(f"Nothing was trained in '{folder}' yet; do that first: qlora resume {shown(folder)}")
-    recipe, _ = open_run(folder)
+        with run_lock(folder) if _main() else nullcontext():  # which says where it is being trained
+            raise RunError(f"Nothing was trained in '{folder}' yet; do that first: qlora resume {shown(folder)}")
+    begun, _ = open_run(folder)
+    recipe = begun
     if trains:
         recipe = with_changes(recipe, changes, folder)
         require_writable(folder, "make it writable")
         if _main():
             with run_lock(folder):
                 pass
-        if not changes and (steps := finished(folder, recipe)) is not None:
+        same = recipe == begun
+        if same and (steps := finished(folder, recipe)) is not None:
             return (
                 f"The run in '{folder}' is finished: its {steps:,} steps are taken and measured, so there is nothing to resume. "
-                f"Talk to it: qlora chat {shown(folder)}; or train on from it: qlora train {shown(folder / 'recipe.yaml')} "
+                f"{'Measure it: qlora evaluate' if recipe.objective.classifies else 'Talk to it: qlora chat'} {shown(folder)}; or train on from it: qlora train {shown(folder / 'recipe.yaml')} "
                 f"method.from={shown(folder)} folder=runs/…"
             )
     look_at_recipe(recipe, reads=reads)

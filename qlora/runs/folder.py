@@ -135,15 +135,14 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
     changed = Recipe.from_dict(recipe.model_dump(mode="json"), *overrides, source="what was given to resume")
     before, after = _by_key(recipe), _by_key(changed)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    if length := [key for key in keys if key in LENGTH]:
-        changed = changed.model_copy(update={"training": _longer(recipe, changed.training, length, folder)})
-        keys = [key for key in keys if key not in length]
-    if strange := [key for key in keys if key not in CHANGEABLE]:
+    if strange := [key for key in keys if key not in (*CHANGEABLE, *LENGTH)]:
         raise RecipeError(
             f"{listed(strange)} cannot change within a run: going on would be no continuation. A resumed run may change "
-            f"{listed(CHANGEABLE, 99)}; for anything else train anew: qlora train {shown(folder / 'recipe.yaml')} "
-            "folder=runs/…"
+            f"{listed(CHANGEABLE, 99)}, and at a constant rate {' or '.join(LENGTH)}; for anything else train anew: qlora train "
+            f"{shown(folder / 'recipe.yaml')} folder=runs/…"
         )
+    if length := [key for key in keys if key in LENGTH]:
+        changed = changed.model_copy(update={"training": _longer(recipe, changed.training, length, folder)})
     return changed
 
 
@@ -162,7 +161,8 @@ def _longer(recipe: Recipe, asked: TrainingSection, keys: list[str], folder: Pat
         why = why or "no plan.json says how many steps an epoch has"
         raise RecipeError(
             f"{listed(keys)} cannot change within this run: {why}. More of it is a new run that goes on from this one's "
-            f"adapter: qlora train {shown(folder / 'recipe.yaml')} method.from={shown(folder)}"
+            f"adapter: qlora train {shown(folder / 'recipe.yaml')} method.from={shown(folder)} "
+            + " ".join(f"{key}={getattr(asked, key.removeprefix('training.'))}" for key in keys)
         )
     if keys == ["training.epochs"]:
         asked = asked.model_copy(update={"steps": None})  # which would hide them
@@ -187,7 +187,14 @@ def steps_of(recipe: Recipe, folder: Path) -> int | None:
 
 
 def lengthen(recipe: Recipe, folder: Path, steps: int) -> None:
-    """Make ``recipe``, of more ``steps``, that of the run in ``folder``. Killed at any moment it leaves a run that goes on."""
+    """Make ``recipe``, of more ``steps``, that of the run in ``folder``, which then is not finished: what was measured at its old end
+    is not that of its new one. Killed at any moment it leaves a run that goes on."""
+    measured = read_object(folder / "evaluation.json", MAX_OURS) or {}
+    if "after" in measured.get("held_out", {}) or measured.get("generations"):
+        held_out = {key: value for key, value in measured.get("held_out", {}).items() if key != "after"}
+        asked = [{**item, "after": None} for item in measured.get("generations", [])]
+        write_json(folder / "evaluation.json", {"held_out": held_out, "verdict": None, "generations": asked})
+    (folder / "tasks.json").unlink(missing_ok=True)
     text = recipe.to_yaml().encode()
     environment = read_object(folder / "environment.json", MAX_OURS) or {}
     known, new = environment.get("recipe_sha256"), hashlib.sha256(text).hexdigest()

@@ -12,7 +12,7 @@ differ: all else is the trained model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.config import FOUR_BIT
 from qlora.model.load import packed_tensors, turned
-from qlora.model.loss import head_of
+from qlora.model.loss import IGNORE_INDEX, head_of
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, Linear4bit, dequantised, features, quantised
 from qlora.model.walk import Walk, standing
@@ -114,7 +114,15 @@ def subject(folder: Path) -> Subject:
     source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device, dtype))
     each = sum(len(row.examples) for row in data.held_out) / max(1, len(data.held_out))
     rows = spread(data.held_out, round(ANSWERS / max(1.0, each))) if data.held_out else []
-    return Subject(model, source, data.train, rows)
+    return Subject(model, source, data.train, [chosen_alone(row) for row in rows] if data.pairs else rows)
+
+
+def chosen_alone(row: Row) -> Row:
+    """A row of pairs whose rejected answers carry no loss: that these are less likely than before is what was learned."""
+    labels = row.labels.copy()
+    for begin, end in row.spans()[1::2]:
+        labels[begin:end] = IGNORE_INDEX
+    return replace(row, labels=labels)
 
 
 def widen(model: AdaptedModel) -> bool:
@@ -141,7 +149,7 @@ def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
     """(the base to merge into where nobody says what for, why): measured, where both are at hand.
 
     ``type``: of a GGUF file; without it in 16 bits, and in NF4 again beside. The original base where it has less loss by twice
-    the error of the paired difference. Else the weights that the adapter was trained beside, which give the trained model.
+    the error of the paired difference, but for preferences. Else the weights that the adapter was trained beside, which give the trained model.
     """
     recipe, _ = open_run(folder)
     if recipe.model.quantization not in FOUR_BIT:
@@ -171,7 +179,8 @@ def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
     rows = {form.name: form.found.differences for form in forms}
     trained_on, original = (rows[f"{base}, {HOW.get(kinds[0], kinds[0])}"] for base in WHY)
     more, uncertain = mean_with_error([ours - theirs for ours, theirs in zip(original, trained_on, strict=True)])
-    base = "original" if more < -2 * uncertain else "dequantized"
+    # the loss of chosen answers is not what preferences are learned by: there the trained model itself is wanted
+    base = "original" if more < -2 * uncertain and not recipe.objective.pairs else "dequantized"
     return base, f"{found}\nMerged into the {base} base: {WHY[base]}"
 
 

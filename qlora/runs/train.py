@@ -41,12 +41,14 @@ from qlora.runs.folder import (
     check_data,
     clear,
     device_here,
+    exports_in,
     full_disk_said,
     lengthen,
     open_base,
     open_run,
     require_free,
     shown,
+    steps_of,
     taken,
     with_changes,
 )
@@ -235,7 +237,14 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
     else:
         model.prepare(trainer.batches())
     if first != begun and here().main:
-        lengthen(first, folder, trainer.total_steps)
+        old, total = steps_of(begun, folder), trainer.total_steps
+        lengthen(first, folder, total)
+        warm = round(first.training.warmup_fraction * total)
+        say(f"This run is of {total:,} steps for good; it was of {old:,}. The first {warm:,} stay its warm-up.")
+        if stale := exports_in(folder):
+            say(
+                f"Of the shorter run are still: {listed([path.name for path in stale], 9)}; export them again when this one is done."
+            )
     say(f"Going on after step {trainer.step_number} of {trainer.total_steps}.")
     return Session(recipe, folder, data, prompts, model, trainer, say, quiet, tasks)
 

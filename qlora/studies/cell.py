@@ -21,7 +21,7 @@ import torch
 from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
 from qlora.files.durable import delete_folder, write_json
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
-from qlora.machine.device import peak_since_reset, ran_out_of_memory, reset_peak_memory, resolve_device, versions
+from qlora.machine.device import forget_peak_memory, peak_memory_bytes, ran_out_of_memory, resolve_device, versions
 from qlora.recipe import Recipe
 from qlora.reporting.figures import summarise
 from qlora.reporting.records import read_records
@@ -71,9 +71,9 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     place, device = Path(str(recipe.folder)), resolve_device(recipe.device.name)
     begun, goes_on = time.perf_counter(), (place / "environment.json").is_file()
     before = (summarise(read_records(place)).seconds or 0.0) if goes_on else 0.0
-    reset_peak_memory(device)
+    forget_peak_memory(device)
     run = resume(place, quiet=quiet, bases=bases) if goes_on else train(recipe, quiet=quiet, bases=bases)
-    peak = peak_since_reset(device)
+    peak = peak_memory_bytes(device)
     values = _told(cell)
     values["run_info"] |= {
         "total_time": before + time.perf_counter() - begun,

@@ -213,3 +213,18 @@ def test_the_heap_is_trimmed_when_a_fifth_is_lost(monkeypatch: pytest.MonkeyPatc
         counts.append(len(trims))
     assert counts == [0, 0, 1, 1, 1, 2, 2]
     device.TrimmedHeap(torch.device("cuda")).after_step()  # asks nobody
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+def test_a_peak_that_is_forgotten_tells_of_what_follows() -> None:
+    """Of two cells of a study in one process the second has no part of the first one's peak."""
+    device.forget_peak_memory(CPU)
+    before = device.peak_memory_bytes(CPU)
+    large = torch.ones(100 * 2**20)
+    assert device.peak_memory_bytes(CPU) > before + 300 * 2**20
+    del large
+    high = device.peak_memory_bytes(CPU)
+    assert device.reset_peak_memory(CPU)
+    assert device.peak_memory_bytes(CPU) == high  # as if nothing had happened
+    device.forget_peak_memory(CPU)
+    assert device.peak_memory_bytes(CPU) < high - 300 * 2**20

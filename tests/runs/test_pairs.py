@@ -11,9 +11,13 @@ from safetensors.torch import load_file
 
 from qlora.cli import main
 from qlora.errors import Stopped
+from qlora.model.loss import IGNORE_INDEX
 from qlora.planning.plan import plan
+from qlora.planning.rows import load_recipe_data
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import evaluate
+from qlora.runs.folder import open_run
+from qlora.runs.measured import best_base, subject
 from qlora.runs.session import read_evaluation
 from qlora.runs.train import resume, train
 from qlora.training.log import MetricsLog
@@ -140,3 +144,21 @@ def test_the_plan_counts_rows_of_pairs(values: dict[str, Any]) -> None:
     longer = plan(Recipe.from_dict(values, "objective={name: tokens}", "data.max_length=128"))
     assert pairs.chosen.tokens == longer.chosen.tokens == 5 * 128
     assert pairs.memory.total == longer.memory.total
+
+
+def test_an_export_is_measured_on_chosen_answers_and_merges_into_what_was_trained(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejected answers are less likely than before: of a base that undoes it their loss is less."""
+    run = subject(finished)
+    whole = load_recipe_data(open_run(finished)[0], run.source.checkpoint).held_out
+    assert sum(row.target_tokens for row in run.held_out) < sum(row.target_tokens for row in whole)
+    for row in run.held_out:
+        chosen, rejected = (
+            [bool((row.labels[begin:end] != IGNORE_INDEX).any()) for begin, end in row.spans()[side::2]]
+            for side in (0, 1)
+        )
+        assert all(chosen)
+        assert not any(rejected)
+    monkeypatch.setattr("qlora.runs.measured.mean_with_error", lambda differences: (-1.0, 0.0))
+    assert best_base(finished)[0] == "dequantized"

@@ -322,6 +322,7 @@ def test_an_export_elsewhere_is_checked_against_the_run(
     for what in (["gguf", "type=q8_0", "base=dequantized"], ["gguf-adapter"], ["adapter"]):
         assert main(["export", str(copy), *what, f"out={away / what[0]}"]) == 0
     shutil.copytree(copy / "adapter", away / "own")
+    assert main(["export", str(copy), "merged", f"out={away / 'merged'}", "base=dequantized"]) == 0
     capsys.readouterr()
     assert "| gguf " in checked(away / "gguf", 0)
     for name, tensor, said in (
@@ -337,6 +338,15 @@ def test_an_export_elsewhere_is_checked_against_the_run(
         checked(file, 4)
         file.write_bytes(whole[:200])
         assert "is no whole GGUF file" in checked(file, 4)
+        file.write_bytes(whole)
+    assert "tensors are those of the run" in checked(away / "merged", 0)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        file = away / "merged" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole + b" ")
+        assert f"other content than was written in {name}" in checked(away / "merged", 4)
+        file.unlink()
+        assert name in checked(away / "merged", 4)
         file.write_bytes(whole)
     for folder in (away / "adapter", away / "own"):
         assert "tensors are those of the run" in checked(folder, 0)

@@ -355,6 +355,9 @@ def test_at_a_constant_rate_a_finished_run_goes_on_as_the_longer_one(
             patch(patched)
             with pytest.raises(broken):
                 resume(tmp_path / "run", "training.steps=10", quiet=True)
+        measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+        assert (list(measured["held_out"]), measured["verdict"]) == (["before"], None)  # it is not finished any more
+        assert [answer["after"] for answer in measured["generations"]] == [None]
     resume(tmp_path / "run", quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert Recipe.from_yaml(tmp_path / "run" / "recipe.yaml").training.steps == 10
