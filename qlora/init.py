@@ -194,9 +194,9 @@ def row_length(lengths: Sequence[int], is_text: bool) -> int:
 
 
 def held_out_share(records: int) -> float:
-    """The part of the records to hold out: 5 %, but 10 to 200 of them, and never more than a fifth."""
+    """The part of the records to hold out: 5 %, but 10 to 200 of them, and never more than a fifth; 0 where one is more than that."""
     wanted = min(max(HELD_OUT * records, FEWEST), MOST)
-    return float(f"{min(wanted / records, 0.2):.2g}") if records > 1 else HELD_OUT
+    return float(f"{min(wanted / records, 0.2):.2g}") if records >= 5 else 0.0
 
 
 def _planned(
@@ -231,7 +231,9 @@ def _planned(
         about = f"holds {whole:.1%} of the examples whole; the longest has at most {train.lengths[-1][0]:,} tokens"
     why = {
         "data.max_length": about,
-        "data.held_out_fraction": f"{held.records:,} records are never trained on; loss and answers are measured on them",
+        "data.held_out_fraction": f"{held.records:,} records are never trained on; loss and answers are measured on them"
+        if held.records
+        else "so few records that none is held out; whether training helps cannot be known",
         "training.epochs": f"{steps:,} steps",
         **reasons(made),
     }
