@@ -144,7 +144,16 @@ def test_lengths_and_shares() -> None:
     assert row_length([10] * 99 + [5000], False) == starting.SHORTEST
     assert row_length([10] * 98 + [1000, 5000], False) == 1024
     assert row_length([100_000], True) == starting.TEXT
-    for records, share in ((20, 0.2), (100, 0.1), (1000, 0.05), (100_000, 0.002), (1, 0.0), (2, 0.0), (4, 0.0), (5, 0.2)):
+    for records, share in (
+        (20, 0.2),
+        (100, 0.1),
+        (1000, 0.05),
+        (100_000, 0.002),
+        (1, 0.0),
+        (2, 0.0),
+        (4, 0.0),
+        (5, 0.2),
+    ):
         assert held_out_share(records) == share
 
 
