@@ -202,7 +202,7 @@ def _run(folder: Path, name: str, recipe: str, whole: bool) -> None:
         seal(run / part)
     (run / "recipe.yaml").write_text(Recipe.from_yaml(folder / recipe, f"folder={name}").to_yaml(), encoding="utf-8")
     write_json(run / "environment.json", {"recipe_sha256": sha256_of(run / "recipe.yaml")})
-    write_json(run / "plan.json", {"steps": 2 if whole else 4})
+    write_json(run / "plan.json", {"steps": 2 if whole else 4, "steps_per_epoch": 2 if whole else 4})
     if whole:
         (run / "report.html").write_text("<p>")
 

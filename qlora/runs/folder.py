@@ -177,13 +177,13 @@ def _longer(recipe: Recipe, asked: TrainingSection, keys: list[str], folder: Pat
 def steps_of(recipe: Recipe, folder: Path) -> int | None:
     """How many steps ``recipe``, which that of the run in ``folder`` is or becomes, has in all; None where the folder does not say
     how many an epoch has."""
+    if recipe.training.steps is not None:
+        return recipe.training.steps
     try:
         epoch = (read_object(folder / "plan.json", MAX_OURS) or {}).get("steps_per_epoch")
     except Fault:
         return None
-    if not isinstance(epoch, int):
-        return None
-    return recipe.training.steps or recipe.training.epochs * epoch
+    return recipe.training.epochs * epoch if isinstance(epoch, int) else None
 
 
 def lengthen(recipe: Recipe, folder: Path, steps: int) -> None:
