@@ -197,7 +197,8 @@ def lengthen(recipe: Recipe, folder: Path, steps: int) -> None:
     (folder / "tasks.json").unlink(missing_ok=True)
     text = recipe.to_yaml().encode()
     environment = read_object(folder / "environment.json", MAX_OURS) or {}
-    known, new = environment.get("recipe_sha256"), hashlib.sha256(text).hexdigest()
+    # of the file that lies there: an earlier call that was broken off may have told of another one
+    known, new = sha256_of(folder / "recipe.yaml"), hashlib.sha256(text).hexdigest()
     write_json(folder / "plan.json", {**(read_object(folder / "plan.json", MAX_OURS) or {}), "steps": steps})
     write_json(folder / "environment.json", {**environment, "recipe_sha256": new, "recipe_sha256_before": known})
     with file_written_aside(folder / "recipe.yaml") as aside:

@@ -350,7 +350,11 @@ def test_at_a_constant_rate_a_finished_run_goes_on_as_the_longer_one(
     train(recipe_of(values, tmp_path / "whole", *longer), quiet=True)
     train(recipe_of(values, tmp_path / "run", *CONSTANT), quiet=True)
     assert main(["resume", str(tmp_path / "run")]) == 0  # finished
-    for broken, patch in ((OSError, broken_off), (Stopped, lambda patched: stop_after(patched, 5))):
+    for broken, patch in (
+        (OSError, broken_off),
+        (OSError, broken_off),
+        (Stopped, lambda patched: stop_after(patched, 5)),
+    ):
         with monkeypatch.context() as patched:
             patch(patched)
             with pytest.raises(broken):
