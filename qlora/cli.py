@@ -196,7 +196,8 @@ def export(words: list[str]) -> None:
     target = words.pop(1) if len(words) > 1 else None
     if target not in TARGETS:
         *known, last = (f"'{name}', {each.what}" for name, each in TARGETS.items())
-        raise InputError(f"qlora export RUN {target or '…'}: expected {'; '.join(known)}; or {last}.")
+        close = nearest(target or "", TARGETS)
+        raise InputError(f"qlora export RUN {target or '…'}: expected {'; '.join(known)}; or {last}.{close}")
     make(_run("export", words), target, options)
 
 
@@ -249,6 +250,10 @@ def study(words: list[str]) -> int:
     """
     if not words:
         raise InputError("qlora study needs a study: qlora study recipes/studies/methods.yaml")
+    if strange := [word for word in words[1:] if "=" not in word and word != "plan"]:
+        raise InputError(
+            f"'{strange[0]}' is nothing that qlora study takes; expected plan, or key=value.{nearest(strange[0], ['plan'])}"
+        )
     from qlora.studies.first import look_at_study
 
     values = [word for word in words[1:] if word != "plan"]

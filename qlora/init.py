@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.errors import DoesNotFitError, InputError
+from qlora.errors import DoesNotFitError, InputError, nearest
 from qlora.files.durable import expanded, from_here, require_writable
 from qlora.machine.cards import amount
 from qlora.machine.disk import bytes_text, duration_text
@@ -97,6 +97,7 @@ def _options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     if strange := [word for word in others if "." not in word.partition("=")[0]]:
         raise InputError(
             f"'{strange[0]}' is nothing that qlora init takes; expected {', '.join(OPTIONS)}, or section.key=value."
+            f"{nearest(strange[0].partition('=')[0], OPTIONS)}"
         )
     return own, others
 

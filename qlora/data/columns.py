@@ -49,7 +49,8 @@ def renamed(
                 f"{capital(first.place)} has no field '{theirs}', which {where}."
                 f"{nearest(theirs, first.fields)} Its fields: {listed(first.fields, 12)}."
             )
-    return [record if record.fault is not None else _renamed(_labelled(record, labels), columns) for record in records]
+    stands_for = {name: {label_key(key): text for key, text in texts.items()} for name, texts in labels.items()}
+    return [record if record.fault is not None else _renamed(_labelled(record, stands_for), columns) for record in records]
 
 
 def _labelled(record: Record, labels: Labels) -> Record:

@@ -128,6 +128,6 @@ def _text(value: object, name: str) -> str:
 def _label(value: object, name: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Mistake(f"has nothing in '{name}'; expected the label of its class")
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int) and not (isinstance(value, float) and value.is_integer()):
         raise Mistake(f"has {kind(value)} in '{name}'; expected one class, as text or a whole number: {ELSEWHERE}")
-    return text(label_key(value), f"'{name}'").strip()
+    return text(label_key(value), f"'{name}'")

@@ -283,7 +283,8 @@ def _read(section: DataSection, seed: int, pairs: bool) -> tuple[tuple[Parsed, P
     )
     if section.held_out is not None:
         given = read_records(section.held_out, section.subset, section.held_out_split)
-        return (parsed, parse(given, parsed.form, section.columns, section.on_bad_record, section.labels, pairs)), False
+        how = (section.columns, section.on_bad_record, section.labels, pairs, parsed.read_as)
+        return (parsed, parse(given, parsed.form, *how)), False
     if needs_pieces(parsed, section.held_out_fraction):
         return (parsed, Parsed(parsed.form)), True
     if section.held_out_fraction:
@@ -383,10 +384,11 @@ def _require_targets(report: Report, section: DataSection, too_long: Sequence[st
     ``too_long``: what there is to say of the examples that are longer than a row.
     """
     counts, held = report.train, report.held_out
+    raise_it = ", or raise data.max_length" if too_long else ""
     if held.records and not held.rows:
         raise DataError(
             f"None of the {held.records} held-out records leaves a token to measure "
-            f"({'; '.join(held.losses())}); give others, or raise data.max_length."
+            f"({'; '.join(held.losses())}); give others{raise_it}."
         )
     if not counts.target_tokens:
         if counts.dropped and section.too_long == "drop":
@@ -394,10 +396,9 @@ def _require_targets(report: Report, section: DataSection, too_long: Sequence[st
                 f"All {counts.dropped} examples are too long or have nothing to train on ({'; '.join(too_long)}); raise "
                 "data.max_length, or set data.too_long=truncate."
             )
-        told = "; ".join([*counts.losses(), *too_long]) or "no records"
-        raise DataError(
-            f"No token of the data carries loss ({told}); raise data.max_length, or look at the records' answers."
-        )
+        left_out = (note for note in report.notes if note.startswith("left out"))
+        told = "; ".join([*counts.losses(), *too_long, *left_out]) or "no records"
+        raise DataError(f"No token of the data carries loss ({told}); look at the records' answers{raise_it}.")
     # the first token of an example is never a target, so 'every token' is all the others
     if report.template and report.train_on != "all" and counts.target_tokens >= counts.tokens - counts.examples:
         raise DataError(

@@ -36,6 +36,8 @@ class Parsed:
     """Sentences about fields and records that were not read."""
     bad: BadRecords = field(default_factory=BadRecords)
     """Records that were left out, and those that will be."""
+    read_as: str = ""
+    """Why it has this form: ``line 1 of 'chat.jsonl' was read as chat``, or ``data.form is chat``."""
 
     @property
     def texts(self) -> list[str]:
@@ -62,9 +64,11 @@ def parse(
     on_bad_record: str = "stop",
     labels: Labels | None = None,
     pairs: bool = False,
+    read_as: str | None = None,
 ) -> Parsed:
     """Give every record its meaning. ``columns`` and ``labels`` say where a form's fields are (``columns.py``). With ``pairs``
-    every conversation has its ``rejected`` one, and no other form than ``preference`` is taken.
+    every conversation has its ``rejected`` one, and no other form than ``preference`` is taken. ``read_as``: why ``form`` is what
+    it is, where another part of the data decides it.
 
     ``auto`` takes the form of the first record, and every other record must have it too. All records are checked before
     DataError is raised; it says of the first five that are wrong what they hold, and how many more there are. With
@@ -75,10 +79,12 @@ def parse(
     renamed = as_named(records, columns, labels or {}, fields)
     readable = [record for record in renamed if record.fault is None]
     first = (readable or renamed)[0]
+    asked = form != "auto"
     if pairs:
         form = form_of_pairs(first, form)
     elif form == "auto":
         form = found_form(readable) if readable else "text"  # of which no record will be
+    read_as = read_as or (f"data.form is {form}" if asked else f"{first.place} was read as {form}")
     wanted = FORMS[form]
     own = [name for name in (*wanted.needs, *wanted.takes) if name not in columns]
     read_from = [
@@ -92,7 +98,7 @@ def parse(
         try:
             if record.fault is not None:
                 raise Mistake(record.fault)
-            _require_form(record, form, first.place)
+            _require_form(record, form, read_as)
             _require_trained(record.fields)
             read = wanted.read(record.fields)
             one = read.conversation(record.place) if isinstance(read, Talk) else read
@@ -144,7 +150,7 @@ def parse(
     if unread:
         names = [f"{name} ({_counted(count)})" for name, count in unread.most_common()]
         notes.append(f"fields that are not read: {listed(names, 12)}".encode(errors="replace").decode())
-    return Parsed(form, parsed, tuple(notes), bad)
+    return Parsed(form, parsed, tuple(notes), bad, read_as)
 
 
 def _counted(count: int) -> str:
@@ -169,14 +175,14 @@ def _paired(chosen: Conversation, rejected: Conversation) -> Conversation:
     return chosen if same else replace(chosen, rejected=rejected)
 
 
-def _require_form(record: Record, form: str, first: str) -> None:
+def _require_form(record: Record, form: str, read_as: str) -> None:
     fields, wanted = record.fields, FORMS[form]
     if wanted.matches(fields):
         return
     missing = [name for name in wanted.needs if fields.get(name) is None]
     other = detect_form(fields)
     if other not in (None, form):
-        raise Mistake(f"has the form {other}, but {first} was read as {form}; put one form in a data set")
+        raise Mistake(f"has the form {other}, but {read_as}; put one form in a data set")
     if not missing or (wanted.turns and wanted.needs[0] in fields):
         raise Mistake(f"has {kind(fields[wanted.needs[0]])} in '{wanted.needs[0]}'; expected a list of turns")
     raise Mistake(f"lacks {listed(missing)} of the form {form}; its fields are {listed(fields, 12) or '(none)'}")

@@ -176,8 +176,9 @@ def _check(value: object, where: str, level: int = 0) -> None:
 
 
 def label_key(value: object) -> str:
-    """A value as the keys of ``labels`` have it: true and 1 as ``true`` and ``1``."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as the keys of ``labels`` have it: true as ``true``, 1 as ``1``, and so 1.0, as a table has whole numbers beside a gap."""
+    said = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    return said.partition(".")[0] if re.fullmatch(r"[+-]?\d+\.0+", said) else said
 
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")

@@ -17,6 +17,7 @@ from qlora.data.load import Data, load_data
 from qlora.data.report import Report
 from qlora.data.sources import data_files
 from qlora.errors import DataError, MethodError, ModelError, listed
+from qlora.files.durable import from_here
 from qlora.machine.disk import duration_text
 from qlora.model.anatomy import position_limit, why_not_packed
 from qlora.model.checkpoint import Checkpoint
@@ -103,24 +104,24 @@ def with_known_head(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str
         return recipe, None
     unknown = "The labels of the data are not known, so a head of two classes is planned."
     try:
-        known = load_recipe_data(recipe, checkpoint).classes if _all_here(recipe) else ()
+        known = load_recipe_data(recipe, checkpoint).classes if not _elsewhere(recipe) else ()
     except (DataError, ModelError):  # which reading them for the plan says
         known = ()
     return with_head(recipe, known or ("0", "1")), None if known else unknown
 
 
-def _all_here(recipe: Recipe) -> bool:
-    """Whether all data are files, so that nothing would be fetched."""
+def _elsewhere(recipe: Recipe) -> list[str]:
+    """Those of the data that are no files here, and would have to be fetched."""
     train = recipe.data.train
     sources = [train] if isinstance(train, str) else list(train)
-    return all(map(data_files, [*sources, *filter(None, [recipe.data.held_out])]))
+    return [source for source in [*sources, *filter(None, [recipe.data.held_out])] if not data_files(source)]
 
 
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     """Read the data for a plan, which holds without them: what is wrong with them is said. Nothing is fetched for it."""
     try:
-        if not _all_here(recipe):
-            return Reading(why_not="they are not all files here.")
+        if elsewhere := _elsewhere(recipe):
+            return Reading(why_not=f"no file here is {listed(map(repr, elsewhere))}.{from_here(elsewhere[0])}")
         data = load_recipe_data(recipe, checkpoint)
     except (DataError, ModelError) as error:
         return Reading(why_not=str(error))

@@ -268,6 +268,8 @@ class DeviceSection(Section):
 class Recipe(Section):
     """One run, whole."""
 
+    mistaken = dict.fromkeys(("recipe", "arms", "grid"), "a study, which qlora study takes")
+
     model: ModelSection = ModelSection()
     method: AnyMethod = LoRA()
     data: DataSection

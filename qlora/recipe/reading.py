@@ -8,6 +8,7 @@ Knows YAML, and how pydantic names a place; must not know which sections a recip
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -20,6 +21,7 @@ from qlora.files.durable import from_here
 from qlora.files.strangers import MAX_RECIPE, Fault, JsonObject, Lines, read_bytes, shown, yaml_values
 from qlora.recipe.schema import Section, sections_of
 
+DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 DEEPEST = 8  # parts of an override's key: method.0.rank_pattern and a module's name
 MOST_MISTAKES = 10  # that one message names
 # pydantic's kinds of mistakes that a plainer word says; the others' own words follow "expected"
@@ -55,6 +57,11 @@ Place: TypeAlias = JsonObject | list[Any]
 
 def read_file(path: Path) -> tuple[JsonObject, Lines]:
     """What a recipe file holds, and the line of every key. Raises RecipeError."""
+    if path.suffix.lower() in DATA and path.is_file():
+        raise RecipeError(
+            f"'{path}' is a file of data, by its name; expected a recipe (YAML), which this writes: "
+            f"qlora init --model MODEL --data {shlex.quote(str(path))}"
+        )
     try:
         text = read_bytes(path, MAX_RECIPE).decode("utf-8")
     except FileNotFoundError:
@@ -75,6 +82,8 @@ def read_file(path: Path) -> tuple[JsonObject, Lines]:
 
 def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], source: str, lines: Lines) -> Read:
     """``values`` with ``overrides`` as a recipe. Raises RecipeError naming every mistake, with its line in ``source``."""
+    if other := [recipe.mistaken[key] for key in values if key in recipe.mistaken and key not in recipe.model_fields]:
+        raise RecipeError(f"'{source}' is {other[0]}.")
     places: dict[tuple[str, ...], int | None] = dict(lines)
     for override in overrides:
         path, values = _overridden(recipe, values, override)
@@ -165,6 +174,12 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
         case "union_tag_not_found":
             several = ", or a list of such" if path[0] == "method" else ""
             return f"{key}{place} is {shown(item['input'])}; expected a section with a name{several}."
+        case "missing" if path[-1].isdecimal() and len(path) > 1:
+            return f"{shown('.'.join(path[:-1]))} has no value number {int(path[-1]) + 1}; expected one."
+        case "too_long":
+            return f"{key}{place} has {item['ctx']['actual_length']} values; expected at most {item['ctx']['max_length']}."
+        case "too_short":
+            return f"{key}{place} has {item['ctx']['actual_length']} values; expected at least {item['ctx']['min_length']}."
         case "missing":
             return f"{key} is missing; it has no default."
         case "value_error":

@@ -26,6 +26,8 @@ class Section(BaseModel):
 
     former: ClassVar[Mapping[str, tuple[str, Mapping[bool, Mapping[str, object]]]]] = {}
     """Switches that are no more, by name: the key that took their place, and what true and false say today."""
+    mistaken: ClassVar[Mapping[str, str]] = {}
+    """Keys of another kind of file that a file of this one never has, with what it is then: ``a study (qlora study)``."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,10 +29,11 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         raise InputError(f"{len(folders)} runs were given; expected at most {MOST} on one page.")
     page = render_comparison([read_records(Path(folder)) for folder in folders])
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with file_written_aside(out) as aside:
             aside.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise RunError(f"'{out}' cannot be written ({error}); give another place with out=FILE.") from None
+        raise RunError(f"'{out}' cannot be written ({error.strerror}); give another place with out=FILE.") from None
     return out
 
 

@@ -168,4 +168,4 @@ def _read(section: DataSection, pairs: bool, classifies: bool) -> None:
     train = parse(read_records(section.train, limit=section.limit), section.form, *how)
     train.bad.settle()
     if section.held_out is not None:
-        parse(read_records(section.held_out), train.form, *how).bad.settle()
+        parse(read_records(section.held_out), train.form, *how, train.read_as).bad.settle()

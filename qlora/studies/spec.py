@@ -37,6 +37,8 @@ class StudySection(Section):
     """What all cells share: a recipe's values, or the path of its file. Relative paths start at the working directory."""
     data_root: str | None = None
     """The folder that relative paths of data start at."""
+    mistaken = dict.fromkeys(("model", "data", "training"), "a recipe, which qlora train takes")
+
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What is compared, by name: the values that make each differ, as `{method.r: 8}`, or `{method: {name: dora, r: 8}}`, which
     takes the place of the whole section; `rates` in an arm are its own. One arm with the recipe as it is when left out."""
