@@ -499,7 +499,8 @@ def _summary(run: Run) -> None:
             print(f"Classes before         {run.before.classes}\n  and after            {run.after.classes}")
             print(visible(run.after.classes.table()))
     elif run.after:
-        print(f"Held-out loss          {run.after.loss:.4f} (perplexity {run.after.perplexity:.2f})")
+        perplexity = "" if run.after.classes else f" (perplexity {run.after.perplexity:.2f})"
+        print(f"Held-out loss          {run.after.loss:.4f}{perplexity}")
         if run.after.preferences:
             print(f"Preferences            {run.after.preferences}")
         if run.after.classes:

@@ -141,8 +141,9 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
     from qlora.machine.disk import bytes_text
-    from qlora.runs.export import export_gguf
+    from qlora.runs.export import export_gguf, require_gguf
 
+    require_gguf(folder)
     kind = options.get("type", "q8_0")
     # of llama-quantize's types the nearest that can be tried here
     nearest = kind if kind in TYPES else "q8_0" if kind == "q6_k" else "q4_0"

@@ -50,7 +50,9 @@ def renamed(
                 f"{nearest(theirs, first.fields)} Its fields: {listed(first.fields, 12)}."
             )
     stands_for = {name: {label_key(key): text for key, text in texts.items()} for name, texts in labels.items()}
-    return [record if record.fault is not None else _renamed(_labelled(record, stands_for), columns) for record in records]
+    return [
+        record if record.fault is not None else _renamed(_labelled(record, stands_for), columns) for record in records
+    ]
 
 
 def _labelled(record: Record, labels: Labels) -> Record:

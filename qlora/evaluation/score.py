@@ -71,6 +71,11 @@ def difference(one: HeldOut, other: HeldOut) -> tuple[float, float]:
     return mean, math.sqrt(spread * count / (count - 1)) / whole if count > 1 else math.inf
 
 
+def plus_minus(more: float, error: float) -> str:
+    """``+0.0123 ± 0.0045``, or ``+0.0123`` of a single row, which has no error."""
+    return f"{more:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else "")
+
+
 class Verdict(NamedTuple):
     """What training came to on what is held out."""
 

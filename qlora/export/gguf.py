@@ -274,9 +274,7 @@ def export_gguf_adapter(
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
         if why := export_adapter(section, base, adapter_folder, plain):
-            raise MethodError(
-                f"llama.cpp takes plain LoRA alone, and this is none: {why} Export it merged, or as gguf."
-            )
+            raise MethodError(f"llama.cpp takes plain LoRA alone: {why.rstrip('.')}.")
         pairs, alpha = read_adapter_tensors(plain), read_config(plain)["lora_alpha"]
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     tensors: dict[str, Tensor] = {}

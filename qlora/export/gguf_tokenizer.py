@@ -89,6 +89,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Sequence[int], t
     return list(tokenizer.convert_ids_to_tokens(ordered[3:]))
 
 
+def require_known(tokenizer: Any) -> None:
+    """Raise ModelError for a kind of tokenizer that llama.cpp does not have."""
+    _kind(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
 def _eom(writer: Any, gguf: Any) -> Any:
     return lambda token: writer.add_uint32(gguf.Keys.Tokenizer.EOM_ID, token)
 

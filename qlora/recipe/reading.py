@@ -161,7 +161,8 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
     place = " (an override)" if line is None else f" (line {line})" if line else ""
     match item["type"]:
         case "extra_forbidden":
-            hint = nearest(path[-1], owner.model_fields) or f" The keys there are {', '.join(owner.model_fields)}."
+            keys = [field.alias or name for name, field in owner.model_fields.items()]
+            hint = nearest(path[-1], keys) or f" The keys there are {', '.join(keys)}."
             if len(path) == 1 and (inside := _sections_with(recipe, path[0])):
                 hint = f" Did you mean {' or '.join(inside)}?"
             elif ours := _known_elsewhere(recipe, path):
@@ -177,7 +178,9 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
         case "missing" if path[-1].isdecimal() and len(path) > 1:
             return f"{shown('.'.join(path[:-1]))} has no value number {int(path[-1]) + 1}; expected one."
         case "too_long":
-            return f"{key}{place} has {item['ctx']['actual_length']} values; expected at most {item['ctx']['max_length']}."
+            return (
+                f"{key}{place} has {item['ctx']['actual_length']} values; expected at most {item['ctx']['max_length']}."
+            )
         case "too_short":
             return f"{key}{place} has {item['ctx']['actual_length']} values; expected at least {item['ctx']['min_length']}."
         case "missing":

@@ -47,20 +47,28 @@ def write_card(
     base_folder: Path | None = None,
     told: Sequence[str] = (),
     shell: Sequence[str] = (),
+    opened: tuple[str, int | None] | None = None,
 ) -> Path:
     """Write the card of what ``run`` exported as ``form`` (merged, nf4, adapter, gguf, gguf-adapter) into ``out``.
 
     ``base_folder``: the base's, whose own card may name a licence; ``told``: sentences of the export to be kept with it; ``shell``:
-    lines that open an adapter, beside Python's; BASE stands for its base.
+    lines that open an adapter, beside Python's; BASE stands for its base. ``opened``: of an adapter, what its base is opened by,
+    a folder or a hub id, and the token that a classifier's is padded with.
     """
-    text = card(read_records(Path(run)), out, form, licence_of(base_folder), told, shell)
+    text = card(read_records(Path(run)), Path(out), form, licence_of(base_folder), told, shell, opened)
     with file_written_aside(Path(out) / CARD) as aside:
         aside.write_text(text, encoding="utf-8")
     return Path(out) / CARD
 
 
 def card(
-    records: Records, out: Path, form: str, licence: str | None, told: Sequence[str] = (), shell: Sequence[str] = ()
+    records: Records,
+    out: Path,
+    form: str,
+    licence: str | None,
+    told: Sequence[str] = (),
+    shell: Sequence[str] = (),
+    opened: tuple[str, int | None] | None = None,
 ) -> str:
     """The card as Markdown with YAML in front."""
     summary, data = summarise(records), section(records.plan, "data")
@@ -113,8 +121,9 @@ def card(
         "</details>",
         "",
     ]
-    classes = len(records.recipe.classes) if records.recipe else 0
-    lines += ["## Loading it", "", *_loading(out, form, base, shell, classes), ""]
+    by, pad = opened or (base, None)
+    classes = records.recipe.classes if records.recipe else ()
+    lines += ["## Loading it", "", *_loading(out, form, _code(by), shell, classes, pad), ""]
     return "\n".join(redacted(lines))
 
 
@@ -172,7 +181,9 @@ def _made(records: Records, summary: Any, data: dict[str, object]) -> list[str]:
     return facts
 
 
-def _loading(out: Path, form: str, base: str, shell: Sequence[str], classes: int) -> list[str]:
+def _loading(
+    out: Path, form: str, base: str, shell: Sequence[str], classes: Sequence[str], pad: int | None
+) -> list[str]:
     maker = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
     if form in ("merged", "nf4"):
         bits = "" if form == "merged" else "  # bitsandbytes; the configuration says so"
@@ -184,7 +195,7 @@ def _loading(out: Path, form: str, base: str, shell: Sequence[str], classes: int
         serve = ["", *_fenced("vllm serve PATH\npython -m sglang.launch_server --model-path PATH", "sh")]
         return [*_fenced("\n".join(python), "python"), *([] if classes else serve)]
     if form == "adapter":
-        labels = f", num_labels={classes}" if classes else ""
+        labels = f", id2label={dict(enumerate(classes))}, pad_token_id={pad}" if classes else ""
         python = ["from peft import PeftModel", f"from transformers import {maker}", ""]
         python += [
             f'base = {maker}.from_pretrained("{base}"{labels})',

@@ -20,6 +20,8 @@ from qlora.errors import DiffersError, RunError, listed
 from qlora.export.adapter import export_adapter as write_adapter
 from qlora.export.gguf import Written, export_gguf_adapter
 from qlora.export.gguf import export_gguf as write_gguf
+from qlora.export.gguf_models import Converted
+from qlora.export.gguf_tokenizer import require_known
 from qlora.export.llama_cpp import LlamaCpp
 from qlora.export.merged import Merged, changed_since
 from qlora.export.merged import merge as merge_files
@@ -174,7 +176,7 @@ def export_gguf(
 
     ``out`` is ``RUN/gguf-TYPE`` or ``RUN/gguf-adapter`` when left out. ``type`` and ``base`` are the merged model's.
     """
-    require_language_model(Path(folder), "GGUF")
+    require_gguf(folder)
     run = _opened(folder)
     place = export_folder(run.folder, "gguf-adapter" if adapter else "gguf", out, type)
     section = run.recipe.model
@@ -200,6 +202,14 @@ def export_gguf(
         )
 
 
+def require_gguf(folder: str | Path) -> None:
+    """Raise RunError or ModelError where there can be no GGUF file of a run's model, which costs nothing to find."""
+    require_language_model(Path(folder), "GGUF")
+    base = _opened(folder).base
+    Converted(base.model_config().get_text_config())
+    require_known(base.tokenizer)
+
+
 def loaded_by(folder: str | Path, adapter: str | Path) -> list[Verdict]:
     """Which programs load the exported ``adapter`` of a run, and how."""
     base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
@@ -212,7 +222,8 @@ def write_card_of(
     """Write the model card of what a run exported as ``form`` into ``out``; ``verdicts``: of an adapter's programs."""
     base = open_checkpoint(open_run(Path(folder))[0].model, weights=False)
     shell = commands(verdicts)
-    return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told, shell=shell)
+    opened = (base_of(out), base.tokenizer.pad_token_id) if form == "adapter" else None
+    return write_card(Path(folder), expanded(out), form, base_folder=base.folder, told=told, shell=shell, opened=opened)
 
 
 def export_nf4(

@@ -11,6 +11,7 @@ differ: all else is the trained model's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from qlora.data.batches import collate
 from qlora.data.packing import Row
-from qlora.errors import QloraError, RunError
+from qlora.errors import MethodError, QloraError, RunError
 from qlora.evaluation.divergence import Divergence, mean_with_error
+from qlora.evaluation.score import plus_minus
 from qlora.export.gguf import stands_for
 from qlora.export.gguf_models import Converted
 from qlora.export.nf4 import linears_of
@@ -61,10 +63,9 @@ class Form:
     found: Divergence
 
     def __str__(self) -> str:
-        found, (more, error) = self.found, self.found.difference
+        found, more = self.found, plus_minus(*self.found.difference)
         return (
-            f"| {self.name:<28} | {found.loss:6.4f} | {more:+8.4f} ± {error:6.4f} | {found.divergence:8.2g} | "
-            f"{found.same_choice:6.1%} |"
+            f"| {self.name:<28} | {found.loss:6.4f} | {more:>17} | {found.divergence:8.2g} | {found.same_choice:6.1%} |"
         )
 
 
@@ -77,10 +78,10 @@ def table(forms: Sequence[Form]) -> str:
 def judged(form: Form) -> str:
     """Whether a form is good: no more loss than the trained model within two standard errors. What to do where it is not."""
     more, error = form.found.difference
-    if more <= 2 * error:
+    if more <= 0 or more <= 2 * error < math.inf:
         return "That is good: no more held-out loss than the trained model, within two standard errors."
     return (
-        f"That costs {more:.4f} ± {error:.4f} nats a token. Where it is too much, export in 16 bits (merged for=serving), as GGUF in "
+        f"That costs {plus_minus(more, error).removeprefix('+')} nats a token. Where it is too much, export in 16 bits (merged for=serving), as GGUF in "
         "8 bits, or the adapter alone."
     )
 
@@ -167,6 +168,8 @@ def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
             {f"{base}, {HOW.get(kind, kind)}": merged_into(run.source, base, kind) for base in WHY for kind in kinds},
             run.held_out,
         )
+    except MethodError:  # which cannot be merged, into neither
+        raise
     except QloraError as error:
         return "dequantized", (
             f"Which base suits was not measured: {error} Merged into the weights that the adapter was trained beside, which "

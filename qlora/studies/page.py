@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora.evaluation.score import plus_minus
 from qlora.files.durable import file_written_aside
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.reporting import page
@@ -122,7 +123,7 @@ def _texts(one: Compared) -> tuple[str, ...]:
         one.setting,
         f"{row.rate:g}" + (" (edge)" if one.at_edge else ""),
         significant(one.loss) + (f" ± {error:.4f}" if error is not None else ""),
-        "—" if one.against is None else f"{one.against[0]:+.4f} ± {one.against[1]:.4f}",
+        "—" if one.against is None else plus_minus(*one.against),
         count_text(row.trainable),
         exact_text(row.tokens_per_second and round(row.tokens_per_second)),
         duration_text(row.seconds),

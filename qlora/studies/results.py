@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import RunError
-from qlora.evaluation.score import HeldOut, difference
+from qlora.evaluation.score import HeldOut, difference, plus_minus
 from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.runs.session import held_out_of
 from qlora.studies.spec import Cell, Setting
@@ -205,7 +205,7 @@ def table(found: Sequence[Compared]) -> str:
     for one in found:
         row, error = one.best, one.loss_error
         loss = f"{one.loss:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-        against = "—" if one.against is None else f"{one.against[0]:+.4f} ± {one.against[1]:.4f}"
+        against = "—" if one.against is None else plus_minus(*one.against)
         speed = "—" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         lines.append(
             f"| {one.setting} | {row.rate:g}{' (edge)' if one.at_edge else ''} | {loss} | {against} | {row.trainable or 0:,} | {speed} "
