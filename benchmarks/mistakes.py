@@ -50,6 +50,14 @@ class Mistake(NamedTuple):
 TRAIN = "train mine.yaml"
 MISTAKES = (
     Mistake("a verb that is misspelt", "trian mine.yaml", "Did you mean 'train'?"),
+    Mistake("a form of export that is misspelt", "export done mergd", "Did you mean 'merged'?"),
+    Mistake("a study's word that is misspelt", "study study.yaml plna", "Did you mean 'plan'?"),
+    Mistake("an option of init that is misspelt", "init --modle model --data my.jsonl", "Did you mean 'model'?"),
+    Mistake("data in a recipe's place", "preview my.jsonl", "qlora init --model MODEL --data my.jsonl"),
+    Mistake("a study in a recipe's place", f"{TRAIN.replace('mine', 'study')}", "is a study, which qlora study takes"),
+    Mistake("a recipe in a study's place", "study mine.yaml", "is a recipe, which qlora train takes"),
+    Mistake("a list that is too short", f"{TRAIN} training.betas=[0.9]", "'training.betas' has no value number 2"),
+    Mistake("a list that is too long", f"{TRAIN} training.betas=[0.9,0.99,0]", "has 3 values; expected at most 2"),
     Mistake("a recipe that is not there", "train nine.yaml", "Relative paths start at the working directory, '"),
     Mistake("a key by its name elsewhere", f"{TRAIN} training.lr=1e-4", "Did you mean 'learning_rate'?"),
     Mistake("a key of Hugging Face's Trainer", f"{TRAIN} num_train_epochs=3", "Did you mean 'training.epochs'?"),

@@ -120,7 +120,7 @@ def nf4(folder: Path, options: dict[str, Any]) -> None:
 
 def adapter(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.programs import told
-    from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by
+    from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by, stands_apart
 
     place = export_folder(folder, "adapter", options.pop("out", None))
     why = export_adapter(folder, place, **options)
@@ -129,6 +129,8 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
     said = [told(verdicts)]
     if Path(base := base_of(place)).is_absolute():
         said.append(f"It names its base by the folder it has here, '{base}'; elsewhere, give the base yourself.")
+    if apart := stands_apart(folder):
+        said.append(apart)
     if ends := foreign_ends(folder):
         said.append(
             f"Its answers end with {', '.join(ends)}, which the base's own files do not name as an end: whatever generates "

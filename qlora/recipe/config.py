@@ -252,7 +252,8 @@ class DeviceSection(Section):
     as training begins, as many as have a core for themselves."""
     memory: str | None = None
     """The memory to plan for, as `24GiB` or a card's name (`T4`, `3090`, `4090`, …), of a card that need not be here; `2x4090`
-    for two processes on two of them. In training it is a limit: what needs more is refused, and a GPU gives this process no more."""
+    for two processes on two of them. In training it is a limit: what needs more by the plan is refused, and a GPU gives this process no more;
+    on a CPU nothing else holds it."""
     deterministic: bool = False
     """Use only kernels that give the same bits every time, where a GPU has faster ones; an operation without such a kernel
     is refused. A CPU gives the same bits anyway, for the same number of threads."""

@@ -37,7 +37,7 @@ from qlora.model.config import is_wrapper
 from qlora.model.load import end_tokens as known_ends
 from qlora.model.loss import head_of, hidden_states
 from qlora.planning.rows import load_recipe_data
-from qlora.recipe import Recipe
+from qlora.recipe import LoRA, Recipe, parts_of
 from qlora.reporting.card import write_card
 from qlora.runs.evaluate import load_run
 from qlora.runs.folder import (
@@ -262,6 +262,21 @@ def export_nf4(
 def base_of(adapter: str | Path) -> str:
     """What an exported adapter calls its base."""
     return str(read_about_base(expanded(adapter))["base_model_name_or_path"])
+
+
+def stands_apart(folder: str | Path) -> str | None:
+    """What to know of an adapter that was trained beside quantised weights that no base has, not even quantised; None of others."""
+    recipe, _ = open_run(Path(folder))
+    loras = [part for part in parts_of(recipe.method) if isinstance(part, LoRA)]
+    gave_up = [
+        part.init for part in loras if part.init == "pissa" or (part.init == "loftq" and part.loftq_iterations > 1)
+    ]
+    if not gave_up or recipe.model.quantization == "none":
+        return None
+    return (
+        f"With method.init={gave_up[0]} it was trained beside quantised weights that gave a part up, which no base has: on the base, in "
+        "16 bits or 4, it is near what was trained and not the same. The trained model itself: qlora export RUN merged for=serving"
+    )
 
 
 def foreign_ends(folder: str | Path) -> list[str]:

@@ -260,7 +260,7 @@ def test_calls_of_every_well_defined_shape_are_taken_as_one() -> None:
 
 
 def test_a_form_that_is_asked_for_is_required() -> None:
-    with pytest.raises(DataError, match=r"Line 1 .* has the form alpaca, but .*read as text"):
+    with pytest.raises(DataError, match=r"Line 1 .* has the form alpaca, but data.form is text"):
         parsed(ALPACA, form="text")
     assert parsed({**ALPACA, "text": "T"}, form="text").texts == ["T"]
 

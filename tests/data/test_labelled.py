@@ -87,8 +87,11 @@ def test_numbers_have_the_names_that_the_recipe_gives_them_in_csv_too(write: Any
     names = {"label": {"0": "negative", "1": "positive"}}
     assert loaded(write, tokenizer, labels=names).classes == ("negative", "positive")
     table = "text,label\n" + "".join(f"{record['text']},{record['label']}\n" for record in RECORDS)
-    data = loaded(write, tokenizer, table, "train.csv", labels=names)
-    assert data.classes == ("negative", "positive")
+    for some in (table, table.replace(",0", ",0.0"), table.replace(",1", ",1.0")):  # as pandas writes them beside a gap
+        assert loaded(write, tokenizer, some, "train.csv", labels=names).classes == ("negative", "positive")
+    floats = [record | {"label": float(record["label"])} for record in RECORDS]
+    assert loaded(write, tokenizer, floats).classes == ("0", "1")
+    assert loaded(write, tokenizer, floats, labels={"label": {"0.0": "no", "1": "yes"}}).classes == ("no", "yes")
 
 
 @pytest.mark.parametrize("adds_end", [False, True])

@@ -59,8 +59,10 @@ def test_what_cannot_be_compared_is_a_sentence(
     for words, said in (
         ([run, str(tmp_path / "none")], "There is no run folder"),
         ([run] * 7, "at most 6"),
-        ([run, run, f"out={tmp_path / 'no/such/folder.html'}"], "give another place with out=FILE"),
+        ([run, run, "out=/proc/no/such/folder.html"], "give another place with out=FILE"),
         ([run, "out=x.html"], "out is for the page of several runs"),
     ):
         assert main(["report", *words]) == 2
         assert said in capsys.readouterr().err
+    assert main(["report", run, run, f"out={tmp_path / 'a/new/folder.html'}"]) == 0
+    assert (tmp_path / "a/new/folder.html").is_file()
