@@ -136,6 +136,11 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 # --- text that leaves ------------------------------------------------------------------------------------------------
 
 REDACTED = "[redacted]"

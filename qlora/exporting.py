@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
-from qlora.files.durable import expanded, from_here, require_new, require_writable
+from qlora.files.durable import from_here, require_new, require_writable
 from qlora.runs.first import look_at_run
-from qlora.runs.folder import EXPORTS, export_folder, to_publish
+from qlora.runs.folder import EXPORTS, export_folder, lying_at, to_publish
 
 if TYPE_CHECKING:
     from qlora.export.programs import Verdict
@@ -165,7 +165,8 @@ def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def check(folder: Path, options: dict[str, Any]) -> None:
-    print(*_read_again(folder, options.get("from", folder / "merged"), options.get("program")), sep="\n")
+    place = lying_at(folder, options.get("from", EXPORTS["merged"]))
+    print(*_read_again(folder, place, options.get("program")), sep="\n")
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
@@ -233,7 +234,7 @@ def _look_first(folder: Path, target: str, options: dict[str, Any]) -> None:
         raise InputError("for and base say the same; expected one of them.")
     if target != "hub":
         look_at_run(folder, reads=False)
-    if target == "check" and not (place := expanded(options.get("from", folder / EXPORTS["merged"]))).exists():
+    if target == "check" and not (place := lying_at(folder, options.get("from", EXPORTS["merged"]))).exists():
         raise RunError(
             f"There is no export '{place}'; make it first, or say where it is: from=FOLDER.{from_here(place)}"
         )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.errors import DoesNotFitError, InputError, nearest
+from qlora.errors import DoesNotFitError, InputError, counted, nearest
 from qlora.files.durable import expanded, from_here, require_writable
 from qlora.machine.cards import amount
 from qlora.machine.disk import bytes_text, duration_text
@@ -232,14 +232,17 @@ def _planned(
         about = f"holds {whole:.1%} of the examples whole; the longest has at most {train.lengths[-1][0]:,} tokens"
     why = {
         "data.max_length": about,
-        "data.held_out_fraction": f"{held.records:,} records are never trained on; loss and answers are measured on them"
+        "data.held_out_fraction": f"{counted(held.records, 'record')} never trained on; loss and answers are measured there"
         if held.records
         else "so few records that none is held out; whether training helps cannot be known",
-        "training.epochs": f"{steps:,} steps",
+        "training.epochs": counted(steps, "step"),
         **reasons(made),
     }
     records = train.records + held.records
-    counts = f"{records:,} records, {held.records:,} of them held out → {rows:,} rows → {steps:,} steps of {recipe.training.batch_size} rows{time}."
+    counts = (
+        f"{counted(records, 'record')}, {held.records:,} of them held out → {counted(rows, 'row')} → {counted(steps, 'step')} of "
+        f"{counted(recipe.training.batch_size, 'row')}{time}."
+    )
     return Draft(recipe, why, made, counts)
 
 

@@ -14,7 +14,7 @@ from qlora.data.columns import renamed
 from qlora.data.mistakes import BadRecords
 from qlora.data.sources import Record
 from qlora.data.values import Mistake, capital, kind, label_key, text
-from qlora.errors import DataError, listed
+from qlora.errors import DataError, counted, listed
 from qlora.recipe import DataSection
 
 TEXTS = (
@@ -54,7 +54,7 @@ def read_labelled(records: Sequence[Record], section: DataSection) -> Labelled:
             continue
         unread.update(name for name in record.fields if name not in wanted and name in before.fields)
     bad.settle()
-    names = listed([f"'{name}' ({count:,} record{'s' * (count != 1)})" for name, count in unread.most_common()], 12)
+    names = listed([f"'{name}' ({counted(count, 'record')})" for name, count in unread.most_common()], 12)
     return Labelled(found, (f"fields that are not read: {names}",) if unread else (), bad)
 
 

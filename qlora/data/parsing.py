@@ -20,7 +20,7 @@ from qlora.data.sources import Record
 from qlora.data.suggestions import looks_note, separators_note
 from qlora.data.turns import filled, is_flag, not_trained
 from qlora.data.values import Mistake, kind
-from qlora.errors import listed
+from qlora.errors import counted, listed
 
 _PICTURE = re.compile(r"!\[[^\]\n]*\]\([^)\s]+\)|data:(?:image|audio|video)/\w+;base64,|<(?:image|video|audio)>")
 """What may be one, and may be what is spoken of."""
@@ -130,31 +130,29 @@ def parse(
     spoken = [one.messages for one in parsed if isinstance(one, Conversation) and len(one.messages) > 1]
     notes += separators_note([(str(turns[-2]["content"]), str(turns[-1]["content"])) for turns in spoken])
     if count := sum(record.filled_in for record in records):
-        notes.append(f"nulls that a table filled in are left out of {_counted(count)}")
+        notes.append(f"nulls that a table filled in are left out of {counted(count, 'record')}")
     if alike:
-        notes.append(f"left out, as the chosen answer is the rejected one too: {_counted(alike)}")
+        notes.append(f"left out, as the chosen answer is the rejected one too: {counted(alike, 'record')}")
     if form == "preference" and not pairs:
         notes.append("data.form=preference trains the chosen answers alone; the rejected ones are not used")
     if form == "kto":
         notes.append(
-            f"data.form=kto trains the desirable answers alone; left out as undesirable: {_counted(undesired)}"
+            f"data.form=kto trains the desirable answers alone; left out as undesirable: {counted(undesired, 'record')}"
         )
     if others_marked:
         notes.append(
-            f"only answers are trained: turns of others are marked as trained in {_counted(others_marked)}, which has no effect"
+            f"only answers are trained: turns of others are marked as trained in {counted(others_marked, 'record')}, which has no effect"
         )
     if nulls:
-        notes.append(f"arguments of calls are null in {_counted(nulls)}, and learnt so")
+        notes.append(f"arguments of calls are null in {counted(nulls, 'record')}, and learnt so")
     if pictured:
-        notes.append(f"pictures are named in {_counted(pictured)}, and read as text: a text model can't see them")
+        notes.append(
+            f"pictures are named in {counted(pictured, 'record')}, and read as text: a text model can't see them"
+        )
     if unread:
-        names = [f"{name} ({_counted(count)})" for name, count in unread.most_common()]
+        names = [f"{name} ({counted(count, 'record')})" for name, count in unread.most_common()]
         notes.append(f"fields that are not read: {listed(names, 12)}".encode(errors="replace").decode())
     return Parsed(form, parsed, tuple(notes), bad, read_as)
-
-
-def _counted(count: int) -> str:
-    return f"{count:,} record{'s' * (count != 1)}"
 
 
 def _paired(chosen: Conversation, rejected: Conversation) -> Conversation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from qlora.data.lengths import Bins, histogram
+from qlora.errors import counted
 from qlora.files.html import as_text
 from qlora.files.strangers import JsonObject
 
@@ -103,10 +104,10 @@ class Report:
         for name, counts in (("train", self.train), ("held out", self.held_out)):
             if not counts.records:
                 continue
-            examples = f"{counts.examples // 2:,} pairs" if self.pairs else f"{counts.examples:,} examples"
+            examples = counted(counts.examples // 2, "pair") if self.pairs else counted(counts.examples, "example")
             lines.append(
-                f"{name}: {counts.records:,} records, {examples} in {counts.rows:,} rows, "
-                f"{counts.tokens:,} tokens, {counts.target_tokens:,} of them trained ({counts.target_fraction:.0%})"
+                f"{name}: {counted(counts.records, 'record')}, {examples} in {counted(counts.rows, 'row')}, "
+                f"{counted(counts.tokens, 'token')}, {counts.target_tokens:,} of them trained ({counts.target_fraction:.0%})"
             )
             lines += [f"  {phrase}" for phrase in counts.losses()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

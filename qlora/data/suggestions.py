@@ -204,7 +204,8 @@ def _looks_like(text: str) -> str | None:
     if len(blocks) > 2 and {*blocks[:-1]} == {2}:
         return "pairs of lines (as prompt and completion, the second lines alone would be)"
     for sign in "\t;|,":
-        if len(lines) > 2 and lines[0].count(sign) and len({line.count(sign) for line in lines}) == 1:
+        prose = f"{sign} " in lines[0] if lines else False  # as sentences have commas
+        if len(lines) > 2 and lines[0].count(sign) and not prose and len({line.count(sign) for line in lines}) == 1:
             return "a table (name the file .csv, so that its columns are read)"
     return "code" if len(lines) > 2 and 2 * sum(map(bool, map(_CODE.search, lines))) > len(lines) else None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, listed
+from qlora.errors import DoesNotFitError, ModelError, counted, listed
 from qlora.files.html import as_text
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, amount, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
@@ -171,8 +171,8 @@ class Survey:
         if reading.report is None:
             return f"{recipe.model.name}: {memory}"
         training, counts, held_out = recipe.training, reading.report.train, reading.report.held_out
-        length = "" if training.steps else f"{training.epochs} epoch{'s' * (training.epochs > 1)} = "
-        said = f"{counts.records:,} records → {counts.rows:,} rows → {length}{reading.steps:,} steps"
+        length = "" if training.steps else f"{counted(training.epochs, 'epoch')} = "
+        said = f"{counted(counts.records, 'record')} → {counted(counts.rows, 'row')} → {length}{counted(reading.steps, 'step')}"
         if chosen.seconds is None:
             return f"{said}, {memory}"
         each = chosen.seconds.expected

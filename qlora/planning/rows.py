@@ -16,7 +16,7 @@ from qlora.data.batches import steps_per_epoch
 from qlora.data.load import Data, load_data
 from qlora.data.report import Report
 from qlora.data.sources import data_files
-from qlora.errors import DataError, MethodError, ModelError, listed
+from qlora.errors import DataError, MethodError, ModelError, counted, listed
 from qlora.files.durable import from_here
 from qlora.machine.disk import duration_text
 from qlora.model.anatomy import position_limit, why_not_packed
@@ -48,7 +48,10 @@ class Reading:
         counts = self.report.train
         about = "about" if self.packed else "at most"
         time = "" if seconds is None else f", {about} {duration_text(self.steps * seconds)}"
-        lines = [str(self.report), f"{counts.records:,} records → {counts.rows:,} rows → {self.steps:,} steps{time}"]
+        lines = [
+            str(self.report),
+            f"{counted(counts.records, 'record')} → {counted(counts.rows, 'row')} → {counted(self.steps, 'step')}{time}",
+        ]
         if reference is not None:
             lines.append(
                 f"before the first step, the answers' likelihoods: {about} {duration_text(self.epoch * reference)}"

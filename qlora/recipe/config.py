@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from qlora.errors import counted
 from qlora.files.strangers import JsonObject, Lines, shown
 from qlora.recipe.methods import AnyMethod, LoRA, labels_of, named, parts_of
 from qlora.recipe.objectives import AnyObjective, TokensObjective
@@ -364,11 +365,7 @@ class Recipe(Section):
         data, training = self.data, self.training
         files = data.train if isinstance(data.train, str) else ", ".join(data.train)
         out = data.held_out or (f"{data.held_out_fraction:.2%}" if data.held_out_fraction else "nothing")
-        length = (
-            f"{training.epochs} epoch{'s' * (training.epochs > 1)}"
-            if training.steps is None
-            else f"{training.steps} steps"
-        )
+        length = counted(training.epochs, "epoch") if training.steps is None else counted(training.steps, "step")
         methods = " + ".join(part.in_short() for part in parts_of(self.method))
         return (
             f"Recipe({self.model.name} in {self.model.quantization}, {methods},\n"

@@ -50,7 +50,10 @@ def server(folder: Path, port: int | None = None) -> ThreadingHTTPServer:
             if refresh:
                 self.send_header("Refresh", str(REFRESH))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             """Requests are nobody's news."""

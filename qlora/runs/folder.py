@@ -72,10 +72,15 @@ def export_folder(folder: Path, form: str, out: str | Path | None = None, kind: 
     return expanded(out) if out is not None else folder / EXPORTS[form].replace("{}", kind)
 
 
+def lying_at(folder: Path, source: str | Path) -> Path:
+    """Where an export lies that is called ``source``: in the run folder, or anywhere."""
+    return folder / source if (folder / source).exists() else expanded(source)
+
+
 def to_publish(folder: Path, source: str | None) -> Path:
     """The folder to publish of a run: ``source``, in the run or anywhere, or the one that was exported."""
     if source is not None:
-        place = folder / source if (folder / source).is_dir() else expanded(source)
+        place = lying_at(folder, source)
         if not place.is_dir():
             raise RunError(f"There is no folder '{source}' to publish, in '{folder}' or elsewhere.{from_here(source)}")
         return place

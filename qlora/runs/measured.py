@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qlora.data.batches import collate
 from qlora.data.packing import Row
-from qlora.errors import MethodError, QloraError, RunError
+from qlora.errors import MethodError, QloraError, RunError, counted
 from qlora.evaluation.divergence import Divergence, mean_with_error
 from qlora.evaluation.score import plus_minus
 from qlora.export.gguf import stands_for
@@ -70,9 +70,10 @@ class Form:
 
 
 def table(forms: Sequence[Form]) -> str:
-    """The lines of a table in Markdown."""
+    """A line on what was measured, and a table in Markdown."""
+    where = f"On {counted(forms[0].found.tokens, 'token')} of what is held out (qlora evaluate measures all of it):"
     heading = f"| {'':<28} | {'loss':>6} | {'more than trained':>17} | {'KL':>8} | {'top-1':>6} |"
-    return "\n".join([heading, "|---|--:|--:|--:|--:|", *map(str, forms)])
+    return "\n".join([where, "", heading, "|---|--:|--:|--:|--:|", *map(str, forms)])
 
 
 def judged(form: Form) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import Signals as Signal
 from statistics import median
 
-from qlora.errors import PackingError, RunError, Stopped, listed, redacted
+from qlora.errors import PackingError, RunError, Stopped, counted, listed, redacted
 from qlora.evaluation.score import HeldOut
 from qlora.evaluation.tasks.result import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
@@ -387,11 +387,11 @@ def _ahead(session: Session) -> str:
     elif session.rehearsal is not None:
         tokens = sum(len(row.ids) for row in trainer.rows) / trainer.steps_per_epoch
         seconds = session.rehearsal.seconds * tokens / session.rehearsal.tokens
-    epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {trainer.steps_per_epoch:,} steps"
+    epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {counted(trainer.steps_per_epoch, 'step')}"
     time = f", about {duration_text((total - done) * seconds)}" if seconds else ""
     evaluations = sum(due(step, every) for step in range(done + 1, total)) + 1
-    more = f"; {evaluations} held-out evaluation{'s' * (evaluations > 1)} on top" if session.data.held_out else ""
-    return f"{total - done:,} steps to go of {total:,} ({epochs}){time}{more}."
+    more = f"; {counted(evaluations, 'held-out evaluation')} on top" if session.data.held_out else ""
+    return f"{counted(total - done, 'step')} to go of {total:,} ({epochs}){time}{more}."
 
 
 def _take_steps(session: Session, signals: Signals) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora.errors import RunError, listed
+from qlora.errors import RunError, counted, listed
 from qlora.studies.spec import Cell, Setting
 
 HALVINGS = 3  # at most: an eighth of the steps tells little of a rate at full length
@@ -137,6 +137,6 @@ def within(
 def left_out(cells: Sequence[Cell]) -> str:
     """A sentence of the cells that the budget had no room for."""
     return (
-        f"hours leaves {len(cells)} cell{'s' * (len(cells) > 1)} out: {listed([cell.name for cell in cells], 4)}. "
+        f"hours leaves {counted(len(cells), 'cell')} out: {listed([cell.name for cell in cells], 4)}. "
         "The same command with more hours goes on with them."
     )

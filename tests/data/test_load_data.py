@@ -146,7 +146,9 @@ def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
         load(path, tokenizer, max_length=8, too_long="drop")
     with pytest.raises(DataError, match=r"No token of the data carries loss \(40 examples dropped"):
         load(path, tokenizer, max_length=8)
-    with pytest.raises(DataError, match=r"No token of the data carries loss \(1 records skipped.*\); look at the records' answers\.$"):
+    with pytest.raises(
+        DataError, match=r"No token of the data carries loss \(1 records skipped.*\); look at the records' answers\.$"
+    ):
         load(write("b.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}]), tokenizer)
     with pytest.raises(DataError, match="None of the 1 held-out records leaves a token"):
         load(path, tokenizer, held_out=write("b.jsonl", [{"prompt": "Hi " * 99, "completion": "Yo"}]))
