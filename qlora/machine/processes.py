@@ -12,6 +12,7 @@ Knows torch.distributed and numbers; must not know what they stand for.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,25 +91,39 @@ class Processes:
                 parts = flat.split([one.numel() for one in bucket])
                 torch._foreach_copy_(bucket, [part.view(one.shape) for one, part in zip(bucket, parts, strict=True)])
 
-    def copy(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each by the main process's, byte for byte."""
+    def copy(self, tensors: Iterable[Tensor], source: int = 0) -> None:
+        """Replace each by that of the process ``source``, byte for byte; the main one's unless said."""
         if self.size > 1:
             for one in tensors:
                 sent = one.detach().reshape(-1).contiguous().view(torch.uint8)
                 with together():
-                    dist.broadcast(sent, 0, group=self.gpus if sent.is_cuda else self.cpus)
-                if not self.main and sent.data_ptr() != one.data_ptr():
+                    dist.broadcast(sent, source, group=self.gpus if sent.is_cuda else self.cpus)
+                if self.rank != source and sent.data_ptr() != one.data_ptr():
                     one.detach().copy_(sent.view(one.dtype).view(one.shape))
 
-    def once(self, make: Callable[[], str]) -> str:
-        """What ``make`` gives in the main process, which alone calls it."""
+    def once(self, make: Callable[[], str], source: int = 0) -> str:
+        """What ``make`` gives in the process ``source``, which alone calls it; the main one unless said."""
         if self.size == 1:
             return make()
-        text = torch.tensor(list(make().encode()) if self.main else [], dtype=torch.uint8)
-        length = int(self.gather(len(text))[0][0])
-        text = text if self.main else torch.empty(length, dtype=torch.uint8)
-        self.copy([text])
+        text = torch.tensor(list(make().encode()) if self.rank == source else [], dtype=torch.uint8)
+        length = int(self.gather(len(text))[source][0])
+        text = text if self.rank == source else torch.empty(length, dtype=torch.uint8)
+        self.copy([text], source)
         return bytes(text.tolist()).decode()
+
+    def collect(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the main process the ``tensors`` of all, which are on CPUs and have names of their own; in another its own."""
+        found = dict(tensors)
+        for source in range(1, self.size):
+            listed = [[name, str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()]
+            for name, dtype, shape in json.loads(self.once(lambda listed=listed: json.dumps(listed), source)):  # type: ignore[misc]
+                with together():
+                    if self.rank == source:
+                        dist.send(tensors[name].reshape(-1).contiguous().view(torch.uint8), 0, group=self.cpus)
+                    elif self.main:
+                        found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                        dist.recv(found[name].reshape(-1).view(torch.uint8), source, group=self.cpus)
+        return found
 
 
 ALONE = Processes()

@@ -13,7 +13,7 @@ Knows models on meta, dry runs and what the optimizer takes; must not know what 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +35,7 @@ from qlora.residence.placement import resident_layers
 from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes, step_bytes
 from qlora.training.passage import count_layers
+from qlora.training.shares import owners, shared_out
 from qlora.training.way import Way
 
 RUNTIME = {"cpu": int(0.55 * GIB), "cuda": int(0.5 * GIB)}
@@ -253,7 +254,8 @@ def holdings(
     sums = min(BUCKET, sum(4 * p.numel() for p in trained.values())) if processes > 1 else 0
     head, embedding = _ends(adapted.model, memory, {id(p) for p in trained.values()})
     host |= {"pinned_head" if device == "cuda" else "head": head, "embedding": embedding}
-    states = [state_bytes(p.numel(), training.optimizer) for p in trained.values()]
+    mine = largest_share(trained, processes) if processes > 1 and shared_out(adapted) else trained
+    states = [state_bytes(p.numel(), training.optimizer) for p in mine.values()]
     optimizer = sum(states)
     if device == "cuda" and training.optimizer.startswith("paged"):  # it comes by itself, one matrix at a time
         host["paged_optimizer"], optimizer = optimizer, max(states, default=0)
@@ -263,7 +265,7 @@ def holdings(
         "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
         "adapter": bytes_of(trained.values()),
-        "masters": master_bytes(trained.values()),
+        "masters": master_bytes(mine.values()),
         "optimizer": optimizer,
         "gradient_sums": sums,
         "method_state": bytes_of(beside),
@@ -271,6 +273,13 @@ def holdings(
     if device == "cpu":
         return kinds | {f"host_{kind}": count for kind, count in host.items()}, {}, disk
     return kinds, host, disk
+
+
+def largest_share(trained: Mapping[str, Tensor], processes: int) -> dict[str, Tensor]:
+    """Of which parameters the process keeps masters and moments that has most of them."""
+    owner = owners(trained, processes)
+    shares = [{name: p for name, p in trained.items() if owner[name] == rank} for rank in range(processes)]
+    return max(shares, key=lambda share: sum(p.numel() for p in share.values()))
 
 
 def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int, int, int, Kinds, Kinds]:

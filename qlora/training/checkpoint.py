@@ -18,17 +18,19 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qlora.errors import MethodError, NonFiniteError, RunError, listed
 from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, folder_written_aside, seal
 from qlora.methods.files import CONFIG, read_adapter_tensors, read_method_state, save_adapter
 from qlora.methods.loading import at_home
 from qlora.model.tensor_file import read_tensors
-from qlora.training.optim import load_optimizer_tensors, optimizer_tensors
+from qlora.training.optim import load_optimizer_tensors
 from qlora.training.state import TrainState
 from qlora.training.way import Way
 
@@ -40,8 +42,8 @@ class DamagedError(RunError):
     """A checkpoint that is not what was written."""
 
 
-def save(state: TrainState, folder: Path, keep: int) -> Path:
-    """Write ``folder/<step>`` and delete all but the ``keep`` newest. What was written or read already is not written again.
+def save(state: TrainState, folder: Path, keep: int, kept: Mapping[str, Tensor] | None = None) -> Path:
+    """Write ``folder/<step>`` with what ``state.kept`` gave where several processes have it, and delete all but the ``keep`` newest. What was written or read already is not written again.
 
     Checkpoints of later steps go too: they are of another course, and ``find`` would take one of them for the newest.
     """
@@ -55,8 +57,7 @@ def save(state: TrainState, folder: Path, keep: int) -> Path:
         clear_leftovers(folder)
         with folder_written_aside(place, overwrite=True) as aside:
             save_adapter(state.model, aside)
-            moments = optimizer_tensors(state.optimizer, state.masters.values)
-            save_file(state.masters.state() | moments, aside / OPTIMIZER)
+            save_file(dict(state.kept() if kept is None else kept), aside / OPTIMIZER)
             (aside / STATE).write_text(json.dumps(_values(state), indent=2) + "\n", encoding="utf-8")
             seal(aside)
         state.saved = place

@@ -279,7 +279,8 @@ class Trainer:
         self.state.require_whole()
         self.begin()
         folder, keep = self.folder / "checkpoints", self.training.keep_checkpoints
-        by_main(self.model.base.placement, lambda: checkpoint.save(self.state, folder, keep))
+        kept = None if self.state.shares is None else self.state.kept()  # which all collect
+        by_main(self.model.base.placement, lambda: checkpoint.save(self.state, folder, keep, kept))
         return checkpoint.place_of(self.state, folder)
 
     def load(self, place: str | Path) -> None:

@@ -12,7 +12,7 @@ Knows parameters and their gradients; must not know which optimizer there is, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,23 @@ KEY = "/master"
 
 
 class Masters:
-    """The masters of ``parameters``, by the same names. They begin as what the parameters hold."""
+    """The masters of ``parameters``, by the same names. They begin as what the parameters hold. ``is_mine`` says of which there are
+    any, where several processes share them out."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], is_mine: Callable[[str], bool] = lambda name: True
+    ) -> None:
         self.parameters = parameters
         wide_gradients(parameters.values())
-        self.values = {name: nn.Parameter(p.detach().float()) if is_narrow(p) else p for name, p in parameters.items()}
+        mine = {name: p for name, p in parameters.items() if is_mine(name)}
+        self.values = {name: nn.Parameter(p.detach().float()) if is_narrow(p) else p for name, p in mine.items()}
         """What the optimizer is to change."""
-        self._pairs = [(p, self.values[name]) for name, p in parameters.items() if is_narrow(p)]
+        self._pairs = [(p, self.values[name]) for name, p in mine.items() if is_narrow(p)]
         self.doubt()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes, the parameters beside their masters."""
-        return [*self.values.values(), *(p for p, _ in self._pairs)]
+        return [*self.values.values(), *(p for name, p in self.parameters.items() if p is not self.values.get(name))]
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -85,6 +89,8 @@ class Masters:
 
         Raises RunError unless there is one of its shape for each master here, and no other.
         """
+        elsewhere = self.parameters.keys() - self.values.keys()  # what other processes keep
+        tensors = {key: values for key, values in tensors.items() if key.rpartition("/")[0] not in elsewhere}
         found = {key.removesuffix(KEY): values for key, values in tensors.items() if key.endswith(KEY)}
         narrow = {name: master for name, master in self.values.items() if master is not self.parameters[name]}
         wrong = [name for name in {**narrow, **found} if _shape(narrow, name) != _shape(found, name)]

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.errors import RunError
 from qlora.machine.processes import Processes, here
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import TrainingSection
 from qlora.training.masters import Masters
-from qlora.training.optim import make_optimizer, quiet_paging
+from qlora.training.optim import make_optimizer, optimizer_tensors, quiet_paging
 from qlora.training.passage import count_layers
+from qlora.training.shares import Shares
 from qlora.training.way import Way
 
 LARGEST_SCALE = 2.0**14  # what the loss is multiplied with under fp16, at first
@@ -49,6 +50,8 @@ class TrainState:
     """Steps that changed nothing because a number was not finite."""
     processes: Processes = field(default_factory=here, repr=False)
     """This process among those that train together."""
+    shares: Shares | None = field(default=None, repr=False)
+    """Where they share out the masters and moments."""
     torn: bool = field(default=False, repr=False)
     """Whether a step was broken off while the optimizer changed the parameters; only loading a checkpoint mends that."""
     saved: Path | None = None
@@ -59,16 +62,24 @@ class TrainState:
         """The state before the first step."""
         quiet_paging()
         parameters = model.trainable_parameters()
-        masters = Masters(parameters)
+        shares = Shares.of(model, here())
+        masters = Masters(parameters, shares.is_mine) if shares else Masters(parameters)
         optimizer = make_optimizer(masters.values, training, model.learning_rate_ratios())
         scale = LARGEST_SCALE if model.base.compute_dtype == torch.float16 else 1.0
         way = Way.of(training, count_layers(model, training))
-        return cls(model, training, total_steps, parameters, masters, optimizer, way, way, loss_scale=scale)
+        return cls(
+            model, training, total_steps, parameters, masters, optimizer, way, way, loss_scale=scale, shares=shares
+        )
 
     @property
     def lockstep(self) -> bool:
         """Whether processes have to go through the model together, since each has a part of its layers."""
         return self.model.base.placement is not None and self.model.base.placement.tier == "processes"
+
+    def kept(self) -> dict[str, Tensor]:
+        """The masters, and the optimizer's moments, on the CPU: all of them in the main process, whoever keeps them."""
+        mine = self.masters.state() | optimizer_tensors(self.optimizer, self.masters.values)
+        return mine if self.shares is None else self.shares.collected(mine)
 
     def require_whole(self) -> None:
         """Raise RunError after a step that was broken off halfway."""

@@ -97,6 +97,8 @@ def update(state: TrainState, learning_rate: float, norm: float) -> None:
         whole = torch.tensor(norm, device=state.model.device)
         torch.nn.utils.clip_grads_with_norm_(parameters, state.training.max_grad_norm, whole)
     move(state)
+    if state.shares is not None:
+        state.shares.hand_round(state.parameters)
 
 
 def move(state: TrainState) -> None:
