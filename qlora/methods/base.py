@@ -115,7 +115,7 @@ class AdaptedModel(OnBase):
         """Three lines: the methods and their base, what trains, where it is planted."""
         trained = self.trainable_parameters().values()
         numbers, kinds = self.count_trainable(), sorted({dtype_name(values.dtype) for values in trained})
-        size = sum(values.numel() * values.dtype.itemsize for values in trained)
+        size = sum(values.nbytes for values in trained)
         names = sorted({leaf(path) for path in self.planted})
         base = self.base
         return "\n".join(

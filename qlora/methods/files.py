@@ -108,8 +108,7 @@ def save_portable(
 def portable_bytes(model: AdaptedModel) -> int:
     """What ``save_portable`` writes in tensors: fp32 and of one rank for plain LoRA, else the adapter with its state."""
     if why_not_portable(model) is not None:
-        written = [*model.adapter_state().values(), *model.method_state().values()]
-        return sum(values.numel() * values.dtype.itemsize for values in written)
+        return sum(values.nbytes for values in (*model.adapter_state().values(), *model.method_state().values()))
     pairs = model.methods[0].layout.pairs().values()
     r = max((len(lora_A) for lora_A, _ in pairs), default=0)
     return sum(4 * r * (lora_A.shape[1] + lora_B.shape[0]) for lora_A, lora_B in pairs)

@@ -506,6 +506,11 @@ def at_hand(linear: nn.Module, changed: bool = False) -> Iterator[None]:
         away.drop()
 
 
+def packed_numbers(model: nn.Module) -> int:
+    """The numbers that the packed weights in ``model`` stand for, in all."""
+    return sum(part.in_features * part.out_features for part in model.modules() if isinstance(part, Packed))
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear map with one weight: quantised, plain, or GPT-2's Conv1D, which is one in spite of its name."""
     # torch's MultiheadAttention reads the weight of its out_proj and never calls it, so nothing can be planted there

@@ -42,7 +42,15 @@ from qlora.model.config import FOUR_BIT, Scheme, any_config, classes_of, is_wrap
 from qlora.model.experts import adopt, empty_experts, matrices
 from qlora.model.mixers import begin_anew
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
-from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
+from qlora.model.nf4 import (
+    FrozenLinear,
+    Linear4bit,
+    Linear8bit,
+    features,
+    is_plain_linear,
+    is_transposed,
+    packed_numbers,
+)
 from qlora.model.towers import find_towers, take_out, within
 from qlora.recipe import ModelSection
 
@@ -324,7 +332,7 @@ def matches(name: str, patterns: list[str]) -> bool:
 
 def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Packed))
+    packed = packed_numbers(model)
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
     outside.add(id(anatomy.head(model)))
     dense = {

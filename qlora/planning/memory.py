@@ -27,7 +27,7 @@ from qlora.model import anatomy
 from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import ROUNDS, DryRun, Moment, Phase, Shape, dry_run
 from qlora.planning.few_layers import kinds_of, layers_of, sketch_of
-from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
+from qlora.planning.shapes import image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.layers import layers_that_keep
@@ -262,11 +262,11 @@ def holdings(
         "layer_slots": slots,
         "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
-        "adapter": bytes_of(trained.values()),
+        "adapter": sum(values.nbytes for values in trained.values()),
         "masters": master_bytes(trained.values()),
         "optimizer": optimizer,
         "gradient_sums": sums,
-        "method_state": bytes_of(beside),
+        "method_state": sum(values.nbytes for values in beside),
     }
     if device == "cpu":
         return kinds | {f"host_{kind}": count for kind, count in host.items()}, {}, disk
@@ -306,7 +306,7 @@ def _ends(model: nn.Module, memory: MemorySection, trained: set[int]) -> tuple[i
     for module in modules:
         weights = [] if module is None else [p for p in module.parameters() if p.dim() > 1 and id(p) not in seen]
         seen |= {id(p) for p in weights}
-        found.append(bytes_of(weights))
+        found.append(sum(values.nbytes for values in weights))
     return found[0], found[1]
 
 
@@ -326,9 +326,8 @@ def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            size = tensor.numel() * tensor.dtype.itemsize
             if isinstance(module, Packed):
-                quantised += size
+                quantised += tensor.nbytes
             else:
-                other += size
+                other += tensor.nbytes
     return quantised, other

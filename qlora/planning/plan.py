@@ -33,6 +33,7 @@ from qlora.methods.base import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
 from qlora.model.attention import keep_apart
+from qlora.model.base import count_parameters
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
 from qlora.model.kernels import fuse
@@ -43,7 +44,7 @@ from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
 from qlora.planning.rows import Reading, read, with_known_head, with_packing
-from qlora.planning.shapes import Dense, count_parameters, dense_of
+from qlora.planning.shapes import Dense, dense_of
 from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of

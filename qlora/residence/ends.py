@@ -51,7 +51,7 @@ class HostLinear(nn.Linear):
         self.bias = bias
         self.compute_device = device
         self.travels = weight.device != device
-        count = -(-weight.numel() * weight.dtype.itemsize // SLICE)
+        count = -(-weight.nbytes // SLICE)
         self.rows = -(-self.out_features // max(1, count))
         """Rows of a slice; the last one may have fewer."""
 
@@ -235,7 +235,7 @@ def _locked(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
         return weight
     if isinstance(weight.data, FakeTensor):  # a rehearsal without memory
         return nn.Parameter(weight.detach().to("cpu"), requires_grad=False)
-    memory = host_bytes(weight.numel() * weight.dtype.itemsize, device)
+    memory = host_bytes(weight.nbytes, device)
     held = nn.Parameter(memory.view(weight.dtype).view(weight.shape), requires_grad=False)
     with torch.no_grad():
         held.copy_(weight)

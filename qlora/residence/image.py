@@ -38,10 +38,9 @@ class Image:
         for linear in layer.modules():
             if _travels(linear):
                 for name, values in _weights(linear).items():
-                    size = values.numel() * values.dtype.itemsize
-                    piece = Piece(linear, name, values.dtype, tuple(values.shape), self.bytes, size)
+                    piece = Piece(linear, name, values.dtype, tuple(values.shape), self.bytes, values.nbytes)
                     self.pieces.append(piece)
-                    self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
+                    self.bytes += -(-piece.bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def linears(self) -> list[nn.Module]:
