@@ -23,7 +23,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -463,15 +463,10 @@ def _slice_in(linear: HostLinear, device: str) -> None:
 @contextmanager
 def _marked(model: nn.Module, marks: _Marks, graph: list[bool]) -> Iterator[None]:
     """Inside, each decoder layer tells when it is entered, and when its input's gradient is there."""
-    handles = [
-        layer.register_forward_pre_hook(_enter(marks, place, graph), with_kwargs=True)
-        for place, layer in enumerate(layers_of(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, layer in enumerate(layers_of(model)):
+            hooks.enter_context(layer.register_forward_pre_hook(_enter(marks, place, graph), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _enter(marks: _Marks, place: int, graph: list[bool]) -> Callable[..., None]:
