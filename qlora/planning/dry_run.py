@@ -239,12 +239,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls; it makes nothing
             return args[0].fake_device
-        if func is torch.ops.aten.nonzero.default:
-            result = _all_of(args[0])
-        elif func.overloadpacket in BY_MASK:
-            result = func(args[0], _without_masks(args[1]), *args[2:], **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in BY_MASK:
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        result = _all_of(args[0]) if func is torch.ops.aten.nonzero.default else func(*args, **(kwargs or {}))
         for values in tree_leaves(result):
             if isinstance(values, Tensor):
                 self._track(values.untyped_storage())

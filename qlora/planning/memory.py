@@ -278,9 +278,7 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
 
     ``parts`` of what is in host memory are on the devices of all processes instead.
     """
-    if memory.layers == "resident":
-        return 0, 0, 0, {}, {}
-    layers = anatomy.layers(model)
+    layers = [] if memory.layers == "resident" else list(anatomy.layers(model))
     away = sorted(set(range(len(layers))) - resident_layers(memory.layers, len(layers)))
     if not away:
         return 0, 0, 0, {}, {}
