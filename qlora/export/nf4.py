@@ -22,7 +22,7 @@ from qlora.errors import ModelError
 from qlora.export.merged import Merged, made_of, write_beside, write_plain
 from qlora.export.source import CARRYING, Source
 from qlora.files.durable import file_written_aside, folder_written_aside
-from qlora.machine.device import resolve_compute_dtype, trim_heap
+from qlora.machine.device import trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
@@ -50,7 +50,6 @@ def export_nf4(
     out: str | Path,
     *,
     section: ModelSection,
-    device: torch.device | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
     ends: Sequence[int] = (),
@@ -65,10 +64,7 @@ def export_nf4(
     """
     out = Path(out)
     keep_apart(out, checkpoint.folder, Path(adapter_folder), replaces="config.json" if overwrite else None)
-    device, dtype = torch.device("cpu") if device is None else device, torch.bfloat16
-    source = Source(
-        checkpoint, section, Path(adapter_folder), device, resolve_compute_dtype(device, section.compute_dtype)
-    )
+    source, dtype = Source(checkpoint, section, Path(adapter_folder)), torch.bfloat16
     if source.empty.scheme.prequantised:
         raise ModelError(
             f"'{checkpoint.name}' is itself quantised and does not hold the original weights, and on its own codes most of what was "

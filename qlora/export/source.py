@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora.errors import MethodError, ModelError
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import DTYPES, trim_heap
+from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
@@ -30,6 +30,7 @@ from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
 from qlora.recipe import ModelSection
 
+CPU = torch.device("cpu")
 CARRYING = ".carrying"  # while an export is written: the tensors that the adapter changed, so far
 
 
@@ -41,11 +42,10 @@ class Source:
         checkpoint: Checkpoint,
         section: ModelSection,
         adapter: Path,
-        device: torch.device,
-        compute_dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
-        self.device, self.compute_dtype = device, compute_dtype
-        self.empty = assemble(checkpoint, section, compute_dtype)
+        self.device, self.compute_dtype = device, resolve_compute_dtype(device, section.compute_dtype)
+        self.empty = assemble(checkpoint, section, self.compute_dtype)
         self.checkpoint = self.empty.checkpoint
         self.model, self.names, self.shapes = self.empty.model, self.empty.names, self.empty.shapes
         self.stacks = self.empty.stacks
