@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -92,7 +91,9 @@ def export_nf4(
                 continue
             values = source.tensor(name, kind, requantise=False)
             if source.names.get(name, "").removesuffix(".weight") in packed:
-                shards.add(_tensors(name, *quantised(values.contiguous(), "nf4", section.double_quant)))
+                codes, state = quantised(values.contiguous(), "nf4", section.double_quant)
+                parts = state.as_dict(packed=True).items()  # as bitsandbytes writes them
+                shards.add({name: codes} | {f"{name}.{key}": part for key, part in parts})
             else:
                 shards.add({name: values})
             trim_heap()
@@ -143,11 +144,6 @@ class _Shards:
             )
         (self.folder / CARRYING).unlink()
         return self.total
-
-
-def _tensors(name: str, codes: Tensor, state: QuantState) -> dict[str, Tensor]:
-    """A packed weight as bitsandbytes writes it, by the names in a checkpoint."""
-    return {name: codes} | {f"{name}.{key}": values for key, values in state.as_dict(packed=True).items()}
 
 
 def _quantisation(source: Source, packed: Collection[str], double_quant: bool) -> dict[str, Any]:

@@ -77,12 +77,7 @@ def combine(
     Where an adapter lacks a target, the others decide there alone. Raises MethodError for what is no LoRA on linears, for
     adapters of different bases, and for different ranks in a way that adds up A and B.
     """
-    settings: HowSettings = {
-        "density": density,
-        "rank": rank,
-        "majority_sign_method": majority_sign_method,
-        "seed": seed,
-    }
+    settings = HowSettings(density=density, rank=rank, majority_sign_method=majority_sign_method, seed=seed)
     return _combine(_parts(adapters), weights, how, device, **settings)
 
 

@@ -98,11 +98,6 @@ class Estimate:
         return sum(self.host.values()) if self.host else self.total
 
     @property
-    def pinned(self) -> int:
-        """Of the host's memory, what is locked for copies."""
-        return sum(count for kind, count in self.host.items() if kind.startswith("pinned"))
-
-    @property
     def disk_total(self) -> int:
         """What is written to the disk, checkpoints left out."""
         return sum(self.disk.values())
