@@ -25,7 +25,7 @@ from qlora.errors import ModelError, listed
 from qlora.machine.device import trim_heap
 from qlora.machine.disk import bytes_text
 from qlora.model.base import Base
-from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
+from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.experts import PackedExperts, is_packed
 from qlora.model.names import Stack, packed_parts
 from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight, is_transposed
@@ -250,10 +250,10 @@ def checkpoint_weight(base: Base, path: str, linear: nn.Module | None = None) ->
     """
     name = (base.names or {}).get(f"{path}.weight")
     linear = base.model.get_submodule(path) if linear is None else linear
-    checkpoint = base.checkpoint or (open_checkpoint(base.folder) if name else None)
-    if checkpoint is None or name is None or packed_parts(name, checkpoint) or not isinstance(linear, FrozenLinear):
+    held = base.checkpoint
+    if held is None or name is None or packed_parts(name, held) or not isinstance(linear, FrozenLinear):
         return dense_weight(linear, base.compute_dtype)
-    return turned(linear, checkpoint.read(name).to(base.device, base.compute_dtype))
+    return turned(linear, held.read(name).to(base.device, base.compute_dtype))
 
 
 def quantised_names(model: nn.Module) -> set[str]:
