@@ -23,6 +23,7 @@ from qlora.methods.decomposition import leading
 from qlora.methods.planted import Planted
 from qlora.methods.sublayers import arguments
 from qlora.model.anatomy import decoder
+from qlora.model.base import evaluating
 from qlora.model.loss import IGNORE_INDEX, hidden_states
 
 ALIKE = 0.99  # cosine of a direction before and after a batch from which on it counts as found; PEFT's tau
@@ -119,11 +120,9 @@ def look(
     """
     _refuse_without_tokens(model)
     watcher = Watcher(planted, generator)
-    with ExitStack() as after:
-        after.callback(model.train, model.training)
-        model.eval()
+    with evaluating(model), ExitStack() as hooks:
         for path, layer in planted.items():
-            after.enter_context(layer.register_forward_pre_hook(partial(watcher.see, path)))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(watcher.see, path)))
         count = 0
         for batch in batches:
             labels = batch.get("labels")

@@ -5,7 +5,8 @@ Knows what a base is made of; must not know how it was loaded or what will be pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -86,6 +87,17 @@ class Base:
             slots = bytes_text(self.placement.bytes_on_device())
             lines.append(f"  {len(self.placement.order)} layers wait {where}, {slots} on the device for them")
         return "\n".join(lines)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode; then in the mode from before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 from qlora.data.packing import Row
 from qlora.machine.device import in_smaller_parts
 from qlora.methods.base import AdaptedModel
+from qlora.model.base import evaluating
 from qlora.model.loss import IGNORE_INDEX, grouped_loss, head_of, hidden_states
 from qlora.residence.layers import recomputing
 from qlora.training.objectives.tokens import Tokens
@@ -107,7 +108,7 @@ class Pairs(Tokens):
         ``at_once`` rows enter the model together; where layers are behind their boundary it cuts them as in training, so that
         a layer that is fetched, or dequantised, is so once for all of them. Raises DoesNotFitError where one row is too much.
         """
-        network, was_training = self.model.model, self.model.model.training
+        network = self.model.model
         # rows of like length are together, so that little is padded
         places = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
 
@@ -117,13 +118,9 @@ class Pairs(Tokens):
             both = self._sums(together, chunk)
             return list(zip(*(values.cpu().split(pairs) for values in both), strict=True))
 
-        network.eval()
         lengths = [len(rows[place].ids) for place in places]
-        try:
-            with recomputing(network):
-                found = in_smaller_parts(lengths, at_once, chunk, measured, self.model.device, "row of pairs")
-        finally:
-            network.train(was_training)
+        with evaluating(network), recomputing(network):
+            found = in_smaller_parts(lengths, at_once, chunk, measured, self.model.device, "row of pairs")
         in_order = [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
         sums, counts = zip(*in_order, strict=True)
         return torch.cat(sums), torch.cat(counts)
