@@ -25,8 +25,7 @@ def copy_to_keep(base: Base, path: str, linear: Any) -> Tensor | None:
     if _source(base, path) is not None:
         return None
     with at_hand(linear):
-        copied: Tensor = linear.weight.detach().to("cpu", copy=True)
-        return copied
+        return linear.weight.detach().to("cpu", copy=True)
 
 
 def knows_what_was_quantised(base: Base, path: str) -> bool:
@@ -79,8 +78,7 @@ def _write(linear: Any, values: Tensor) -> None:
 
 def _device(linear: Any) -> torch.device:
     """Where the weight is quantised; that of a streamed layer may be elsewhere at the moment."""
-    device: torch.device = linear.away.device if is_away(linear) else linear.weight.device
-    return device
+    return linear.away.device if is_away(linear) else linear.weight.device
 
 
 def _source(base: Base, path: str) -> tuple[Checkpoint, str] | None:

@@ -77,8 +77,7 @@ class PromptEncoder(nn.Module):
         values: Tensor = self.inputs
         for layer in self.layers[:-1]:
             values = torch.relu(layer(values))
-        result: Tensor = self.layers[-1](values)
-        return result
+        return self.layers[-1](values)
 
 
 class EncodedPrompt(PromptEmbedding):
@@ -201,10 +200,9 @@ class PromptTuningMethod(Method):
         return {path: self.new_layer(path, embedding)}
 
     @property
-    def layer(self) -> PromptEmbedding:
-        """What is planted."""
+    def layer(self) -> Any:
+        """What is planted: a PromptEmbedding, with P-tuning an EncodedPrompt."""
         (layer,) = self.planted.values()
-        assert isinstance(layer, PromptEmbedding)
         return layer
 
     def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
@@ -233,13 +231,6 @@ class PTuningMethod(PromptTuningMethod):
     """How P-tuning is planted: a prompt with its network."""
 
     layout_class = PTuningLayout
-
-    @property
-    def layer(self) -> EncodedPrompt:
-        """What is planted."""
-        layer = super().layer
-        assert isinstance(layer, EncodedPrompt)
-        return layer
 
     def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
         """A prompt with a new network on ``embedding``."""

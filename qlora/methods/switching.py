@@ -225,8 +225,7 @@ class MixedRows(Planted):
                 added.index_add_(0, place, _update(layer, x[place]))
 
         def of(rows: Tensor | None) -> Tensor:
-            found: Tensor = _Onto.apply(*((x, added) if rows is None else (x[rows], added[rows])), self.base)
-            return found
+            return _Onto.apply(*((x, added) if rows is None else (x[rows], added[rows])), self.base)
 
         return _in_parts(of, x, whole)
 

@@ -175,8 +175,7 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
 
 def logit_rows(model: nn.Module | PretrainedConfig) -> int | None:
     """How many rows of the head a family gives logits of, where it cuts off those that only fill it up (Inkling)."""
-    found: int | None = getattr(text_config(model), "unpadded_vocab_size", None)
-    return found
+    return getattr(text_config(model), "unpadded_vocab_size", None)
 
 
 def _fields_of_forward(model: Any) -> set[str]:

@@ -272,8 +272,7 @@ def _each(
     """One example after the other, in all rows at once where they are cut in the same places."""
     if not isinstance(attention_mask, PackedMask):
         plain = AttentionInterface()[PLAIN]
-        answer: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
-        return answer
+        return plain(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     shared = query.shape[1] != key.shape[1]
     if shared and query.is_cuda:  # the kernels of fp32 and of older GPUs cannot, and SDPA would write out all scores
         key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
@@ -311,14 +310,12 @@ def _own(
     if not isinstance(attention_mask, PackedMask):
         if attention_mask is not None and attention_mask.dtype == torch.bool:  # of a prefix before packed rows
             attention_mask = torch.where(attention_mask, 0.0, smallest).to(query.dtype)
-        answer: tuple[Tensor, Tensor | None] = forward(module, query, key, value, attention_mask, **kwargs)
-        return answer
+        return forward(module, query, key, value, attention_mask, **kwargs)
 
     def kernel(query_RHTE: Tensor, key_RKTE: Tensor, value_RKTE: Tensor, window: int | None) -> Tensor:
         seen = PackedMask([[0]], query_RHTE.shape[2], window).dense(query.device)
         mask = torch.where(seen, 0.0, smallest).to(query.dtype)
-        found: Tensor = forward(module, query_RHTE, key_RKTE, value_RKTE, mask, **kwargs)[0]
-        return found
+        return forward(module, query_RHTE, key_RKTE, value_RKTE, mask, **kwargs)[0]
 
     return _one_by_one(kernel, query, key, value, attention_mask), None
 

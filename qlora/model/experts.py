@@ -150,8 +150,7 @@ class _Llama4Experts(_Adopted):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        found: Tensor = up * self.act_fn(gate)
-        return found
+        return up * self.act_fn(gate)
 
 
 class _Llama4Mixture(nn.Module):
@@ -377,8 +376,7 @@ def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:
 
 
 def _gate(experts: Any, hidden: Tensor) -> Tensor:
-    found: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    return found
+    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
 
 
 def _norm(experts: Any) -> Any:

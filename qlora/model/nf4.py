@@ -419,8 +419,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
         with at_hand(linear):
             return dense_weight(linear, dtype)
     if not isinstance(linear, FrozenLinear):
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
+        weight: Any = linear.weight
         device = getattr(linear, "compute_device", weight.device)  # a head may lie in host memory (residence/ends.py)
         return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(device, dtype)
     if linear.kept is None:

@@ -69,8 +69,7 @@ class Walk:
         call = self._calls[batch][number]
         with packed_rows(call.packed):
             out = self.layers[number](hidden, *call.args, **call.kwargs)
-        made: Tensor = out[0] if isinstance(out, tuple) else out
-        return made
+        return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def behind(self, batch: int, hidden: Tensor) -> Tensor:

@@ -153,8 +153,7 @@ def _unpacked_mask(
         return None
     window = sliding_window_causal_mask_function(local_size)
     kwargs |= {"mask_function": window, "allow_is_causal_skip": False}
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
-    return mask
+    return sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
 
 
 def _unpacked_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

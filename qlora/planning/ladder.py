@@ -440,5 +440,4 @@ def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
 def value_of(recipe: Recipe, key: str) -> object:
     """What the recipe says at ``section.field``."""
     section, _, field = key.partition(".")
-    value: object = getattr(getattr(recipe, section), field)
-    return value
+    return getattr(getattr(recipe, section), field)

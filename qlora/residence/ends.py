@@ -127,8 +127,7 @@ class HostLinear(nn.Linear):
             raise ModelError(
                 "The output head lies in host memory, where nothing trains, but something trains it; set memory.head=device."
             )
-        y: Tensor = _Product.apply(x, self)
-        return y
+        return _Product.apply(x, self)
 
 
 class _Product(torch.autograd.Function):

@@ -61,14 +61,9 @@ class TiledMLP(Boundary):
         """[…, D] → […, D]. Raises ModelError where the MLP takes or gives something else."""
         if args or kwargs:
             raise _not_a_function_of_tokens(self.whole, "is called with more than its hidden states")
-        answer: Tensor
         if not torch.is_grad_enabled():
-            answer = self.in_tiles(x)
-        elif self.training:
-            answer = _Tiled.apply(x, self.anchor(x.device), self)
-        else:
-            answer = self.whole(x)
-        return answer
+            return self.in_tiles(x)
+        return _Tiled.apply(x, self.anchor(x.device), self) if self.training else self.whole(x)
 
     def in_tiles(self, x: Tensor) -> Tensor:
         """The answer, tile by tile and without a graph."""
