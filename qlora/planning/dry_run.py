@@ -298,13 +298,8 @@ def _attention_backward(args: tuple[Any, ...]) -> int:
     return int(4 * query.numel() + 4 * query.numel() // query.shape[-1] + shared)
 
 
-def _dropout(args: tuple[Any, ...]) -> int:
-    """The mask as numbers, before it is multiplied with."""
-    return int(args[0].nbytes)
-
-
 def _masked(args: tuple[Any, ...]) -> int:
-    """The same of a mask that was kept: ``x * mask``."""
+    """The mask of dropout as numbers, where it was kept: ``x * mask``."""
     tensors = [values for values in args if isinstance(values, Tensor)]
     return sum(values.numel() * tensors[0].itemsize for values in tensors if values.dtype == torch.bool)
 
@@ -321,20 +316,15 @@ def _normed(args: tuple[Any, ...]) -> int:
     return rows * 4 * min(args[0].numel(), PIECE)
 
 
-def _gated(args: tuple[Any, ...]) -> int:
-    """Two products that are not the result."""
-    return int(2 * args[0].nbytes)
-
-
 INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
     "cpu": {
-        torch.ops.aten.native_dropout.default: _dropout,
+        torch.ops.aten.native_dropout.default: lambda args: args[0].nbytes,  # its mask as numbers
         torch.ops.aten.mul.Tensor: _masked,
         torch.ops.aten.mul_.Tensor: _masked,
         torch.ops.qlora.fp32_product.default: _widened,
         torch.ops.qlora.rms_norm.default: _normed,
         torch.ops.qlora.rms_norm_backward.default: _normed,
-        torch.ops.qlora.glu_backward_.default: _gated,
+        torch.ops.qlora.glu_backward_.default: lambda args: 2 * args[0].nbytes,  # two products
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
     "cuda": {

@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.disk import GIB, bytes_text
@@ -237,7 +237,9 @@ def holdings(
 ) -> tuple[Kinds, Kinds, Kinds]:
     """What stays for the whole run: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
     trained = adapted.trainable_parameters()
-    beside = beside_parameters(adapted)
+    # what the methods keep for a resume that does not train, as running averages; by storage: the same memory has the same one
+    of_trained = {values.untyped_storage()._cdata for values in trained.values()}
+    beside = [v for v in adapted.method_state().values() if v.untyped_storage()._cdata not in of_trained]
     elsewhere = {values.untyped_storage()._cdata for values in beside}  # PiSSA keeps these in its layers
     counted = {id(values) for values in adapted.model.buffers() if values.untyped_storage()._cdata in elsewhere}
     quantised, other = weight_bytes(adapted.model, counted | {id(p) for p in trained.values()})
@@ -301,13 +303,6 @@ def _ends(model: nn.Module, memory: MemorySection, trained: set[int]) -> tuple[i
         seen |= {id(p) for p in weights}
         found.append(sum(values.nbytes for values in weights))
     return found[0], found[1]
-
-
-def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:
-    """What the methods keep for a resume that does not train, as running averages."""
-    # by storage: the same memory has the same one, on meta too
-    trained = {values.untyped_storage()._cdata for values in adapted.trainable_parameters().values()}
-    return [kept for kept in adapted.method_state().values() if kept.untyped_storage()._cdata not in trained]
 
 
 def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
