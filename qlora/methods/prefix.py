@@ -188,11 +188,8 @@ class PrefixLayout(Layout):
     method: PrefixMethod
     peft_type = "PREFIX_TUNING"
     only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
-    read = SHAPE | {
-        "prefix_projection",
-        "encoder_hidden_size",
-        "init_weights",
-    }  # of first values, which the file replaces
+    # the last is of first values, which the file replaces
+    read = SHAPE | {"prefix_projection", "encoder_hidden_size", "init_weights"}
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:

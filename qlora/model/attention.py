@@ -51,9 +51,8 @@ RECURRENT = ("linear_attention", "conv", "hybrid")
 PLAIN, EAGER = "sdpa", "eager"  # transformers' own, and ours where rows are not packed
 FAMILYS = "eager_attention_forward"
 """What a family's file calls its attention, written out."""
-SHARES_HEADS = (
-    "enable_gqa" in inspect.signature(varlen_attn).parameters
-)  # torch 2.13; before it every query head needs its own keys
+SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""From torch 2.13 on; before it every query head needs its own keys."""
 
 
 class PackedMask:
@@ -412,10 +411,8 @@ _MASKS = AttentionMaskInterface()
 for _name, _way, _theirs in ((EACH, _each, PLAIN), (VARLEN, _varlen, PLAIN), (OWN, _own, EAGER)):
     AttentionInterface.register(_name, _way)
     AttentionMaskInterface.register(_name, _lengths_or(_MASKS[_theirs]))
-for _name in (
-    PLAIN,
-    EAGER,
-):  # in the place of theirs, for some families ask for the name; outside of packed rows they are theirs
+# in the place of theirs, for some families ask for the name; outside of packed rows they are theirs
+for _name in (PLAIN, EAGER):
     AttentionMaskInterface.register(_name, _in_blocks(_MASKS[_name]))
 
 
@@ -430,10 +427,8 @@ def keep_apart(model: nn.Module, dtype: torch.dtype, capability: float) -> None:
     family's own function is asked. Biases by position, chunks and layers that are no attention keep transformers' mask.
     """
     config, decoder = anatomy.text_config(model), anatomy.decoder(model)
-    plain = getattr(decoder, "_supports_flash_attn", False)
-    plain = plain and getattr(
-        decoder, "_supports_attention_backend", False
-    )  # it asks AttentionInterface for its function
+    # by the second it asks AttentionInterface for its function
+    plain = all(getattr(decoder, name, False) for name in ("_supports_flash_attn", "_supports_attention_backend"))
     plain = plain and all(getattr(module, "is_causal", True) for module in model.modules())  # BERT sees what follows
     if not plain or not set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention", *RECURRENT}:
         return

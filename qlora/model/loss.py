@@ -125,9 +125,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     mask = batch["mask"] if "mask" in batch else PackedMask.of(batch["position_ids"])
     if mask.packed:
         packed = packed_rows(mask)
-        if keeps_apart(
-            model
-        ):  # with a mask of padding, of which there is none, transformers does not look for restarts
+        if keeps_apart(model):
+            # with a mask of padding, of which there is none, transformers does not look for restarts
             given["attention_mask"] = torch.ones_like(given["input_ids"], dtype=torch.bool)
     with packed:
         output = anatomy.decoder(model)(**given, use_cache=False, return_dict=True)

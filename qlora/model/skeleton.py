@@ -229,10 +229,8 @@ def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: t
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
-    if getattr(
-        config, "rescale_every", 0
-    ):  # RWKV halves weights and states alike for the range of fp16: not packed bytes
-        config.rescale_every = 0
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves weights and states alike for the range of fp16: not packed bytes
     try:
         with torch.device("meta"):
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config

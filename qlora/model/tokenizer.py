@@ -46,9 +46,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # the tokenizers library raises bare Exception over a damaged file, or panics
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # of Rust; no Exception either
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception either
             raise
         if not trust_remote_code:  # transformers asks for code only where it has no class of its own
             refuse_foreign_code(folder, "The tokenizer", "tokenizer_config.json")

@@ -360,10 +360,10 @@ def _pass(model: Any, shape: Shape, keep: set[int], ledger: Ledger, graph: list[
         _wrap(model, shape, keep)
     model.train()
     for module in model.modules():
-        if "layerdrop" in vars(
-            module
-        ):  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
-            module.training = False
+        if "layerdrop" in vars(module):
+            module.training = (
+                False  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
+            )
     with ledger:
         marks = _Marks(ledger)
         graph.clear()

@@ -143,9 +143,8 @@ class _Recompute(torch.autograd.Function):
                 if ctx.graphs is not None:
                     ctx.graphs.append((inputs, get_gradient_edge(answer) if answer.requires_grad else None))
                 del inputs
-                if (
-                    len(ctx.parts) == 1 and not answer._is_view()
-                ):  # a view could not be written over, and may be the input
+                # a view could not be written over, and may be the input
+                if len(ctx.parts) == 1 and not answer._is_view():
                     output = answer.detach()
                     break
                 if output is None:
