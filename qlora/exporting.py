@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
+from qlora.export.hub import publish
 from qlora.files.durable import expanded, from_here, require_new, require_writable
+from qlora.machine.disk import bytes_text
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, to_publish
 
@@ -35,7 +37,6 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import merge
 
     if purpose := options.pop("for", None):
@@ -106,7 +107,6 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_nf4, hold
     from qlora.runs.measured import judged, table
 
@@ -141,7 +141,6 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_gguf
 
     kind = options.get("type", "q8_0")
@@ -163,8 +162,6 @@ def check(folder: Path, options: dict[str, Any]) -> None:
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.export.hub import publish
-    from qlora.machine.disk import bytes_text
 
     private = options.get("private", "true") == "true"
     source = to_publish(folder, options.get("from"))

@@ -168,8 +168,9 @@ def write_beside(
         "revision": checkpoint.revision,
         "weights": weights,
         "quantization": section.quantization,
+        "double_quant": section.double_quant,
+        "dtype": dtype,
     }
-    made |= {"double_quant": section.double_quant, "dtype": dtype}
     files = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*")) if _answers(file)}
     write_plain(folder / MERGE, made | {"files": files})
     return tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends)))

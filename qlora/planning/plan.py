@@ -131,18 +131,15 @@ class Survey:
 
     def __str__(self) -> str:
         plan, target = self.plan, self.plan.target
-        lines = [self.summary, str(plan)]
+        lines, seconds, reference = [self.summary, str(plan)], None, None
         if plan.chosen.seconds is not None and target.rates is not None:
             of_step, tokens = plan.chosen.seconds, plan.chosen.tokens
             rate, low, high = (target.processes * tokens / end for end in (of_step.expected, of_step.high, of_step.low))
             lines.append(f"{of_step}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
-        seconds = reference = None
-        if plan.chosen.seconds is not None and target.rates is not None:
-            share = self._share
-            seconds = plan.chosen.seconds.expected * share
+            seconds = of_step.expected * self._share
             if plan.recipe.objective.refers:
-                reference = step_seconds([plan.chosen.work.forward], target.rates).expected * share
+                reference = step_seconds([plan.chosen.work.forward], target.rates).expected * self._share
         lines.append(self.reading.said(seconds, reference))
         if not self.ladder:
             return "\n".join(lines)
@@ -211,8 +208,7 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     recipe, origin = continued(recipe)
     checkpoint, budget = checkpoint or open_checkpoint(recipe.model, weights=False), recipe.memory.budget is not None
     planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget, origin=origin)
-    resolved = planned.recipe
-    require_disk(Path(resolved.folder or "."), planned.disk_bytes, "The run folder")
+    require_disk(Path(planned.recipe.folder or "."), planned.disk_bytes, "The run folder")
     return planned
 
 
