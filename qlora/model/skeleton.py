@@ -291,17 +291,11 @@ def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> Linea
     return empty
 
 
-def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Parts of names whose weights transformers keeps in fp32 whatever dtype is asked for (its ``_keep_in_fp32`` lists)."""
-    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype != torch.float32 else []
-    if dtype == torch.float16:
-        names += list(getattr(model, "_keep_in_fp32_modules", None) or [])
-    return names
-
-
 def _widen(model: nn.Module, dtype: torch.dtype) -> None:
     """Give what transformers keeps in fp32 that dtype in the skeleton, where it is still without memory."""
-    names = [re.escape(part) for part in fp32_names(model, dtype)]
+    lists = ["_keep_in_fp32_modules_strict"] if dtype != torch.float32 else []
+    lists += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    names = [re.escape(part) for one in lists for part in getattr(model, one, None) or []]
     for name, values in model.named_parameters():
         if values.is_floating_point() and matches_any(name, names):
             values.data = values.data.float()
