@@ -14,9 +14,9 @@ Shape suffixes: P pairs; 3 groups of a pair: the chosen answer, the rejected one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -40,24 +40,17 @@ class Compared(NamedTuple):
     """Of the chosen and of the rejected answer [P, 2]."""
 
 
-class Comparison(Protocol):
-    """What tells preference objectives apart."""
-
-    prompts: bool
-    """Whether all tokens of the chosen text count, not its answer's alone."""
-
-    def __call__(self, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
-        """``sums`` of cross-entropy in nats and ``counts`` of tokens [P, 3], and the answers' log-probabilities before training
-        [P, 2] → losses and rewards."""
-        ...
+Comparison = Callable[[Tensor, Tensor, Tensor], Compared]
+"""What tells preference objectives apart: ``sums`` of cross-entropy in nats and ``counts`` of tokens [P, 3], and the answers'
+log-probabilities before training [P, 2] → losses and rewards."""
 
 
 class Pairs(Tokens):
-    """A comparison over the pairs of rows."""
+    """A comparison over the pairs of rows. ``prompts``: whether all tokens of the chosen text count, not its answer's alone."""
 
-    def __init__(self, model: AdaptedModel, compare: Comparison, refers: bool) -> None:
+    def __init__(self, model: AdaptedModel, compare: Comparison, refers: bool, prompts: bool) -> None:
         super().__init__(model)
-        self.compare, self.refers = compare, refers
+        self.compare, self.refers, self.prompts = compare, refers, prompts
         self.reference: Tensor | None = None
         """Log-probabilities of the training data's answers before training [pairs, 2]. None until they are measured: a rehearsal
         then takes them to be zero, and a trainer measures them before its first step."""
@@ -127,7 +120,7 @@ class Pairs(Tokens):
 
     def _sums(self, rows: Sequence[Row], chunk: int) -> tuple[Tensor, Tensor]:
         """(the cross-entropy of each group, how many tokens it has), both float64 [P, 3]."""
-        labelled, groups = _grouped(rows, self.compare.prompts)
+        labelled, groups = _grouped(rows, self.prompts)
         batch, count = self.batch(labelled), 3 * self.denominator(rows)
         hidden, head = hidden_states(self.model.model, batch), head_of(self.model.model)
         sums = grouped_loss(hidden, head, batch["labels"], groups, count, chunk)
