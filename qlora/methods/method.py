@@ -37,6 +37,8 @@ class Method:
     """What ``adapter_dtype: auto`` means; None: bf16 beside bf16 compute on CUDA, fp32 elsewhere."""
     by_rows: ClassVar[bool] = False
     """Whether what is planted answers each row of a batch from that row alone, so that rows can be mixed."""
+    unmergeable: ClassVar[str | None] = None
+    """Why no weights of a base can hold what is planted, and what to do, without a full stop; None where they can."""
     layout_class: ClassVar[type[Layout]] = Layout
     merge_class: ClassVar[type[Merge]] = Merge
 

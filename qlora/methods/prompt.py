@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from qlora.errors import MethodError
 from qlora.methods.layout import Fields, Layout
-from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.model import anatomy
@@ -177,21 +176,15 @@ class PTuningLayout(PromptLayout):
         return {"name": "p_tuning", "tokens": tokens, "hidden_size": hidden}
 
 
-class PromptMerge(Merge):
-    """A prompt is in the text, not in a weight."""
-
-    reason = (
-        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
-        "the base, as qlora and PEFT do, or train a LoRA"
-    )
-
-
 class PromptTuningMethod(Method):
     """How a prompt is planted: on the embedding alone."""
 
     place = "prompt"
     layout_class = PromptLayout
-    merge_class = PromptMerge
+    unmergeable = (
+        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
+        "the base, as qlora and PEFT do, or train a LoRA"
+    )
     section: Any  # PromptTuning, or PTuning below
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
