@@ -15,7 +15,7 @@ from torch import nn
 from qlora.export.source import CPU
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
-from qlora.methods.files import keep_apart, save_portable
+from qlora.methods.files import CONFIG, keep_apart, save_portable
 from qlora.methods.loading import load_adapter
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def export_adapter(
     replaces it, if it is an adapter).
     """
     out = Path(out)
-    keep_apart(out, base.folder, Path(adapter_folder), replaces="adapter_config.json" if overwrite else None)
+    keep_apart(out, base.folder, Path(adapter_folder), replaces=CONFIG if overwrite else None)
     dtype = resolve_compute_dtype(CPU, section.compute_dtype)
     # the model stays on meta, the adapter is here
     model = load_adapter(bare(base, section, dtype).base(CPU, base.tokenizer), adapter_folder)

@@ -33,6 +33,7 @@ from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
+from qlora.methods.layout import PREFIX
 from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.load import GENERATION, end_tokens
 from qlora.model.skeleton import bare
@@ -278,7 +279,7 @@ def export_gguf_adapter(
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     tensors: dict[str, Tensor] = {}
     for key, values in pairs.items():
-        target, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        target, _, part = key.removeprefix(PREFIX).partition(".lora_")
         name = converted.name(f"{target}.weight") if part in ("A.weight", "B.weight") else None
         if name is None or (name == "output.weight" and (tied or not converted.family.own_head)):
             raise MethodError(f"llama.cpp takes no LoRA on '{target}' of this model; export it merged, or as gguf.")
@@ -305,4 +306,4 @@ def export_gguf_adapter(
 
 def _size(pairs: dict[str, Tensor], target: str, dim: int) -> int:
     part = "B" if dim == 0 else "A"
-    return pairs[f"base_model.model.{target}.lora_{part}.weight"].shape[dim]
+    return pairs[f"{PREFIX}{target}.lora_{part}.weight"].shape[dim]

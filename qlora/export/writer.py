@@ -16,11 +16,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+from qlora.model.tensor_file import DTYPES
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
