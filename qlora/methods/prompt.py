@@ -249,10 +249,9 @@ def find_embedding(model: nn.Module) -> tuple[str, Any]:
         raise MethodError(
             f"{type(model).__name__} has no input embedding, before which virtual tokens stand; use another method."
         )
-    config = anatomy.text_config(model)
-    if getattr(config, "hidden_size_per_layer_input", None):  # Gemma 3n, Gemma 4
+    if anatomy.embeds_by_layer(model):  # Gemma 3n, Gemma 4
         raise MethodError(
-            f"Every layer of this {config.model_type} model looks its token ids up again, and virtual tokens have no "
+            f"Every layer of this {anatomy.text_config(model).model_type} model looks its token ids up again, and virtual tokens have no "
             "place there; use another method, as LoRA."
         )
     return path, found

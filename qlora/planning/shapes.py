@@ -115,7 +115,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         experts_again=sum(
             count
             for layer in layers
-            if anatomy.norms_behind(layer)
+            if anatomy.first(layer, anatomy.BEHIND)
             for count in (math.prod(features(one)) for one in layer.modules() if isinstance(one, PackedExperts))
         ),
         visited=1 - unvisited / in_experts if in_experts else 1.0,

@@ -169,7 +169,7 @@ def find_mlp(layer: nn.Module) -> tuple[nn.Module, str]:
 
     Raises ModelError where there is none, or one that takes more than its hidden states.
     """
-    holder, name = anatomy.innermost(layer), anatomy.mlp(layer)
+    holder, name = anatomy.innermost(layer), anatomy.first(layer, anatomy.MLP)
     if name is None:
         there = ", ".join(name for name, _ in holder.named_children())
         raise ModelError(
