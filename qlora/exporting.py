@@ -6,12 +6,15 @@ Everything heavy is imported inside, as for the other verbs: see ``cli.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
+from qlora.export.hub import publish
 from qlora.files.durable import from_here, require_new, require_writable
+from qlora.machine.disk import bytes_text
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, lying_at, to_publish
 
@@ -34,7 +37,6 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import merge
 
     if purpose := options.pop("for", None):
@@ -105,7 +107,6 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_nf4, hold
     from qlora.runs.measured import judged, table
 
@@ -142,7 +143,6 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_gguf, require_gguf
 
     require_gguf(folder)
@@ -160,18 +160,12 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
     _compared(lambda: _read_again(folder, written.file))
 
 
-def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
-    gguf(folder, options, alone=True)
-
-
 def check(folder: Path, options: dict[str, Any]) -> None:
     place = lying_at(folder, options.get("from", EXPORTS["merged"]))
     print(*_read_again(folder, place, options.get("program")), sep="\n")
 
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.export.hub import publish
-    from qlora.machine.disk import bytes_text
 
     private = options.get("private", "true") == "true"
     source = to_publish(folder, options.get("from"))
@@ -201,7 +195,7 @@ TARGETS = {
     "gguf": Target(
         "the merged model for llama.cpp and Ollama", {"base": BASES, "type": (*TYPES, *BY_QUANTISER), **COMMON}, gguf
     ),
-    "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
+    "gguf-adapter": Target("the adapter for them", COMMON, partial(gguf, alone=True)),
     "check": Target("an export compared with the run", {"from": ANY, "program": ("llama.cpp",)}, check),
     "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
 }

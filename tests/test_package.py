@@ -23,7 +23,6 @@ OWNERS = {
     "bitsandbytes": {
         "qlora/model/late_compile.py",
         "qlora/model/nf4.py",
-        "qlora/model/experts.py",
         "qlora/training/optim.py",
         "qlora/export/nf4.py",
     },

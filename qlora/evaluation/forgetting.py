@@ -29,6 +29,7 @@ from qlora.evaluation.tasks.task import Task
 from qlora.methods.base import AdaptedModel
 from qlora.methods.planted import Planted
 from qlora.methods.switching import Adapters
+from qlora.model.base import evaluating
 from qlora.model.loss import Head, token_head
 
 ROW = 512  # tokens of general text that are read at once
@@ -96,9 +97,5 @@ def text_rows(task: Task, width: int = ROW) -> list[Row]:
 @torch.no_grad()
 def _states(model: AdaptedModel | Adapters, row: Row) -> Tensor:
     """A row's hidden states [T, D], without those of what a method puts before it."""
-    was_training = model.model.training
-    model.model.eval()
-    try:
+    with evaluating(model.model):
         return states(model, [tuple(row.ids.tolist())])[0, model.virtual_tokens :]
-    finally:
-        model.model.train(was_training)

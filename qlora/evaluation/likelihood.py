@@ -30,6 +30,7 @@ from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods.base import AdaptedModel
 from qlora.methods.switching import Adapters
 from qlora.model import anatomy
+from qlora.model.base import evaluating
 from qlora.model.loss import Head, hidden_states, token_head
 
 Ids = tuple[int, ...]
@@ -58,34 +59,29 @@ def likelihoods(
     A group is what belongs to one item. The model is in eval mode meanwhile, and left as it was. Where memory runs out it goes
     on with fewer tokens at once; DoesNotFitError where one group is too much.
     """
-    was_training = model.model.training
-    model.model.eval()
     shared = [_shared(group) if _keeps_keys(model) else 0 for group in groups]
     waiting = sorted(range(len(groups)), key=lambda number: (shared[number], _width(groups[number])))
-    try:
-        with fast_decoding(model):
-            while waiting:
-                together = _fitting(groups, shared, waiting, tokens_at_once)
-                try:
-                    several = [groups[number] for number in together]
-                    found = (_behind_contexts if shared[together[0]] else _found)(model, several)
-                except Exception as error:
-                    if not ran_out_of_memory(error):
-                        raise
-                    reason = first_line(error)
-                else:
-                    yield from zip(together, found, strict=True)
-                    waiting = waiting[len(together) :]
-                    continue
-                release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
-                if len(together) == 1:
-                    raise DoesNotFitError(
-                        f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
-                        "the longest items."
-                    )
-                tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
-    finally:
-        model.model.train(was_training)
+    with evaluating(model.model), fast_decoding(model):
+        while waiting:
+            together = _fitting(groups, shared, waiting, tokens_at_once)
+            try:
+                several = [groups[number] for number in together]
+                found = (_behind_contexts if shared[together[0]] else _found)(model, several)
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            else:
+                yield from zip(together, found, strict=True)
+                waiting = waiting[len(together) :]
+                continue
+            release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
+            if len(together) == 1:
+                raise DoesNotFitError(
+                    f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
+                    "the longest items."
+                )
+            tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
 
 
 def _width(group: Sequence[Pair]) -> int:

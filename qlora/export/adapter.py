@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
+from qlora.export.source import CPU
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype
-from qlora.methods.files import keep_apart, save_portable
+from qlora.methods.files import CONFIG, keep_apart, save_portable
 from qlora.methods.loading import load_adapter
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint
@@ -41,10 +41,10 @@ def export_adapter(
     replaces it, if it is an adapter).
     """
     out = Path(out)
-    keep_apart(out, base.folder, Path(adapter_folder), replaces="adapter_config.json" if overwrite else None)
-    cpu = torch.device("cpu")  # the model stays on meta, the adapter is here
-    dtype = resolve_compute_dtype(cpu, section.compute_dtype)
-    model = load_adapter(bare(base, section, dtype).base(cpu, base.tokenizer), adapter_folder)
+    keep_apart(out, base.folder, Path(adapter_folder), replaces=CONFIG if overwrite else None)
+    dtype = resolve_compute_dtype(CPU, section.compute_dtype)
+    # the model stays on meta, the adapter is here
+    model = load_adapter(bare(base, section, dtype).base(CPU, base.tokenizer), adapter_folder)
     with folder_written_aside(out, overwrite) as aside:
         if keys == "text" and model.base.towers:
             text = language_model(model.model)

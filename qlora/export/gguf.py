@@ -28,11 +28,12 @@ from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
-from qlora.export.source import Source
+from qlora.export.source import CPU, Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
+from qlora.methods.layout import PREFIX
 from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.load import GENERATION, end_tokens
 from qlora.model.skeleton import bare
@@ -65,7 +66,6 @@ def export_gguf(
     section: ModelSection,
     type: str = "q8_0",
     base: Literal["dequantized", "original"] = "dequantized",
-    device: torch.device | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
     ends: Sequence[int] = (),
@@ -85,10 +85,8 @@ def export_gguf(
 
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
     keep_apart(out, base_folder, adapter_folder, replaces="*.gguf" if overwrite else None)
-    if checkpoint is None:
-        checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=section.trust_remote_code)
-    device = torch.device("cpu") if device is None else device
-    source = Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, section.compute_dtype))
+    checkpoint = checkpoint or Checkpoint(base_folder, str(base_folder), trust_remote_code=section.trust_remote_code)
+    source = Source(checkpoint, section, adapter_folder)
     if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
             f"'{base_folder}' is itself quantised and does not hold the original weights; use base=dequantized."
@@ -269,7 +267,7 @@ def export_gguf_adapter(
 
     out = Path(out)
     keep_apart(out, base.folder, Path(adapter_folder), replaces="*.gguf" if overwrite else None)
-    model = bare(base, section, resolve_compute_dtype(torch.device("cpu"), section.compute_dtype)).model
+    model = bare(base, section, resolve_compute_dtype(CPU, section.compute_dtype)).model
     converted = Converted(model.config.get_text_config())
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
@@ -279,7 +277,7 @@ def export_gguf_adapter(
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     tensors: dict[str, Tensor] = {}
     for key, values in pairs.items():
-        target, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        target, _, part = key.removeprefix(PREFIX).partition(".lora_")
         name = converted.name(f"{target}.weight") if part in ("A.weight", "B.weight") else None
         if name is None or (name == "output.weight" and (tied or not converted.family.own_head)):
             raise MethodError(f"llama.cpp takes no LoRA on '{target}' of this model; export it merged, or as gguf.")
@@ -306,4 +304,4 @@ def export_gguf_adapter(
 
 def _size(pairs: dict[str, Tensor], target: str, dim: int) -> int:
     part = "B" if dim == 0 else "A"
-    return pairs[f"base_model.model.{target}.lora_{part}.weight"].shape[dim]
+    return pairs[f"{PREFIX}{target}.lora_{part}.weight"].shape[dim]

@@ -123,8 +123,7 @@ class Converted:
         """llama.cpp's name of the tensor called ``target`` in the text model's tree, or None."""
         target = target.replace(".language_model.", ".").removeprefix("language_model.")
         target = target.replace(".dt_bias", ".dt_proj.bias")
-        found: str | None = self._names.get_name(target, try_suffixes=(".weight", ".bias"))
-        return found
+        return self._names.get_name(target, try_suffixes=(".weight", ".bias"))
 
     def order(self, target: str, length: Callable[[int], int]) -> tuple[int, Tensor] | None:
         """The dimension along which a tensor is permuted, and the index; ``length`` gives the size of a dimension."""

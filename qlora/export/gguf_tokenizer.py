@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from qlora.errors import ModelError
@@ -46,11 +47,11 @@ KINDS = {
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Sequence[int], template: str | None) -> list[str]:
+def add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Sequence[int], template: str | None) -> None:
     """Write ``tokenizer`` with ``size`` tokens, as many as the embedding has rows, into a gguf.GGUFWriter.
 
-    ``ends``: every token that ends an answer. ``template``: the chat template. Returns the ends that GGUF has no key for:
-    it names three. Raises ModelError for a kind of tokenizer that llama.cpp does not have.
+    ``ends``: every token that ends an answer, of which GGUF names three. ``template``: the chat template. Raises ModelError
+    for a kind of tokenizer that llama.cpp does not have.
     """
     import gguf
 
@@ -77,25 +78,19 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int, ends: Sequence[int], t
             getattr(writer, f"add_{name}_token_id")(token)
     own = tokenizer.eos_token_id
     ordered = [end for end in (own, *(end for end in ends if end != own)) if end is not None]
-    for token, add in zip(
-        ordered, (writer.add_eos_token_id, writer.add_eot_token_id, _eom(writer, gguf)), strict=False
-    ):
+    add_eom = partial(writer.add_uint32, gguf.Keys.Tokenizer.EOM_ID)
+    for token, add in zip(ordered, (writer.add_eos_token_id, writer.add_eot_token_id, add_eom), strict=False):
         add(token)
     around = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(around) and around[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(around) and around[-1] == own)
     if template is not None:
         writer.add_chat_template(template)
-    return list(tokenizer.convert_ids_to_tokens(ordered[3:]))
 
 
 def require_known(tokenizer: Any) -> None:
     """Raise ModelError for a kind of tokenizer that llama.cpp does not have."""
     _kind(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
-
-
-def _eom(writer: Any, gguf: Any) -> Any:
-    return lambda token: writer.add_uint32(gguf.Keys.Tokenizer.EOM_ID, token)
 
 
 def _kind(tokenizer: Any, described: dict[str, Any]) -> str | None:

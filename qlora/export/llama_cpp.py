@@ -116,11 +116,11 @@ class LlamaCpp:
                 raise DiffersError(f"llama.cpp does not take '{lora}': {_reason()}")
         self.place = 0
 
-    def tokens(self, text: str, special: bool = True) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
         """The ids of ``text``, with what the model begins texts with, special tokens read as such."""
         raw = text.encode()
         room = (ctypes.c_int32 * (len(raw) + 16))()
-        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), room, len(room), True, special)
+        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), room, len(room), True, True)
         if count < 0:
             raise RunError("llama.cpp did not cut the text into tokens.")
         return list(room[:count])

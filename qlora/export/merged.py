@@ -24,7 +24,7 @@ from qlora.export.source import CARRYING, Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
 from qlora.files.durable import checksums, file_written_aside, folder_written_aside, sha256_of
-from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
+from qlora.machine.device import DTYPES, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
@@ -67,7 +67,6 @@ def merge(
     double_quant: bool = True,
     base: Literal["dequantized", "original"] = "dequantized",
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
-    device: torch.device | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     chat_template: str | None = None,
@@ -87,16 +86,15 @@ def merge(
     """
     base_folder, adapter_folder, out = Path(base_folder), Path(adapter_folder), Path(out)
     keep_apart(out, base_folder, adapter_folder, replaces="config.json" if overwrite else None)
-    if checkpoint is None:
-        checkpoint = Checkpoint(base_folder, str(base_folder), trust_remote_code=trust_remote_code)
+    checkpoint = checkpoint or Checkpoint(base_folder, str(base_folder), trust_remote_code=trust_remote_code)
     section = ModelSection(
         name=checkpoint.name,
         quantization=quantization,
         double_quant=double_quant,
+        compute_dtype=compute_dtype,
         trust_remote_code=checkpoint.trust_remote_code,
     )
-    device = torch.device("cpu") if device is None else device
-    source = Source(checkpoint, section, adapter_folder, device, resolve_compute_dtype(device, compute_dtype))
+    source = Source(checkpoint, section, adapter_folder)
     if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
             f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized'."
@@ -104,9 +102,7 @@ def merge(
     promised = source.promise(DTYPES[dtype])
     total = sum(math.prod(shape) * kind.itemsize for shard in promised.values() for kind, shape in shard.values())
     require_disk(out, total + 64 * 1024**2, "The merged model")
-    with folder_written_aside(
-        out, overwrite, made_of(checkpoint, adapter_folder, section, compute_dtype, base, dtype)
-    ) as aside:
+    with folder_written_aside(out, overwrite, made_of(checkpoint, adapter_folder, section, base, dtype)) as aside:
         source.recall(aside)
         for file, entries in promised.items():
             if not (aside / file).exists():
@@ -172,8 +168,9 @@ def write_beside(
         "revision": checkpoint.revision,
         "weights": weights,
         "quantization": section.quantization,
+        "double_quant": section.double_quant,
+        "dtype": dtype,
     }
-    made |= {"double_quant": section.double_quant, "dtype": dtype}
     files = {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*")) if _answers(file)}
     write_plain(folder / MERGE, made | {"files": files})
     return tuple(checkpoint.tokenizer.convert_ids_to_tokens(sorted(new_ends)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from qlora.errors import ModelError
 from qlora.export.merged import Merged, made_of, write_beside, write_plain
 from qlora.export.source import CARRYING, Source
 from qlora.files.durable import file_written_aside, folder_written_aside
-from qlora.machine.device import resolve_compute_dtype, trim_heap
+from qlora.machine.device import trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
@@ -50,7 +49,6 @@ def export_nf4(
     out: str | Path,
     *,
     section: ModelSection,
-    device: torch.device | None = None,
     overwrite: bool = False,
     chat_template: str | None = None,
     ends: Sequence[int] = (),
@@ -65,10 +63,7 @@ def export_nf4(
     """
     out = Path(out)
     keep_apart(out, checkpoint.folder, Path(adapter_folder), replaces="config.json" if overwrite else None)
-    device, dtype = torch.device("cpu") if device is None else device, torch.bfloat16
-    source = Source(
-        checkpoint, section, Path(adapter_folder), device, resolve_compute_dtype(device, section.compute_dtype)
-    )
+    source, dtype = Source(checkpoint, section, Path(adapter_folder)), torch.bfloat16
     if source.empty.scheme.prequantised:
         raise ModelError(
             f"'{checkpoint.name}' is itself quantised and does not hold the original weights, and on its own codes most of what was "
@@ -96,7 +91,9 @@ def export_nf4(
                 continue
             values = source.tensor(name, kind, requantise=False)
             if source.names.get(name, "").removesuffix(".weight") in packed:
-                shards.add(_tensors(name, *quantised(values.contiguous(), "nf4", section.double_quant)))
+                codes, state = quantised(values.contiguous(), "nf4", section.double_quant)
+                parts = state.as_dict(packed=True).items()  # as bitsandbytes writes them
+                shards.add({name: codes} | {f"{name}.{key}": part for key, part in parts})
             else:
                 shards.add({name: values})
             trim_heap()
@@ -147,11 +144,6 @@ class _Shards:
             )
         (self.folder / CARRYING).unlink()
         return self.total
-
-
-def _tensors(name: str, codes: Tensor, state: QuantState) -> dict[str, Tensor]:
-    """A packed weight as bitsandbytes writes it, by the names in a checkpoint."""
-    return {name: codes} | {f"{name}.{key}": values for key, values in state.as_dict(packed=True).items()}
 
 
 def _quantisation(source: Source, packed: Collection[str], double_quant: bool) -> dict[str, Any]:

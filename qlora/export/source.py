@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import MethodError, ModelError
+from qlora.errors import MethodError
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import DTYPES, trim_heap
+from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.arranged import Arranged, Group
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.experts import PackedExperts
-from qlora.model.load import packed_tensors, quantised_names, read_expert, split_expert, turned
+from qlora.model.load import packed_tensors, quantised_names, read_expert, refuse_shape, split_expert, turned
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
 from qlora.recipe import ModelSection
 
+CPU = torch.device("cpu")
 CARRYING = ".carrying"  # while an export is written: the tensors that the adapter changed, so far
 
 
@@ -41,11 +42,10 @@ class Source:
         checkpoint: Checkpoint,
         section: ModelSection,
         adapter: Path,
-        device: torch.device,
-        compute_dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
-        self.device, self.compute_dtype = device, compute_dtype
-        self.empty = assemble(checkpoint, section, compute_dtype)
+        self.device, self.compute_dtype = device, resolve_compute_dtype(device, section.compute_dtype)
+        self.empty = assemble(checkpoint, section, self.compute_dtype)
         self.checkpoint = self.empty.checkpoint
         self.model, self.names, self.shapes = self.empty.model, self.empty.names, self.empty.shapes
         self.stacks = self.empty.stacks
@@ -128,11 +128,8 @@ class Source:
                 entry = entry._replace(shape=self.shapes[target], dtype=dtype)
             # the part of an expert, or of all in another arrangement, is checked when it is read
             shape = entry.shape if target in self.stacks else self.shapes[target]
-            if entry.shape != shape and not packed_parts(name, self.checkpoint):
-                raise ModelError(
-                    f"'{name}' in '{self.checkpoint.folder}' has the shape {list(entry.shape)}; its config.json asks for "
-                    f"{list(shape)}."
-                )
+            if target not in self.stacks and not packed_parts(name, self.checkpoint):
+                refuse_shape(self.checkpoint, name, shape)
             for method in self.adapted.methods:
                 shape = method.merge.shape(target, shape)
             # transformers looks for model.safetensors where there is no index

@@ -11,17 +11,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
-CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+from qlora.model.tensor_file import DTYPES
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
@@ -60,9 +57,7 @@ class SafetensorsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         if kind is None and self._waiting:
             raise ValueError(f"{len(self._waiting)} promised tensors were never written, first '{self._waiting[0][0]}'")

@@ -38,6 +38,7 @@ from qlora.model.experts import PackedExperts
 from qlora.model.in_memory import as_base
 from qlora.model.nf4 import Packed, features, is_linear
 from qlora.recipe import parts_of
+from qlora.residence.boundary import having
 
 if TYPE_CHECKING:
     from qlora.recipe.methods import MethodSection
@@ -115,7 +116,7 @@ class AdaptedModel(OnBase):
         """Three lines: the methods and their base, what trains, where it is planted."""
         trained = self.trainable_parameters().values()
         numbers, kinds = self.count_trainable(), sorted({dtype_name(values.dtype) for values in trained})
-        size = sum(values.numel() * values.dtype.itemsize for values in trained)
+        size = sum(values.nbytes for values in trained)
         names = sorted({leaf(path) for path in self.planted})
         base = self.base
         return "\n".join(
@@ -242,14 +243,8 @@ class AdaptedModel(OnBase):
         """
         if why := next((why for method in self.methods if (why := method.why_not_disabled()) is not None), None):
             raise MethodError(f"'{self.base.name}' cannot answer alone any more: {why}.")
-        before = [(layer, layer.enabled) for layer in self.layers()]
-        for layer, _ in before:
-            layer.enabled = False
-        try:
+        with having(self.layers(), "enabled", False):
             yield
-        finally:
-            for layer, enabled in before:
-                layer.enabled = enabled
 
     def remove(self) -> Base:
         """Take the adapter out again and give the base back as it was. Not after its layers were wrapped."""

@@ -108,8 +108,7 @@ class BitFitMerge(Merge):
 
     def new_tensors(self) -> dict[str, Tensor]:
         """The new biases, and zeros for those that the same settings ask for beside them."""
-        if not (new := self.new):
-            return {}
+        new = self.new
         shapes = {name: shape for added in self.settings.values() for name, shape in added.items()}
         values = {name: new[name] if name in new else torch.zeros(shape) for name, shape in shapes.items()}
         return {self._in_checkpoint(name): bias for name, bias in values.items()}
@@ -150,7 +149,9 @@ class BitFitMethod(Method):
                 )
             chosen = choose_targets(model, wanted) | norms
         else:
-            chosen = choose_targets(model, wanted, can_carry_bias, "linear or LayerNorm")
+            chosen = choose_targets(
+                model, wanted, lambda one: is_linear(one) or has_norm_bias(one), "linear or LayerNorm"
+            )
         if self.section.new_biases:
             return chosen
         found = {path: module for path, module in chosen.items() if module.bias is not None}
@@ -181,11 +182,6 @@ def has_norm_bias(module: nn.Module) -> bool:
     """Whether ``module`` is a LayerNorm over the last dimension with a bias."""
     last = getattr(module, "data_format", "channels_last") == "channels_last"
     return isinstance(module, nn.LayerNorm) and module.bias is not None and last
-
-
-def can_carry_bias(module: nn.Module) -> bool:
-    """Whether BitFit has a form for ``module``."""
-    return is_linear(module) or has_norm_bias(module)
 
 
 def _shapes(architecture: Any, config: Any) -> dict[str, tuple[int, ...]]:

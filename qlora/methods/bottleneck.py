@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
-from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, unplanted
 from qlora.methods.sublayers import find_layers, sublayer, width
@@ -128,20 +127,14 @@ class Bottleneck(Planted):
         return f"scale={self.scale:g}"
 
 
-class BottleneckMerge(Merge):
-    """Between down and up is an activation."""
-
-    reason = (
-        "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
-        "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
-    )
-
-
 class BottleneckMethod(Method):
     """How bottleneck adapters are planted; nothing happens in the loss or between steps."""
 
     place = "containers"
-    merge_class = BottleneckMerge
+    unmergeable = (
+        "an activation stands between its two linears, so no weight of the base can hold them; keep the adapter beside "
+        "the base, as qlora chat and qlora.load_adapter do, or train lora, which merges"
+    )
     section: Section
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
@@ -193,6 +186,4 @@ class BottleneckMethod(Method):
 def at_hand(model: nn.Module, path: str) -> nn.Module:
     """The module at ``path`` with what is planted there, inside layers that something is planted at."""
     holder, _, name = path.rpartition(".")
-    found = getattr(at(model, holder) if holder else unplanted(model), name)
-    assert isinstance(found, nn.Module)
-    return found
+    return getattr(at(model, holder) if holder else unplanted(model), name)

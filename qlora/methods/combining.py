@@ -77,27 +77,17 @@ def combine(
     Where an adapter lacks a target, the others decide there alone. Raises MethodError for what is no LoRA on linears, for
     adapters of different bases, and for different ranks in a way that adds up A and B.
     """
-    settings: HowSettings = {
-        "density": density,
-        "rank": rank,
-        "majority_sign_method": majority_sign_method,
-        "seed": seed,
-    }
-    return _combine(_parts(adapters), weights, how, device, **settings)
+    settings = Settings(density=density, rank=rank, majority_sign_method=majority_sign_method, seed=seed, device=device)
+    return _combine(_parts(adapters), weights, how, settings)
 
 
-class HowSettings(TypedDict, total=False):
-    """Settings of a way of combining; see ``combine``."""
+class Settings(TypedDict, total=False):
+    """What ``combine`` takes beside the adapters, their weights and ``how``."""
 
     density: float | None
     rank: int | None
     majority_sign_method: Majority
     seed: int
-
-
-class Settings(HowSettings, total=False):
-    """What ``combine`` takes beside the adapters, their weights and ``how``."""
-
     device: torch.device | str
 
 
@@ -110,7 +100,7 @@ def save_combined(
 ) -> None:
     """Write what ``combine`` gives into ``folder``: a plain LoRA adapter, which PEFT and servers load too."""
     parts = _parts(adapters)
-    pairs = _combine(parts, weights, how, **settings)
+    pairs = _combine(parts, weights, how, settings)
     known = [part.targets for part in parts]
     # what the adapters' own names reach together are their paths together
     names = set(pairs) if None in known else {name for names in known for name in names or ()}
@@ -148,6 +138,7 @@ class Way:
     rank: int | None
     majority_sign_method: Majority
     seed: int
+    device: torch.device
 
     def add_up(self, tensors: Sequence[Tensor], weights: Sequence[float], names: Sequence[str]) -> Tensor:
         """One tensor of several of the same shape; ``names`` decide, with the seed, what is dropped at random."""
@@ -178,30 +169,22 @@ def drawn(like: Tensor, density: float, seed: int, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _combine(
-    parts: list[Part],
-    weights: Mapping[str, float] | Sequence[float],
-    how: str,
-    device: torch.device | str = "cpu",
-    **settings: Unpack[HowSettings],
-) -> Pairs:
+def _combine(parts: list[Part], weights: Mapping[str, float] | Sequence[float], how: str, settings: Settings) -> Pairs:
     way, shares = _way(how, **settings), _shares(parts, weights)
     combined: Pairs = {}
     largest = max(len(lora_A) for part in parts for lora_A, _ in part.pairs.values())
     rank = largest if way.rank is None else way.rank
     for path in dict.fromkeys(path for part in parts for path in part.pairs):
         here = [(part, share) for part, share in zip(parts, shares, strict=True) if path in part.pairs]
-        lora_A, lora_B = _combine_at(path, here, way, rank, torch.device(device))
+        lora_A, lora_B = _combine_at(path, here, way, rank)
         combined[path] = (lora_A.float().cpu(), lora_B.float().cpu())
     return combined
 
 
-def _combine_at(
-    path: str, here: list[tuple[Part, float]], way: Way, rank: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _combine_at(path: str, here: list[tuple[Part, float]], way: Way, rank: int) -> tuple[Tensor, Tensor]:
     """The pair for the one target ``path`` of the adapters that have it."""
-    many_A = [part.pairs[path][0].to(device) for part, _ in here]
-    many_B = [part.pairs[path][1].to(device) for part, _ in here]
+    many_A = [part.pairs[path][0].to(way.device) for part, _ in here]
+    many_B = [part.pairs[path][1].to(way.device) for part, _ in here]
     names = [f"{part.name}:{path}" for part, _ in here]
     factors = [share * part.scaling[path] for part, share in here]
     if way.how in ("cat", "svd"):
@@ -246,6 +229,7 @@ def _way(
     rank: int | None = None,
     majority_sign_method: Majority = "total",
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Way:
     """Raises MethodError for a way that there is not, and for settings that it has not or lacks."""
     if how not in WAYS:
@@ -266,7 +250,7 @@ def _way(
         raise MethodError(f"rank is {rank}; expected 1 or more.")
     if majority_sign_method not in ("total", "frequency"):
         raise MethodError(f"majority_sign_method is '{majority_sign_method}'; expected 'total' or 'frequency'.")
-    return Way(how, 1.0 if density is None else density, rank, majority_sign_method, seed)
+    return Way(how, 1.0 if density is None else density, rank, majority_sign_method, seed, torch.device(device))
 
 
 def _shares(parts: list[Part], weights: Mapping[str, float] | Sequence[float]) -> list[float]:

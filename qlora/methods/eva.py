@@ -11,7 +11,9 @@ planted linears and batches; must not know which positions a loss reads, or what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from qlora.methods.decomposition import leading
 from qlora.methods.planted import Planted
 from qlora.methods.sublayers import arguments
 from qlora.model.anatomy import decoder
+from qlora.model.base import evaluating
 from qlora.model.loss import IGNORE_INDEX, hidden_states
 
 ALIKE = 0.99  # cosine of a direction before and after a batch from which on it counts as found; PEFT's tau
@@ -76,8 +79,9 @@ class Watcher:
         """[B, T], the positions of this batch that count."""
         self.latest: tuple[str, Tensor] | None = None
 
-    def see(self, path: str, x: Tensor) -> None:
-        """The input [B, T, d] of the linear at ``path``."""
+    def see(self, path: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """A forward hook: the input [B, T, d] of the linear at ``path``."""
+        (x, *_) = inputs
         if path not in self.leaders:
             same = self.latest is not None and self.latest[1] is x
             self.leaders[path] = self.latest[0] if same and self.latest is not None else path
@@ -116,10 +120,9 @@ def look(
     """
     _refuse_without_tokens(model)
     watcher = Watcher(planted, generator)
-    hooks = [layer.register_forward_pre_hook(_hook(watcher, path)) for path, layer in planted.items()]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model), ExitStack() as hooks:
+        for path, layer in planted.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(watcher.see, path)))
         count = 0
         for batch in batches:
             labels = batch.get("labels")
@@ -131,10 +134,6 @@ def look(
             count += 1
             if count == MOST_BATCHES or watcher.settled:
                 break
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
     for path, layer in planted.items():
         directions = watcher.directions.get(watcher.leaders.get(path, path))
         found = None if directions is None else directions.found
@@ -153,7 +152,3 @@ def _refuse_without_tokens(model: nn.Module) -> None:
             f"method.init is eva, which sends batches of tokens through a decoder, but {type(model).__name__} has none that "
             "takes input_ids and position_ids; use another method.init, as kaiming."
         )
-
-
-def _hook(watcher: Watcher, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda layer, inputs: watcher.see(path, inputs[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from qlora.model.base import Base
 from qlora.model.checkpoint import commit_of
 from qlora.model.names import OnLoad
 from qlora.model.tensor_file import Header, read_header, read_tensors
+
+Some = TypeVar("Some")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -108,8 +110,7 @@ def save_portable(
 def portable_bytes(model: AdaptedModel) -> int:
     """What ``save_portable`` writes in tensors: fp32 and of one rank for plain LoRA, else the adapter with its state."""
     if why_not_portable(model) is not None:
-        written = [*model.adapter_state().values(), *model.method_state().values()]
-        return sum(values.numel() * values.dtype.itemsize for values in written)
+        return sum(values.nbytes for values in (*model.adapter_state().values(), *model.method_state().values()))
     pairs = model.methods[0].layout.pairs().values()
     r = max((len(lora_A) for lora_A, _ in pairs), default=0)
     return sum(4 * r * (lora_A.shape[1] + lora_B.shape[0]) for lora_A, lora_B in pairs)
@@ -251,12 +252,7 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickle = " (adapter_model.bin is a pickle, which is never read)" if path.with_suffix(".bin").is_file() else ""
         raise MethodError(f"There is no {WEIGHTS} in '{folder}'{pickle}; expected an adapter folder in PEFT's layout.")
-    try:
-        return read_tensors(path)
-    except (Fault, OSError) as error:
-        raise MethodError(
-            f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
-        ) from None
+    return _whole(path, read_tensors, "save the adapter again or use an earlier checkpoint")
 
 
 def read_method_state(folder: str | Path) -> dict[str, Tensor]:
@@ -264,10 +260,7 @@ def read_method_state(folder: str | Path) -> dict[str, Tensor]:
     path = Path(folder) / METHOD_STATE
     if not path.is_file():
         return {}
-    try:
-        return read_tensors(path)
-    except (Fault, OSError) as error:
-        raise MethodError(f"'{path}' is damaged ({error}); use an earlier checkpoint.") from None
+    return _whole(path, read_tensors, "use an earlier checkpoint")
 
 
 def known_base(base: Base) -> str | None:
@@ -282,13 +275,14 @@ def recorded_base(folder: str | Path) -> str | None:
 
 def header_of(folder: Path) -> Header:
     """What the tensors' file says of itself. Raises MethodError when it is damaged."""
-    path = folder / WEIGHTS
+    return _whole(folder / WEIGHTS, read_header, "save the adapter again or use an earlier checkpoint")
+
+
+def _whole(path: Path, read: Callable[[Path], Some], do: str) -> Some:
     try:
-        return read_header(path)
-    except (OSError, Fault) as error:
-        raise MethodError(
-            f"'{path}' is damaged ({error}); save the adapter again or use an earlier checkpoint."
-        ) from None
+        return read(path)
+    except (Fault, OSError) as error:
+        raise MethodError(f"'{path}' is damaged ({error}); {do}.") from None
 
 
 def keep_apart(out: Path, *sources: Path, replaces: str | None = None) -> None:

@@ -90,10 +90,6 @@ class Ia3Linear(Planted):
             values.mul_(scale)
         return values
 
-    def as_on_disk(self) -> Tensor:
-        """``ia3_l`` as [1, in] or [out, 1]: the parameter's own memory."""
-        return self.ia3_l.detach().unsqueeze(0 if self.feedforward else 1)
-
     def extra_repr(self) -> str:
         return f"{'input' if self.feedforward else 'output'}={len(self.ia3_l)}"
 
@@ -105,8 +101,11 @@ class Ia3Layout(Layout):
     read = frozenset({"target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
 
     def tensors(self) -> dict[str, Tensor]:
-        layers = {path: layer for path, layer in self.method.planted.items() if isinstance(layer, Ia3Linear)}
-        return {self.key(f"{path}.ia3_l"): layer.as_on_disk() for path, layer in layers.items()}
+        """Vectors as [1, in] or [out, 1]."""
+        return {
+            self.key(f"{path}.ia3_l"): layer.ia3_l.detach().unsqueeze(0 if layer.feedforward else 1)
+            for path, layer in self.method.planted.items()
+        }
 
     def peft_config(self, every_path: list[str]) -> Fields:
         planted = self.method.planted

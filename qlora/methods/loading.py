@@ -165,8 +165,7 @@ def _with_embeddings(
 
 def _weight_of(base: Base, path: str, paths: list[str]) -> Tensor:
     """The weight of the embedding or head at ``path``; where only shapes were loaded, from the checkpoint if it has it."""
-    weight = unplanted(base.model.get_submodule(path)).weight
-    assert isinstance(weight, Tensor)
+    weight: Any = unplanted(base.model.get_submodule(path)).weight
     if not weight.is_meta or base.checkpoint is None:
         return weight
     names = [(base.names or {}).get(f"{other}.weight") for other in (path, *paths)]  # a tied one is there once

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from qlora.errors import MethodError, listed
 from qlora.methods.beginning import Beginning, Beginnings, first_A
 from qlora.methods.layout import PREFIX, Fields, Layout, whole
-from qlora.methods.lora_experts import LoraExperts, experts_key, experts_named, packed_experts, parameter_names
+from qlora.methods.lora_experts import LoraExperts, experts_key, experts_named, packed_experts
 from qlora.methods.lora_layers import KINDS, LoraConv2d, LoraEmbedding, is_adaptable, sides, why_not
 from qlora.methods.merge import Merge
 from qlora.methods.method import Method
@@ -33,6 +33,7 @@ from qlora.methods.targets import (
     pattern_value,
     peft_targets,
     sorted_pattern,
+    target_names,
 )
 from qlora.model import anatomy
 from qlora.model.base import Base
@@ -290,7 +291,10 @@ class LoraLayout(Layout):
         every = packed_experts(self.method.base.model)
         targets = peft_targets(linears, every_path, mixture=anatomy.is_mixture(self.method.base.model))
         if experts:
-            targets["target_parameters"] = [*parameter_names(experts, every), *targets.get("target_parameters", ())]
+            targets["target_parameters"] = [
+                *target_names(experts, every, parts=2),
+                *targets.get("target_parameters", ()),
+            ]
         return {
             **plain_config(section.r, targets, section.dropout, any_transposed(linears)),
             "lora_alpha": whole(section.alpha),

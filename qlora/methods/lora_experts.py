@@ -91,10 +91,3 @@ def experts_key(path: str, name: str, planted: Mapping[str, Planted]) -> str:
     inside = [other for other in planted if other.rpartition(".")[0] == module]
     depth = len(inside) - 1 - inside.index(f"{module}.{parameter}")
     return f"{module}.{'base_layer.' * depth}{name}.weight"
-
-
-def parameter_names(planted: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The shortest names that make PEFT adapt ``planted`` of ``every`` parameter of experts and nothing else."""
-    chosen = set(planted)
-    short = sorted({".".join(path.split(".")[-2:]) for path in chosen})
-    return short if {path for path in every if any(matches(name, path) for name in short)} == chosen else sorted(chosen)

@@ -7,7 +7,7 @@ planted modules; must not know checkpoints, or how merged files are written.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,15 +20,12 @@ if TYPE_CHECKING:
 class Merge:
     """One method's part of a merged model."""
 
-    reason: ClassVar[str | None] = None
-    """Why no weights of a base can hold such a method, and what to do, without a full stop; None where they can."""
-
     def __init__(self, method: Method) -> None:
         self.method = method
 
     def why_not(self) -> str | None:
-        """``reason``, or what speaks against merging in this model."""
-        return self.reason
+        """What speaks against merging the method, or against merging it in this model."""
+        return self.method.unmergeable
 
     def touches(self, name: str) -> bool:
         """Whether ``merged`` may change the tensor ``name``."""

@@ -37,6 +37,8 @@ class Method:
     """What ``adapter_dtype: auto`` means; None: bf16 beside bf16 compute on CUDA, fp32 elsewhere."""
     by_rows: ClassVar[bool] = False
     """Whether what is planted answers each row of a batch from that row alone, so that rows can be mixed."""
+    unmergeable: ClassVar[str | None] = None
+    """Why no weights of a base can hold what is planted, and what to do, without a full stop; None where they can."""
     layout_class: ClassVar[type[Layout]] = Layout
     merge_class: ClassVar[type[Merge]] = Merge
 
@@ -57,10 +59,14 @@ class Method:
 
     @classmethod
     def trained_dtype(cls, requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-        """What the method's parameters are kept in; ``requested`` is the section's ``adapter_dtype``."""
-        if requested == "auto" and cls.auto_dtype is not None:
-            return cls.auto_dtype
-        return adapter_dtype(requested, device, compute_dtype)
+        """What the method's parameters are kept in; ``requested`` is the section's ``adapter_dtype``.
+
+        Beside fp16 compute ``auto`` is fp32, because small updates vanish in fp16.
+        """
+        if requested != "auto":
+            return DTYPES[requested]
+        narrow = device.type == "cuda" and compute_dtype == torch.bfloat16
+        return cls.auto_dtype or (torch.bfloat16 if narrow else torch.float32)
 
     # ── planting ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,13 +156,3 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     """Draws on the CPU that depend on ``seed`` and ``name`` alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def adapter_dtype(requested: str, device: torch.device, compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype that adapters are kept in. ``auto``: bf16 on CUDA with bf16 compute, fp32 elsewhere.
-
-    With fp16 compute the adapters stay fp32, because small updates vanish in fp16.
-    """
-    if requested != "auto":
-        return DTYPES[requested]
-    return torch.bfloat16 if device.type == "cuda" and compute_dtype == torch.bfloat16 else torch.float32

@@ -36,7 +36,6 @@ from qlora.methods.planted import Planted
 from qlora.methods.targets import leaf, matches
 from qlora.model import anatomy
 from qlora.model.base import Base
-from qlora.model.checkpoint import open_checkpoint
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_empty
 from qlora.model.skeleton import classifier_of
 from qlora.recipe.methods import Modules
@@ -172,8 +171,8 @@ class ModulesMerge(Merge):
                 continue
             if isinstance(layer, TrainedModule):
                 found[name] = layer.module.get_parameter("weight").detach()
-            elif present is not None:
-                found[name] = open_checkpoint(base.folder).read(names[f"{present}.weight"])
+            elif present is not None and base.checkpoint is not None:
+                found[name] = base.checkpoint.read(names[f"{present}.weight"])
         return found
 
     def _untied(self) -> tuple[str, ...]:

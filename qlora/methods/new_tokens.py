@@ -292,8 +292,7 @@ class NewTokensMethod(Method):
             paths[id(embedding)]: NewTokenEmbedding(embedding, values, self.ids, old, mean),
         }
         if head is not None:
-            weight = unplanted(head).weight
-            assert isinstance(weight, Tensor)
+            weight: Any = unplanted(head).weight
             tied = weight is embedding.weight
             if not tied:
                 values, mean = self._first_rows(weight)

@@ -8,24 +8,24 @@ must not know what is put there, or why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from qlora.model.base import Base
-from qlora.model.checkpoint import Checkpoint, open_checkpoint
-from qlora.model.load import checkpoint_weight
+from qlora.model.checkpoint import Checkpoint
+from qlora.model.load import checkpoint_weight, read_packed
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, at_hand, dense_weight, is_away, is_transposed
 
 
-def copy_to_keep(base: Base, path: str, linear: nn.Module) -> Tensor | None:
+def copy_to_keep(base: Base, path: str, linear: Any) -> Tensor | None:
     """A copy of the weight on the CPU, for ``put_back``, where no checkpoint holds it; else None."""
     if _source(base, path) is not None:
         return None
     with at_hand(linear):
-        values = linear.weight
-        assert isinstance(values, Tensor)
-        return values.detach().to("cpu", copy=True)
+        return linear.weight.detach().to("cpu", copy=True)
 
 
 def knows_what_was_quantised(base: Base, path: str) -> bool:
@@ -35,7 +35,7 @@ def knows_what_was_quantised(base: Base, path: str) -> bool:
 
 
 @torch.no_grad()
-def own_weight(base: Base, path: str, linear: nn.Module, kept: Tensor | None = None) -> Tensor:
+def own_weight(base: Base, path: str, linear: Any, kept: Tensor | None = None) -> Tensor:
     """The weight [out, in] that the linear at ``path`` of the untouched model was loaded with, before it was quantised.
 
     What came quantised already is put back, and what it stands for is the answer.
@@ -43,16 +43,14 @@ def own_weight(base: Base, path: str, linear: nn.Module, kept: Tensor | None = N
     if isinstance(linear, FrozenLinear) and knows_what_was_quantised(base, path):
         return checkpoint_weight(base, path, linear)
     put_back(base, path, linear, kept)
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return dense_weight(linear, base.compute_dtype if isinstance(linear, FrozenLinear) else weight.dtype).clone()
+    return dense_weight(linear, base.compute_dtype if isinstance(linear, FrozenLinear) else linear.weight.dtype).clone()
 
 
 @torch.no_grad()
 def put(linear: nn.Module, weight: Tensor) -> None:
     """Give ``linear`` the weight [out, in]: quantised as its own was, or written over it."""
     if isinstance(linear, FrozenLinear):
-        linear.place(weight, _device(linear))  # type: ignore[operator]
+        linear.place(weight, _device(linear))
     else:
         _write(linear, weight.t() if is_transposed(linear) else weight)
 
@@ -66,32 +64,24 @@ def put_back(base: Base, path: str, linear: nn.Module, kept: Tensor | None = Non
         _write(linear, kept)
         return
     checkpoint, name = source
-    if not isinstance(linear, FrozenLinear):
-        _write(linear, checkpoint.read(name))
-    elif parts := packed_parts(name, checkpoint):
-        stem = name.removesuffix("weight")
-        tensors = {part.removeprefix(stem): checkpoint.read(part) for part in [name, *parts]}
-        linear.place_quantised(tensors, _device(linear))  # type: ignore[operator]
+    if isinstance(linear, FrozenLinear):
+        read_packed(checkpoint, name, linear, _device(linear), base.compute_dtype)
     else:
-        put(linear, checkpoint_weight(base, path, linear))
+        _write(linear, checkpoint.read(name))
 
 
-def _write(linear: nn.Module, values: Tensor) -> None:
+def _write(linear: Any, values: Tensor) -> None:
     """Overwrite the weight, in the layout that it has."""
     with at_hand(linear, changed=True):
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
-        weight.copy_(values)
+        linear.weight.copy_(values)
 
 
-def _device(linear: nn.Module) -> torch.device:
+def _device(linear: Any) -> torch.device:
     """Where the weight is quantised; that of a streamed layer may be elsewhere at the moment."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return linear.away.device if is_away(linear) else weight.device  # type: ignore[union-attr, return-value]
+    return linear.away.device if is_away(linear) else linear.weight.device
 
 
 def _source(base: Base, path: str) -> tuple[Checkpoint, str] | None:
     """The checkpoint and the weight's name there; None where no file holds it."""
     name = (base.names or {}).get(f"{path}.weight")
-    return None if name is None else (open_checkpoint(base.folder), name)
+    return None if name is None or base.checkpoint is None else (base.checkpoint, name)

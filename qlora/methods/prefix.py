@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from qlora.errors import MethodError, ModelError
 from qlora.methods import sublayers
 from qlora.methods.layout import Fields, Layout
-from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted, modules_unplanted
 from qlora.methods.prompt import KEY, SHAPE, load_network, make_real, network_state, tokens_of_text
@@ -188,11 +187,8 @@ class PrefixLayout(Layout):
     method: PrefixMethod
     peft_type = "PREFIX_TUNING"
     only = {"num_transformer_submodules": (1, None)}  # noqa: RUF012
-    read = SHAPE | {
-        "prefix_projection",
-        "encoder_hidden_size",
-        "init_weights",
-    }  # of first values, which the file replaces
+    # the last is of first values, which the file replaces
+    read = SHAPE | {"prefix_projection", "encoder_hidden_size", "init_weights"}
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -229,21 +225,15 @@ class PrefixLayout(Layout):
         }
 
 
-class PrefixMerge(Merge):
-    """A prefix is no weight."""
-
-    reason = (
-        "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
-        "PEFT do, or train a LoRA"
-    )
-
-
 class PrefixMethod(Method):
     """How a prefix is planted: on every attention, and on what makes something of positions."""
 
     place = "containers"
     layout_class = PrefixLayout
-    merge_class = PrefixMerge
+    unmergeable = (
+        "its keys and values are no product of any weight of the base; load the adapter beside the base, as qlora and "
+        "PEFT do, or train a LoRA"
+    )
     section: PrefixTuning
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:

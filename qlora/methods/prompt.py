@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from qlora.errors import MethodError
 from qlora.methods.layout import Fields, Layout
-from qlora.methods.merge import Merge
 from qlora.methods.method import Method
 from qlora.methods.planted import Planted
 from qlora.model import anatomy
@@ -77,8 +76,7 @@ class PromptEncoder(nn.Module):
         values: Tensor = self.inputs
         for layer in self.layers[:-1]:
             values = torch.relu(layer(values))
-        result: Tensor = self.layers[-1](values)
-        return result
+        return self.layers[-1](values)
 
 
 class EncodedPrompt(PromptEmbedding):
@@ -178,21 +176,15 @@ class PTuningLayout(PromptLayout):
         return {"name": "p_tuning", "tokens": tokens, "hidden_size": hidden}
 
 
-class PromptMerge(Merge):
-    """A prompt is in the text, not in a weight."""
-
-    reason = (
-        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
-        "the base, as qlora and PEFT do, or train a LoRA"
-    )
-
-
 class PromptTuningMethod(Method):
     """How a prompt is planted: on the embedding alone."""
 
     place = "prompt"
     layout_class = PromptLayout
-    merge_class = PromptMerge
+    unmergeable = (
+        "its virtual tokens stand before every text and no weight of the base can hold them; load the adapter beside "
+        "the base, as qlora and PEFT do, or train a LoRA"
+    )
     section: Any  # PromptTuning, or PTuning below
 
     def new_layers(self, model: nn.Module) -> dict[str, Planted]:
@@ -201,10 +193,9 @@ class PromptTuningMethod(Method):
         return {path: self.new_layer(path, embedding)}
 
     @property
-    def layer(self) -> PromptEmbedding:
-        """What is planted."""
+    def layer(self) -> Any:
+        """What is planted: a PromptEmbedding, with P-tuning an EncodedPrompt."""
         (layer,) = self.planted.values()
-        assert isinstance(layer, PromptEmbedding)
         return layer
 
     def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
@@ -234,13 +225,6 @@ class PTuningMethod(PromptTuningMethod):
 
     layout_class = PTuningLayout
 
-    @property
-    def layer(self) -> EncodedPrompt:
-        """What is planted."""
-        layer = super().layer
-        assert isinstance(layer, EncodedPrompt)
-        return layer
-
     def new_layer(self, path: str, embedding: nn.Embedding) -> PromptEmbedding:
         """A prompt with a new network on ``embedding``."""
         encoder = PromptEncoder(self.section.tokens, embedding.embedding_dim, self.section.hidden_size)
@@ -265,10 +249,9 @@ def find_embedding(model: nn.Module) -> tuple[str, Any]:
         raise MethodError(
             f"{type(model).__name__} has no input embedding, before which virtual tokens stand; use another method."
         )
-    config = anatomy.text_config(model)
-    if getattr(config, "hidden_size_per_layer_input", None):  # Gemma 3n, Gemma 4
+    if anatomy.embeds_by_layer(model):  # Gemma 3n, Gemma 4
         raise MethodError(
-            f"Every layer of this {config.model_type} model looks its token ids up again, and virtual tokens have no "
+            f"Every layer of this {anatomy.text_config(model).model_type} model looks its token ids up again, and virtual tokens have no "
             "place there; use another method, as LoRA."
         )
     return path, found

@@ -33,7 +33,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     found = {
         f"{path}.{number}" if path else str(number): layer
         for path, members in lists
-        if any(anatomy.attention(layer) and anatomy.mlp_output(layer) for layer in members)
+        if any(all(anatomy.first(layer, PARTS[part]) for part in ("attention", "MLP")) for layer in members)
         for number, layer in enumerate(members)
     }
     if not found:

@@ -49,12 +49,13 @@ class Adapters(OnBase):
         refuse_adapted(self.base)
         self._adapters: dict[str, AdaptedModel] = {}
         self._current: str | None = None
-        self._mixing = False
+        self.mixing = False
+        """Whether rows are answered by an adapter each, so that a batch is always whole."""
 
     def __repr__(self) -> str:
         """A line for the base and one for each adapter."""
         base = self.base
-        using = "mixed" if self._mixing else self._current or "the base alone"
+        using = "mixed" if self.mixing else self._current or "the base alone"
         lines = [f"Adapters on {base.name} ({base.quantization}, {base.device}), answering: {using}"]
         for name, adapter in self._adapters.items():
             methods = " and ".join(method.section.name for method in adapter.methods)
@@ -123,7 +124,7 @@ class Adapters(OnBase):
     def remove(self, name: str) -> AdaptedModel:
         """Let go of the adapter ``name`` and return it; when it is in use, the base answers alone from now on."""
         adapter = self[name]
-        if name == self._current or self._mixing:
+        if name == self._current or self.mixing:
             self.off()
         del self._adapters[name]
         return adapter
@@ -133,7 +134,7 @@ class Adapters(OnBase):
 
         Nothing is read or copied: modules change places. (PiSSA changes the base's weights too, which takes longer.)
         """
-        if self._mixing:
+        if self.mixing:
             raise MethodError("The batch is mixed here, each row has its adapter; leave mixed() before switching.")
         wanted = None if name is None else self[name]
         if name == self._current:
@@ -176,16 +177,11 @@ class Adapters(OnBase):
             for name, adapter in adapters.items():
                 _require_rows(name, adapter)
             with _planted_by_rows(self.model, adapters, names):
-                self._mixing = True
+                self.mixing = True
                 try:
                     yield
                 finally:
-                    self._mixing = False
-
-    @property
-    def mixing(self) -> bool:
-        """Whether rows are answered by an adapter each, so that a batch is always whole."""
-        return self._mixing
+                    self.mixing = False
 
     @contextmanager
     def _bare(self, name: str) -> Iterator[None]:
@@ -225,8 +221,7 @@ class MixedRows(Planted):
                 added.index_add_(0, place, _update(layer, x[place]))
 
         def of(rows: Tensor | None) -> Tensor:
-            found: Tensor = _Onto.apply(*((x, added) if rows is None else (x[rows], added[rows])), self.base)
-            return found
+            return _Onto.apply(*((x, added) if rows is None else (x[rows], added[rows])), self.base)
 
         return _in_parts(of, x, whole)
 

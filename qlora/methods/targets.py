@@ -132,15 +132,15 @@ def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> Me
     )
 
 
-def target_names(planted: Iterable[str], every_path: Iterable[str]) -> list[str]:
-    """The shortest names that make PEFT adapt ``planted`` and nothing else: the leaf names, or else the full paths.
+def target_names(planted: Iterable[str], every_path: Iterable[str], parts: int = 1) -> list[str]:
+    """The shortest names that make PEFT adapt ``planted`` and nothing else: the last ``parts`` of paths, or else the full ones.
 
     ``every_path`` are all module paths of the model before anything was planted: PEFT matches names against all of them.
     """
     chosen = set(planted)
-    leaves = sorted({leaf(path) for path in chosen})
-    matched = {path for path in every_path if any(matches(name, path) for name in leaves)}
-    return leaves if matched == chosen else sorted(chosen)
+    short = sorted({".".join(path.split(".")[-parts:]) for path in chosen})
+    matched = {path for path in every_path if any(matches(name, path) for name in short)}
+    return short if matched == chosen else sorted(chosen)
 
 
 EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -158,9 +158,7 @@ def peft_targets(planted: Iterable[str], every_path: Iterable[str], mixture: boo
     hidden = beside_experts(chosen, mixture)
     fields: dict[str, Any] = {"target_modules": target_names(chosen - hidden, every)}
     if hidden:
-        short = sorted({".".join(path.split(".")[-2:]) for path in hidden})
-        reached = {path for path in every if any(matches(name, path) for name in short)}
-        fields["target_parameters"] = [f"{name}.weight" for name in (short if reached == hidden else sorted(hidden))]
+        fields["target_parameters"] = [f"{name}.weight" for name in target_names(hidden, every, parts=2)]
     return fields
 
 

@@ -175,8 +175,7 @@ def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | Non
 
 def logit_rows(model: nn.Module | PretrainedConfig) -> int | None:
     """How many rows of the head a family gives logits of, where it cuts off those that only fill it up (Inkling)."""
-    found: int | None = getattr(text_config(model), "unpadded_vocab_size", None)
-    return found
+    return getattr(text_config(model), "unpadded_vocab_size", None)
 
 
 def _fields_of_forward(model: Any) -> set[str]:
@@ -267,28 +266,8 @@ def kind(model: Any) -> str:
     return str(model.config.model_type)
 
 
-def attention(layer: nn.Module) -> str | None:
-    """The path of what gives attention's output inside ``layer``; None where no known name fits."""
-    return first(layer, ATTENTION)
-
-
-def mlp(layer: nn.Module) -> str | None:
-    """The path of the whole MLP inside ``layer``; None where no known name fits."""
-    return first(layer, MLP)
-
-
-def norms_behind(layer: nn.Module) -> bool:
-    """Whether what the layer's MLP answers is normalised before it is added."""
-    return first(layer, BEHIND) is not None
-
-
-def mlp_output(layer: nn.Module) -> str | None:
-    """The path of what gives the MLP's output inside ``layer``; None where no known name fits."""
-    return first(layer, MLP_OUTPUT)
-
-
 def first(module: nn.Module, paths: tuple[str, ...]) -> str | None:
-    """The first of ``paths`` that leads to a module inside ``module``."""
+    """The first of ``paths``, as of ``ATTENTION``, that leads to a module inside ``module``; None where no known name fits."""
     return next((path for path in paths if at(module, path) is not None), None)
 
 

@@ -65,8 +65,7 @@ class Group:
 def _only(held: Any) -> Tensor:
     """A tensor, also where it is the only one of a list or of a mapping."""
     held = next(iter(held.values())) if isinstance(held, dict) else held
-    found: Tensor = held[0] if isinstance(held, list) else held
-    return found
+    return held[0] if isinstance(held, list) else held
 
 
 def settled(operations: list[Any], stored: tuple[int, ...], wanted: tuple[int, ...]) -> list[Any]:

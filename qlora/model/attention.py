@@ -51,9 +51,8 @@ RECURRENT = ("linear_attention", "conv", "hybrid")
 PLAIN, EAGER = "sdpa", "eager"  # transformers' own, and ours where rows are not packed
 FAMILYS = "eager_attention_forward"
 """What a family's file calls its attention, written out."""
-SHARES_HEADS = (
-    "enable_gqa" in inspect.signature(varlen_attn).parameters
-)  # torch 2.13; before it every query head needs its own keys
+SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""From torch 2.13 on; before it every query head needs its own keys."""
 
 
 class PackedMask:
@@ -272,8 +271,7 @@ def _each(
     """One example after the other, in all rows at once where they are cut in the same places."""
     if not isinstance(attention_mask, PackedMask):
         plain = AttentionInterface()[PLAIN]
-        answer: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
-        return answer
+        return plain(module, query, key, value, attention_mask, dropout=dropout, **kwargs)
     shared = query.shape[1] != key.shape[1]
     if shared and query.is_cuda:  # the kernels of fp32 and of older GPUs cannot, and SDPA would write out all scores
         key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
@@ -311,14 +309,12 @@ def _own(
     if not isinstance(attention_mask, PackedMask):
         if attention_mask is not None and attention_mask.dtype == torch.bool:  # of a prefix before packed rows
             attention_mask = torch.where(attention_mask, 0.0, smallest).to(query.dtype)
-        answer: tuple[Tensor, Tensor | None] = forward(module, query, key, value, attention_mask, **kwargs)
-        return answer
+        return forward(module, query, key, value, attention_mask, **kwargs)
 
     def kernel(query_RHTE: Tensor, key_RKTE: Tensor, value_RKTE: Tensor, window: int | None) -> Tensor:
         seen = PackedMask([[0]], query_RHTE.shape[2], window).dense(query.device)
         mask = torch.where(seen, 0.0, smallest).to(query.dtype)
-        found: Tensor = forward(module, query_RHTE, key_RKTE, value_RKTE, mask, **kwargs)[0]
-        return found
+        return forward(module, query_RHTE, key_RKTE, value_RKTE, mask, **kwargs)[0]
 
     return _one_by_one(kernel, query, key, value, attention_mask), None
 
@@ -415,10 +411,8 @@ _MASKS = AttentionMaskInterface()
 for _name, _way, _theirs in ((EACH, _each, PLAIN), (VARLEN, _varlen, PLAIN), (OWN, _own, EAGER)):
     AttentionInterface.register(_name, _way)
     AttentionMaskInterface.register(_name, _lengths_or(_MASKS[_theirs]))
-for _name in (
-    PLAIN,
-    EAGER,
-):  # in the place of theirs, for some families ask for the name; outside of packed rows they are theirs
+# in the place of theirs, for some families ask for the name; outside of packed rows they are theirs
+for _name in (PLAIN, EAGER):
     AttentionMaskInterface.register(_name, _in_blocks(_MASKS[_name]))
 
 
@@ -433,10 +427,8 @@ def keep_apart(model: nn.Module, dtype: torch.dtype, capability: float) -> None:
     family's own function is asked. Biases by position, chunks and layers that are no attention keep transformers' mask.
     """
     config, decoder = anatomy.text_config(model), anatomy.decoder(model)
-    plain = getattr(decoder, "_supports_flash_attn", False)
-    plain = plain and getattr(
-        decoder, "_supports_attention_backend", False
-    )  # it asks AttentionInterface for its function
+    # by the second it asks AttentionInterface for its function
+    plain = all(getattr(decoder, name, False) for name in ("_supports_flash_attn", "_supports_attention_backend"))
     plain = plain and all(getattr(module, "is_causal", True) for module in model.modules())  # BERT sees what follows
     if not plain or not set(anatomy.layer_kinds(model)) <= {None, "full_attention", "sliding_attention", *RECURRENT}:
         return

@@ -5,7 +5,8 @@ Knows what a base is made of; must not know how it was loaded or what will be pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +16,7 @@ from torch import nn
 
 from qlora.machine.device import dtype_name
 from qlora.machine.disk import bytes_text
-from qlora.model.nf4 import Packed, away_of
+from qlora.model.nf4 import away_of, packed_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class Base:
 
     def __repr__(self) -> str:
         """Name, architecture, parameters, quantisation and bytes, device, and where layers wait; three or four lines."""
-        count, held = counted(self.model)
+        count, held = count_parameters(self.model), bytes_here(self.model)
         how = "unquantised" if self.quantization == "none" else f"in {self.quantization}"
         how += " (scales quantised too)" if self.double_quant and self.quantization != "none" else ""
         lines = [
@@ -88,14 +89,28 @@ class Base:
         return "\n".join(lines)
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
-    """(parameters, a packed weight's numbers counted one by one; bytes of what stays where it is)."""
-    packed = [module for module in model.modules() if isinstance(module, Packed)]
-    count = sum(values.numel() for values in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode; then in the mode from before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the model, packed ones counted one by one, shared ones once."""
+    return packed_numbers(model) + sum(values.numel() for values in model.parameters())
+
+
+def bytes_here(model: nn.Module) -> int:
+    """Bytes of what stays where it is."""
     staying = [module for module in model.modules() if away_of(module) is None]
     tensors = {
         id(values): values
         for module in staying
         for values in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
-    return count, sum(values.nbytes for values in tensors.values() if not values.is_meta)
+    return sum(values.nbytes for values in tensors.values() if not values.is_meta)

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
@@ -31,7 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora.model import anatomy
 from qlora.model.loss import fp32_product
-from qlora.model.nf4 import BLOCK, NESTED_BLOCK, FourBit, at_hand, dequantised, quantised
+from qlora.model.nf4 import BLOCK, FourBit, at_hand, dequantised, quantised
 
 PACKED = "qlora_packed"
 """What transformers calls our function."""
@@ -91,23 +90,7 @@ class PackedExperts(FourBit):
 
     def dequantise(self, expert: int, dtype: torch.dtype) -> Tensor:
         """One expert's matrix, [rows, columns], made anew."""
-        nested = offset = None
-        if self.nested_absmax is not None and self.offset is not None:
-            offset = self.offset[expert]
-            nested = QuantState(
-                absmax=self.nested_absmax[expert], code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-            )
-        state = QuantState(
-            absmax=self.absmax[expert],
-            shape=torch.Size((self.rows, self.columns)),
-            code=self.code,
-            blocksize=BLOCK,
-            quant_type=self.quant_type,
-            dtype=dtype,
-            offset=offset,
-            state2=nested,
-        )
-        return dequantised(self.weight[expert], state)
+        return dequantised(self.weight[expert], self.state(self.rows, self.columns, BLOCK, dtype, expert))
 
     def extra_repr(self) -> str:
         how = f"{self.quant_type}{', double_quant' if self.double_quant else ''}"
@@ -167,8 +150,7 @@ class _Llama4Experts(_Adopted):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        found: Tensor = up * self.act_fn(gate)
-        return found
+        return up * self.act_fn(gate)
 
 
 class _Llama4Mixture(nn.Module):
@@ -394,8 +376,7 @@ def _sides(experts: Any, factors: Sequence[Tensor | None]) -> list[_Side]:
 
 
 def _gate(experts: Any, hidden: Tensor) -> Tensor:
-    found: Tensor = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    return found
+    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
 
 
 def _norm(experts: Any) -> Any:

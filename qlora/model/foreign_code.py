@@ -46,11 +46,11 @@ def say_foreign_code(folder: Path) -> None:
         )
 
 
-def refuse_foreign_code(folder: Path, what: str, file: str) -> None:
-    """Raise ModelError where ``file`` in ``folder`` says that ``what``, such as the tokenizer, needs code of its own."""
-    if files := foreign_code(folder, (file,)):
+def refuse_foreign_tokenizer(folder: Path) -> None:
+    """Raise ModelError where the tokenizer in ``folder`` needs code of its own."""
+    if files := foreign_code(folder, ("tokenizer_config.json",)):
         raise ModelError(
-            f"{what} in '{folder}' comes with its own Python code ({listed(files)}), which is not run by default. Read that "
+            f"The tokenizer in '{folder}' comes with its own Python code ({listed(files)}), which is not run by default. Read that "
             "code, and if you trust it set model.trust_remote_code=true."
         )
 

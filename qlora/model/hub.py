@@ -178,27 +178,19 @@ def _unreachable(kind: str) -> str:
 
 def _problem(error: Exception, kind: str = "model") -> str | None:
     """What the hub's client complains of, as the end of a sentence that begins with a name; None for what it does not name."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return "asks for its terms to be accepted first: do so on its page on the hub and log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"is neither {HERE[kind]} nor a public repository of the hub; check the name, or log in if it is private"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision; expected a branch, tag or commit of it"
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"is neither {HERE[kind]} nor a valid hub id (org/name)"
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return _unreachable(kind)
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, errors.EntryNotFoundError):
         return "has no config.json on the hub, so it is no model in safetensors; name the one that it was made from"
     return None
 

@@ -58,7 +58,9 @@ def quantise(
                 f"skip names '{name}', which no linear of {type(module).__name__} is called.{nearest(name, leaves)} "
                 f"The names there are {listed(leaves, 12)}."
             )
-    heads, owners = _heads(module), _owners(module)
+    heads, places = _heads(module), module.named_modules(remove_duplicate=False)
+    # by a parameter's id, at how many places it stands: two where a head is tied to its embedding
+    owners = Counter(id(values) for _, part in places for values in part._parameters.values())
     named = [*skip, *read_otherwise(module)]
     chosen = {
         path: linear
@@ -135,12 +137,6 @@ def _heads(module: nn.Module) -> set[str]:
     head = anatomy.head(module)
     last = next(reversed([name for name, _ in module.named_parameters(remove_duplicate=False)]), "").rpartition(".")[0]
     return {path for path, part in module.named_modules() if part is head or path == last}
-
-
-def _owners(module: nn.Module) -> Counter[int]:
-    """By a parameter's id, at how many places it stands: two where a head is tied to its embedding."""
-    places = module.named_modules(remove_duplicate=False)
-    return Counter(id(values) for _, part in places for values in part._parameters.values())
 
 
 def _call_every_linear(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from qlora.errors import ModelError, listed
 from qlora.machine.device import trim_heap
 from qlora.machine.disk import bytes_text
 from qlora.model.base import Base
-from qlora.model.checkpoint import Checkpoint, open_checkpoint, read_json
+from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.experts import PackedExperts, is_packed
 from qlora.model.names import Stack, packed_parts
 from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight, is_transposed
@@ -57,7 +57,7 @@ def fill(
         if isinstance(module, FrozenLinear) and key == "weight":
             advance(read_packed(empty.checkpoint, name, module, device, empty.dtype))
             continue
-        _refuse_shape(empty.checkpoint, name, tuple(getattr(module, key).shape))
+        refuse_shape(empty.checkpoint, name, tuple(getattr(module, key).shape))
         place = torch.device("cpu") if any(module is one for one in on_host) else device
         _put(module, key, empty.checkpoint.read(name).to(place))
         if key == "weight" and (away := away_of(module)) is not None:
@@ -134,7 +134,7 @@ def read_packed(
     else:
         every = [name]
         shape = (linear.out_features, linear.in_features)
-        _refuse_shape(checkpoint, name, shape[::-1] if linear.transposed else shape)
+        refuse_shape(checkpoint, name, shape[::-1] if linear.transposed else shape)
         # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
         linear.place(turned(linear, checkpoint.read(name).to(device, dtype)), device)
         trim_heap()
@@ -152,7 +152,8 @@ def packed_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     return {one.removeprefix(stem): checkpoint.read(one) for one in [name, *packed_parts(name, checkpoint)]}
 
 
-def _refuse_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def refuse_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Raise ModelError unless the tensor ``name`` has this ``shape``."""
     found = checkpoint.entries[name].shape
     if found != shape:
         raise ModelError(
@@ -250,10 +251,10 @@ def checkpoint_weight(base: Base, path: str, linear: nn.Module | None = None) ->
     """
     name = (base.names or {}).get(f"{path}.weight")
     linear = base.model.get_submodule(path) if linear is None else linear
-    checkpoint = base.checkpoint or (open_checkpoint(base.folder) if name else None)
-    if checkpoint is None or name is None or packed_parts(name, checkpoint) or not isinstance(linear, FrozenLinear):
+    held = base.checkpoint
+    if held is None or name is None or packed_parts(name, held) or not isinstance(linear, FrozenLinear):
         return dense_weight(linear, base.compute_dtype)
-    return turned(linear, checkpoint.read(name).to(base.device, base.compute_dtype))
+    return turned(linear, held.read(name).to(base.device, base.compute_dtype))
 
 
 def quantised_names(model: nn.Module) -> set[str]:

@@ -125,9 +125,8 @@ def hidden_states(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     mask = batch["mask"] if "mask" in batch else PackedMask.of(batch["position_ids"])
     if mask.packed:
         packed = packed_rows(mask)
-        if keeps_apart(
-            model
-        ):  # with a mask of padding, of which there is none, transformers does not look for restarts
+        if keeps_apart(model):
+            # with a mask of padding, of which there is none, transformers does not look for restarts
             given["attention_mask"] = torch.ones_like(given["input_ids"], dtype=torch.bool)
     with packed:
         output = anatomy.decoder(model)(**given, use_cache=False, return_dict=True)
@@ -161,8 +160,7 @@ def summed_loss(hidden_ND: Tensor, head: Head, wanted_N: Tensor, places: Tensor,
     For whoever knows how many targets there are without a look at them, as a rehearsal on tensors without values.
     """
     trained = head.trained() if torch.is_grad_enabled() else []
-    loss: Tensor = _TokenLoss.apply(hidden_ND, head, wanted_N, places, chunk, *trained)
-    return loss
+    return _TokenLoss.apply(hidden_ND, head, wanted_N, places, chunk, *trained)
 
 
 def grouped_loss(
@@ -178,8 +176,7 @@ def grouped_loss(
     places, device = (wanted_N != IGNORE_INDEX).nonzero().squeeze(1), hidden_BTD.device
     given = (values.to(device, non_blocking=True) for values in (wanted_N, places, groups))
     trained = head.trained() if torch.is_grad_enabled() else []
-    losses: Tensor = _GroupedLoss.apply(hidden_BTD.flatten(0, 1), head, *given, count, chunk, *trained)
-    return losses
+    return _GroupedLoss.apply(hidden_BTD.flatten(0, 1), head, *given, count, chunk, *trained)
 
 
 class _GroupedLoss(torch.autograd.Function):
@@ -434,5 +431,4 @@ def _shape_of_product(x: Tensor, y: Tensor) -> Tensor:
 
 def fp32_product(x: Tensor, y: Tensor) -> Tensor:
     """x y, the sums left in fp32 as they are made: what is summed up further is not to be rounded to 16 bits in between."""
-    product: Tensor = torch.ops.qlora.fp32_product(x, y)
-    return product
+    return torch.ops.qlora.fp32_product(x, y)

@@ -190,7 +190,8 @@ def _stack(
             f"'{name}' holds experts that bitsandbytes packed one by one ({listed(prequantised, 2)}), and transformers computes "
             "with all of them as one; name the 16-bit checkpoint that it was made from."
         )
-    ordered = {pattern: sorted(parts.get(pattern, []), key=dot_natural_key) for pattern in _patterns(converter, parts)}
+    patterns = parts if converter is None else converter.source_patterns
+    ordered = {pattern: sorted(parts.get(pattern, []), key=dot_natural_key) for pattern in patterns}
     wanted = count if several else 1
     if lacking := [pattern for pattern, names in ordered.items() if len(names) != wanted]:
         raise ModelError(
@@ -198,10 +199,6 @@ def _stack(
             f"{wanted}. The checkpoint is incomplete, fetch it again."
         )
     return Stack(ordered, operations, target if converter is None else converter.target_patterns[0])
-
-
-def _patterns(converter: WeightConverter | None, parts: dict[str, list[str]]) -> list[str]:
-    return list(parts) if converter is None else list(converter.source_patterns)
 
 
 def _by_expert(operation: Any, first: bool) -> bool:

@@ -120,6 +120,25 @@ class FourBit(Packed):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
 
+    def state(self, rows: int, columns: int, block: int, dtype: torch.dtype, which: Any = ...) -> QuantState:
+        """bitsandbytes' view of the buffers of one matrix, of several that ``which`` is; ``dtype`` is what it dequantises to."""
+        nested = offset = None
+        if self.nested_absmax is not None and self.offset is not None:
+            offset = self.offset[which]
+            nested = QuantState(
+                absmax=self.nested_absmax[which], code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+            )
+        return QuantState(
+            absmax=self.absmax[which],
+            shape=torch.Size((rows, columns)),
+            code=self.code,
+            blocksize=block,
+            quant_type=self.quant_type,
+            dtype=dtype,
+            offset=offset,
+            state2=nested,
+        )
+
 
 class FrozenLinear(Packed):
     """What the quantised linears share: y = x Wᵀ + b with a W that never trains and is never kept dense.
@@ -155,7 +174,14 @@ class FrozenLinear(Packed):
 
     def add_product(self, x: Tensor, onto: Tensor) -> None:
         """Add ``product`` of x [..., in] to ``onto`` [..., out] in place; see the function of that name."""
-        _add_dense(x, dense_weight(self, x.dtype), self.bias, onto)
+        if self.fused(x):
+            onto.add_(self.product(x))
+        else:
+            _add_dense(x, dense_weight(self, x.dtype), self.bias, onto)
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether bitsandbytes multiplies x with the packed weight."""
+        return False
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _Product.apply(x.to(self.compute_dtype), self)
@@ -256,38 +282,18 @@ class Linear4bit(FourBit, FrozenLinear):
 
     def quant_state(self, dtype: torch.dtype) -> QuantState:
         """bitsandbytes' view of the buffers; ``dtype`` is what it dequantises to."""
-        nested = None
-        if self.nested_absmax is not None:
-            nested = QuantState(
-                absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-            )
-        return QuantState(
-            absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=self.code,
-            blocksize=self.block,
-            quant_type=self.quant_type,
-            dtype=dtype,
-            offset=self.offset,
-            state2=nested,
-        )
+        return self.state(self.out_features, self.in_features, self.block, dtype)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         return dequantised(self.weight, self.quant_state(dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        if self._fused(x):
+        if self.fused(x):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return bitsandbytes.matmul_4bit(x, self.weight, quant_state=self.quant_state(x.dtype), bias=bias)
         return super().product(x)
 
-    def add_product(self, x: Tensor, onto: Tensor) -> None:
-        if self._fused(x):
-            onto.add_(self.product(x))
-        else:
-            super().add_product(x, onto)
-
-    def _fused(self, x: Tensor) -> bool:
+    def fused(self, x: Tensor) -> bool:
         few = x.is_cuda and self.kept is None and x.numel() <= FUSED_ROWS * self.in_features
         return few and self.in_features % self.block == 0
 
@@ -391,7 +397,7 @@ class Linear8bit(FrozenLinear):
         return self.weight.to(dtype).mul_(self.scales.unsqueeze(1).mul(1.0 / 127.0))
 
     def product(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
+        if not self.fused(x):
             return super().product(x)
         state = bitsandbytes.MatmulLtState()
         state.CB, state.SCB = self.weight, self.scales
@@ -400,11 +406,8 @@ class Linear8bit(FrozenLinear):
         rows = bitsandbytes.matmul(x.reshape(-1, self.in_features), self.weight, bias=bias, state=state)
         return rows.view(*x.shape[:-1], self.out_features)
 
-    def add_product(self, x: Tensor, onto: Tensor) -> None:
-        if x.is_cuda:
-            onto.add_(self.product(x))
-        else:
-            super().add_product(x, onto)
+    def fused(self, x: Tensor) -> bool:
+        return x.is_cuda
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -416,8 +419,7 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
         with at_hand(linear):
             return dense_weight(linear, dtype)
     if not isinstance(linear, FrozenLinear):
-        weight = linear.weight
-        assert isinstance(weight, Tensor)
+        weight: Any = linear.weight
         device = getattr(linear, "compute_device", weight.device)  # a head may lie in host memory (residence/ends.py)
         return (weight.t() if isinstance(linear, Conv1D) else weight).detach().to(device, dtype)
     if linear.kept is None:
@@ -501,6 +503,11 @@ def at_hand(linear: nn.Module, changed: bool = False) -> Iterator[None]:
         away.keep()
     else:
         away.drop()
+
+
+def packed_numbers(model: nn.Module) -> int:
+    """The numbers that the packed weights in ``model`` stand for, in all."""
+    return sum(part.in_features * part.out_features for part in model.modules() if isinstance(part, Packed))
 
 
 def is_linear(module: nn.Module) -> bool:

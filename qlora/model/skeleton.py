@@ -42,7 +42,15 @@ from qlora.model.config import FOUR_BIT, Scheme, any_config, classes_of, is_wrap
 from qlora.model.experts import adopt, empty_experts, matrices
 from qlora.model.mixers import begin_anew
 from qlora.model.names import Stack, match_names, matches_any, packed_parts
-from qlora.model.nf4 import FrozenLinear, Linear4bit, Linear8bit, Packed, features, is_plain_linear, is_transposed
+from qlora.model.nf4 import (
+    FrozenLinear,
+    Linear4bit,
+    Linear8bit,
+    features,
+    is_plain_linear,
+    is_transposed,
+    packed_numbers,
+)
 from qlora.model.towers import find_towers, take_out, within
 from qlora.recipe import ModelSection
 
@@ -221,10 +229,8 @@ def _built(maker: Any, config: PretrainedConfig, section: ModelSection, dtype: t
     attention = None if section.attention == "auto" else section.attention
     config.quantization_config = None
     del config.quantization_config  # the base will be an ordinary module; transformers must not quantise it again
-    if getattr(
-        config, "rescale_every", 0
-    ):  # RWKV halves weights and states alike for the range of fp16: not packed bytes
-        config.rescale_every = 0
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # RWKV halves weights and states alike for the range of fp16: not packed bytes
     try:
         with torch.device("meta"):
             make = maker.from_config if hasattr(maker, "from_config") else maker._from_config
@@ -285,17 +291,11 @@ def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> Linea
     return empty
 
 
-def fp32_names(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Parts of names whose weights transformers keeps in fp32 whatever dtype is asked for (its ``_keep_in_fp32`` lists)."""
-    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype != torch.float32 else []
-    if dtype == torch.float16:
-        names += list(getattr(model, "_keep_in_fp32_modules", None) or [])
-    return names
-
-
 def _widen(model: nn.Module, dtype: torch.dtype) -> None:
     """Give what transformers keeps in fp32 that dtype in the skeleton, where it is still without memory."""
-    names = [re.escape(part) for part in fp32_names(model, dtype)]
+    lists = ["_keep_in_fp32_modules_strict"] if dtype != torch.float32 else []
+    lists += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    names = [re.escape(part) for one in lists for part in getattr(model, one, None) or []]
     for name, values in model.named_parameters():
         if values.is_floating_point() and matches_any(name, names):
             values.data = values.data.float()
@@ -324,7 +324,7 @@ def matches(name: str, patterns: list[str]) -> bool:
 
 def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Packed))
+    packed = packed_numbers(model)
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
     outside.add(id(anatomy.head(model)))
     dense = {

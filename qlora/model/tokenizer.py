@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import MethodError, ModelError, first_line, listed
 from qlora.model.checkpoint import MAX_TOKENIZER, read_json
-from qlora.model.foreign_code import refuse_foreign_code, say_foreign_code
+from qlora.model.foreign_code import refuse_foreign_tokenizer, say_foreign_code
 from qlora.recipe import AnyMethod, parts_of
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken")
@@ -46,12 +46,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except BaseException as error:  # the tokenizers library raises bare Exception over a damaged file, or panics
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # of Rust; no Exception either
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception either
             raise
         if not trust_remote_code:  # transformers asks for code only where it has no class of its own
-            refuse_foreign_code(folder, "The tokenizer", "tokenizer_config.json")
+            refuse_foreign_tokenizer(folder)
         raise ModelError(
             f"The tokenizer in '{folder}' cannot be loaded: {first_line(error)}. Fetch its files again."
         ) from error

@@ -10,7 +10,7 @@ must not know what is planted in them, where they wait, or why weights differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +44,12 @@ class Walk:
         self.last: list[Tensor] = []
         """Of each batch, those that the head gets."""
         self._calls: list[dict[int, _Call]] = []
-        hooks = [
-            layer.register_forward_hook(self._noting(number), with_kwargs=True)
-            for number, layer in enumerate(self.layers)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self.layers):
+                hooks.enter_context(layer.register_forward_hook(self._noting(number), with_kwargs=True))
             for batch in batches:
                 self._calls.append({})
                 self.last.append(hidden_states(model, batch))
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _noting(self, number: int) -> Any:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -74,8 +69,7 @@ class Walk:
         call = self._calls[batch][number]
         with packed_rows(call.packed):
             out = self.layers[number](hidden, *call.args, **call.kwargs)
-        made: Tensor = out[0] if isinstance(out, tuple) else out
-        return made
+        return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def behind(self, batch: int, hidden: Tensor) -> Tensor:

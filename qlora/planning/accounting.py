@@ -16,9 +16,9 @@ from torch import nn
 
 from qlora.machine.disk import bytes_text
 from qlora.methods.base import AdaptedModel, apply_method
+from qlora.model.base import count_parameters
 from qlora.model.in_memory import as_base, on_meta, quantise
 from qlora.model.skeleton import any_skeleton
-from qlora.planning.shapes import bytes_of, count_parameters
 from qlora.recipe import AnyMethod
 from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes
@@ -97,7 +97,7 @@ def account_of(adapted: AdaptedModel, parameters: int, optimizer: str) -> Accoun
     return Account(
         parameters=parameters,
         trainable=trainable,
-        adapter_bytes=bytes_of(adapted.adapter_state().values()),
-        method_bytes=bytes_of(adapted.method_state().values()),
+        adapter_bytes=sum(values.nbytes for values in adapted.adapter_state().values()),
+        method_bytes=sum(values.nbytes for values in adapted.method_state().values()),
         optimizer_bytes=sum(state_bytes(values.numel(), optimizer) for values in trained) + master_bytes(trained),
     )

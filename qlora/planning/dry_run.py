@@ -23,7 +23,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -239,12 +239,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls; it makes nothing
             return args[0].fake_device
-        if func is torch.ops.aten.nonzero.default:
-            result = _all_of(args[0])
-        elif func.overloadpacket in BY_MASK:
-            result = func(args[0], _without_masks(args[1]), *args[2:], **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in BY_MASK:
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        result = _all_of(args[0]) if func is torch.ops.aten.nonzero.default else func(*args, **(kwargs or {}))
         for values in tree_leaves(result):
             if isinstance(values, Tensor):
                 self._track(values.untyped_storage())
@@ -301,13 +298,8 @@ def _attention_backward(args: tuple[Any, ...]) -> int:
     return int(4 * query.numel() + 4 * query.numel() // query.shape[-1] + shared)
 
 
-def _dropout(args: tuple[Any, ...]) -> int:
-    """The mask as numbers, before it is multiplied with."""
-    return int(args[0].nbytes)
-
-
 def _masked(args: tuple[Any, ...]) -> int:
-    """The same of a mask that was kept: ``x * mask``."""
+    """The mask of dropout as numbers, where it was kept: ``x * mask``."""
     tensors = [values for values in args if isinstance(values, Tensor)]
     return sum(values.numel() * tensors[0].itemsize for values in tensors if values.dtype == torch.bool)
 
@@ -324,20 +316,15 @@ def _normed(args: tuple[Any, ...]) -> int:
     return rows * 4 * min(args[0].numel(), PIECE)
 
 
-def _gated(args: tuple[Any, ...]) -> int:
-    """Two products that are not the result."""
-    return int(2 * args[0].nbytes)
-
-
 INSIDE: dict[str, dict[Any, Callable[[tuple[Any, ...]], int]]] = {
     "cpu": {
-        torch.ops.aten.native_dropout.default: _dropout,
+        torch.ops.aten.native_dropout.default: lambda args: args[0].nbytes,  # its mask as numbers
         torch.ops.aten.mul.Tensor: _masked,
         torch.ops.aten.mul_.Tensor: _masked,
         torch.ops.qlora.fp32_product.default: _widened,
         torch.ops.qlora.rms_norm.default: _normed,
         torch.ops.qlora.rms_norm_backward.default: _normed,
-        torch.ops.qlora.glu_backward_.default: _gated,
+        torch.ops.qlora.glu_backward_.default: lambda args: 2 * args[0].nbytes,  # two products
     },
     # fake tensors are on the CPU: its operator stands for the GPU's
     "cuda": {
@@ -373,10 +360,10 @@ def _pass(model: Any, shape: Shape, keep: set[int], ledger: Ledger, graph: list[
         _wrap(model, shape, keep)
     model.train()
     for module in model.modules():
-        if "layerdrop" in vars(
-            module
-        ):  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
-            module.training = False
+        if "layerdrop" in vars(module):
+            module.training = (
+                False  # OPT draws whether to skip a layer, and a fake number is neither above nor below it
+            )
     with ledger:
         marks = _Marks(ledger)
         graph.clear()
@@ -463,15 +450,10 @@ def _slice_in(linear: HostLinear, device: str) -> None:
 @contextmanager
 def _marked(model: nn.Module, marks: _Marks, graph: list[bool]) -> Iterator[None]:
     """Inside, each decoder layer tells when it is entered, and when its input's gradient is there."""
-    handles = [
-        layer.register_forward_pre_hook(_enter(marks, place, graph), with_kwargs=True)
-        for place, layer in enumerate(layers_of(model))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, layer in enumerate(layers_of(model)):
+            hooks.enter_context(layer.register_forward_pre_hook(_enter(marks, place, graph), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _enter(marks: _Marks, place: int, graph: list[bool]) -> Callable[..., None]:

@@ -41,7 +41,7 @@ def shortened(
     """
     model: Any = adapted.model
     layers = layers_of(model)
-    kinds = _kinds(model.config, layers, keep)
+    kinds = kinds_of(adapted, keep)
     first = {kinds.index(kind) for kind in kinds}
     kept = sorted(first.union([index for index in range(len(layers)) if index not in first][:more]))
     config = copy.deepcopy(model.config)
@@ -72,7 +72,14 @@ def shortened(
 
 def kinds_of(adapted: AdaptedModel, keep: Collection[int]) -> list[Hashable]:
     """For each decoder layer what it is, equal where one takes the memory that another takes."""
-    return _kinds(adapted.model.config, layers_of(adapted.model), keep)
+    layers = layers_of(adapted.model)
+    types = anatomy.layer_kinds(adapted.model) if len(layers) else []
+    below = False
+    found: list[Hashable] = []
+    for index, layer in enumerate(layers):
+        found.append((_structure(layer), types[index], below, index in keep, index == 0, index == len(layers) - 1))
+        below = below or any(values.requires_grad for values in layer.parameters())
+    return found
 
 
 def sketch_of(adapted: AdaptedModel) -> Hashable:
@@ -92,17 +99,6 @@ def _of_copy(method: Method, base: Base, memo: dict[int, Any]) -> Method:
     for layer in found.planted.values():
         if hasattr(layer, "lacks"):  # values that EVA takes from data, and others from a file
             layer.lacks = None  # type: ignore[assignment]
-    return found
-
-
-def _kinds(config: PretrainedConfig, layers: nn.ModuleList, keep: Collection[int]) -> list[Hashable]:
-    """For each layer what it is, equal where one takes the memory that another takes."""
-    types = anatomy.layer_kinds(config) if len(layers) else []
-    below = False
-    found: list[Hashable] = []
-    for index, layer in enumerate(layers):
-        found.append((_structure(layer), types[index], below, index in keep, index == 0, index == len(layers) - 1))
-        below = below or any(values.requires_grad for values in layer.parameters())
     return found
 
 
@@ -157,8 +153,7 @@ def _unpacked_mask(
         return None
     window = sliding_window_causal_mask_function(local_size)
     kwargs |= {"mask_function": window, "allow_is_causal_skip": False}
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
-    return mask
+    return sdpa_mask(batch_size, q_length, kv_length, *args, local_size=local_size, **kwargs)
 
 
 def _unpacked_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -227,7 +227,7 @@ class Arranger:
         """How much is taken of what layers may fill with their activations."""
         # a budget says itself how much may be taken
         spare = SPARE[self.target.device.type] if self.recipe.memory.budget is None else 1.0
-        return _share(self.target.places(self.look(changes).needed)[0]) / spare
+        return self._on_device(changes) / spare
 
     def _cost(self, changes: Mapping[str, object]) -> float:
         """FLOPs of a step, with the bytes that are dequantised counted as such."""
@@ -269,10 +269,8 @@ class Arranger:
     def _rungs(self, accumulation: str) -> Iterator[Arrangement]:
         """From the top down, for one order of accumulation."""
         training, length = self.recipe.training, self.recipe.row_length
-        gpu, rows = (
-            self.target.device.type != "cpu",
-            min(training.batch_size, max(1, int(FULL / self.shapes.visited) // length)),
-        )
+        gpu = self.target.device.type != "cpu"
+        rows = min(training.batch_size, max(1, int(FULL / self.shapes.visited) // length))
         # with one weight for both the embedding goes together with the head
         embedding = {"memory.embedding": "host"} if self.ends and not self.tied else {}
         fewer = [rows // 2**n for n in range(1, rows.bit_length())]
@@ -341,14 +339,14 @@ class Arranger:
     def _streamed(self, now: Changes, tiers: tuple[str, ...]) -> Iterator[Arrangement]:
         """As many layers on the device as fit; then none."""
         for tier in tiers:
+            here: Changes = {**now, "memory.tier": tier}
 
-            def with_layers(stay: int, tier: str = tier) -> Changes:
-                return {**now, "memory.tier": tier, "memory.layers": stay}
+            def share(stay: int, here: Changes = here) -> float:
+                return self._on_device({**here, "memory.layers": stay})
 
-            stay = largest(lambda number: _share(self._device(with_layers(number))), 0, self.layers - 1)
-            if stay:
-                yield self.look(with_layers(stay))
-            yield self.look({**with_layers(0), "memory.layers": "streamed"})
+            if stay := largest(share, 0, self.layers - 1):
+                yield self.look({**here, "memory.layers": stay})
+            yield self.look({**here, "memory.layers": "streamed"})
 
     def most_rows(self, one: Arrangement) -> int | None:
         """How many rows could go through a layer at once in this arrangement, near enough; None where not one fits."""
@@ -373,9 +371,9 @@ class Arranger:
         """The share of what there is that the recipe with ``changes`` takes, in the place where that is most."""
         return max(map(_share, self.target.places(self.look(changes).needed)))
 
-    def _device(self, changes: Changes) -> tuple[str, int, int]:
-        """What it takes of the device's memory alone."""
-        return self.target.places(self.look(changes).needed)[0]
+    def _on_device(self, changes: Changes) -> float:
+        """The same of the device's memory alone."""
+        return _share(self.target.places(self.look(changes).needed)[0])
 
 
 def _share(place: tuple[str, int, int]) -> float:
@@ -442,5 +440,4 @@ def changed(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
 def value_of(recipe: Recipe, key: str) -> object:
     """What the recipe says at ``section.field``."""
     section, _, field = key.partition(".")
-    value: object = getattr(getattr(recipe, section), field)
-    return value
+    return getattr(getattr(recipe, section), field)

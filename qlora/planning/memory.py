@@ -17,7 +17,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.disk import GIB, bytes_text
@@ -27,7 +27,7 @@ from qlora.model import anatomy
 from qlora.model.nf4 import Packed
 from qlora.planning.dry_run import ROUNDS, DryRun, Moment, Phase, Shape, dry_run
 from qlora.planning.few_layers import kinds_of, layers_of, sketch_of
-from qlora.planning.shapes import bytes_of, image_bytes, image_pieces
+from qlora.planning.shapes import image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.layers import layers_that_keep
@@ -97,11 +97,6 @@ class Estimate:
     def host_total(self) -> int:
         """What is held in host memory; on a CPU what the device holds."""
         return sum(self.host.values()) if self.host else self.total
-
-    @property
-    def pinned(self) -> int:
-        """Of the host's memory, what is locked for copies."""
-        return sum(count for kind, count in self.host.items() if kind.startswith("pinned"))
 
     @property
     def disk_total(self) -> int:
@@ -243,7 +238,9 @@ def holdings(
 ) -> tuple[Kinds, Kinds, Kinds]:
     """What stays for the whole run: (on the device, in host memory, on the disk). On a CPU the host's is the device's."""
     trained = adapted.trainable_parameters()
-    beside = beside_parameters(adapted)
+    # what the methods keep for a resume that does not train, as running averages; by storage: the same memory has the same one
+    of_trained = {values.untyped_storage()._cdata for values in trained.values()}
+    beside = [v for v in adapted.method_state().values() if v.untyped_storage()._cdata not in of_trained]
     elsewhere = {values.untyped_storage()._cdata for values in beside}  # PiSSA keeps these in its layers
     counted = {id(values) for values in adapted.model.buffers() if values.untyped_storage()._cdata in elsewhere}
     quantised, other = weight_bytes(adapted.model, counted | {id(p) for p in trained.values()})
@@ -264,11 +261,11 @@ def holdings(
         "layer_slots": slots,
         "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
-        "adapter": bytes_of(trained.values()),
+        "adapter": sum(values.nbytes for values in trained.values()),
         "masters": master_bytes(mine.values()),
         "optimizer": optimizer,
         "gradient_sums": sums,
-        "method_state": bytes_of(beside),
+        "method_state": sum(values.nbytes for values in beside),
     }
     if device == "cpu":
         return kinds | {f"host_{kind}": count for kind, count in host.items()}, {}, disk
@@ -287,9 +284,7 @@ def _streamed(model: nn.Module, memory: MemorySection, device: str) -> tuple[int
 
     ``parts`` of what is in host memory are on the devices of all processes instead.
     """
-    if memory.layers == "resident":
-        return 0, 0, 0, {}, {}
-    layers = anatomy.layers(model)
+    layers = [] if memory.layers == "resident" else list(anatomy.layers(model))
     away = sorted(set(range(len(layers))) - resident_layers(memory.layers, len(layers)))
     if not away:
         return 0, 0, 0, {}, {}
@@ -315,15 +310,8 @@ def _ends(model: nn.Module, memory: MemorySection, trained: set[int]) -> tuple[i
     for module in modules:
         weights = [] if module is None else [p for p in module.parameters() if p.dim() > 1 and id(p) not in seen]
         seen |= {id(p) for p in weights}
-        found.append(bytes_of(weights))
+        found.append(sum(values.nbytes for values in weights))
     return found[0], found[1]
-
-
-def beside_parameters(adapted: AdaptedModel) -> list[Tensor]:
-    """What the methods keep for a resume that does not train, as running averages."""
-    # by storage: the same memory has the same one, on meta too
-    trained = {values.untyped_storage()._cdata for values in adapted.trainable_parameters().values()}
-    return [kept for kept in adapted.method_state().values() if kept.untyped_storage()._cdata not in trained]
 
 
 def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
@@ -335,9 +323,8 @@ def weight_bytes(model: nn.Module, trainable: set[int]) -> tuple[int, int]:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            size = tensor.numel() * tensor.dtype.itemsize
             if isinstance(module, Packed):
-                quantised += size
+                quantised += tensor.nbytes
             else:
-                other += size
+                other += tensor.nbytes
     return quantised, other

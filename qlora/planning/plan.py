@@ -33,6 +33,7 @@ from qlora.methods.base import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
 from qlora.model.attention import keep_apart
+from qlora.model.base import count_parameters
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
 from qlora.model.config import quantised_again
 from qlora.model.kernels import fuse
@@ -43,7 +44,7 @@ from qlora.planning.ladder import Arrangement, Arranger, Target, changed
 from qlora.planning.memory import Estimate
 from qlora.planning.rates import faster_in_bf16, measure, measure_disk, rates_of
 from qlora.planning.rows import Reading, read, with_known_head, with_packing
-from qlora.planning.shapes import Dense, count_parameters, dense_of
+from qlora.planning.shapes import Dense, dense_of
 from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
@@ -130,18 +131,15 @@ class Survey:
 
     def __str__(self) -> str:
         plan, target = self.plan, self.plan.target
-        lines = [self.summary, str(plan)]
+        lines, seconds, reference = [self.summary, str(plan)], None, None
         if plan.chosen.seconds is not None and target.rates is not None:
             of_step, tokens = plan.chosen.seconds, plan.chosen.tokens
             rate, low, high = (target.processes * tokens / end for end in (of_step.expected, of_step.high, of_step.low))
             lines.append(f"{of_step}: {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}) by these rates:")
             lines.append(str(target.rates))
-        seconds = reference = None
-        if plan.chosen.seconds is not None and target.rates is not None:
-            share = self._share
-            seconds = plan.chosen.seconds.expected * share
+            seconds = of_step.expected * self._share
             if plan.recipe.objective.refers:
-                reference = step_seconds([plan.chosen.work.forward], target.rates).expected * share
+                reference = step_seconds([plan.chosen.work.forward], target.rates).expected * self._share
         lines.append(self.reading.said(seconds, reference))
         if not self.ladder:
             return "\n".join(lines)
@@ -210,8 +208,7 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     recipe, origin = continued(recipe)
     checkpoint, budget = checkpoint or open_checkpoint(recipe.model, weights=False), recipe.memory.budget is not None
     planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget, origin=origin)
-    resolved = planned.recipe
-    require_disk(Path(resolved.folder or "."), planned.disk_bytes, "The run folder")
+    require_disk(Path(planned.recipe.folder or "."), planned.disk_bytes, "The run folder")
     return planned
 
 

@@ -6,10 +6,10 @@ Knows modules and their sizes; must not know a recipe, a rate or what fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.errors import ModelError
 from qlora.machine.disk import bytes_text
@@ -17,7 +17,7 @@ from qlora.methods.base import AdaptedModel
 from qlora.methods.planted import unplanted
 from qlora.model import anatomy
 from qlora.model.experts import PackedExperts, is_packed, packed_of
-from qlora.model.nf4 import Packed, features, is_linear
+from qlora.model.nf4 import Packed, features, is_linear, packed_numbers
 from qlora.residence.image import ALIGNMENT, Image, Piece
 
 
@@ -73,8 +73,8 @@ class Dense:
 
 def dense_of(model: nn.Module) -> Dense | None:
     """What of ``model`` is not quantised; None where nothing is. Weights may be on meta; nothing is planted yet."""
-    packed = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, Packed))
-    head, paths = anatomy.head(model), {path for path, _ in model.named_modules()}
+    packed, head = packed_numbers(model), anatomy.head(model)
+    paths = {path for path, _ in model.named_modules()}
     sizes = dict.fromkeys(("embeddings", "head", "routers", "linears", "rest"), 0)
     numbers, seen = 0, set()
     for path, module in model.named_modules():
@@ -86,7 +86,7 @@ def dense_of(model: nn.Module) -> Dense | None:
         for values in module.parameters(recurse=False):
             if id(values) not in seen:
                 seen.add(id(values))
-                sizes[kind] += bytes_of([values])
+                sizes[kind] += values.nbytes
                 numbers += values.numel() if kind not in ("embeddings", "head") else 0
     return Dense({kind: size for kind, size in sizes.items() if size}, numbers / (packed + numbers)) if packed else None
 
@@ -115,7 +115,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         experts_again=sum(
             count
             for layer in layers
-            if anatomy.norms_behind(layer)
+            if anatomy.first(layer, anatomy.BEHIND)
             for count in (math.prod(features(one)) for one in layer.modules() if isinstance(one, PackedExperts))
         ),
         visited=1 - unvisited / in_experts if in_experts else 1.0,
@@ -172,14 +172,3 @@ def is_frozen_linear(module: nn.Module) -> bool:
 def trains(module: nn.Module) -> bool:
     """Whether anything in it does."""
     return any(values.requires_grad for values in module.parameters())
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in the model, packed ones counted one by one, shared ones once."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Packed))
-    return packed + sum(p.numel() for p in model.parameters())
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, on meta too."""
-    return sum(values.numel() * values.dtype.itemsize for values in tensors)

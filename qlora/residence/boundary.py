@@ -9,7 +9,7 @@ Knows modules and autograd's graph; must not know layers, MLPs or where an input
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -97,18 +97,16 @@ def drawn_by_row(seed: int, step: int, first: int, device: torch.device, layers:
     """Inside, a step's micro-batch draws as (seed, step, place of its ``first`` row) say, and in each of ``layers`` anew (``draw``):
     those behind a boundary see to it themselves."""
     global _drawn
-    bare = [
-        (number, layer) for number, layer in enumerate(layers, 1) if not isinstance(layer, Boundary) and draws(layer)
-    ]
-    hooks = [layer.register_forward_pre_hook(partial(_draw_for, number)) for number, layer in bare]
-    before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first, device)
-    draw()
-    try:
-        yield
-    finally:
-        _drawn = before
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers, 1):
+            if not isinstance(layer, Boundary) and draws(layer):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(_draw_for, number)))
+        before, _drawn = _drawn, (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1, first, device)
+        draw()
+        try:
+            yield
+        finally:
+            _drawn = before
 
 
 def _draw_for(number: int, *_: Any) -> None:
@@ -142,15 +140,29 @@ def one_draw(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def left_out(linears: list[nn.Module]) -> Iterator[None]:
-    """Inside, these linears answer zeros where their product would stand; their gradients are right all the same."""
-    for linear in linears:
-        linear.unread = True  # type: ignore[assignment]
+def having(modules: Iterable[nn.Module], name: str, value: object) -> Iterator[None]:
+    """Inside, the attribute ``name`` of each of ``modules`` is ``value``."""
+    before = [(module, getattr(module, name)) for module in modules]
+    for module, _ in before:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for linear in linears:
-            linear.unread = False  # type: ignore[assignment]
+        for module, own in before:
+            setattr(module, name, own)
+
+
+def left_out(linears: list[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, these linears answer zeros where their product would stand; their gradients are right all the same."""
+    return having(linears, "unread", True)
+
+
+def take_away(model: nn.Module, kind: type[Boundary]) -> None:
+    """Put what stands behind boundaries of this ``kind`` back in its place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, getattr(child, kind.inside))
 
 
 def draws(module: nn.Module) -> bool:

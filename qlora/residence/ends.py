@@ -51,7 +51,7 @@ class HostLinear(nn.Linear):
         self.bias = bias
         self.compute_device = device
         self.travels = weight.device != device
-        count = -(-weight.numel() * weight.dtype.itemsize // SLICE)
+        count = -(-weight.nbytes // SLICE)
         self.rows = -(-self.out_features // max(1, count))
         """Rows of a slice; the last one may have fewer."""
 
@@ -127,8 +127,7 @@ class HostLinear(nn.Linear):
             raise ModelError(
                 "The output head lies in host memory, where nothing trains, but something trains it; set memory.head=device."
             )
-        y: Tensor = _Product.apply(x, self)
-        return y
+        return _Product.apply(x, self)
 
 
 class _Product(torch.autograd.Function):
@@ -235,7 +234,7 @@ def _locked(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
         return weight
     if isinstance(weight.data, FakeTensor):  # a rehearsal without memory
         return nn.Parameter(weight.detach().to("cpu"), requires_grad=False)
-    memory = host_bytes(weight.numel() * weight.dtype.itemsize, device)
+    memory = host_bytes(weight.nbytes, device)
     held = nn.Parameter(memory.view(weight.dtype).view(weight.shape), requires_grad=False)
     with torch.no_grad():
         held.copy_(weight)

@@ -56,7 +56,7 @@ class HostHome:
         self.images.clear()
 
 
-class SharedHostHome:
+class SharedHostHome(HostHome):
     """Images in host memory that the processes of a machine share, pinned where ``device`` is a GPU.
 
     Each of them writes all of it, and one's bytes are kept, until all have called ``share``. What is written afterwards (PiSSA,
@@ -67,10 +67,6 @@ class SharedHostHome:
         self.device, self.shared, self.own = device, False, set[int]()
         whole = shared_bytes(sum(sizes.values()), device)
         self.images = dict(zip(sizes, whole.split(list(sizes.values())), strict=True))
-
-    def read(self, layer: int, memory: Tensor, start: int = 0) -> None:
-        image = self.images[layer]
-        memory.copy_(image[start : start + len(memory)], non_blocking=True)
 
     def write(self, layer: int, start: int, values: Tensor) -> None:
         if self.shared and layer not in self.own:
@@ -84,9 +80,6 @@ class SharedHostHome:
         """From here on every process reads what is whole."""
         here().barrier()
         self.shared = True
-
-    def close(self) -> None:
-        self.images.clear()
 
 
 class FileHome:

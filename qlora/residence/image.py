@@ -8,7 +8,7 @@ Knows linears and bytes; must not know where an image waits or when it travels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,9 @@ class Image:
         for linear in layer.modules():
             if _travels(linear):
                 for name, values in _weights(linear).items():
-                    size = values.numel() * values.dtype.itemsize
-                    piece = Piece(linear, name, values.dtype, tuple(values.shape), self.bytes, size)
+                    piece = Piece(linear, name, values.dtype, tuple(values.shape), self.bytes, values.nbytes)
                     self.pieces.append(piece)
-                    self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
+                    self.bytes += -(-piece.bytes // ALIGNMENT) * ALIGNMENT
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -78,13 +77,11 @@ def _travels(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, Packed)
 
 
-def _weights(linear: nn.Module) -> dict[str, Tensor]:
+def _weights(linear: Any) -> dict[str, Tensor]:
     """What of a linear travels: a quantised one's weight, scales and codes; a plain one's weight. Biases stay."""
     if isinstance(linear, Packed):
         return dict(linear.named_buffers(recurse=False))
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return {"weight": weight}
+    return {"weight": linear.weight}
 
 
 def give(piece: Piece, values: Tensor) -> None:

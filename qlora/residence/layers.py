@@ -38,7 +38,7 @@ Knows modules and tensors; must not know what is quantised, what is adapted, or 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ from qlora.machine.device import rng_state, set_rng_state
 from qlora.model import anatomy
 from qlora.model.attention import PackedMask, packed_now, packed_rows
 from qlora.model.nf4 import dense_cached
-from qlora.residence.boundary import Boundary, draw, draws, left_out, unread_linears
+from qlora.residence.boundary import Boundary, draw, draws, having, left_out, take_away, unread_linears
 from qlora.residence.layer_inputs import KeptInput, LayerInputs
 from qlora.residence.tiles import TiledMLP, tile_mlps
 
@@ -143,9 +143,8 @@ class _Recompute(torch.autograd.Function):
                 if ctx.graphs is not None:
                     ctx.graphs.append((inputs, get_gradient_edge(answer) if answer.requires_grad else None))
                 del inputs
-                if (
-                    len(ctx.parts) == 1 and not answer._is_view()
-                ):  # a view could not be written over, and may be the input
+                # a view could not be written over, and may be the input
+                if len(ctx.parts) == 1 and not answer._is_view():
                     output = answer.detach()
                     break
                 if output is None:
@@ -248,17 +247,9 @@ def wrap_layers(
             layers[index] = RecomputedLayer(layer, rows, inputs, index in keep, index).train(layer.training)
 
 
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
+def recomputing(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, a model in eval mode goes through the boundaries as in training, but without dropout."""
-    boundaries = [module for module in model.modules() if isinstance(module, Boundary)]
-    for boundary in boundaries:
-        boundary.training = True
-    try:
-        yield
-    finally:
-        for boundary in boundaries:
-            boundary.training = False
+    return having((module for module in model.modules() if isinstance(module, Boundary)), "training", True)
 
 
 def kept_by(model: nn.Module) -> set[LayerInputs]:
@@ -269,21 +260,13 @@ def kept_by(model: nn.Module) -> set[LayerInputs]:
 
 def unwrap_layers(model: nn.Module) -> None:
     """Take the boundaries away again; the model's paths are as they were."""
-    tile_mlps([model], None)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, RecomputedLayer):
-                setattr(parent, name, child.layer)
+    take_away(model, TiledMLP)
+    take_away(model, RecomputedLayer)
 
 
-@contextmanager
-def _visit(boundary: RecomputedLayer, count: int) -> Iterator[None]:
+def _visit(boundary: RecomputedLayer, count: int) -> AbstractContextManager[None]:
     """Dequantise once for all micro-batches of a visit; with only one, each matrix is dropped as soon as it was used."""
-    if count <= boundary.rows:
-        yield
-    else:
-        with dense_cached(boundary.layer):
-            yield
+    return dense_cached(boundary.layer) if count > boundary.rows else nullcontext()
 
 
 def _drew_after(linear: nn.Module, grad: Tensor) -> bool:

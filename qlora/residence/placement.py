@@ -77,12 +77,6 @@ class Slot:
         """Gives the event after which the layer's bytes are there; None on a CPU, where they are then."""
 
     @property
-    def state(self) -> Literal["empty", "coming", "here"]:
-        if self.layer == NONE:
-            return "empty"
-        return "here" if self.arrival is None else "coming"
-
-    @property
     def failed(self) -> bool:
         """Whether its layer will not come."""
         return self.arrival is not None and self.arrival.done() and self.arrival.exception() is not None

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from qlora.errors import ModelError
 from qlora.machine.device import rng_state, set_rng_state
 from qlora.model import anatomy
 from qlora.model.nf4 import dense_cached
-from qlora.residence.boundary import Boundary, draws, left_out, unread_linears
+from qlora.residence.boundary import Boundary, draws, having, left_out, take_away, unread_linears
 
 
 class TiledMLP(Boundary):
@@ -61,14 +61,9 @@ class TiledMLP(Boundary):
         """[…, D] → […, D]. Raises ModelError where the MLP takes or gives something else."""
         if args or kwargs:
             raise _not_a_function_of_tokens(self.whole, "is called with more than its hidden states")
-        answer: Tensor
         if not torch.is_grad_enabled():
-            answer = self.in_tiles(x)
-        elif self.training:
-            answer = _Tiled.apply(x, self.anchor(x.device), self)
-        else:
-            answer = self.whole(x)
-        return answer
+            return self.in_tiles(x)
+        return _Tiled.apply(x, self.anchor(x.device), self) if self.training else self.whole(x)
 
     def in_tiles(self, x: Tensor) -> Tensor:
         """The answer, tile by tile and without a graph."""
@@ -154,10 +149,7 @@ def tile_mlps(layers: Iterable[nn.Module], tile: int | None) -> None:
     """
     if tile is None:
         for layer in layers:
-            for parent in list(layer.modules()):
-                for name, child in list(parent.named_children()):
-                    if isinstance(child, TiledMLP):
-                        setattr(parent, name, child.whole)
+            take_away(layer, TiledMLP)
         return
     for holder, name in [find_mlp(layer) for layer in layers]:
         mlp = getattr(holder, name)
@@ -167,17 +159,9 @@ def tile_mlps(layers: Iterable[nn.Module], tile: int | None) -> None:
             setattr(holder, name, TiledMLP(mlp, tile).train(mlp.training))
 
 
-@contextmanager
-def tiles_of(model: nn.Module, tile: int) -> Iterator[None]:
+def tiles_of(model: nn.Module, tile: int) -> AbstractContextManager[None]:
     """Inside, ``tile`` tokens at a time go through every MLP that is cut into tiles."""
-    before = {mlp: mlp.tile for mlp in model.modules() if isinstance(mlp, TiledMLP)}
-    for mlp in before:
-        mlp.tile = tile
-    try:
-        yield
-    finally:
-        for mlp, own in before.items():
-            mlp.tile = own
+    return having((module for module in model.modules() if isinstance(module, TiledMLP)), "tile", tile)
 
 
 def find_mlp(layer: nn.Module) -> tuple[nn.Module, str]:
@@ -185,7 +169,7 @@ def find_mlp(layer: nn.Module) -> tuple[nn.Module, str]:
 
     Raises ModelError where there is none, or one that takes more than its hidden states.
     """
-    holder, name = anatomy.innermost(layer), anatomy.mlp(layer)
+    holder, name = anatomy.innermost(layer), anatomy.first(layer, anatomy.MLP)
     if name is None:
         there = ", ".join(name for name, _ in holder.named_children())
         raise ModelError(

@@ -31,7 +31,7 @@ from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
 from qlora.export.verify import GgufFile
 from qlora.files.durable import file_written_aside
-from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
+from qlora.machine.device import total_memory_bytes
 from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import TrainedModule
 from qlora.model import anatomy
@@ -112,8 +112,7 @@ def subject(folder: Path) -> Subject:
     data = load_recipe_data(recipe, base)
     check_data(data, environment, folder)
     model = load_run(folder, quiet=True)
-    dtype = resolve_compute_dtype(model.device, recipe.model.compute_dtype)
-    source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device, dtype))
+    source = read_adapter(folder, lambda adapter: Source(base, recipe.model, adapter, model.device))
     each = sum(len(row.examples) for row in data.held_out) / max(1, len(data.held_out))
     rows = spread(data.held_out, round(ANSWERS / max(1.0, each))) if data.held_out else []
     return Subject(model, source, data.train, [chosen_alone(row) for row in rows] if data.pairs else rows)

@@ -75,7 +75,7 @@ from qlora.runs.tasks import keep_base, open_tasks, score_base, score_tasks, wri
 from qlora.training import checkpoint as checkpoints
 from qlora.training.log import Progress
 from qlora.training.loop import Trainer
-from qlora.training.record import differences, launcher, started_by
+from qlora.training.record import differences, launcher, recorded
 from qlora.training.reference import rows_at_once
 from qlora.training.rehearsal import Rehearsal
 from qlora.training.stopping import Signals, stoppable
@@ -143,7 +143,7 @@ def _begun_before(folder: Path) -> bool:
     """Whether torchrun starts this run again after one of its processes ended, and what it began is in ``folder``."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or here().size == 1:
         return False
-    return bool(here().once(lambda: "begun" if started_by(folder) == launcher() else ""))
+    return bool(here().once(lambda: "begun" if recorded(folder, "started_by") == launcher() else ""))
 
 
 def _packed_or_by_length(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tuple[Session, Plan, float]:

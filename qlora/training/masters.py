@@ -93,8 +93,8 @@ class Masters:
         tensors = {key: values for key, values in tensors.items() if key.rpartition("/")[0] not in elsewhere}
         found = {key.removesuffix(KEY): values for key, values in tensors.items() if key.endswith(KEY)}
         narrow = {name: master for name, master in self.values.items() if master is not self.parameters[name]}
-        wrong = [name for name in {**narrow, **found} if _shape(narrow, name) != _shape(found, name)]
-        if wrong:
+        here, there = ({name: values.shape for name, values in held.items()} for held in (narrow, found))
+        if wrong := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
             raise RunError(
                 f"The checkpoint does not hold the fp32 masters that this run needs, such as those of {listed(wrong, 3)}: it "
                 "was written with another adapter_dtype, or before there were any. Begin a new run from its adapter, by "
@@ -104,10 +104,6 @@ class Masters:
             narrow[name].copy_(values)
         self.doubt()
         return {key: values for key, values in tensors.items() if not key.endswith(KEY)}
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
 
 
 def is_narrow(values: Tensor) -> bool:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,18 +89,16 @@ class _Watch:
 @contextmanager
 def _watched(network: nn.Module) -> Iterator[_Watch]:
     watch = _Watch()
-    handles = [module.register_forward_hook(partial(watch.output, name)) for name, module in _named(network)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in _named(network):
+            hooks.enter_context(module.register_forward_hook(partial(watch.output, name)))
         yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _named(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module below ``network`` by its path in the checkpoint: without the boundary and what methods planted."""
     inside = {
-        f"{name}.{attribute}": name
+        f"{name}.{attribute}"
         for name, module in network.named_modules()
         for kind, attribute in ((RecomputedLayer, "layer"), (Planted, "base"))
         if isinstance(module, kind)
@@ -107,13 +106,9 @@ def _named(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if not name:
             continue
-        parts: list[str] = []
-        path: list[str] = []
-        for part in name.split("."):
-            path.append(part)
-            if ".".join(path) not in inside:
-                parts.append(part)
-        yield ".".join(parts), module
+        parts = name.split(".")
+        paths = accumulate(parts, "{}.{}".format)
+        yield ".".join(part for part, path in zip(parts, paths, strict=True) if path not in inside), module
 
 
 def _of_weight(module: nn.Module) -> str:

@@ -89,7 +89,7 @@ def steps_taken_back(optimizer: Any, parameters: Iterable[Tensor]) -> Iterator[i
     # full fine-tuning tells by torch's counts of writes whether its weights have moved
     with torch.autograd._unsafe_preserve_version_counter(tuple(every)):
         try:
-            yield sum(tensor.numel() * tensor.itemsize for tensor in kept)
+            yield sum(tensor.nbytes for tensor in kept)
         finally:
             for device in {p.device for p in every if p.is_cuda}:
                 torch.cuda.synchronize(device)  # a paged state is written from here, behind the stream's back

@@ -17,6 +17,7 @@ from qlora.machine.device import ran_out_of_memory
 from qlora.machine.processes import Processes, here
 from qlora.methods.base import AdaptedModel
 from qlora.model import anatomy
+from qlora.model.base import evaluating
 from qlora.model.checks import check_causal, check_loss_path, check_packing, check_rows
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.checks import check_boundary
@@ -102,9 +103,7 @@ class Passage:
         network, longest = self.model.model, longest_row(self.rows)
         ids = [int(token) for token in longest.ids[:16]]
         packed = any(row.packed for row in self.rows)
-        was_training = network.training
-        network.eval()  # dropout would tell two equal forwards apart
-        try:
+        with evaluating(network):  # dropout would tell two equal forwards apart
             if not again:
                 check_loss_path(network, ids)
                 check_causal(network, ids)
@@ -113,8 +112,6 @@ class Passage:
             if self.behind_boundary(way):
                 for together in map(self._sequences, self._rows_together(way)):
                     check_boundary(network, ids, together, self._sequences(way.micro_batch_size), packed)
-        finally:
-            network.train(was_training)
 
     def _sequences(self, rows: int) -> int:
         """How many rows of the model so many of the data are: one for each example that enters apart."""

@@ -42,7 +42,7 @@ def begin(folder: Path, recipe: Recipe, data: Data, base: Base, more: Mapping[st
     """
     text = recipe.to_yaml().encode()  # as the digest has it, also where lines end otherwise
     if (folder / ENVIRONMENT).is_file():
-        if recorded_digest(folder) == digest(text) or _same_recipe(folder, recipe):
+        if recorded(folder, "recipe_sha256") == digest(text) or _same_recipe(folder, recipe):
             return
         raise RunError(
             f"There is a run of another recipe in '{folder}'; choose another folder, or delete it if it is not needed."
@@ -66,10 +66,10 @@ def _same_recipe(folder: Path, recipe: Recipe) -> bool:
         return False
 
 
-def recorded_digest(folder: Path) -> object:
-    """The digest of the recipe that the run in ``folder`` began with; None where that cannot be read."""
+def recorded(folder: Path, key: str) -> object:
+    """What ``environment.json`` says of the run in ``folder``; None where there is none, or that cannot be read."""
     try:
-        return (read_object(folder / ENVIRONMENT, MAX_OURS) or {}).get("recipe_sha256")
+        return (read_object(folder / ENVIRONMENT, MAX_OURS) or {}).get(key)
     except Fault:
         return None
 
@@ -120,14 +120,6 @@ def environment_of(recipe: Recipe, data: Data, base: Base) -> dict[str, object]:
 def launcher() -> str:
     """The program that started this process: torchrun, which is the same one when it starts a run again."""
     return f"{socket.gethostname()} {os.getppid()}"
-
-
-def started_by(folder: Path) -> object:
-    """What ``launcher`` was when the run in ``folder`` began; None where there is no run, or nobody knows."""
-    try:
-        return (read_object(folder / ENVIRONMENT, MAX_OURS) or {}).get("started_by")
-    except Fault:
-        return None
 
 
 def differences(recipe: Recipe, environment: Mapping[str, object], base: Base) -> list[str]:

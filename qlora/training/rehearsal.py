@@ -156,9 +156,8 @@ def _taken_back(state: TrainState) -> Iterator[int]:
     """Inside, a step may be taken; afterwards there is no trace of it. Yields the bytes of the copies in host memory."""
     network, scale = state.model.model, state.loss_scale
     modes = [(module, module.training) for module in network.modules()]
-    learnt = _Learnt(network)
     state.masters.follow()
-    with steps_taken_back(state.optimizer, state.masters.tensors()) as kept:
+    with steps_taken_back(state.optimizer, state.masters.tensors()) as kept, _forgetting(network):
         try:
             yield kept
         finally:
@@ -167,33 +166,28 @@ def _taken_back(state: TrainState) -> Iterator[int]:
             state.loss_scale, state.torn = scale, False
             for module, mode in modes:
                 module.training = mode
-            learnt.put_back()
 
 
-class _Learnt:
-    """What modules around the layers remember of the batches they saw: a rotary table that grew with the longest text
+@contextmanager
+def _forgetting(network: nn.Module) -> Iterator[None]:
+    """Inside, modules around the layers may remember of the batches they see: a rotary table that grew with the longest text
     (dynamic NTK), a batch norm's running means. Layers may be streamed, and their buffers are not to be touched."""
-
-    def __init__(self, network: nn.Module) -> None:
-        inside = {
-            id(module)
-            for layer in network.modules()
-            if isinstance(layer, RecomputedLayer)
-            for module in layer.layer.modules()
-        }
-        self.kept: list[tuple[Any, dict[str, Tensor | None], dict[str, Any]]] = []
-        self.values: list[tuple[Tensor, Tensor]] = []
-        for module in network.modules():
-            if id(module) in inside or not module._buffers:
-                continue
-            plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | Tensor)}
-            self.kept.append((module, dict(module._buffers), plain))
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                self.values += [(values, values.clone()) for values in module.buffers(recurse=False)]
-
-    def put_back(self) -> None:
-        for module, buffers, plain in self.kept:
+    layers = [module for module in network.modules() if isinstance(module, RecomputedLayer)]
+    inside = {id(module) for layer in layers for module in layer.layer.modules()}
+    kept: list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]] = []
+    values: list[tuple[Tensor, Tensor]] = []
+    for module in network.modules():
+        if id(module) in inside or not module._buffers:
+            continue
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, int | float | Tensor)}
+        kept.append((module, dict(module._buffers), plain))
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            values += [(held, held.clone()) for held in module.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for module, buffers, plain in kept:
             module._buffers.update(buffers)
             vars(module).update(plain)
-        for values, before in self.values:
-            values.copy_(before)
+        for held, before in values:
+            held.copy_(before)

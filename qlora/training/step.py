@@ -82,7 +82,7 @@ def add_up(state: TrainState, reached: Sequence[bool]) -> None:
 
 def unscale(state: TrainState) -> float:
     """Divide ``.grad`` by the loss scale; return the L2 norm of all gradients together."""
-    found = _grads(state)
+    found = [p.grad for p in state.parameters.values() if p.grad is not None]
     if state.loss_scale != 1.0:
         torch._foreach_div_(found, state.loss_scale)
     return total_norm(found)
@@ -115,10 +115,6 @@ def total_norm(grads: list[Tensor]) -> float:
         return 0.0
     norms = torch._foreach_norm(grads, 2, torch.float32)
     return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
-def _grads(state: TrainState) -> list[Tensor]:
-    return [p.grad for p in state.parameters.values() if p.grad is not None]
 
 
 def _layers(state: TrainState) -> Iterable[nn.Module]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import DiffersError
@@ -15,7 +14,7 @@ from qlora.export.verify import verify
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import LoRA, ModelSection
 from tests.export.test_merge import trained
-from tests.tiny import CPU, MIXTURES, tiny_checkpoint
+from tests.tiny import MIXTURES, tiny_checkpoint
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
@@ -26,7 +25,7 @@ def test_experts(tmp_path: Path, family: str) -> None:
     trained(base, tmp_path / "adapter", "nf4", LoRA(r=4, target_parameters=EXPERTS))
     merge(base, tmp_path / "adapter", tmp_path / "merged", compute_dtype="fp32")
     section = ModelSection(name=str(base), compute_dtype="fp32")
-    source = Source(Checkpoint(base, "base"), section, tmp_path / "adapter", CPU, torch.float32)
+    source = Source(Checkpoint(base, "base"), section, tmp_path / "adapter")
     file = tmp_path / "merged" / "model.safetensors"
     tensors = load_file(file)
     assert verify(source, tmp_path / "merged") == len(tensors)

@@ -19,8 +19,7 @@ from qlora.errors import MethodError
 from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import save_adapter, save_portable
 from qlora.methods.loading import load_adapter
-from qlora.methods.lora import LoraLinear
-from qlora.methods.method import adapter_dtype
+from qlora.methods.lora import LoraLinear, LoraMethod
 from qlora.methods.switching import MixedRows, Rows
 from qlora.methods.targets import pattern_value
 from qlora.model.loss import batch_loss
@@ -280,11 +279,11 @@ def test_a_rank_above_a_side_is_refused_before_anything_is_planted(tmp_path: Pat
 
 def test_adapter_dtype_policy() -> None:
     cuda = torch.device("cuda")
-    assert adapter_dtype("auto", cuda, torch.bfloat16) == torch.bfloat16
-    assert adapter_dtype("auto", cuda, torch.float16) == torch.float32
-    assert adapter_dtype("auto", CPU, torch.bfloat16) == torch.float32
-    assert adapter_dtype("fp32", cuda, torch.bfloat16) == torch.float32
-    assert adapter_dtype("bf16", CPU, torch.float32) == torch.bfloat16
+    assert LoraMethod.trained_dtype("auto", cuda, torch.bfloat16) == torch.bfloat16
+    assert LoraMethod.trained_dtype("auto", cuda, torch.float16) == torch.float32
+    assert LoraMethod.trained_dtype("auto", CPU, torch.bfloat16) == torch.float32
+    assert LoraMethod.trained_dtype("fp32", cuda, torch.bfloat16) == torch.float32
+    assert LoraMethod.trained_dtype("bf16", CPU, torch.float32) == torch.bfloat16
 
 
 # GPT-2's linears hold their weight the other way round

@@ -19,6 +19,7 @@ from qlora.export.merged import merge
 from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import save_adapter
 from qlora.methods.loading import load_adapter
+from qlora.methods.method import Method
 from qlora.methods.modules import ModulesMethod, TrainedModule, dense_copy
 from qlora.methods.peft_config import read_adapter_config
 from qlora.methods.planted import Planted
@@ -318,7 +319,9 @@ def test_a_copys_buffers_are_saved(tmp_path: Path) -> None:
 
 def test_a_norm_moves_under_auto_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a bf16 base on CUDA adapters are kept in bf16, in which a weight of 1 cannot take a step of 1e-4."""
-    monkeypatch.setattr("qlora.methods.method.adapter_dtype", lambda *_: torch.bfloat16)
+    decided: Any = vars(Method)["trained_dtype"].__func__
+    on_cuda = classmethod(lambda cls, asked, _, dtype: decided(cls, asked, torch.device("cuda"), dtype))
+    monkeypatch.setattr(Method, "trained_dtype", on_cuda)
     base = load_base(ModelSection(name=str(tiny_checkpoint(tmp_path)), compute_dtype="bf16"), torch.device("cpu"))
     model = apply_method(base, config.Modules(modules=("norm",)))
     (norm,) = model.trainable_parameters().values()

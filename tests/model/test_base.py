@@ -93,7 +93,8 @@ def test_where_a_family_keeps_its_parts(family: str, attention: str, mlp: str | 
     assert sizes.layers == len(layers) == len(anatomy.layer_kinds(model))
     layer = layers[0]
     for _ in range(2):
-        assert (anatomy.attention(layer), anatomy.mlp(layer), anatomy.mlp_output(layer)) == (attention, mlp, output)
+        names = (anatomy.ATTENTION, anatomy.MLP, anatomy.MLP_OUTPUT)
+        assert [anatomy.first(layer, paths) for paths in names] == [attention, mlp, output]
         if mlp is not None:
             assert anatomy.at(layer, mlp) is layers[0].get_submodule(mlp)
         layer = Planted(layer)

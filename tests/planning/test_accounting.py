@@ -18,9 +18,9 @@ from qlora import recipe as config
 from qlora.errors import MethodError, ModelError
 from qlora.methods.base import apply_method
 from qlora.methods.files import save_adapter
+from qlora.model.base import count_parameters
 from qlora.model.in_memory import quantise
 from qlora.planning.accounting import account, account_of
-from qlora.planning.shapes import count_parameters
 from qlora.training.optim import make_optimizer, optimizer_tensors
 from tests.methods.test_laws import CASES
 from tests.tiny import tiny_base, tiny_checkpoint

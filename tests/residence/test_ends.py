@@ -22,6 +22,7 @@ from qlora.errors import MethodError, ModelError
 from qlora.evaluation.generate import answers
 from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.anatomy import is_tied
+from qlora.model.base import count_parameters
 from qlora.model.checks import check_loss_path, check_packing
 from qlora.model.in_memory import as_base
 from qlora.model.load import quantised_names
@@ -35,7 +36,6 @@ from qlora.model.loss import (
     token_loss,
 )
 from qlora.model.nf4 import dense_weight
-from qlora.planning.shapes import count_parameters
 from qlora.recipe import MemorySection, ModelSection
 from qlora.residence.ends import HostLinear, embedding_on_host, gathers_on_host, head_on_host, refuse_half
 from qlora.residence.load import load_base

@@ -74,8 +74,7 @@ def _fused(module: nn.Module) -> Forward | None:
 
 def _named(forward: Any, operator: str) -> Forward:
     forward.operator = operator
-    known: Forward = forward
-    return known
+    return forward
 
 
 # ── norms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,8 +127,7 @@ def _attention(module: nn.Module) -> Forward | None:
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
         whole = cos.dim() == 3 and q.dim() == k.dim() == 4 and cos.dtype == q.dtype == k.dtype
         if more or named or not whole or not (partly or cos.shape[-1] == q.shape[-1]):
-            answer: tuple[Tensor, Tensor] = plain(q, k, cos, sin, *more, **named)
-            return answer
+            return plain(q, k, cos, sin, *more, **named)
         return rotary(q, k, cos, sin)
 
     names = {**forward.__globals__, ROTARY: turn}

@@ -123,8 +123,7 @@ class _GLU(torch.autograd.Function):
         ctx.act, ctx.joined = act, up is None
         held = [one.contiguous() for one in (gate, up) if one is not None]
         ctx.save_for_backward(*held)
-        answer: Tensor = torch.ops.qlora.glu(*_two(held), act)
-        return answer
+        return torch.ops.qlora.glu(*_two(held), act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +147,5 @@ def glu(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
     Backward writes over both, which nobody else may read then.
     """
     if up is not None and (up.dtype != gate.dtype or up.shape != gate.shape):
-        answer: Tensor = ACTIVATIONS[act](gate) * up
-    else:
-        answer = _GLU.apply(gate, up, act)
-    return answer
+        return ACTIVATIONS[act](gate) * up
+    return _GLU.apply(gate, up, act)

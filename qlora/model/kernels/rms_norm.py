@@ -159,8 +159,7 @@ class _RMSNorm(torch.autograd.Function):
         y, rstd_N = torch.ops.qlora.rms_norm(x, weight, eps, offset, narrow)
         ctx.save_for_backward(x, weight, rstd_N)
         ctx.offset = offset
-        answer: Tensor = y
-        return answer
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,5 +182,4 @@ def rows_of(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, narrow: bool = False) -> Tensor:
     """[…, D] → […, D] by ``weight`` [D]. The result has the dtype of ``x`` if ``narrow``, else what both are promoted to."""
-    answer: Tensor = _RMSNorm.apply(x, weight, eps, offset, narrow)
-    return answer
+    return _RMSNorm.apply(x, weight, eps, offset, narrow)

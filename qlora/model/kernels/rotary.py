@@ -121,8 +121,7 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.dtypes = q.dtype, k.dtype
-        turned: tuple[Tensor, Tensor] = torch.ops.qlora.rotary(q, k, cos, sin, False)
-        return turned
+        return torch.ops.qlora.rotary(q, k, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,5 +132,4 @@ class _Rotary(torch.autograd.Function):
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries [R, H, T, E] and keys [R, K, T, E], turned by tables [R or 1, T, up to E]."""
-    turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)
-    return turned
+    return _Rotary.apply(q, k, cos, sin)

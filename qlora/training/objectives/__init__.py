@@ -8,34 +8,32 @@ The step divides once, by the whole step's denominator, so that micro-batches of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from qlora.data.packing import Row
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective
-from qlora.training.objectives.dpo import DPOComparison, IPOComparison
-from qlora.training.objectives.orpo import ORPOComparison
-from qlora.training.objectives.pairs import Comparison, Pairs
+from qlora.training.objectives.dpo import dpo_loss, ipo_loss
+from qlora.training.objectives.orpo import orpo_loss
+from qlora.training.objectives.pairs import Compared, Pairs
 from qlora.training.objectives.tokens import Tokens
 
 __all__ = ["COMPARISONS", "Objective", "Pairs", "Tokens", "make_objective"]
 
 
-COMPARISONS: dict[str, Callable[[Any], Comparison]] = {
-    "dpo": DPOComparison,
-    "ipo": IPOComparison,
-    "orpo": ORPOComparison,
-}
-"""By the section's name, what makes the comparison of an objective of pairs."""
+COMPARISONS: dict[str, Callable[..., Compared]] = {"dpo": dpo_loss, "ipo": ipo_loss, "orpo": orpo_loss}
+"""By the section's name, the comparison of an objective of pairs."""
 
 
 def make_objective(section: AnyObjective, model: AdaptedModel) -> Objective:
     """The objective of a recipe's section, for ``model``."""
     if not section.pairs:
         return Tokens(model)
-    return Pairs(model, COMPARISONS[section.name](section), section.refers)
+    compare = partial(COMPARISONS[section.name], section)
+    return Pairs(model, compare, section.refers, prompts=section.name == "orpo")
 
 
 class Objective(Protocol):

@@ -16,32 +16,15 @@ from qlora.recipe import DPO, IPO
 from qlora.training.objectives.pairs import Compared, answers
 
 
-class DPOComparison:
-    """The sigmoid loss."""
-
-    prompts = False
-
-    def __init__(self, section: DPO) -> None:
-        self.beta, self.smoothing = section.beta, section.label_smoothing
-
-    def __call__(self, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
-        """See ``Comparison``."""
-        rewards = self.beta * (answers(sums) - reference)
-        margin = rewards[:, 0] - rewards[:, 1]
-        losses = -(1 - self.smoothing) * F.logsigmoid(margin) - self.smoothing * F.logsigmoid(-margin)
-        return Compared(losses, rewards)
+def dpo_loss(section: DPO, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
+    """The sigmoid loss; see ``Comparison``."""
+    rewards = section.beta * (answers(sums) - reference)
+    margin, smoothing = rewards[:, 0] - rewards[:, 1], section.label_smoothing
+    return Compared(-(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), rewards)
 
 
-class IPOComparison:
-    """The squared loss. Sums are divided by the answers' lengths, as its authors do it."""
-
-    prompts = False
-
-    def __init__(self, section: IPO) -> None:
-        self.beta = section.beta
-
-    def __call__(self, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
-        """See ``Comparison``."""
-        more = answers(sums) - reference
-        each = more / counts[:, :2]
-        return Compared((each[:, 0] - each[:, 1] - 1 / (2 * self.beta)).square(), self.beta * more)
+def ipo_loss(section: IPO, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
+    """The squared loss; see ``Comparison``. Sums are divided by the answers' lengths, as its authors do it."""
+    more = answers(sums) - reference
+    each = more / counts[:, :2]
+    return Compared((each[:, 0] - each[:, 1] - 1 / (2 * section.beta)).square(), section.beta * more)

@@ -19,17 +19,9 @@ from qlora.training.objectives.pairs import Compared, answers
 CERTAIN = -1e-12  # a log-probability a token above it has no odds
 
 
-class ORPOComparison:
-    """The odds-ratio loss."""
-
-    prompts = True
-
-    def __init__(self, section: ORPO) -> None:
-        self.beta = section.beta
-
-    def __call__(self, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
-        """See ``Comparison``; there is no reference, and what is given as one is not read."""
-        likely = (answers(sums) / counts[:, :2]).clamp(max=CERTAIN)
-        log_odds = likely - torch.log(-torch.expm1(likely))
-        text = (sums[:, 0] + sums[:, 2]) / (counts[:, 0] + counts[:, 2])
-        return Compared(text - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1]), self.beta * likely)
+def orpo_loss(section: ORPO, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
+    """The odds-ratio loss; see ``Comparison``. There is no reference, and what is given as one is not read."""
+    likely = (answers(sums) / counts[:, :2]).clamp(max=CERTAIN)
+    log_odds = likely - torch.log(-torch.expm1(likely))
+    text = (sums[:, 0] + sums[:, 2]) / (counts[:, 0] + counts[:, 2])
+    return Compared(text - section.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1]), section.beta * likely)

@@ -14,9 +14,9 @@ Shape suffixes: P pairs; 3 groups of a pair: the chosen answer, the rejected one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from qlora.data.packing import Row
 from qlora.machine.device import in_smaller_parts
 from qlora.methods.base import AdaptedModel
+from qlora.model.base import evaluating
 from qlora.model.loss import IGNORE_INDEX, grouped_loss, head_of, hidden_states
 from qlora.residence.layers import recomputing
 from qlora.training.objectives.tokens import Tokens
@@ -39,24 +40,17 @@ class Compared(NamedTuple):
     """Of the chosen and of the rejected answer [P, 2]."""
 
 
-class Comparison(Protocol):
-    """What tells preference objectives apart."""
-
-    prompts: bool
-    """Whether all tokens of the chosen text count, not its answer's alone."""
-
-    def __call__(self, sums: Tensor, counts: Tensor, reference: Tensor) -> Compared:
-        """``sums`` of cross-entropy in nats and ``counts`` of tokens [P, 3], and the answers' log-probabilities before training
-        [P, 2] → losses and rewards."""
-        ...
+Comparison = Callable[[Tensor, Tensor, Tensor], Compared]
+"""What tells preference objectives apart: ``sums`` of cross-entropy in nats and ``counts`` of tokens [P, 3], and the answers'
+log-probabilities before training [P, 2] → losses and rewards."""
 
 
 class Pairs(Tokens):
-    """A comparison over the pairs of rows."""
+    """A comparison over the pairs of rows. ``prompts``: whether all tokens of the chosen text count, not its answer's alone."""
 
-    def __init__(self, model: AdaptedModel, compare: Comparison, refers: bool) -> None:
+    def __init__(self, model: AdaptedModel, compare: Comparison, refers: bool, prompts: bool) -> None:
         super().__init__(model)
-        self.compare, self.refers = compare, refers
+        self.compare, self.refers, self.prompts = compare, refers, prompts
         self.reference: Tensor | None = None
         """Log-probabilities of the training data's answers before training [pairs, 2]. None until they are measured: a rehearsal
         then takes them to be zero, and a trainer measures them before its first step."""
@@ -107,7 +101,7 @@ class Pairs(Tokens):
         ``at_once`` rows enter the model together; where layers are behind their boundary it cuts them as in training, so that
         a layer that is fetched, or dequantised, is so once for all of them. Raises DoesNotFitError where one row is too much.
         """
-        network, was_training = self.model.model, self.model.model.training
+        network = self.model.model
         # rows of like length are together, so that little is padded
         places = sorted(range(len(rows)), key=lambda place: -len(rows[place].ids))
 
@@ -117,20 +111,16 @@ class Pairs(Tokens):
             both = self._sums(together, chunk)
             return list(zip(*(values.cpu().split(pairs) for values in both), strict=True))
 
-        network.eval()
         lengths = [len(rows[place].ids) for place in places]
-        try:
-            with recomputing(network):
-                found = in_smaller_parts(lengths, at_once, chunk, measured, self.model.device, "row of pairs")
-        finally:
-            network.train(was_training)
+        with evaluating(network), recomputing(network):
+            found = in_smaller_parts(lengths, at_once, chunk, measured, self.model.device, "row of pairs")
         in_order = [one for _, one in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
         sums, counts = zip(*in_order, strict=True)
         return torch.cat(sums), torch.cat(counts)
 
     def _sums(self, rows: Sequence[Row], chunk: int) -> tuple[Tensor, Tensor]:
         """(the cross-entropy of each group, how many tokens it has), both float64 [P, 3]."""
-        labelled, groups = _grouped(rows, self.compare.prompts)
+        labelled, groups = _grouped(rows, self.prompts)
         batch, count = self.batch(labelled), 3 * self.denominator(rows)
         hidden, head = hidden_states(self.model.model, batch), head_of(self.model.model)
         sums = grouped_loss(hidden, head, batch["labels"], groups, count, chunk)

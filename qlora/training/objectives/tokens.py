@@ -32,8 +32,7 @@ class Tokens:
         ``labels`` stay on the CPU, where the loss looks for its targets."""
         pad = getattr(self.model.tokenizer, "pad_token_id", None)
         batch = collate(list(rows), 0 if pad is None else int(pad), self.model.virtual_tokens)
-        sent: dict[str, Tensor] = send_to_device(batch, self.model.device, skip_keys="labels")
-        return sent
+        return send_to_device(batch, self.model.device, skip_keys="labels")
 
     def loss(self, rows: Sequence[Row], chunk: int) -> Tensor:
         """The cross-entropy of rows that enter the model together, summed over their target tokens."""
