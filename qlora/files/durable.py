@@ -194,11 +194,15 @@ def follow_umask(path: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def write_json(path: Path, values: JsonObject) -> None:
-    """Write an object as JSON, whole or not at all. Raises OSError."""
-    text = json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all. Raises OSError."""
     with file_written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: JsonObject) -> None:
+    """Write an object as JSON, whole or not at all. Raises OSError."""
+    write_text(path, json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: object) -> object:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora.errors import InputError, RunError
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting.charts import Chart, Curve
@@ -29,8 +29,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         raise InputError(f"{len(folders)} runs were given; expected at most {MOST} on one page.")
     page = render_comparison([read_records(Path(folder)) for folder in folders])
     try:
-        with file_written_aside(out) as aside:
-            aside.write_text(page, encoding="utf-8")
+        write_text(out, page)
     except OSError as error:
         raise RunError(f"'{out}' cannot be written ({error}); give another place with out=FILE.") from None
     return out

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
@@ -92,8 +92,7 @@ def write_page(
         differ=_in_short(differ),
     )
     path = folder / PAGE
-    with file_written_aside(path) as aside:
-        aside.write_text(html, encoding="utf-8")
+    write_text(path, html)
     return path
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from qlora.data.batches import steps_per_epoch
 from qlora.errors import DoesNotFitError, InputError, RunError, Stopped, listed
-from qlora.files.durable import expanded, file_written_aside, write_json
+from qlora.files.durable import expanded, write_json, write_text
 from qlora.files.html import as_frame
 from qlora.files.lock import run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
@@ -316,8 +316,7 @@ class _Going:
             if not missing and rate is not None:
                 best[setting.name] = rate
         found = compared(self.settings, self.rows, best)
-        with file_written_aside(self.folder / "study.csv") as aside:
-            aside.write_text(csv_text(rows), encoding="utf-8")
+        write_text(self.folder / "study.csv", csv_text(rows))
         finished = not due(self.settings, self.rounds, self.losses)
         page = write_page(self.folder, self.section, self.settings, rows, found, finished)
         return Study(self.folder, rows, found, page)
