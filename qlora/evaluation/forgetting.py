@@ -22,6 +22,7 @@ from torch import Tensor
 from qlora.data.examples import make_example
 from qlora.data.packing import Row, make_rows
 from qlora.evaluation.divergence import Divergence
+from qlora.evaluation.generate import in_eval_mode
 from qlora.evaluation.likelihood import states
 from qlora.evaluation.tasks.result import Paired, Result, difference
 from qlora.evaluation.tasks.scoring import score, windows
@@ -96,9 +97,5 @@ def text_rows(task: Task, width: int = ROW) -> list[Row]:
 @torch.no_grad()
 def _states(model: AdaptedModel | Adapters, row: Row) -> Tensor:
     """A row's hidden states [T, D], without those of what a method puts before it."""
-    was_training = model.model.training
-    model.model.eval()
-    try:
+    with in_eval_mode(model.model):
         return states(model, [tuple(row.ids.tolist())])[0, model.virtual_tokens :]
-    finally:
-        model.model.train(was_training)

@@ -138,27 +138,33 @@ def generated(
     # On transformers' idea of the model's device, which is the host where the embedding is kept there.
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=network.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=network.device)
+    with in_eval_mode(network), fast_decoding(model), _whole_for_the_head(network):
+        return network.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature is not None,
+            temperature=temperature,
+            top_p=None if temperature is None else 1.0,
+            top_k=None if temperature is None else 0,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=list(ends) or None,
+            stop_strings=list(stop) or None,
+            tokenizer=tokenizer if stop else None,
+            streamer=streamer,
+            return_dict_in_generate=True,
+            output_logits=not ends,
+        )
+
+
+@contextmanager
+def in_eval_mode(network: torch.nn.Module) -> Iterator[None]:
+    """Inside, without dropout; afterwards the network trains again if it did."""
     was_training = network.training
     network.eval()
     try:
-        with fast_decoding(model), _whole_for_the_head(network):
-            return network.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature is not None,
-                temperature=temperature,
-                top_p=None if temperature is None else 1.0,
-                top_k=None if temperature is None else 0,
-                use_cache=True,
-                pad_token_id=pad,
-                eos_token_id=list(ends) or None,
-                stop_strings=list(stop) or None,
-                tokenizer=tokenizer if stop else None,
-                streamer=streamer,
-                return_dict_in_generate=True,
-                output_logits=not ends,
-            )
+        yield
     finally:
         network.train(was_training)
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from qlora.data.batches import collate
 from qlora.data.packing import Row
 from qlora.errors import DoesNotFitError, NonFiniteError, first_line
-from qlora.evaluation.generate import fast_decoding
+from qlora.evaluation.generate import fast_decoding, in_eval_mode
 from qlora.machine.device import ran_out_of_memory, release_memory
 from qlora.methods.base import AdaptedModel
 from qlora.methods.switching import Adapters
@@ -58,34 +58,29 @@ def likelihoods(
     A group is what belongs to one item. The model is in eval mode meanwhile, and left as it was. Where memory runs out it goes
     on with fewer tokens at once; DoesNotFitError where one group is too much.
     """
-    was_training = model.model.training
-    model.model.eval()
     shared = [_shared(group) if _keeps_keys(model) else 0 for group in groups]
     waiting = sorted(range(len(groups)), key=lambda number: (shared[number], _width(groups[number])))
-    try:
-        with fast_decoding(model):
-            while waiting:
-                together = _fitting(groups, shared, waiting, tokens_at_once)
-                try:
-                    several = [groups[number] for number in together]
-                    found = (_behind_contexts if shared[together[0]] else _found)(model, several)
-                except Exception as error:
-                    if not ran_out_of_memory(error):
-                        raise
-                    reason = first_line(error)
-                else:
-                    yield from zip(together, found, strict=True)
-                    waiting = waiting[len(together) :]
-                    continue
-                release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
-                if len(together) == 1:
-                    raise DoesNotFitError(
-                        f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
-                        "the longest items."
-                    )
-                tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
-    finally:
-        model.model.train(was_training)
+    with in_eval_mode(model.model), fast_decoding(model):
+        while waiting:
+            together = _fitting(groups, shared, waiting, tokens_at_once)
+            try:
+                several = [groups[number] for number in together]
+                found = (_behind_contexts if shared[together[0]] else _found)(model, several)
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            else:
+                yield from zip(together, found, strict=True)
+                waiting = waiting[len(together) :]
+                continue
+            release_memory(model.device)  # out here, where the exception no longer holds the tensors of its frames
+            if len(together) == 1:
+                raise DoesNotFitError(
+                    f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
+                    "the longest items."
+                )
+            tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
 
 
 def _width(group: Sequence[Pair]) -> int:
@@ -170,9 +165,8 @@ def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> 
         for place in range(len(continuation))
     ]
     row, place = torch.tensor(at, device=hidden_RTD.device).unbind(1)
-    found = _judged(hidden_RTD[row, place], token_head(model.model), [continuation for _, continuation in pairs])
-    places = iter(found)
-    return [[next(places) for _ in group] for group in groups]
+    found = iter(_judged(hidden_RTD[row, place], token_head(model.model), [rest for _, rest in pairs]))
+    return [[next(found) for _ in group] for group in groups]
 
 
 def states(model: AdaptedModel | Adapters, rows: Sequence[Ids]) -> Tensor:

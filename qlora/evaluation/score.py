@@ -17,6 +17,7 @@ from qlora.data.batches import collate
 from qlora.data.packing import Row
 from qlora.errors import DataError
 from qlora.evaluation.classes import Classes, classes_of
+from qlora.evaluation.generate import in_eval_mode
 from qlora.machine.device import in_smaller_parts
 from qlora.methods.base import AdaptedModel
 from qlora.model.checks import check_rows, packs_one_row
@@ -115,19 +116,15 @@ def score(model: AdaptedModel, rows: Sequence[Row], rows_at_once: int = 4, chunk
         rows_at_once = 1
     virtual = model.virtual_tokens
     check_rows(model.model, rows, model.first_position, virtual, "Held-out row")
-    was_training = model.model.training
-    model.model.eval()
     # Rows of like length share a batch, so that little is padded; a row's loss does not depend on it.
     places = sorted(range(len(rows)), key=lambda place: len(rows[place].ids) + virtual * len(rows[place].examples))
 
     def measured(start: int, stop: int, chunk: int) -> list[_Measured]:
         return _losses(model, [rows[place] for place in places[start:stop]], chunk)
 
-    try:
-        lengths = [len(rows[place].ids) for place in places]
+    lengths = [len(rows[place].ids) for place in places]
+    with in_eval_mode(model.model):
         found = in_smaller_parts(lengths, rows_at_once, chunk, measured, model.device, "held-out row")
-    finally:
-        model.model.train(was_training)
     if not (count := sum(one.targets for one in found)):
         raise DataError("The held-out rows have no target token to measure; give others, or raise data.max_length.")
     mean = math.fsum(one.loss for one in found) / count
