@@ -17,7 +17,7 @@ from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting.charts import Chart, Curve
 from qlora.reporting.curves import loss_chart
 from qlora.reporting.figures import MISSING, change_text, count_text, duration_text, exact_text, significant, summarise
-from qlora.reporting.page import NOT_TEXT, pages, said, shown_value
+from qlora.reporting.page import filled, said, shown_value
 from qlora.reporting.records import Records, read_records, section
 
 MOST = 6  # runs: more colours are not told apart
@@ -39,20 +39,16 @@ def render_comparison(runs: Sequence[Records]) -> str:
     """Records of several runs → a complete HTML document."""
     names = [f"{chr(ord('A') + place)} {records.name}" for place, records in enumerate(runs)]
     measured_on = {json.dumps([_files(records), *_held_out_tokens(records)]) for records in runs}
-    page = (
-        pages()
-        .get_template("compare.html.jinja")
-        .render(
-            names=names,
-            charts=[chart for chart in _charts(names, runs) if chart.curves],
-            columns=COLUMNS,
-            rows=[_row(records) for records in runs],
-            differences=_differences([records.recipe for records in runs]),
-            answers=_answers(names, runs),
-            same_data=len(measured_on) == 1,
-        )
+    return filled(
+        "compare.html.jinja",
+        names=names,
+        charts=[chart for chart in _charts(names, runs) if chart.curves],
+        columns=COLUMNS,
+        rows=[_row(records) for records in runs],
+        differences=_differences([records.recipe for records in runs]),
+        answers=_answers(names, runs),
+        same_data=len(measured_on) == 1,
     )
-    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _files(records: Records) -> list[str]:

@@ -64,40 +64,41 @@ def pages() -> Environment:
     return pages
 
 
+def filled(template: str, **parts: object) -> str:
+    """A template with its parts put in, as a complete HTML document."""
+    return NOT_TEXT.sub("\ufffd", pages().get_template(template).render(parts))
+
+
 def render(records: Records) -> str:
     """Records → a complete HTML document."""
     summary = figures.summarise(records)
     verdict = _verdict(records, summary)
     ahead, repeat = _commands(records, summary.finished, verdict is not None and verdict[0] == "worse")
-    page = (
-        pages()
-        .get_template("report.html.jinja")
-        .render(
-            name=records.name,
-            figures=summary,
-            facts=_facts(records),
-            notes=records.notes,
-            loss_chart=loss_chart(records),
-            small_charts=small_charts(records),
-            held_out=records.held_out,
-            answers=_answers(records.evaluation.get("generations")),
-            classes=_classes(records.evaluation),
-            tasks=[_task(row) for row in records.tasks],
-            ranks=_ranks(section(records.method, "ranks")),
-            data=_data(section(records.plan, "data")),
-            memory=_memory(section(records.plan, "memory"), summary.peak_memory),
-            why=_sentences(records.plan.get("why")),
-            recipe=_recipe(records.recipe) if records.recipe else [],
-            recipe_text=records.recipe_text,
-            verdict=verdict,
-            happened=_happened(records),
-            cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
-            next=ahead,
-            reproduce=repeat,
-            environment=_environment(records.environment),
-        )
+    return filled(
+        "report.html.jinja",
+        name=records.name,
+        figures=summary,
+        facts=_facts(records),
+        notes=records.notes,
+        loss_chart=loss_chart(records),
+        small_charts=small_charts(records),
+        held_out=records.held_out,
+        answers=_answers(records.evaluation.get("generations")),
+        classes=_classes(records.evaluation),
+        tasks=[_task(row) for row in records.tasks],
+        ranks=_ranks(section(records.method, "ranks")),
+        data=_data(section(records.plan, "data")),
+        memory=_memory(section(records.plan, "memory"), summary.peak_memory),
+        why=_sentences(records.plan.get("why")),
+        recipe=_recipe(records.recipe) if records.recipe else [],
+        recipe_text=records.recipe_text,
+        verdict=verdict,
+        happened=_happened(records),
+        cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
+        next=ahead,
+        reproduce=repeat,
+        environment=_environment(records.environment),
     )
-    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _facts(records: Records) -> list[str]:
