@@ -111,9 +111,7 @@ def with_known_head(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str
 
 def _all_here(recipe: Recipe) -> bool:
     """Whether all data are files, so that nothing would be fetched."""
-    train = recipe.data.train
-    sources = [train] if isinstance(train, str) else list(train)
-    return all(map(data_files, [*sources, *filter(None, [recipe.data.held_out])]))
+    return all(map(data_files, (*recipe.data.sources, *recipe.data.held_out_sources)))
 
 
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:

@@ -125,9 +125,7 @@ def _memory(recipe: Recipe) -> None:
 def _data(recipe: Recipe) -> list[str]:
     """Raise DataError for data that are missing or, if they are few, that cannot be read. Returns the hub ids to ask for."""
     section = recipe.data
-    train = (section.train,) if isinstance(section.train, str) else section.train
-    held_out = () if section.held_out is None else (section.held_out,)
-    files, elsewhere = _files((*train, *held_out))
+    files, elsewhere = _files((*section.sources, *section.held_out_sources))
     if section.chat_template is not None and not (place := expanded(section.chat_template)).is_file():
         raise DataError(f"There is no chat template '{place}' (data.chat_template).{from_here(place)}")
     for task in recipe.evaluation.tasks:

@@ -109,12 +109,5 @@ def _in_short(one: MatrixChange) -> JsonObject:
         key: None if part is None else part.energy
         for key, part in (("intruders", one.intruders), ("control", one.control))
     }
-    return {
-        "path": one.path,
-        "layer": one.layer,
-        "module": one.module,
-        "relative": one.relative,
-        "effective_rank": one.effective_rank,
-        "rank_90": one.rank_90,
-        **shares,
-    }
+    names = ("path", "layer", "module", "relative", "effective_rank", "rank_90")
+    return {name: getattr(one, name) for name in names} | shares
