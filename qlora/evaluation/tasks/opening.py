@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from qlora.data.values import capital
 from qlora.errors import DataError, RecipeError, listed, nearest
 from qlora.evaluation.likelihood import Ids, Pair
 from qlora.evaluation.tasks.kinds import KINDS
-from qlora.evaluation.tasks.presets import PRESETS, Fields, Preset, kind_of, preset_of
+from qlora.evaluation.tasks.presets import PRESETS, Preset, Tidy, kind_of, preset_of
 from qlora.evaluation.tasks.task import Asked, Form, Item, Task, Unusable
 from qlora.recipe import TaskSection
 
@@ -93,7 +93,7 @@ def _form(section: TaskSection, preset: Preset | None) -> Form:
     return Form(**{**(preset.values if preset is not None else {}), **chosen})
 
 
-def _asked(task: str, kind: str, record: Record, form: Form, tidy: Callable[[Fields], Fields] | None) -> Asked:
+def _asked(task: str, kind: str, record: Record, form: Form, tidy: Tidy | None) -> Asked:
     try:
         if record.fault is not None:
             raise Unusable(record.fault)
