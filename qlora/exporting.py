@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.files.durable import expanded, from_here, require_new, require_writable
+from qlora.machine.disk import bytes_text
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, to_publish
 
@@ -31,7 +32,6 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import merge, write_card_of
 
     if purpose := options.pop("for", None):
@@ -102,7 +102,6 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_nf4, hold, write_card_of
     from qlora.runs.measured import judged, table
 
@@ -137,7 +136,6 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.machine.disk import bytes_text
     from qlora.runs.export import export_gguf, write_card_of
 
     kind = options.get("type", "q8_0")
@@ -164,7 +162,6 @@ def check(folder: Path, options: dict[str, Any]) -> None:
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.hub import publish
-    from qlora.machine.disk import bytes_text
 
     private = options.get("private", True)
     source = to_publish(folder, options.get("from"))

@@ -55,14 +55,13 @@ def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> 
 
 def look_at_folder(folder: Path, overwrite: bool) -> None:
     """Raise RunError where no run may be made in ``folder``, or another process trains in it."""
-    if folder.is_dir():
-        require_free(folder, overwrite)
-        require_writable(folder, "make it writable, or choose another (folder=runs/…)")
-        with taken(folder, overwrite):
-            pass
-    else:
-        require_free(folder, overwrite)
+    require_free(folder, overwrite)
+    if not folder.is_dir():
         require_writable(folder, "choose another folder (folder=runs/…)")
+        return
+    require_writable(folder, "make it writable, or choose another (folder=runs/…)")
+    with taken(folder, overwrite):
+        pass
 
 
 def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False, reads: bool = True) -> str | None:

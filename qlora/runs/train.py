@@ -116,7 +116,7 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
-            with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
+            with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), _tracked(session):
                 return _finish(session, signals, bases)
 
 
@@ -135,7 +135,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False, bases: Base
     with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), lock, kernels_kept():
         session = _old_session(folder, overrides, quiet, bases or Bases())
         session.trainer.begin()
-        with stoppable(f"qlora resume {shown(folder)}") as signals:
+        with stoppable(f"qlora resume {shown(folder)}") as signals, _tracked(session):
             return _finish(session, signals, bases)
 
 
@@ -259,12 +259,6 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
     return rehearsal
 
 
-def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
-    """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
-    with _tracked(session):
-        return _finished(session, signals, bases)
-
-
 @contextmanager
 def _tracked(session: Session) -> Iterator[None]:
     """Inside, what is written into ``metrics.jsonl`` goes to the recipe's trackers too."""
@@ -275,7 +269,8 @@ def _tracked(session: Session) -> Iterator[None]:
         yield
 
 
-def _finished(session: Session, signals: Signals, bases: Bases | None) -> Run:
+def _finish(session: Session, signals: Signals, bases: Bases | None) -> Run:
+    """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
     layers = session.model.base.placement
     session.trainer.prepare(session.say)
     before = by_main(layers, lambda: _before(session, bases or Bases()))
