@@ -6,6 +6,7 @@ Everything heavy is imported inside, as for the other verbs: see ``cli.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,10 +153,6 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
     _compared(lambda: _read_again(folder, written.file))
 
 
-def gguf_adapter(folder: Path, options: dict[str, Any]) -> None:
-    gguf(folder, options, alone=True)
-
-
 def check(folder: Path, options: dict[str, Any]) -> None:
     print(*_read_again(folder, options.get("from", folder / "merged"), options.get("program")), sep="\n")
 
@@ -185,7 +182,7 @@ TARGETS = {
     "gguf": Target(
         "the merged model for llama.cpp and Ollama", {"base": BASES, "type": (*TYPES, *BY_QUANTISER), **COMMON}, gguf
     ),
-    "gguf-adapter": Target("the adapter for them", COMMON, gguf_adapter),
+    "gguf-adapter": Target("the adapter for them", COMMON, partial(gguf, alone=True)),
     "check": Target("an export compared with the run", {"from": ANY, "program": ("llama.cpp",)}, check),
     "hub": Target("an export to the hub", {"repo": ANY, "from": ANY, "private": YES, "dry_run": YES}, hub),
 }

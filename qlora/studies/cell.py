@@ -77,7 +77,6 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     values = _told(cell)
     values["run_info"] |= {
         "total_time": before + time.perf_counter() - begun,
-        "train_config": _train_config(recipe),
         "peft_config": _object(place / "adapter" / "adapter_config.json"),
     }
     values["train_info"] = _train_info(run, place, peak)

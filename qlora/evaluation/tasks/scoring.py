@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -51,10 +51,7 @@ def score(
     _require_room(model, task)
     answers = _read(kept, task, whose)
     left = [item for item in task.items if item.id not in answers]
-    with ExitStack() as stack:
-        file = None
-        if kept is not None and left:
-            file = stack.enter_context(_continued(kept, task, whose, answers))
+    with _continued(kept, task, whose, answers) if kept is not None and left else nullcontext() as file:
         for item, reply in _replies(model, left, task, tokens_at_once):
             answers[item.id] = KINDS[task.kind].answer(item.asked, reply)
             if file is not None:
