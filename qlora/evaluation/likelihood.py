@@ -80,15 +80,11 @@ def likelihoods(
                     f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
                     "the longest items."
                 )
-            tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
+            tokens_at_once = sum(_width(groups[number]) * len(groups[number]) for number in together) // 2
 
 
 def _width(group: Sequence[Pair]) -> int:
     return max(len(context) + len(continuation) for context, continuation in group)
-
-
-def _tokens(group: Sequence[Pair]) -> int:
-    return _width(group) * len(group)
 
 
 def _fitting(

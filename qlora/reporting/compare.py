@@ -18,7 +18,7 @@ from qlora.reporting.charts import Chart, Curve
 from qlora.reporting.curves import loss_chart
 from qlora.reporting.figures import MISSING, change_text, count_text, duration_text, exact_text, significant, summarise
 from qlora.reporting.page import filled, said, shown_value
-from qlora.reporting.records import Records, read_records, section
+from qlora.reporting.records import Records, objects, read_records, section
 
 MOST = 6  # runs: more colours are not told apart
 
@@ -38,7 +38,9 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 def render_comparison(runs: Sequence[Records]) -> str:
     """Records of several runs → a complete HTML document."""
     names = [f"{chr(ord('A') + place)} {records.name}" for place, records in enumerate(runs)]
-    measured_on = {json.dumps([_files(records), *_held_out_tokens(records)]) for records in runs}
+    measured_on = {
+        json.dumps([_files(records), *(point.target_tokens for point in records.held_out[:1])]) for records in runs
+    }
     return filled(
         "compare.html.jinja",
         names=names,
@@ -54,10 +56,6 @@ def render_comparison(runs: Sequence[Records]) -> str:
 def _files(records: Records) -> list[str]:
     """The checksums of what a run read; its names may be other ones."""
     return sorted(map(str, section(records.environment, "data_files").values()))
-
-
-def _held_out_tokens(records: Records) -> list[int | None]:
-    return [point.target_tokens for point in records.held_out[:1]]
 
 
 def _charts(names: Sequence[str], runs: Sequence[Records]) -> list[Chart]:
@@ -119,11 +117,8 @@ def _by_key(recipe: Recipe) -> dict[str, str]:
 
 def _answers(names: Sequence[str], runs: Sequence[Records]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each prompt of the first run that another one answered too: (title, answer) of the data and of each run."""
-    by_prompt: list[dict[str, dict[str, object]]] = []
-    for records in runs:
-        given = records.evaluation.get("generations")
-        items = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
-        by_prompt.append({said(item.get("prompt")): item for item in items})
+    given = (objects(records.evaluation.get("generations")) for records in runs)
+    by_prompt = [{said(item.get("prompt")): item for item in items} for items in given]
     found = []
     for prompt, item in by_prompt[0].items() if by_prompt else ():
         answers = [

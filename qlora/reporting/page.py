@@ -20,7 +20,7 @@ from qlora.reporting import charts, figures
 from qlora.reporting.answers import CUT, Piece, compared
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import exact_text
-from qlora.reporting.records import Json, Records, number, section, whole
+from qlora.reporting.records import Json, Records, number, objects, section, whole
 
 # Nothing is fetched and nothing runs: should a text ever get past the escaping, the browser still refuses it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -156,16 +156,15 @@ def _happened(records: Records) -> list[str]:
 def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[Piece] | None]]]]:
     """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, pieces)."""
     found = []
-    for item in generations if isinstance(generations, list) else []:
-        if isinstance(item, dict):
-            expected, before, after = (
-                None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
-            )
-            pieces = compared(before, after)
-            shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
-            if expected is not None:
-                shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
-            found.append((said(item.get("prompt")), shown))
+    for item in objects(generations):
+        expected, before, after = (
+            None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
+        )
+        pieces = compared(before, after)
+        shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
+        if expected is not None:
+            shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
+        found.append((said(item.get("prompt")), shown))
     return found
 
 
@@ -181,13 +180,8 @@ def _classes(evaluation: Json) -> list[tuple[str, ...]]:
         return (name, exact_text(whole(parts[-1], "examples")), *more, *told)
 
     accuracy = " → ".join("—" if (one := number(part, "accuracy")) is None else f"{one:.1%}" for part in found)
-    every = [
-        [one for one in each if isinstance(one, dict)] for part in found if isinstance(each := part.get("each"), list)
-    ]
-    return [
-        row("all", found, accuracy),
-        *(row(said(parts[-1].get("label")), [*parts], "") for parts in zip(*every, strict=False)),
-    ]
+    every = zip(*(objects(part["each"]) for part in found if isinstance(part.get("each"), list)), strict=False)
+    return [row("all", found, accuracy), *(row(said(parts[-1].get("label")), [*parts], "") for parts in every)]
 
 
 def _task(row: Json) -> tuple[str, ...]:
