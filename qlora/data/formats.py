@@ -287,7 +287,7 @@ class Form:
     read: Callable[[Fields], Talk | str | None]
     takes: tuple[str, ...] = ("reasoning", *_BESIDE)
     trains: str = "assistant"
-    """What carries loss where the recipe leaves it open."""
+    """What carries loss where the recipe leaves it open: assistant, completion or all."""
     turns: bool = False
     """The field it needs is a list of turns."""
 
@@ -318,8 +318,3 @@ FORMS["kto"] = Form(
     tuple(dict.fromkeys(name for form in JUDGED for name in (*FORMS[form].needs, *FORMS[form].takes))),
     trains="completion",
 )
-
-
-def trains(form: str) -> str:
-    """What carries loss in records of ``form`` where the recipe leaves it open: assistant, completion or all."""
-    return FORMS[form].trains

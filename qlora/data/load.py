@@ -22,7 +22,7 @@ from qlora.data.examples import (
     without_doubles,
 )
 from qlora.data.files import DataFile, DataFolder
-from qlora.data.formats import Conversation, trains
+from qlora.data.formats import FORMS, Conversation
 from qlora.data.labelled import Labelled, classes_note, classes_of, read_labelled, require_known
 from qlora.data.lengths import bins_of, require_positions, too_long_note
 from qlora.data.packing import Row, make_rows
@@ -327,7 +327,7 @@ def _resolve_train_on(train_on: str, form: str, pairs: bool) -> str:
                 f"data.train_on is '{train_on}', but the data is raw text without turns; use 'auto' or 'all'."
             )
         return "all"
-    return trains(form) if train_on == "auto" else train_on
+    return FORMS[form].trains if train_on == "auto" else train_on
 
 
 def _rows(

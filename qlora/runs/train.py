@@ -59,7 +59,6 @@ from qlora.runs.session import (
     Session,
     damaged_evaluation,
     decided_by_main,
-    held_out_prompts,
     kernels_kept,
     limited,
     load_model,
@@ -184,7 +183,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     resolved = decided_by_main(planned.recipe.model_copy(update={"overwrite": False}))
     device = limited(resolve_device(resolved.device.name), resolved)
     rate = matrix_rate(device, DTYPES[resolved.model.compute_dtype])  # now, while the device is empty
-    prompts = held_out_prompts(data, resolved)
+    prompts = data.held_out_prompts(resolved.evaluation.prompts)  # before a model is loaded: rendering begins a process
     checkpoint = checkpoint.with_weights()
     if origin is not None:
         origin.check_base(checkpoint)
@@ -224,7 +223,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
             f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
-    prompts, tasks = held_out_prompts(data, recipe), open_tasks(recipe, data)
+    prompts, tasks = data.held_out_prompts(recipe.evaluation.prompts), open_tasks(recipe, data)
     model = load_model(recipe, checkpoint, device, quiet, bases, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
