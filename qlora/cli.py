@@ -547,8 +547,11 @@ def _command() -> str:
 
 
 def _failed(status: int, why: object) -> int:
-    if _several() and not _tells():
-        return status
+    if _several():
+        from qlora.machine.processes import tells
+
+        if not tells():
+            return status
     print(f"qlora: {visible(why)}", file=sys.stderr)
     return status
 
@@ -571,12 +574,6 @@ def _leave() -> None:
         from qlora.machine.processes import leave
 
         leave()
-
-
-def _tells() -> bool:
-    from qlora.machine.processes import tells
-
-    return tells()
 
 
 def _stopped(stopped: list[int]) -> int:

@@ -5,10 +5,10 @@ Everything heavy is imported inside, as for the other verbs: see ``cli.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
@@ -17,9 +17,6 @@ from qlora.files.durable import from_here, require_new, require_writable
 from qlora.machine.disk import bytes_text
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, lying_at, to_publish
-
-if TYPE_CHECKING:
-    from qlora.export.programs import Verdict
 
 PURPOSES = {"serving": "dequantized", "quantising": "original"}
 """What a merged model is for → the base that it is merged into."""
@@ -37,7 +34,7 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.runs.export import merge
+    from qlora.runs.export import merge, write_card_of
 
     if purpose := options.pop("for", None):
         options["base"] = PURPOSES[purpose]
@@ -56,7 +53,7 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
         )
         print(said[-1])
     said += _compared(lambda: _in_transformers(folder, made.folder) or _read_again(folder, made.folder))
-    _card(folder, made.folder, "merged", said)
+    write_card_of(folder, made.folder, "merged", said)
 
 
 def _in_transformers(folder: Path, place: Path) -> list[str]:
@@ -107,21 +104,21 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.runs.export import export_nf4, hold
+    from qlora.runs.export import export_nf4, hold, write_card_of
     from qlora.runs.measured import judged, table
 
     packed, forms = export_nf4(folder, options.pop("out", None), **options)
     print(f"Model in NF4: {packed.folder} ({packed.tensors} tensors, {bytes_text(packed.bytes)})")
     said = f"{table(forms)}\n{judged(forms[-1])}" if forms else "Nothing is held out, so what it lost was not measured."
     print(said)
-    _card(folder, packed.folder, "nf4", [said])
+    write_card_of(folder, packed.folder, "nf4", [said])
     if forms:
         hold(packed.folder, False, forms[-1].found.divergence, forms[-1].found.difference[0])
 
 
 def adapter(folder: Path, options: dict[str, Any]) -> None:
     from qlora.export.programs import told
-    from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by, stands_apart
+    from qlora.runs.export import base_of, export_adapter, foreign_ends, loaded_by, stands_apart, write_card_of
 
     place = export_folder(folder, "adapter", options.pop("out", None))
     why = export_adapter(folder, place, **options)
@@ -138,12 +135,12 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
             "with it has to be told (eos_token_id, or stop_token_ids)."
         )
     print(*said, sep="\n")
-    _card(folder, place, "adapter", said, verdicts)
+    write_card_of(folder, place, "adapter", said, verdicts)
     _compared(lambda: _read_again(folder, place))
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
-    from qlora.runs.export import export_gguf, require_gguf
+    from qlora.runs.export import export_gguf, require_gguf, write_card_of
 
     require_gguf(folder)
     kind = options.get("type", "q8_0")
@@ -156,7 +153,7 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
         print(
             f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
         )
-    _card(folder, written.file.parent, "gguf-adapter" if alone else "gguf", said)
+    write_card_of(folder, written.file.parent, "gguf-adapter" if alone else "gguf", said)
     _compared(lambda: _read_again(folder, written.file))
 
 
@@ -167,20 +164,14 @@ def check(folder: Path, options: dict[str, Any]) -> None:
 
 def hub(folder: Path, options: dict[str, Any]) -> None:
 
-    private = options.get("private", "true") == "true"
+    private = options.get("private", True)
     source = to_publish(folder, options.get("from"))
-    found = publish(source, options["repo"], private=private, dry_run=options.get("dry_run") == "true")
+    found = publish(source, options["repo"], private=private, dry_run=options.get("dry_run", False))
     for name, size in found.files.items():
         print(f"{bytes_text(size):>10}  {name}")
     total = f"{len(found.files)} files, {bytes_text(sum(found.files.values()))}"
     where = f"the {'private' if private else 'public'} repository '{found.repo}'"
     print(f"{total}, would go to {where}; nothing was sent." if found.url is None else f"{total}, are in {found.url}")
-
-
-def _card(folder: Path, out: str | Path, form: str, said: list[str], verdicts: Sequence[Verdict] = ()) -> None:
-    from qlora.runs.export import write_card_of
-
-    write_card_of(folder, out, form, said, verdicts)
 
 
 COMMON = {"out": ANY, "overwrite": YES}
@@ -211,9 +202,7 @@ def export(folder: Path, target: str, options: dict[str, str]) -> None:
             raise InputError(f"qlora export RUN {target} takes {known_text}, but found '{name}={value}'.")
         if takes[name] and value not in takes[name]:
             raise InputError(f"{name} is '{value}'; expected {' or '.join(takes[name])}.")
-    given: dict[str, Any] = dict(options)
-    if "overwrite" in given:
-        given["overwrite"] = given["overwrite"] == "true"
+    given: dict[str, Any] = {name: value == "true" if takes[name] == YES else value for name, value in options.items()}
     _look_first(folder, target, given)
     TARGETS[target].make(folder, given)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from qlora.data.turns import (
@@ -100,12 +101,8 @@ class Talk:
         return Conversation(messages[: last + 1], self.tools, place, rest, untrained)
 
 
-def _messages(fields: Fields) -> Talk:
-    return _talk(fields, _thought(fields, turns_of(fields["messages"], "messages")))
-
-
-def _sharegpt(fields: Fields) -> Talk:
-    return _talk(fields, _thought(fields, turns_of(fields["conversations"], "conversations")))
+def _turns(name: str, fields: Fields) -> Talk:
+    return _talk(fields, _thought(fields, turns_of(fields[name], name)))
 
 
 def _alpaca(fields: Fields) -> Talk:
@@ -290,7 +287,7 @@ class Form:
     read: Callable[[Fields], Talk | str | None]
     takes: tuple[str, ...] = ("reasoning", *_BESIDE)
     trains: str = "assistant"
-    """What carries loss where the recipe leaves it open."""
+    """What carries loss where the recipe leaves it open: assistant, completion or all."""
     turns: bool = False
     """The field it needs is a list of turns."""
 
@@ -303,8 +300,8 @@ class Form:
 
 JUDGED = ("messages", "sharegpt", "alpaca", "prompt_completion")
 FORMS = {
-    "messages": Form(("messages",), _messages, turns=True),
-    "sharegpt": Form(("conversations",), _sharegpt, turns=True),
+    "messages": Form(("messages",), partial(_turns, "messages"), turns=True),
+    "sharegpt": Form(("conversations",), partial(_turns, "conversations"), turns=True),
     "alpaca": Form(("instruction", "output"), _alpaca, ("input", "reasoning", *_BESIDE), trains="completion"),
     "prompt_completion": Form(("prompt", "completion"), _prompt_completion, trains="completion"),
     "text": Form(("text",), _text, (), trains="all"),
@@ -321,8 +318,3 @@ FORMS["kto"] = Form(
     tuple(dict.fromkeys(name for form in JUDGED for name in (*FORMS[form].needs, *FORMS[form].takes))),
     trains="completion",
 )
-
-
-def trains(form: str) -> str:
-    """What carries loss in records of ``form`` where the recipe leaves it open: assistant, completion or all."""
-    return FORMS[form].trains

@@ -22,7 +22,7 @@ from qlora.data.examples import (
     without_doubles,
 )
 from qlora.data.files import DataFile, DataFolder
-from qlora.data.formats import Conversation, trains
+from qlora.data.formats import FORMS, Conversation
 from qlora.data.labelled import Labelled, classes_note, classes_of, read_labelled, require_known
 from qlora.data.lengths import bins_of, require_positions, too_long_note
 from qlora.data.packing import Row, make_rows
@@ -207,8 +207,7 @@ def load_data(
         notes = template.notes
     apart = parts[1].bad is not parts[0].bad
     told = [[*(part.bad.notes if part is parts[0] or apart else []), *part.notes] for part in parts]
-    named = (section.train,) if isinstance(section.train, str) else section.train
-    for source in (*named, *([section.held_out] if section.held_out else [])):
+    for source in (*section.sources, *section.held_out_sources):
         if others := not_read(source):
             told[0].append(f"not read in the folder '{source}': {listed(others)}")
     notes = [*told[0], *(f"held-out data: {note}" for note in told[1]), *notes]
@@ -273,23 +272,15 @@ def _labelled(section: DataSection, seed: int) -> list[Labelled]:
 
 def _read(section: DataSection, seed: int, pairs: bool) -> tuple[tuple[Parsed, Parsed], bool]:
     """((records to train on, records held out), whether pieces of the first are still to be held out)."""
-    parsed = parse(
-        read_records(section.train, section.subset, section.split, section.limit),
-        section.form,
-        section.columns,
-        section.on_bad_record,
-        section.labels,
-        pairs,
-    )
+    how = section.columns, section.on_bad_record, section.labels, pairs
+    parsed = parse(read_records(section.train, section.subset, section.split, section.limit), section.form, *how)
     if section.held_out is not None:
         given = read_records(section.held_out, section.subset, section.held_out_split)
-        how = (section.columns, section.on_bad_record, section.labels, pairs, parsed.read_as)
-        return (parsed, parse(given, parsed.form, *how)), False
-    if needs_pieces(parsed, section.held_out_fraction):
-        return (parsed, Parsed(parsed.form)), True
-    if section.held_out_fraction:
+        return (parsed, parse(given, parsed.form, *how, parsed.read_as)), False
+    in_pieces = needs_pieces(parsed, section.held_out_fraction)
+    if section.held_out_fraction and not in_pieces:
         return split_records(parsed, section.held_out_fraction, seed), False
-    return (parsed, Parsed(parsed.form)), False
+    return (parsed, Parsed(parsed.form)), in_pieces
 
 
 def _encoded(part: Parsed, template: ChatTemplate, train_on: str) -> tuple[Parsed, list[list[Example]]]:
@@ -307,8 +298,7 @@ def _encoded(part: Parsed, template: ChatTemplate, train_on: str) -> tuple[Parse
 
 def _look(section: DataSection) -> tuple[DataFile | DataFolder, ...]:
     """The data files of a recipe, before they are read."""
-    train = (section.train,) if isinstance(section.train, str) else section.train
-    held_out = () if section.held_out is None else (section.held_out,)
+    train, held_out = section.sources, section.held_out_sources
     files = {source: data_files(source) for source in (*train, *held_out)}
     if any(names not in ([], [source]) for source, names in files.items()):  # who names one file twice means it
         places = [{expanded(name).resolve() for source in part for name in files[source]} for part in (train, held_out)]
@@ -337,7 +327,7 @@ def _resolve_train_on(train_on: str, form: str, pairs: bool) -> str:
                 f"data.train_on is '{train_on}', but the data is raw text without turns; use 'auto' or 'all'."
             )
         return "all"
-    return trains(form) if train_on == "auto" else train_on
+    return FORMS[form].trains if train_on == "auto" else train_on
 
 
 def _rows(

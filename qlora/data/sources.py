@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qlora.data.encoding import decoded
 from qlora.data.files import content, ending, refuse_pointer, unpacker
-from qlora.data.filled import filled_in_file, filled_in_table, without
+from qlora.data.filled import Place, filled_in_file, filled_in_table, without
 from qlora.data.values import json_fault, kind, once, read_json
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded, from_here
@@ -63,30 +64,27 @@ def read_records(
     """
     records: list[Record] = []
     for source in (sources,) if isinstance(sources, str) else sources:
-        for name in [] if len(records) == limit else (data_files(source) or [source]):
+        if len(records) == limit:
+            break
+        for name in data_files(source) or [source]:
             if len(records) == limit:
                 break
-            begin = len(records)
             found, features = _records(name, subset, split)
-            for record in found:
-                records.append(record)
-                if len(records) == limit:
-                    break
-            mine = records[begin:]
+            mine = list(islice(found, None if limit is None else limit - len(records)))
             if not mine:
                 raise DataError(f"'{name}' is empty; expected at least one record.")
-            filled = (
-                filled_in_file(one.fields for one in mine if one.fault is None)
-                if features is None
-                else filled_in_table(features)
-            )
-            if filled:
-                bare = [without(filled, one.fields) for one in mine]
-                records[begin:] = [
-                    replace(one, fields=fields, filled_in=fields != one.fields)
-                    for one, fields in zip(mine, bare, strict=True)
-                ]
+            if features is None:
+                filled = filled_in_file(one.fields for one in mine if one.fault is None)
+            else:
+                filled = filled_in_table(features)
+            records += [_bare(one, filled) for one in mine] if filled else mine
     return records
+
+
+def _bare(record: Record, filled: set[Place]) -> Record:
+    """A record without the nulls that Arrow filled in."""
+    fields = without(filled, record.fields)
+    return replace(record, fields=fields, filled_in=fields != record.fields)
 
 
 def data_files(source: str) -> list[str]:
@@ -202,10 +200,10 @@ def _lines(text: str, source: str) -> Iterator[Record]:
             yield _record(value, source, "line", number)
 
 
-def _value(line: str) -> object:
-    """What a line's JSON holds, or the exception that it raised."""
+def _value(text: str) -> object:
+    """What JSON holds, as a line of a file, or the exception that it raised."""
     try:
-        return read_json(line)
+        return read_json(text)
     except (ValueError, RecursionError) as error:
         return error
 
@@ -332,10 +330,7 @@ def _plain_text(text: str, source: str) -> Iterator[Record]:
 
 def _holds_records(text: str) -> bool:
     """Whether it is one JSON value: a list of objects, or a conversation."""
-    try:
-        value = read_json(text) if text.lstrip()[:1] in ("[", "{") else None
-    except (ValueError, RecursionError):
-        return False
+    value = _value(text) if text.lstrip()[:1] in ("[", "{") else None
     if isinstance(value, dict):
         return any(map(_are_turns, value.values()))
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)

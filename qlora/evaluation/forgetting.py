@@ -75,12 +75,11 @@ class Before:
         """The same of ``model`` now, and the differences."""
         results = {task.name: score(model, task) for task in self.tasks}
         apart = {name: difference(result, self.results[name]) for name, result in results.items()}
-        text = Divergence() if self.rows else None
+        text = Divergence()
         for row, before in zip(self.rows, self.states, strict=True):
-            assert text is not None
             now, labels = _states(model, row), torch.from_numpy(row.labels).to(model.device)
             text.add(now, before.to(model.device), labels, token_head(model.model), self.head)
-        return Forgotten(apart, results, text)
+        return Forgotten(apart, results, text if self.rows else None)
 
 
 def text_rows(task: Task, width: int = ROW) -> list[Row]:

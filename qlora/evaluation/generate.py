@@ -58,11 +58,18 @@ def answers(
     padded, found = _takes_padding(model, prompts, min([2, *lengths])), dict[int, str]()
     # mostly one: how long the answers may become, and how long prompts are where they cannot be padded
     kinds = [(length, padded or len(prompt)) for prompt, length in zip(prompts, lengths, strict=True)]
+    ends = _end_tokens(model)
     for kind in dict.fromkeys(kinds):
         places = [place for place, own in enumerate(kinds) if own == kind]
-        texts = _generate(model, [prompts[place] for place in places], kind[0], streamer, stop, temperature, cut)
-        found |= dict(zip(places, texts, strict=True))
-    return [found[place].strip() if stripped else found[place] for place in range(len(prompts))]
+        together, length = [prompts[place] for place in places], kind[0]
+        output = generated(model, together, length, streamer, ends, stop, temperature).sequences
+        width = model.virtual_tokens + max(map(len, together))
+        for place, row in zip(places, output[:, width:].tolist(), strict=True):
+            ids = _until(row, ends)
+            text = model.tokenizer.decode(ids, skip_special_tokens=True) + (cut if len(ids) == length else "")
+            text = text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+            found[place] = text.strip() if stripped else text
+    return [found[place] for place in range(len(prompts))]
 
 
 def answer_length(model: AdaptedModel | Adapters, count: int, max_new_tokens: int) -> int:
@@ -93,29 +100,6 @@ def _takes_padding(model: AdaptedModel | Adapters, prompts: Sequence[Ids], count
     known = alone.isfinite()  # what is never chosen is -inf
     size, apart, rounding = ((one[known]).square().mean().sqrt() for one in (alone, padded - alone, again - alone))
     return bool(apart <= max(4 * rounding, 2 * torch.finfo(model.base.compute_dtype).eps * size))
-
-
-def _generate(
-    model: AdaptedModel | Adapters,
-    prompts: Sequence[Ids],
-    max_new_tokens: int,
-    streamer: BaseStreamer | None,
-    stop: Sequence[str],
-    temperature: float | None,
-    cut: str,
-) -> list[str]:
-    """One batch of answers, each up to an end token, a text of ``stop``, or ``max_new_tokens``, with ``cut`` behind it then."""
-    ends = _end_tokens(model)
-    output = generated(model, prompts, max_new_tokens, streamer, ends, stop, temperature).sequences
-    width = model.virtual_tokens + max(map(len, prompts))
-    decode = model.tokenizer.decode
-    rows = [row[width:].tolist() for row in output]
-    texts = [
-        decode(_until(row, ends), skip_special_tokens=True) + (cut if len(_until(row, ends)) == max_new_tokens else "")
-        for row in rows
-    ]
-    cuts = ([text.find(one) for one in stop if one in text] for text in texts)
-    return [text[: min(places, default=len(text))] for text, places in zip(texts, cuts, strict=True)]
 
 
 @torch.no_grad()

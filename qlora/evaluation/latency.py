@@ -9,7 +9,6 @@ Knows adapted models and their answers; must not know files.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 
@@ -55,9 +54,7 @@ def latency_of(model: AdaptedModel) -> Latency:
     experts = len(packed) - sum(isinstance(linear, FrozenLinear) for linear in linears.values())
     if experts or model.base.placement is not None or dense > free / 2:
         return Latency(unmerged, None)
-    with ExitStack() as stack:
-        stack.enter_context(model.disabled())
-        stack.enter_context(standing(model.model, {path: _dense(linear) for path, linear in linears.items()}))
+    with model.disabled(), standing(model.model, {path: _dense(linear) for path, linear in linears.items()}):
         return Latency(unmerged, seconds_a_token(model))
 
 

@@ -81,15 +81,11 @@ def likelihoods(
                     f"Scoring one item of {_width(groups[together[0]]):,} tokens did not fit into memory ({reason}); leave out "
                     "the longest items."
                 )
-            tokens_at_once = sum(_tokens(groups[number]) for number in together) // 2
+            tokens_at_once = sum(_width(groups[number]) * len(groups[number]) for number in together) // 2
 
 
 def _width(group: Sequence[Pair]) -> int:
     return max(len(context) + len(continuation) for context, continuation in group)
-
-
-def _tokens(group: Sequence[Pair]) -> int:
-    return _width(group) * len(group)
 
 
 def _fitting(
@@ -166,9 +162,8 @@ def _found(model: AdaptedModel | Adapters, groups: Sequence[Sequence[Pair]]) -> 
         for place in range(len(continuation))
     ]
     row, place = torch.tensor(at, device=hidden_RTD.device).unbind(1)
-    found = _judged(hidden_RTD[row, place], token_head(model.model), [continuation for _, continuation in pairs])
-    places = iter(found)
-    return [[next(places) for _ in group] for group in groups]
+    found = iter(_judged(hidden_RTD[row, place], token_head(model.model), [rest for _, rest in pairs]))
+    return [[next(found) for _ in group] for group in groups]
 
 
 def states(model: AdaptedModel | Adapters, rows: Sequence[Ids]) -> Tensor:

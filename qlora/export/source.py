@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.methods.loading import load_adapter
 from qlora.methods.planted import unplanted
@@ -77,8 +77,7 @@ class Source:
 
     def remember(self, folder: Path) -> None:
         """Leave in ``folder``, where one more file is finished, what the adapter changed so far."""
-        with file_written_aside(folder / CARRYING) as told:
-            told.write_text(json.dumps(sorted(self.carrying)), encoding="utf-8")
+        write_text(folder / CARRYING, json.dumps(sorted(self.carrying)))
 
     def _untied(self) -> dict[str, str]:
         """What the adapter made different from the tensor that it was tied to, as ``{"lm_head.weight": "model.embed…"}``."""

@@ -26,6 +26,8 @@ from qlora.files.strangers import Fault, JsonObject, read_object
 
 SEAL = "checksums.json"
 MADE_OF = ".made-of"  # in a folder that is written aside
+_LEFT = re.compile(r"\.(.*)\.(writing|old|gone)-(\d+)", re.DOTALL)
+"""What ``_beside`` calls a file or a folder: its name, what it is for, and the process that writes it."""
 _ASIDE: set[Path] = set()
 """What this process writes aside now. A number alone does not tell: in a container the next process may have the same."""
 
@@ -72,12 +74,12 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False, made_of: s
 def _take_over(aside: Path, name: str, made_of: str | None) -> None:
     """Give ``aside`` what a process that is gone wrote aside for ``name``, if it was the same."""
     for left in aside.parent.glob(f".{glob.escape(name)}.writing-*"):
-        number = left.name.rpartition("-")[2]
+        parts = _LEFT.fullmatch(left.name)
         try:
             same = (left / MADE_OF).read_text(encoding="utf-8") == made_of
         except (OSError, ValueError):
             continue
-        if same and number.isdecimal() and not _lives(left, int(number)):
+        if same and parts and not _lives(left, int(parts[3])):
             left.rename(aside)
             clear_leftovers(aside)
             return
@@ -138,12 +140,11 @@ def clear_leftovers(parent: str | Path, name: str = "*") -> None:
     An old folder that was moved out of the way, and has no successor, is put back. Living writers are left alone.
     """
     for path in Path(parent).glob(f".{name if name == '*' else glob.escape(name)}.*-*"):
-        whole, _, number = path.name.rpartition("-")
-        stem, _, kind = whole[1:].rpartition(".")
-        if not number.isdecimal() or kind not in ("writing", "old", "gone") or _lives(path, int(number)):
+        parts = _LEFT.fullmatch(path.name)
+        if parts is None or _lives(path, int(parts[3])):
             continue
-        if kind == "old" and not path.with_name(stem).exists():
-            path.rename(path.with_name(stem))
+        if parts[2] == "old" and not path.with_name(parts[1]).exists():
+            path.rename(path.with_name(parts[1]))
         elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -153,7 +154,7 @@ def clear_leftovers(parent: str | Path, name: str = "*") -> None:
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is written, or was written until its process was killed."""
-    return name.startswith(".") and re.fullmatch(r".*\.(writing|old|gone)-\d+", name, re.DOTALL) is not None
+    return _LEFT.fullmatch(name) is not None
 
 
 def _lives(path: Path, process: int) -> bool:
@@ -194,11 +195,15 @@ def follow_umask(path: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def write_json(path: Path, values: JsonObject) -> None:
-    """Write an object as JSON, whole or not at all. Raises OSError."""
-    text = json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all. Raises OSError."""
     with file_written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: JsonObject) -> None:
+    """Write an object as JSON, whole or not at all. Raises OSError."""
+    write_text(path, json.dumps(_finite(values), indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: object) -> object:

@@ -117,7 +117,7 @@ def seed_rng(seed: int, device: torch.device) -> None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: allocated on the GPU, or resident in this process."""
-    return max(_peak(device), _earlier_peaks.get(str(device), 0))
+    return max(peak_since_reset(device), _earlier_peaks.get(str(device), 0))
 
 
 def reset_peak_memory(device: torch.device) -> bool:
@@ -144,16 +144,12 @@ def forget_peak_memory(device: torch.device) -> None:
         del _earlier_peaks[str(device)]
 
 
-def peak_since_reset(device: torch.device) -> int:
-    """The most memory held since ``reset_peak_memory``."""
-    return _peak(device)
-
-
 _earlier_peaks: dict[str, int] = {}
 """By device, the peak before the last reset, which torch and the system forget."""
 
 
-def _peak(device: torch.device) -> int:
+def peak_since_reset(device: torch.device) -> int:
+    """The most memory held since ``reset_peak_memory``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # Linux; its ru_maxrss is inherited from the process that started this one

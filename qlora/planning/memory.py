@@ -17,7 +17,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.machine.cards import WORKSPACE
 from qlora.machine.disk import GIB, bytes_text

@@ -115,9 +115,7 @@ def with_known_head(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str
 
 def _elsewhere(recipe: Recipe) -> list[str]:
     """Those of the data that are no files here, and would have to be fetched."""
-    train = recipe.data.train
-    sources = [train] if isinstance(train, str) else list(train)
-    return [source for source in [*sources, *filter(None, [recipe.data.held_out])] if not data_files(source)]
+    return [source for source in (*recipe.data.sources, *recipe.data.held_out_sources) if not data_files(source)]
 
 
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:

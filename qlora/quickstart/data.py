@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 
 TRAIN, HELD_OUT = Path("data/quickstart/train.jsonl"), Path("data/quickstart/held_out.jsonl")
 TRAINED, ASKED = 1000, 60  # messages
@@ -133,6 +133,5 @@ def written(parts: tuple[list[str], list[str]], train: Path, held_out: Path) -> 
     """Write lines into both files, whole or not at all, and count them. Raises OSError."""
     for path, lines in zip((train, held_out), parts, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with file_written_aside(path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines))
     return len(parts[0]), len(parts[1])

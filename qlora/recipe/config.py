@@ -107,6 +107,16 @@ class DataSection(Section):
         return {name: by_text(texts) for name, texts in labels.items()} if isinstance(labels, dict) else labels
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """What ``train`` names, one or several."""
+        return (self.train,) if isinstance(self.train, str) else tuple(self.train)
+
+    @property
+    def held_out_sources(self) -> tuple[str, ...]:
+        """What ``held_out`` names, if anything."""
+        return () if self.held_out is None else (self.held_out,)
+
+    @property
     def packs(self) -> bool:
         """Whether examples share rows; with ``auto``, as long as nobody knows the model."""
         return self.packing in (True, "auto")
@@ -363,13 +373,12 @@ class Recipe(Section):
 
     def __repr__(self) -> str:
         data, training = self.data, self.training
-        files = data.train if isinstance(data.train, str) else ", ".join(data.train)
         out = data.held_out or (f"{data.held_out_fraction:.2%}" if data.held_out_fraction else "nothing")
         length = counted(training.epochs, "epoch") if training.steps is None else counted(training.steps, "step")
         methods = " + ".join(part.in_short() for part in parts_of(self.method))
         return (
             f"Recipe({self.model.name} in {self.model.quantization}, {methods},\n"
-            f"       {files} ({out} held out), {length} of {training.batch_size} rows a step, folder {self.folder})"
+            f"       {', '.join(data.sources)} ({out} held out), {length} of {training.batch_size} rows a step, folder {self.folder})"
         )
 
     __str__ = __repr__

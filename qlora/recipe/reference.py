@@ -112,10 +112,7 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    return _plain(field.get_default(call_default_factory=True))
-
-
-def _plain(value: object) -> str:
+    value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

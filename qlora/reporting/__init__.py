@@ -17,7 +17,7 @@ import shlex
 from pathlib import Path
 
 from qlora.errors import DoesNotFitError, RunError, disk_is_full
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.reporting.compare import write_comparison
 from qlora.reporting.page import render
 from qlora.reporting.records import Records, read_records
@@ -35,8 +35,7 @@ def write_report(folder: Path) -> Path:
     html = render(read_records(folder))
     report = folder / "report.html"
     try:
-        with file_written_aside(report) as aside:
-            aside.write_text(html, encoding="utf-8")
+        write_text(report, html)
     except OSError as error:
         if disk_is_full(error):
             raise DoesNotFitError(

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from qlora.errors import redacted
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text
 from qlora.recipe import parts_of
 from qlora.reporting.figures import (
@@ -56,8 +56,7 @@ def write_card(
     a folder or a hub id, and the token that a classifier's is padded with.
     """
     text = card(read_records(Path(run)), Path(out), form, licence_of(base_folder), told, shell, opened)
-    with file_written_aside(Path(out) / CARD) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(Path(out) / CARD, text)
     return Path(out) / CARD
 
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora.errors import InputError, RunError
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text
 from qlora.recipe import Recipe, Section, parts_of
 from qlora.reporting.charts import Chart, Curve
 from qlora.reporting.curves import loss_chart
 from qlora.reporting.figures import MISSING, change_text, count_text, duration_text, exact_text, significant, summarise
-from qlora.reporting.page import NOT_TEXT, pages, said, shown_value
-from qlora.reporting.records import Records, read_records, section
+from qlora.reporting.page import filled, said, shown_value
+from qlora.reporting.records import Records, objects, read_records, section
 
 MOST = 6  # runs: more colours are not told apart
 
@@ -30,8 +30,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     page = render_comparison([read_records(Path(folder)) for folder in folders])
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with file_written_aside(out) as aside:
-            aside.write_text(page, encoding="utf-8")
+        write_text(out, page)
     except OSError as error:
         raise RunError(f"'{out}' cannot be written ({error.strerror}); give another place with out=FILE.") from None
     return out
@@ -40,30 +39,24 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 def render_comparison(runs: Sequence[Records]) -> str:
     """Records of several runs → a complete HTML document."""
     names = [f"{chr(ord('A') + place)} {records.name}" for place, records in enumerate(runs)]
-    measured_on = {json.dumps([_files(records), *_held_out_tokens(records)]) for records in runs}
-    page = (
-        pages()
-        .get_template("compare.html.jinja")
-        .render(
-            names=names,
-            charts=[chart for chart in _charts(names, runs) if chart.curves],
-            columns=COLUMNS,
-            rows=[_row(records) for records in runs],
-            differences=_differences([records.recipe for records in runs]),
-            answers=_answers(names, runs),
-            same_data=len(measured_on) == 1,
-        )
+    measured_on = {
+        json.dumps([_files(records), *(point.target_tokens for point in records.held_out[:1])]) for records in runs
+    }
+    return filled(
+        "compare.html.jinja",
+        names=names,
+        charts=[chart for chart in _charts(names, runs) if chart.curves],
+        columns=COLUMNS,
+        rows=[_row(records) for records in runs],
+        differences=_differences([records.recipe for records in runs]),
+        answers=_answers(names, runs),
+        same_data=len(measured_on) == 1,
     )
-    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _files(records: Records) -> list[str]:
     """The checksums of what a run read; its names may be other ones."""
     return sorted(map(str, section(records.environment, "data_files").values()))
-
-
-def _held_out_tokens(records: Records) -> list[int | None]:
-    return [point.target_tokens for point in records.held_out[:1]]
 
 
 def _charts(names: Sequence[str], runs: Sequence[Records]) -> list[Chart]:
@@ -125,11 +118,8 @@ def _by_key(recipe: Recipe) -> dict[str, str]:
 
 def _answers(names: Sequence[str], runs: Sequence[Records]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each prompt of the first run that another one answered too: (title, answer) of the data and of each run."""
-    by_prompt: list[dict[str, dict[str, object]]] = []
-    for records in runs:
-        given = records.evaluation.get("generations")
-        items = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
-        by_prompt.append({said(item.get("prompt")): item for item in items})
+    given = (objects(records.evaluation.get("generations")) for records in runs)
+    by_prompt = [{said(item.get("prompt")): item for item in items} for items in given]
     found = []
     for prompt, item in by_prompt[0].items() if by_prompt else ():
         answers = [

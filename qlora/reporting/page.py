@@ -20,7 +20,7 @@ from qlora.reporting import charts, figures
 from qlora.reporting.answers import CUT, Piece, compared
 from qlora.reporting.curves import loss_chart, small_charts
 from qlora.reporting.figures import exact_text
-from qlora.reporting.records import Json, Records, number, section, whole
+from qlora.reporting.records import Json, Records, number, objects, section, whole
 
 # Nothing is fetched and nothing runs: should a text ever get past the escaping, the browser still refuses it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -64,40 +64,41 @@ def pages() -> Environment:
     return pages
 
 
+def filled(template: str, **parts: object) -> str:
+    """A template with its parts put in, as a complete HTML document."""
+    return NOT_TEXT.sub("\ufffd", pages().get_template(template).render(parts))
+
+
 def render(records: Records) -> str:
     """Records → a complete HTML document."""
     summary = figures.summarise(records)
     verdict = _verdict(records, summary)
     ahead, repeat = _commands(records, summary.finished, verdict is not None and verdict[0] == "worse")
-    page = (
-        pages()
-        .get_template("report.html.jinja")
-        .render(
-            name=records.name,
-            figures=summary,
-            facts=_facts(records),
-            notes=records.notes,
-            loss_chart=loss_chart(records),
-            small_charts=small_charts(records),
-            held_out=records.held_out,
-            answers=_answers(records.evaluation.get("generations")),
-            classes=_classes(records.evaluation),
-            tasks=[_task(row) for row in records.tasks],
-            ranks=_ranks(section(records.method, "ranks")),
-            data=_data(section(records.plan, "data")),
-            memory=_memory(section(records.plan, "memory"), summary.peak_memory),
-            why=_sentences(records.plan.get("why")),
-            recipe=_recipe(records.recipe) if records.recipe else [],
-            recipe_text=records.recipe_text,
-            verdict=verdict,
-            happened=_happened(records),
-            cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
-            next=ahead,
-            reproduce=repeat,
-            environment=_environment(records.environment),
-        )
+    return filled(
+        "report.html.jinja",
+        name=records.name,
+        figures=summary,
+        facts=_facts(records),
+        notes=records.notes,
+        loss_chart=loss_chart(records),
+        small_charts=small_charts(records),
+        held_out=records.held_out,
+        answers=_answers(records.evaluation.get("generations")),
+        classes=_classes(records.evaluation),
+        tasks=[_task(row) for row in records.tasks],
+        ranks=_ranks(section(records.method, "ranks")),
+        data=_data(section(records.plan, "data")),
+        memory=_memory(section(records.plan, "memory"), summary.peak_memory),
+        why=_sentences(records.plan.get("why")),
+        recipe=_recipe(records.recipe) if records.recipe else [],
+        recipe_text=records.recipe_text,
+        verdict=verdict,
+        happened=_happened(records),
+        cut=CUT in json.dumps(records.evaluation.get("generations"), ensure_ascii=False),
+        next=ahead,
+        reproduce=repeat,
+        environment=_environment(records.environment),
     )
-    return NOT_TEXT.sub("\ufffd", page)
 
 
 def _facts(records: Records) -> list[str]:
@@ -155,16 +156,15 @@ def _happened(records: Records) -> list[str]:
 def _answers(generations: object) -> list[tuple[str, list[tuple[str, str, list[Piece] | None]]]]:
     """Each prompt, and under it the data's answer, the base model's and the trained model's: (key, title, pieces)."""
     found = []
-    for item in generations if isinstance(generations, list) else []:
-        if isinstance(item, dict):
-            expected, before, after = (
-                None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
-            )
-            pieces = compared(before, after)
-            shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
-            if expected is not None:
-                shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
-            found.append((said(item.get("prompt")), shown))
+    for item in objects(generations):
+        expected, before, after = (
+            None if item.get(key) is None else said(item[key]).strip() for key in ("expected", "before", "after")
+        )
+        pieces = compared(before, after)
+        shown = [("before", "Before", pieces[0]), ("after", "After training", pieces[1])]
+        if expected is not None:
+            shown.insert(0, ("expected", "Expected", compared(expected, None)[0]))
+        found.append((said(item.get("prompt")), shown))
     return found
 
 
@@ -180,13 +180,8 @@ def _classes(evaluation: Json) -> list[tuple[str, ...]]:
         return (name, exact_text(whole(parts[-1], "examples")), *more, *told)
 
     accuracy = " → ".join("—" if (one := number(part, "accuracy")) is None else f"{one:.1%}" for part in found)
-    every = [
-        [one for one in each if isinstance(one, dict)] for part in found if isinstance(each := part.get("each"), list)
-    ]
-    return [
-        row("all", found, accuracy),
-        *(row(said(parts[-1].get("label")), [*parts], "") for parts in zip(*every, strict=False)),
-    ]
+    every = zip(*(objects(part["each"]) for part in found if isinstance(part.get("each"), list)), strict=False)
+    return [row("all", found, accuracy), *(row(said(parts[-1].get("label")), [*parts], "") for parts in every)]
 
 
 def _task(row: Json) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ def read_records(folder: Path) -> Records:
         environment=redacted(_object(folder / "environment.json", notes)),
         evaluation=evaluation,
         method=redacted(_object(folder / "method.json", notes)),
-        tasks=_rows(redacted(_object(folder / "tasks.json", notes)).get("tasks")),
+        tasks=objects(redacted(_object(folder / "tasks.json", notes)).get("tasks")),
         steps=steps,
         held_out=[held_out[step] for step in sorted(held_out)],
         notes=redacted(notes),
@@ -137,7 +137,8 @@ def _object(file: Path, notes: list[str]) -> Json:
     return value
 
 
-def _rows(value: object) -> list[Json]:
+def objects(value: object) -> list[Json]:
+    """The objects in a list; none in anything else."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 

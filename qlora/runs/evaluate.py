@@ -35,7 +35,6 @@ from qlora.runs.session import (
     Generation,
     Run,
     asked,
-    held_out_prompts,
     limited,
     load_model,
     measured,
@@ -73,7 +72,7 @@ def evaluate(folder: str | Path, quiet: bool = False) -> Run:
             f"The recipe of '{folder}' holds nothing out and names no task; evaluate needs data.held_out, held_out_fraction or "
             "evaluation.tasks."
         )
-    prompts = held_out_prompts(data, recipe)
+    prompts = data.held_out_prompts(recipe.evaluation.prompts)
     model = _trained(recipe, checkpoint, folder, quiet)
     after = None
     if data.held_out:

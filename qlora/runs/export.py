@@ -8,10 +8,10 @@ run folder ─► adapter + base ─► merged (plain safetensors)  ─► compa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from qlora.runs.folder import (
 )
 from qlora.runs.measured import Form, lying_in, measured, merged_into, spread, subject, widen
 
+Some = TypeVar("Some")
 CLOSE = 0.02  # nats a token between a model and its merge in 16 bits: ten times what rounding was seen to make of it
 WORSE = 0.1  # nats a token of held-out loss that a model in other weights may have more
 
@@ -100,6 +101,11 @@ class _Opened:
     template: str | None
     ends: tuple[int, ...]
 
+    def export(self, place: Path, write: Callable[[Path], Some]) -> Some:
+        """Have ``write`` make what goes into ``place`` of the run's adapter."""
+        with full_disk_said(place, "export it again"):
+            return read_adapter(self.folder, write)
+
 
 def _opened(folder: str | Path) -> _Opened:
     folder = Path(folder)
@@ -123,25 +129,24 @@ def merge(
     """
     run, place = _opened(folder), export_folder(Path(folder), "merged", out)
     section = run.recipe.model
-    with full_disk_said(place, "export it again"):
-        return read_adapter(
-            run.folder,
-            lambda adapter: merge_files(
-                run.base.folder,
-                adapter,
-                place,
-                quantization=section.quantization,
-                double_quant=section.double_quant,
-                compute_dtype=section.compute_dtype,
-                base=base,
-                dtype=dtype,
-                overwrite=overwrite,
-                trust_remote_code=section.trust_remote_code,
-                chat_template=run.template,
-                ends=run.ends,
-                checkpoint=run.base,
-            ),
-        )
+    return run.export(
+        place,
+        lambda adapter: merge_files(
+            run.base.folder,
+            adapter,
+            place,
+            quantization=section.quantization,
+            double_quant=section.double_quant,
+            compute_dtype=section.compute_dtype,
+            base=base,
+            dtype=dtype,
+            overwrite=overwrite,
+            trust_remote_code=section.trust_remote_code,
+            chat_template=run.template,
+            ends=run.ends,
+            checkpoint=run.base,
+        ),
+    )
 
 
 def export_adapter(
@@ -154,13 +159,12 @@ def export_adapter(
     Returns None, or why the method is no plain LoRA; its own form is written then.
     """
     run, out = _opened(folder), expanded(out)
-    with full_disk_said(out, "export it again"):
-        return read_adapter(
-            run.folder,
-            lambda adapter: write_adapter(
-                run.recipe.model, run.base, adapter, out, overwrite, chat_template=run.template, keys=keys
-            ),
-        )
+    return run.export(
+        out,
+        lambda adapter: write_adapter(
+            run.recipe.model, run.base, adapter, out, overwrite, chat_template=run.template, keys=keys
+        ),
+    )
 
 
 def export_gguf(
@@ -180,26 +184,23 @@ def export_gguf(
     run = _opened(folder)
     place = export_folder(run.folder, "gguf-adapter" if adapter else "gguf", out, type)
     section = run.recipe.model
-    with full_disk_said(place, "export it again"):
-        if adapter:
-            return read_adapter(
-                run.folder, lambda found: export_gguf_adapter(section, run.base, found, place, overwrite)
-            )
-        return read_adapter(
-            run.folder,
-            lambda found: write_gguf(
-                run.base.folder,
-                found,
-                place,
-                section=section,
-                type=type,
-                base=base,
-                overwrite=overwrite,
-                chat_template=run.template,
-                ends=run.ends,
-                checkpoint=run.base,
-            ),
-        )
+    if adapter:
+        return run.export(place, lambda found: export_gguf_adapter(section, run.base, found, place, overwrite))
+    return run.export(
+        place,
+        lambda found: write_gguf(
+            run.base.folder,
+            found,
+            place,
+            section=section,
+            type=type,
+            base=base,
+            overwrite=overwrite,
+            chat_template=run.template,
+            ends=run.ends,
+            checkpoint=run.base,
+        ),
+    )
 
 
 def require_gguf(folder: str | Path) -> None:
@@ -236,19 +237,18 @@ def export_nf4(
     """
     require_language_model(Path(folder), "export to NF4")
     run, place = _opened(folder), export_folder(Path(folder), "nf4", out)
-    with full_disk_said(place, "export it again"):
-        merged = read_adapter(
-            run.folder,
-            lambda adapter: write_nf4(
-                run.base,
-                adapter,
-                place,
-                section=run.recipe.model,
-                overwrite=overwrite,
-                chat_template=run.template,
-                ends=run.ends,
-            ),
-        )
+    merged = run.export(
+        place,
+        lambda adapter: write_nf4(
+            run.base,
+            adapter,
+            place,
+            section=run.recipe.model,
+            overwrite=overwrite,
+            chat_template=run.template,
+            ends=run.ends,
+        ),
+    )
     found = subject(run.folder)
     if found.unmeasured:
         return merged, []

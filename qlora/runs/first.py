@@ -55,14 +55,13 @@ def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> 
 
 def look_at_folder(folder: Path, overwrite: bool) -> None:
     """Raise RunError where no run may be made in ``folder``, or another process trains in it."""
-    if folder.is_dir():
-        require_free(folder, overwrite)
-        require_writable(folder, "make it writable, or choose another (folder=runs/…)")
-        with taken(folder, overwrite):
-            pass
-    else:
-        require_free(folder, overwrite)
+    require_free(folder, overwrite)
+    if not folder.is_dir():
         require_writable(folder, "choose another folder (folder=runs/…)")
+        return
+    require_writable(folder, "make it writable, or choose another (folder=runs/…)")
+    with taken(folder, overwrite):
+        pass
 
 
 def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False, reads: bool = True) -> str | None:
@@ -125,9 +124,7 @@ def _memory(recipe: Recipe) -> None:
 def _data(recipe: Recipe) -> list[str]:
     """Raise DataError for data that are missing or, if they are few, that cannot be read. Returns the hub ids to ask for."""
     section = recipe.data
-    train = (section.train,) if isinstance(section.train, str) else section.train
-    held_out = () if section.held_out is None else (section.held_out,)
-    files, elsewhere = _files((*train, *held_out))
+    files, elsewhere = _files((*section.sources, *section.held_out_sources))
     if section.chat_template is not None and not (place := expanded(section.chat_template)).is_file():
         raise DataError(f"There is no chat template '{place}' (data.chat_template).{from_here(place)}")
     for task in recipe.evaluation.tasks:

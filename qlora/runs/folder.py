@@ -27,7 +27,7 @@ from qlora.files.durable import (
     write_json,
 )
 from qlora.files.lock import LOCK, run_lock
-from qlora.files.strangers import MAX_OURS, Fault, read_object
+from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
 from qlora.recipe import Recipe, TrainingSection
 from qlora.recipe.methods import parts_of
 
@@ -112,10 +112,7 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
         raise RunError(
             f"'{folder}' is no run folder (no recipe.yaml and environment.json in it); expected what train made."
         )
-    try:
-        environment = read_object(folder / "environment.json", MAX_OURS) or {}
-    except Fault:
-        environment = {}
+    environment = told(folder / "environment.json")
     if "recipe_sha256" not in environment:
         raise RunError(f"'{folder / 'environment.json'}' is damaged; put it back from a copy, or train the run anew.")
     # two of them where making it longer was broken off
@@ -124,6 +121,14 @@ def open_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
             f"'{path}' was changed after the run began; put it back, or train it anew: qlora train {shown(path)} folder=runs/…"
         )
     return Recipe.from_yaml(path), environment
+
+
+def told(path: Path) -> JsonObject:
+    """What a file of a run's folder says; nothing where it is missing or damaged."""
+    try:
+        return read_object(path, MAX_OURS) or {}
+    except Fault:
+        return {}
 
 
 def require_language_model(folder: Path, what: str) -> None:
@@ -184,10 +189,7 @@ def steps_of(recipe: Recipe, folder: Path) -> int | None:
     how many an epoch has."""
     if recipe.training.steps is not None:
         return recipe.training.steps
-    try:
-        epoch = (read_object(folder / "plan.json", MAX_OURS) or {}).get("steps_per_epoch")
-    except Fault:
-        return None
+    epoch = told(folder / "plan.json").get("steps_per_epoch")
     return recipe.training.epochs * epoch if isinstance(epoch, int) else None
 
 
@@ -284,10 +286,7 @@ def template_of(recipe: Recipe, folder: Path, base: Checkpoint) -> str | None:
     from qlora.data.chat import ChatTemplate
     from qlora.model.tokenizer import TEMPLATE
 
-    try:
-        planned = (read_object(folder / "plan.json", MAX_OURS) or {}).get("data")
-    except Fault:
-        planned = None  # the template beside the adapter tells as much
+    planned = told(folder / "plan.json").get("data")  # or the template beside the adapter tells as much
     if recipe.objective.classifies or "text" in (
         recipe.data.form,
         planned.get("form") if isinstance(planned, dict) else None,

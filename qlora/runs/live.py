@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median_high
 from threading import Event, Thread
 
 from qlora.errors import RunError
 from qlora.files.durable import expanded
+from qlora.reporting.figures import column
 from qlora.reporting.records import Records, number, read_records, whole
 
 WIDTH, HEIGHT = 640, 200  # pixels
@@ -64,9 +66,8 @@ def drawn(records: Records) -> str:
     losses = [(step.number, loss) for step in records.steps if (loss := number(step.values, "loss")) is not None]
     done = records.steps[-1].number if records.steps else 0
     said = f"step {done:,} of {steps:,}" + (f", loss {losses[-1][1]:.4f}" if losses else "")
-    seconds = sorted(second for step in records.steps if (second := number(step.values, "seconds")) is not None)
-    if seconds and done < steps:
-        said += f", {math.ceil(seconds[len(seconds) // 2] * (steps - done) / 60)} min left"
+    if (seconds := column(records, "seconds")) and done < steps:
+        said += f", {math.ceil(median_high(seconds) * (steps - done) / 60)} min left"
     return f'<progress max="{steps}" value="{done}"></progress> {said}<br>{_curve(losses, steps)}'
 
 

@@ -30,7 +30,7 @@ from qlora.export.gguf_models import Converted
 from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
 from qlora.export.verify import GgufFile
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.device import total_memory_bytes
 from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import TrainedModule
@@ -177,8 +177,7 @@ def best_base(folder: Path, type: str | None = None) -> tuple[str, str]:
         )
     found = table(forms)
     if type is None:
-        with file_written_aside(folder / FORMS) as aside:
-            aside.write_text(found + "\n", encoding="utf-8")
+        write_text(folder / FORMS, found + "\n")
     rows = {form.name: form.found.differences for form in forms}
     trained_on, original = (rows[f"{base}, {HOW.get(kinds[0], kinds[0])}"] for base in WHY)
     more, uncertain = mean_with_error([ours - theirs for ours, theirs in zip(original, trained_on, strict=True)])

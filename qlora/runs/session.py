@@ -155,11 +155,6 @@ def asked(model: AdaptedModel, prompts: Sequence[Prompt], recipe: Recipe) -> lis
     return answers(model, [prompt.ids for prompt in prompts], recipe.evaluation.max_new_tokens, cut=" […]")
 
 
-def held_out_prompts(data: Data, recipe: Recipe) -> list[Prompt]:
-    """What is asked before and after training. Found before a model is loaded: rendering begins a process."""
-    return data.held_out_prompts(recipe.evaluation.prompts) if data.held_out else []
-
-
 def load_model(
     recipe: Recipe, checkpoint: Checkpoint, device: torch.device, quiet: bool, bases: Bases, values_follow: bool = False
 ) -> AdaptedModel:

@@ -59,7 +59,6 @@ from qlora.runs.session import (
     Session,
     damaged_evaluation,
     decided_by_main,
-    held_out_prompts,
     kernels_kept,
     limited,
     load_model,
@@ -116,7 +115,7 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
             session.trainer.begin()
             if session.recipe.method.from_ is not None:
                 session.trainer.save()  # from here on, the run needs the old adapter no more
-            with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"):
+            with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), _tracked(session):
                 return _finish(session, signals, bases)
 
 
@@ -135,7 +134,7 @@ def resume(folder: str | Path, *overrides: str, quiet: bool = False, bases: Base
     with full_disk_said(folder, f"go on with: qlora resume {shown(folder)}"), lock, kernels_kept():
         session = _old_session(folder, overrides, quiet, bases or Bases())
         session.trainer.begin()
-        with stoppable(f"qlora resume {shown(folder)}") as signals:
+        with stoppable(f"qlora resume {shown(folder)}") as signals, _tracked(session):
             return _finish(session, signals, bases)
 
 
@@ -184,7 +183,7 @@ def _new_session(recipe: Recipe, folder: Path, quiet: bool, bases: Bases) -> tup
     resolved = decided_by_main(planned.recipe.model_copy(update={"overwrite": False}))
     device = limited(resolve_device(resolved.device.name), resolved)
     rate = matrix_rate(device, DTYPES[resolved.model.compute_dtype])  # now, while the device is empty
-    prompts = held_out_prompts(data, resolved)
+    prompts = data.held_out_prompts(resolved.evaluation.prompts)  # before a model is loaded: rendering begins a process
     checkpoint = checkpoint.with_weights()
     if origin is not None:
         origin.check_base(checkpoint)
@@ -224,7 +223,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
             f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
-    prompts, tasks = held_out_prompts(data, recipe), open_tasks(recipe, data)
+    prompts, tasks = data.held_out_prompts(recipe.evaluation.prompts), open_tasks(recipe, data)
     model = load_model(recipe, checkpoint, device, quiet, bases, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):
         say(f"The run began elsewhere ({listed(changed, 12)}): it goes on, but not bit for bit any more.")
@@ -259,12 +258,6 @@ def _rehearse(session: Session, planned: Plan) -> Rehearsal | None:
     return rehearsal
 
 
-def _finish(session: Session, signals: Signals, bases: Bases | None = None) -> Run:
-    """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
-    with _tracked(session):
-        return _finished(session, signals, bases)
-
-
 @contextmanager
 def _tracked(session: Session) -> Iterator[None]:
     """Inside, what is written into ``metrics.jsonl`` goes to the recipe's trackers too."""
@@ -275,7 +268,8 @@ def _tracked(session: Session) -> Iterator[None]:
         yield
 
 
-def _finished(session: Session, signals: Signals, bases: Bases | None) -> Run:
+def _finish(session: Session, signals: Signals, bases: Bases | None) -> Run:
+    """From a trainer at any step to a finished run folder: all processes take the steps, the main one does the rest."""
     layers = session.model.base.placement
     session.trainer.prepare(session.say)
     before = by_main(layers, lambda: _before(session, bases or Bases()))

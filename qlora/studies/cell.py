@@ -20,12 +20,13 @@ import torch
 
 from qlora.errors import QloraError, Stopped, disk_is_full, first_line, redacted
 from qlora.files.durable import delete_folder, write_json
-from qlora.files.strangers import MAX_OURS, Fault, JsonObject, read_object
+from qlora.files.strangers import JsonObject
 from qlora.machine.device import forget_peak_memory, peak_memory_bytes, ran_out_of_memory, resolve_device, versions
 from qlora.recipe import Recipe
 from qlora.reporting.figures import summarise
 from qlora.reporting.records import read_records
 from qlora.runs.bases import Bases
+from qlora.runs.folder import told
 from qlora.runs.session import Run
 from qlora.runs.train import resume, train
 from qlora.studies.measured import measured
@@ -77,8 +78,7 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     values = _told(cell)
     values["run_info"] |= {
         "total_time": before + time.perf_counter() - begun,
-        "train_config": _train_config(recipe),
-        "peft_config": _object(place / "adapter" / "adapter_config.json"),
+        "peft_config": told(place / "adapter" / "adapter_config.json") or None,
     }
     values["train_info"] = _train_info(run, place, peak)
     values["study"] |= _learned(run)
@@ -188,10 +188,3 @@ def _learned(run: Run) -> JsonObject:
 def _value(row: Mapping[str, Any]) -> float | None:
     """What the trained model scored in a row of the table."""
     return None if row["trained"] is None else float(row["trained"]["value"])
-
-
-def _object(path: Path) -> JsonObject | None:
-    try:
-        return read_object(path, MAX_OURS)
-    except Fault:
-        return None

@@ -18,7 +18,7 @@ def look_at_study(path: str, *overrides: str) -> None:
     require_writable(folder, "choose another folder (folder=studies/…)")
     seen = set()
     for setting in settings_of(section):
-        recipe = next(iter(setting.cells.values())).in_folder(folder, section.data_root)
+        recipe = setting.first.in_folder(folder, section.data_root)
         what = repr(
             (recipe.model, recipe.data, recipe.method.from_, recipe.evaluation.tasks, recipe.training.batch_size)
         )

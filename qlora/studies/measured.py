@@ -89,7 +89,7 @@ def _apart(before: Before, model: AdaptedModel) -> JsonObject:
 
 def _diversity(recipe: Recipe, data: Data, model: AdaptedModel) -> JsonObject:
     """How different drawn answers to held-out prompts are, of the trained model and, where it can answer alone, of the base."""
-    prompts = [prompt.ids for prompt in data.held_out_prompts(PROMPTS)] if data.held_out else []
+    prompts = [prompt.ids for prompt in data.held_out_prompts(PROMPTS)]
     if not prompts:
         raise RunError("measure: diversity needs held-out prompts, and this recipe holds out none; leave it out.")
 
@@ -109,12 +109,5 @@ def _in_short(one: MatrixChange) -> JsonObject:
         key: None if part is None else part.energy
         for key, part in (("intruders", one.intruders), ("control", one.control))
     }
-    return {
-        "path": one.path,
-        "layer": one.layer,
-        "module": one.module,
-        "relative": one.relative,
-        "effective_rank": one.effective_rank,
-        "rank_90": one.rank_90,
-        **shares,
-    }
+    names = ("path", "layer", "module", "relative", "effective_rank", "rank_90")
+    return {name: getattr(one, name) for name in names} | shares

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora.evaluation.score import plus_minus
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.reporting import page
 from qlora.reporting.figures import count_text, exact_text, significant
@@ -24,6 +24,7 @@ from qlora.studies.results import Compared, Row, forgotten
 from qlora.studies.spec import Setting, StudySection, held_equal
 
 PAGE = "study.html"
+LOSS = "held-out loss, nats a token"
 
 
 class Line(NamedTuple):
@@ -93,8 +94,7 @@ def write_page(
         differ=_in_short(differ),
     )
     path = folder / PAGE
-    with file_written_aside(path) as aside:
-        aside.write_text(html, encoding="utf-8")
+    write_text(path, html)
     return path
 
 
@@ -159,26 +159,14 @@ def plots(
     base = (before[0], "the base") if before and max(before) - min(before) < 1e-9 else None
     drawn: list[Plot | None] = []
     if any(len(one.rates) > 1 for one in settings):
-        curves: list[Given] = [
-            (
-                one.setting,
-                [
-                    (row.rate, row.loss, f"{one.setting}, rate {row.rate:g}: {of_loss(row.loss)}", 0.0, 0.0)
-                    for row in sorted(one.tried, key=lambda row: row.rate)
-                ],
-            )
-            for one in found
-        ]
-        drawn.append(
-            plot(
-                "Loss by learning rate",
-                "learning rate",
-                "held-out loss, nats a token",
-                curves,
-                log=True,
-                note="each setting's best is compared",
-            )
-        )
+        curves: Given = {}
+        for one in found:
+            curves[one.setting] = [
+                (row.rate, row.loss, f"{one.setting}, rate {row.rate:g}: {of_loss(row.loss)}", 0.0, 0.0)
+                for row in sorted(one.tried, key=lambda row: row.rate)
+            ]
+        note = "each setting's best is compared"
+        drawn.append(plot("Loss by learning rate", "learning rate", LOSS, curves, log=True, note=note))
     for key in dict.fromkeys(_number_of(values) for values in study.grid.items()):
         if key is not None:
             drawn += [
@@ -188,62 +176,23 @@ def plots(
     lost = [(one, worse) for one in found if (worse := forgotten(one.best, study.forgetting)) is not None]
     if lost:
         metric = lost[0][1][0]
-        against: list[Given] = [
-            (
-                one.setting,
-                [
-                    (
-                        worse,
-                        one.best.loss,
-                        f"{one.setting}: {worse:+.3f} {metric} forgotten, {of_loss(one.best.loss)}",
-                        0.0,
-                        _share(one, found),
-                    )
-                ],
-            )
-            for one, (_, worse) in lost
-        ]
-        drawn.append(
-            plot(
-                "Learning against forgetting",
-                f"{metric} lost on {', '.join(study.forgetting)}",
-                "held-out loss, nats a token",
-                against,
-                line=False,
-                front=True,
-                reference=base,
-                note="best is to the left and low; area: peak memory",
-            )
-        )
+        against: Given = {}
+        for one, (_, more) in lost:
+            about = f"{one.setting}: {more:+.3f} {metric} forgotten, {of_loss(one.best.loss)}"
+            against[one.setting] = [(more, one.best.loss, about, 0.0, _share(one, found))]
+        title, x_title = "Learning against forgetting", f"{metric} lost on {', '.join(study.forgetting)}"
+        note = "best is to the left and low; area: peak memory"
+        drawn.append(plot(title, x_title, LOSS, against, line=False, front=True, reference=base, note=note))
     trained = [one for one in found if one.best.trainable]
     if len(trained) > 1:
-        points: list[Given] = [
-            (
-                one.setting,
-                [
-                    (
-                        float(one.best.trainable or 1),
-                        one.loss,
-                        f"{one.setting}: {count_text(one.best.trainable)} numbers, {of_loss(one.loss)}",
-                        one.loss_error or 0.0,
-                        _share(one, trained),
-                    )
-                ],
-            )
-            for one in trained
-        ]
+        points: Given = {}
+        for one in trained:
+            count, error = float(one.best.trainable or 1), one.loss_error or 0.0
+            about = f"{one.setting}: {count_text(count)} numbers, {of_loss(one.loss)}"
+            points[one.setting] = [(count, one.loss, about, error, _share(one, trained))]
+        title, x_title, note = "Loss by what trains", "trainable numbers", "area: peak memory"
         drawn.append(
-            plot(
-                "Loss by what trains",
-                "trainable numbers",
-                "held-out loss, nats a token",
-                points,
-                log=True,
-                line=False,
-                reference=base,
-                x_text=count_text,
-                note="area: peak memory",
-            )
+            plot(title, x_title, LOSS, points, log=True, line=False, reference=base, x_text=count_text, note=note)
         )
     return drawn
 
@@ -261,7 +210,7 @@ def _number_of(field: tuple[str, Sequence[Any]]) -> str | None:
 def _by_field(key: str, found: Sequence[Compared], task: str | None) -> Plot | None:
     """The held-out loss of each arm by a numeric field of the grid, or what it scores on a task."""
     arms: dict[str, list[tuple[float, float, str, float, float]]] = {}
-    title, base = "held-out loss, nats a token", None
+    title, base = LOSS, None
     for one in found:
         score, error = one.loss, one.loss_error
         if task is not None:
@@ -276,9 +225,7 @@ def _by_field(key: str, found: Sequence[Compared], task: str | None) -> Plot | N
         )
     log = min((point[0] for points in arms.values() for point in points), default=0) > 0
     name = key.rpartition(".")[2]
-    return plot(
-        f"{'Loss' if task is None else task} by {name}", name, title, list(arms.items()), log=log, reference=base
-    )
+    return plot(f"{'Loss' if task is None else task} by {name}", name, title, arms, log=log, reference=base)
 
 
 def _share(one: Compared, others: Sequence[Compared]) -> float:

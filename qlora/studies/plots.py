@@ -54,15 +54,15 @@ class Plot(NamedTuple):
     note: str = ""
 
 
-Given = tuple[str, Sequence[tuple[float, float, str, float, float]]]
-"""A series by name: of each point x, y, what is said of it, its error and its size from 0 to 1."""
+Given = dict[str, list[tuple[float, float, str, float, float]]]
+"""Series by name: of each point x, y, what is said of it, its error and its size from 0 to 1."""
 
 
 def plot(
     title: str,
     x_title: str,
     y_title: str,
-    given: Sequence[Given],
+    given: Given,
     *,
     log: bool = False,
     line: bool = True,
@@ -77,7 +77,7 @@ def plot(
     """
     width, height = SIZE
     left, right, top, bottom = 62.0, width - 16.0, 18.0, height - 46.0
-    points = [point for _, series in given for point in series if math.isfinite(point[1])]
+    points = [point for series in given.values() for point in series if math.isfinite(point[1])]
     if not points:
         return None
     scale: Callable[[float], float] = math.log10 if log else float
@@ -102,7 +102,7 @@ def plot(
             ],
             line,
         )
-        for name, some in given
+        for name, some in given.items()
     ]
     best = _front([point for one in series for point in one.points]) if front else []
     across = None if reference is None else (y.place(reference[0]), reference[1])

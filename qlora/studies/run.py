@@ -18,7 +18,7 @@ from typing import Any
 
 from qlora.data.batches import steps_per_epoch
 from qlora.errors import DoesNotFitError, InputError, RunError, Stopped, listed
-from qlora.files.durable import expanded, file_written_aside, write_json
+from qlora.files.durable import expanded, write_json, write_text
 from qlora.files.html import as_frame
 from qlora.files.lock import run_lock
 from qlora.files.strangers import MAX_OURS, Fault, read_object
@@ -100,16 +100,14 @@ def plan_study(given: str | Path | StudySection, *overrides: str) -> str:
     section = StudySection.from_yaml(given, *overrides) if isinstance(given, str | Path) else given
     settings = settings_of(section)
     expected = expectations(settings, section)
-    budget = None if section.hours is None else section.hours * 3600
-    halvings = halvings_within(settings, expected, budget)
+    halvings = halvings_within(settings, expected, section.budget)
     cells, seconds = needed(settings, expected, halvings)
     lines = ["| setting | rates | seeds | steps | s a step | a cell | memory |", "|---|--:|--:|--:|--:|--:|--:|"]
     for one in settings:
         of = expected[one.name]
-        whole = of.fixed_seconds + of.steps * of.step_seconds
         lines.append(
             f"| {one.name} | {len(one.rates)} | {len(one.seeds)} | {of.steps:,} | {of.step_seconds:.2g} | "
-            f"{duration_text(whole)} | {bytes_text(of.memory_bytes)} |"
+            f"{duration_text(of.seconds())} | {bytes_text(of.memory_bytes)} |"
         )
     disk = sum(expected[one.name].disk_bytes for one in settings for _ in one.cells)
     lines.append(
@@ -120,7 +118,7 @@ def plan_study(given: str | Path | StudySection, *overrides: str) -> str:
         lines.append(
             f"To keep to {section.hours:g} hours, rates are tried in {halvings + 1} rounds, from {100 / 2**halvings:g} % of the steps."
         )
-    if budget is not None and seconds > budget:
+    if section.budget is not None and seconds > section.budget:
         lines.append(f"That is more than {section.hours:g} hours: the last cells will be left out, and named.")
     return "\n".join(lines)
 
@@ -130,8 +128,7 @@ def expectations(settings: Sequence[Setting], section: StudySection) -> dict[str
     rows: dict[str, int] = {}  # by what decides it: settings mostly share their data
     found = {}
     for setting in settings:
-        cell = next(iter(setting.cells.values()))
-        recipe = cell.in_folder(Path(section.folder or "studies/study"), section.data_root)
+        recipe = setting.first.in_folder(Path(section.folder or "studies/study"), section.data_root)
         try:
             planned = timed(recipe)
             data = repr((recipe.model, recipe.data, recipe.method.virtual_tokens))
@@ -153,7 +150,7 @@ def require_data(settings: Sequence[Setting], section: StudySection) -> None:
     """
     seen = set()
     for setting in settings:
-        recipe = next(iter(setting.cells.values())).in_folder(Path("studies"), section.data_root)
+        recipe = setting.first.in_folder(Path("studies"), section.data_root)
         what = repr((recipe.model, recipe.data, recipe.method.virtual_tokens, recipe.evaluation.tasks))
         if what in seen:
             continue
@@ -192,8 +189,7 @@ def _rounds(
         kept = (read_object(folder / SCHEDULE, MAX_OURS) or {}).get("rounds", {})
     except Fault:
         raise RunError(f"'{folder / SCHEDULE}' is damaged; delete it, and the rounds are decided anew.") from None
-    budget = None if section.hours is None else section.hours * 3600
-    halvings = 0 if expected is None else halvings_within(settings, expected, budget)
+    halvings = 0 if expected is None else halvings_within(settings, expected, section.budget)
     rounds = {
         one.name: kept.get(one.name) or (rungs(one, expected[one.name].steps, halvings) if expected else [None])
         for one in settings
@@ -217,13 +213,10 @@ class _Going:
         self.section, self.settings, self.rounds, self.folder = section, settings, rounds, folder
         self.expected, self.quiet = expected, quiet
         self.rows: dict[str, Row] = {}
-        self.failed_before: set[str] = set()
         for cell in self._all():
-            row = read_row(folder, cell)
-            if row is not None:
+            if (row := read_row(folder, cell)) is not None:
                 self.rows[cell.name] = row
-                if row.error:
-                    self.failed_before.add(cell.name)
+        self.failed_before = {name for name, row in self.rows.items() if row.error}
 
     def _all(self) -> list[Cell]:
         """Every cell that there may be, in the study's order."""
@@ -248,14 +241,12 @@ class _Going:
         if not self.expected:
             return 0.0
         done = [row for row in self.rows.values() if not row.error and row.seconds]
-        cells = {one.name: one for one in self._all()}
-        asked = sum(self.expected[row.setting].seconds(cells[row.cell]) for row in done)
+        asked = sum(self.expected[row.setting].seconds(row.steps) for row in done)
         scale = sum(row.seconds for row in done) / asked if asked else 1.0
-        return self.expected[cell.setting].seconds(cell) * scale
+        return self.expected[cell.setting].seconds(cell.steps) * scale
 
     def run(self, say: Any) -> None:
         """Until nothing is due, or the budget is spent. Raises Stopped."""
-        budget = None if self.section.hours is None else self.section.hours * 3600
         running: dict[Future[Outcome], Cell] = {}
         engine: Engine | None = None
         out: list[Cell] = []
@@ -265,7 +256,7 @@ class _Going:
                 taken = {cell.name for cell in running.values()}
                 waiting = [cell for cell in due(self.settings, self.rounds, self.losses) if cell.name not in taken]
                 spent = sum(row.seconds for row in self.rows.values()) + sum(map(self.seconds, running.values()))
-                waiting, out = within(waiting, self.seconds, spent, budget)
+                waiting, out = within(waiting, self.seconds, spent, self.section.budget)
                 engine = engine or (engine_of(self.section) if waiting else None)
                 for cell in waiting[: engine.workers - len(running) if engine else 0]:
                     assert engine is not None
@@ -316,8 +307,7 @@ class _Going:
             if not missing and rate is not None:
                 best[setting.name] = rate
         found = compared(self.settings, self.rows, best)
-        with file_written_aside(self.folder / "study.csv") as aside:
-            aside.write_text(csv_text(rows), encoding="utf-8")
+        write_text(self.folder / "study.csv", csv_text(rows))
         finished = not due(self.settings, self.rounds, self.losses)
         page = write_page(self.folder, self.section, self.settings, rows, found, finished)
         return Study(self.folder, rows, found, page)

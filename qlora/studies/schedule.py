@@ -29,9 +29,9 @@ class Expected:
     memory_bytes: int
     disk_bytes: int
 
-    def seconds(self, cell: Cell) -> float:
-        """Of a cell of this setting."""
-        return self.fixed_seconds + (cell.steps or self.steps) * self.step_seconds
+    def seconds(self, steps: int | None = None) -> float:
+        """Of a cell of so many steps; None: of all."""
+        return self.fixed_seconds + (steps or self.steps) * self.step_seconds
 
 
 Losses = Mapping[str, float]
@@ -83,41 +83,30 @@ def due(settings: Sequence[Setting], rounds: Mapping[str, Sequence[int | None]],
 
 def needed(settings: Sequence[Setting], expected: Mapping[str, Expected], halvings: int) -> tuple[int, float]:
     """(cells, seconds) of a whole study with so many halvings."""
-    count, seconds = 0, 0.0
+    cells: list[float] = []
     for setting in settings:
-        one = expected[setting.name]
-        left = len(setting.rates)
+        one, left = expected[setting.name], len(setting.rates)
         for steps in rungs(setting, one.steps, halvings):
-            count, seconds = (
-                count + left,
-                seconds + left * (one.fixed_seconds + (steps or one.steps) * one.step_seconds),
-            )
+            cells += [one.seconds(steps)] * left
             left = math.ceil(left / 2)
-        repeats = len(setting.seeds) - 1
-        count, seconds = count + repeats, seconds + repeats * (one.fixed_seconds + one.steps * one.step_seconds)
-    return count, seconds
+        cells += [one.seconds()] * (len(setting.seeds) - 1)
+    return len(cells), sum(cells)
 
 
-def halvings_within(
-    settings: Sequence[Setting], expected: Mapping[str, Expected], budget: float | None, workers: int = 1
-) -> int:
+def halvings_within(settings: Sequence[Setting], expected: Mapping[str, Expected], budget: float | None) -> int:
     """The fewest halvings with which all of it takes at most ``budget`` seconds, or the most there are.
 
     Raises RunError where not even the shortest full-length cell fits into the budget.
     """
     if budget is None:
         return 0
-    shortest = min(settings, key=lambda one: expected[one.name].seconds(next(iter(one.cells.values()))))
-    least = expected[shortest.name].seconds(next(iter(shortest.cells.values())))
-    if least > budget:
+    shortest = min((one.name for one in settings), key=lambda name: expected[name].seconds())
+    if (least := expected[shortest].seconds()) > budget:
         raise RunError(
-            f"One cell takes about {least / 3600:.2g} hours ('{shortest.name}', the shortest), and hours is "
+            f"One cell takes about {least / 3600:.2g} hours ('{shortest}', the shortest), and hours is "
             f"{budget / 3600:g}; give it more, or lower training.steps."
         )
-    for halvings in range(HALVINGS + 1):
-        if needed(settings, expected, halvings)[1] / workers <= budget:
-            return halvings
-    return HALVINGS
+    return next((count for count in range(HALVINGS) if needed(settings, expected, count)[1] <= budget), HALVINGS)
 
 
 def within(

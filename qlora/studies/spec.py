@@ -68,6 +68,11 @@ class StudySection(Section):
     folder: str | None = None
     """The study's folder; `studies/` and the file's name when left out."""
 
+    @property
+    def budget(self) -> float | None:
+        """Seconds that the whole study may take; None: no limit."""
+        return None if self.hours is None else self.hours * 3600
+
     @field_validator("grid")
     @classmethod
     def _not_empty(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -142,6 +147,11 @@ class Setting:
 
     name: str
     cells: Mapping[tuple[int, float], Cell]
+
+    @property
+    def first(self) -> Cell:
+        """Its first cell; the others have another rate or seed."""
+        return next(iter(self.cells.values()))
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 
 from qlora.errors import redacted, visible
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.machine.disk import bytes_text, duration_text
 
 STEPS_OF_THE_MEDIAN = 50  # a run that gets slower, as on a laptop that gets warm, is seen within so many
@@ -118,8 +118,7 @@ class MetricsLog:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        with file_written_aside(self.path) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
 
 class Progress:

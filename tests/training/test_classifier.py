@@ -18,7 +18,7 @@ from qlora.data.packing import Row, make_rows
 from qlora.errors import DataError, MethodError
 from qlora.evaluation.classes import classes_of
 from qlora.evaluation.score import score
-from qlora.evaluation.tasks.classification import Classification
+from qlora.evaluation.tasks.classification import CLASSIFICATION
 from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import save_adapter
 from qlora.methods.loading import load_adapter
@@ -203,7 +203,7 @@ def test_shares_are_those_of_the_task_of_the_same_name() -> None:
         {"log_likelihoods": [float(n == one) for n in range(3)], "right": label, "positive": None}
         for one, label in zip(chosen, right, strict=True)
     ]
-    assert Classification().together(answers) == {"precision": found.precision, "recall": found.recall, "f1": found.f1}
+    assert CLASSIFICATION.together(answers) == {"precision": found.precision, "recall": found.recall, "f1": found.f1}
     assert found.accuracy == 4 / 8
     assert [(one.label, one.examples, one.precision, one.recall) for one in found.each] == [
         ("bad", 3, 2 / 5, 2 / 3), ("good", 3, 2 / 3, 2 / 3), ("so", 2, 0.0, 0.0),

@@ -16,42 +16,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.evaluation.tasks.result import Json
-from qlora.evaluation.tasks.task import Asked, Better, Form, Reply, Unusable, column, filled, said
+from qlora.evaluation.tasks.task import Asked, Form, Kind, Unusable, column, filled, judged, said
 
 
-class Choice:
-    """See the file's docstring."""
+def _ask(fields: Mapping[str, Any], form: Form) -> Asked:
+    choices = _choices(fields, form)
+    gold = {"right": _place(column(fields, form.answer, "the right answer"), choices, form.answer or "")}
+    if form.blank is None:
+        prompt = filled(form.prompt or "", fields, "the prompt")
+        pairs = [(prompt, form.delimiter + choice) for choice in choices]
+        return Asked(tuple(pairs), gold={**gold, "characters": [len(choice) for choice in choices]})
+    before, blank, behind = filled(form.prompt or "", fields, "the prompt").partition(form.blank)
+    if not blank or not behind.strip():
+        raise Unusable(f"has a prompt without {form.blank!r} and something behind it, which is what is scored")
+    return Asked(tuple((before + choice, form.delimiter + behind.strip()) for choice in choices), gold=gold)
 
-    metrics: Mapping[str, Better] = {"accuracy": "higher", "accuracy_norm": "higher"}
 
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        choices = _choices(fields, form)
-        gold = {"right": _place(column(fields, form.answer, "the right answer"), choices, form.answer or "")}
-        if form.blank is None:
-            prompt = filled(form.prompt or "", fields, "the prompt")
-            pairs = [(prompt, form.delimiter + choice) for choice in choices]
-            return Asked(tuple(pairs), gold={**gold, "characters": [len(choice) for choice in choices]})
-        before, blank, behind = filled(form.prompt or "", fields, "the prompt").partition(form.blank)
-        if not blank or not behind.strip():
-            raise Unusable(f"has a prompt without {form.blank!r} and something behind it, which is what is scored")
-        return Asked(tuple((before + choice, form.delimiter + behind.strip()) for choice in choices), gold=gold)
+def _scores(answer: Json) -> dict[str, float]:
+    found = {"accuracy": float(likeliest(answer["log_likelihoods"]) == answer["right"])}
+    if "characters" in answer:
+        each = [nats / size for nats, size in zip(answer["log_likelihoods"], answer["characters"], strict=True)]
+        found["accuracy_norm"] = float(likeliest(each) == answer["right"])
+    return found
 
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        return {"log_likelihoods": [one.nats for one in reply.likelihoods], **(asked.gold or {})}
 
-    def scores(self, answer: Json) -> dict[str, float]:
-        found = {"accuracy": float(likeliest(answer["log_likelihoods"]) == answer["right"])}
-        if "characters" in answer:
-            each = [nats / size for nats, size in zip(answer["log_likelihoods"], answer["characters"], strict=True)]
-            found["accuracy_norm"] = float(likeliest(each) == answer["right"])
-        return found
-
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        return {}
-
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        mean = sum(1 / len(answer["log_likelihoods"]) for answer in answers) / len(answers)
-        return {"accuracy": mean, "accuracy_norm": mean}
+def _chance(answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
+    mean = sum(1 / len(answer["log_likelihoods"]) for answer in answers) / len(answers)
+    return {"accuracy": mean, "accuracy_norm": mean}
 
 
 def likeliest(values: Sequence[float]) -> int:
@@ -86,3 +77,6 @@ def _place(value: Any, choices: Sequence[str], name: str) -> int:
     raise Unusable(
         f"has {told!r} in '{name}'; expected one of its {len(choices)} choices: the text, a letter from A, or a number from 0"
     )
+
+
+CHOICE = Kind({"accuracy": "higher", "accuracy_norm": "higher"}, _ask, judged, _scores, chance=_chance)

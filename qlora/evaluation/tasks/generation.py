@@ -18,49 +18,40 @@ from typing import Any
 
 from qlora.errors import InputError
 from qlora.evaluation.tasks.result import Json
-from qlora.evaluation.tasks.task import Asked, Better, Form, Reply, Unusable, column, filled, said
+from qlora.evaluation.tasks.task import Asked, Form, Kind, Unusable, column, filled, said, written
 
 LONGEST = 5  # n-grams of NIST
 
 
-class Generation:
-    """See the file's docstring."""
+def _ask(fields: Mapping[str, Any], form: Form) -> Asked:
+    _libraries()  # before a model is loaded
+    given = column(fields, form.answer, "the references")
+    references = [said(one, form.answer or "") for one in (given if isinstance(given, list) else [given])]
+    if not references or not all(one.strip() for one in references):
+        raise Unusable(f"has an empty reference in '{form.answer}', or none; expected a text or several")
+    return Asked(prompt=filled(form.prompt or "", fields, "the prompt"), gold={"references": references})
 
-    metrics: Mapping[str, Better] = {"bleu": "higher", "nist": "higher", "rouge_l": "higher", "chrf": "higher"}
 
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        _libraries()  # before a model is loaded
-        given = column(fields, form.answer, "the references")
-        references = [said(one, form.answer or "") for one in (given if isinstance(given, list) else [given])]
-        if not references or not all(one.strip() for one in references):
-            raise Unusable(f"has an empty reference in '{form.answer}', or none; expected a text or several")
-        return Asked(prompt=filled(form.prompt or "", fields, "the prompt"), gold={"references": references})
+def _scores(answer: Json) -> dict[str, float]:
+    scorer = _libraries()[2]
+    return {"rouge_l": max(scorer.score(one, answer["text"])["rougeL"].fmeasure for one in answer["references"])}
 
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        return {"text": reply.text, **(asked.gold or {})}
 
-    def scores(self, answer: Json) -> dict[str, float]:
-        scorer = _libraries()[2]
-        return {"rouge_l": max(scorer.score(one, answer["text"])["rougeL"].fmeasure for one in answer["references"])}
-
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        sacrebleu, corpus_nist, _ = _libraries()
-        texts = [answer["text"] for answer in answers]
-        most = max(len(answer["references"]) for answer in answers)
-        # the n-th reference of every item in a list of its own; None where an item has fewer
-        columns = [[(*answer["references"], *[None] * most)[n] for answer in answers] for n in range(most)]
-        tokens = _tokenizer()
-        split = [[tokens(one).split() for one in answer["references"]] for answer in answers]
-        said = [tokens(text).split() for text in texts]
-        enough = max(map(len, said)) >= LONGEST  # nltk divides by the number of n-grams
-        return {
-            "bleu": sacrebleu.corpus_bleu(texts, columns).score,
-            "nist": float(corpus_nist(split, said, n=LONGEST)) if enough else 0.0,
-            "chrf": sacrebleu.corpus_chrf(texts, columns).score,
-        }
-
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        return {}
+def _together(answers: Sequence[Json]) -> dict[str, float]:
+    sacrebleu, corpus_nist, _ = _libraries()
+    texts = [answer["text"] for answer in answers]
+    most = max(len(answer["references"]) for answer in answers)
+    # the n-th reference of every item in a list of its own; None where an item has fewer
+    columns = [[(*answer["references"], *[None] * most)[n] for answer in answers] for n in range(most)]
+    tokens = _tokenizer()
+    split = [[tokens(one).split() for one in answer["references"]] for answer in answers]
+    said = [tokens(text).split() for text in texts]
+    enough = max(map(len, said)) >= LONGEST  # nltk divides by the number of n-grams
+    return {
+        "bleu": sacrebleu.corpus_bleu(texts, columns).score,
+        "nist": float(corpus_nist(split, said, n=LONGEST)) if enough else 0.0,
+        "chrf": sacrebleu.corpus_chrf(texts, columns).score,
+    }
 
 
 @cache
@@ -82,3 +73,8 @@ def _tokenizer() -> Any:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     return Tokenizer13a()
+
+
+GENERATION = Kind(
+    {"bleu": "higher", "nist": "higher", "rouge_l": "higher", "chrf": "higher"}, _ask, written, _scores, _together
+)

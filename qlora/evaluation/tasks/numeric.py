@@ -15,38 +15,33 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from qlora.evaluation.tasks.result import Json
-from qlora.evaluation.tasks.task import Asked, Better, Form, Reply, Unusable, column, filled, said
+from qlora.evaluation.tasks.task import Asked, Form, Kind, Reply, Unusable, filled, text_in
 
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 
 
-class Numeric:
-    """See the file's docstring."""
+def _ask(fields: Mapping[str, Any], form: Form) -> Asked:
+    prompt = filled(form.prompt or "", fields, "the prompt")
+    given = text_in(fields, form.answer, "the answer").strip()
+    number = number_in(given)
+    if number is None:
+        raise Unusable(f"has no number in '{form.answer}'")
+    return Asked(((prompt, form.delimiter + given),), prompt, gold={"right": str(number)})
 
-    metrics: Mapping[str, Better] = {"answer_loss": "lower", "exact_match": "higher"}
 
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        prompt = filled(form.prompt or "", fields, "the prompt")
-        given = said(column(fields, form.answer, "the answer"), form.answer or "").strip()
-        number = number_in(given)
-        if number is None:
-            raise Unusable(f"has no number in '{form.answer}'")
-        return Asked(((prompt, form.delimiter + given),), prompt, gold={"right": str(number)})
+def _answer(asked: Asked, reply: Reply) -> Json:
+    (found,) = reply.likelihoods
+    return {"log_likelihood": found.nats, "tokens": found.tokens, "text": reply.text, **(asked.gold or {})}
 
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        (found,) = reply.likelihoods
-        return {"log_likelihood": found.nats, "tokens": found.tokens, "text": reply.text, **(asked.gold or {})}
 
-    def scores(self, answer: Json) -> dict[str, float]:
-        number = number_in(answer["text"])
-        right = number is not None and number == Decimal(answer["right"])
-        return {"answer_loss": -answer["log_likelihood"] / answer["tokens"], "exact_match": float(right)}
+def _scores(answer: Json) -> dict[str, float]:
+    number = number_in(answer["text"])
+    right = number is not None and number == Decimal(answer["right"])
+    return {"answer_loss": -answer["log_likelihood"] / answer["tokens"], "exact_match": float(right)}
 
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        return {}
 
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        return {"answer_loss": math.log(vocabulary), "exact_match": 0.0}
+def _chance(answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
+    return {"answer_loss": math.log(vocabulary), "exact_match": 0.0}
 
 
 def number_in(text: str) -> Decimal | None:
@@ -57,3 +52,6 @@ def number_in(text: str) -> Decimal | None:
         return Decimal(found[0].replace(",", "").replace("$", "")) if found else None
     except InvalidOperation:
         return None
+
+
+NUMERIC = Kind({"answer_loss": "lower", "exact_match": "higher"}, _ask, _answer, _scores, chance=_chance)

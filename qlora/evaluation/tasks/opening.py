@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from qlora.data.values import capital
 from qlora.errors import DataError, RecipeError, listed, nearest
 from qlora.evaluation.likelihood import Ids, Pair
 from qlora.evaluation.tasks.kinds import KINDS
-from qlora.evaluation.tasks.presets import PRESETS, Fields, Preset, kind_of, preset_of
+from qlora.evaluation.tasks.presets import PRESETS, Preset, Tidy, kind_of, preset_of
 from qlora.evaluation.tasks.task import Asked, Form, Item, Task, Unusable
 from qlora.recipe import TaskSection
 
@@ -54,18 +54,14 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
         raise RecipeError(
             f"The task '{section.name}' asks for chat, but a text is no turn of a conversation; leave chat out."
         )
+    preset = preset or Preset(kind, {}, ("", None, "test"))
     form = _form(section, preset)
-    hub = (
-        preset.hub
-        if preset is not None and section.data in (None, preset.hub[0])
-        else (section.data or "", None, "test")
-    )
+    hub = preset.hub if section.data in (None, preset.hub[0]) else ("", None, "test")
     try:
         records = read_records(section.data or hub[0], section.subset or hub[1], section.split or hub[2], section.limit)
     except DataError as error:
         raise DataError(f"The task '{section.name}' cannot be read. {error}") from None
-    tidy = preset.tidy if preset is not None else None
-    asked = [_asked(section.name, kind, record, form, tidy) for record in records]
+    asked = [_asked(section.name, kind, record, form, preset.tidy) for record in records]
     encode = partial(encoded_pair, tokenizer)
     if section.chat and template is not None:
         asked, encode = _in_chat(asked, template), partial(_encoded_chat, tokenizer)
@@ -86,19 +82,19 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
     return Task(section.name, kind, settings, tuple(items), form, len(tokenizer))
 
 
-def _form(section: TaskSection, preset: Preset | None) -> Form:
+def _form(section: TaskSection, preset: Preset) -> Form:
     """What says how records are read: the section, and what it leaves out by its public set."""
     own = {one.name: getattr(section, one.name) for one in fields(Form)}
     chosen = {name: value for name, value in own.items() if value is not None}
-    return Form(**{**(preset.values if preset is not None else {}), **chosen})
+    return Form(**{**preset.values, **chosen})
 
 
-def _asked(task: str, kind: str, record: Record, form: Form, tidy: Callable[[Fields], Fields] | None) -> Asked:
+def _asked(task: str, kind: str, record: Record, form: Form, tidy: Tidy) -> Asked:
     try:
         if record.fault is not None:
             raise Unusable(record.fault)
         try:
-            found = record.fields if tidy is None else tidy(record.fields)
+            found = tidy(record.fields)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise Unusable(
                 f"has the columns {listed(record.fields, 12)}, which are not those of the public set"

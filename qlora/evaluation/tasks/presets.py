@@ -19,6 +19,7 @@ from qlora.errors import RecipeError, nearest
 from qlora.recipe import TaskSection
 
 Fields = Mapping[str, Any]
+Tidy = Callable[[Fields], Fields]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,10 @@ class Preset:
     kind: str
     values: Mapping[str, Any]
     hub: tuple[str, str | None, str]
-    tidy: Callable[[Fields], Fields] = field(default=lambda fields: fields)
+    tidy: Tidy = field(default=lambda fields: fields)
 
 
 def _hellaswag(fields: Fields) -> Fields:
-    if "ctx_a" not in fields:
-        return fields
     context = f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}"
     return {"ctx": _bare(context), "endings": [_bare(ending) for ending in fields["endings"]], "label": fields["label"]}
 
@@ -43,19 +42,22 @@ def _bare(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def _where(column: str, tidy: Tidy, others: Tidy = lambda fields: fields) -> Tidy:
+    """``tidy`` for the publishers' own records, which have this column; ``others`` for all that are plain already."""
+    return lambda fields: tidy(fields) if column in fields else others(fields)
+
+
 def _asking(fields: Fields) -> Fields:
     """llm-foundry's form, whose queries end where the answer's mark begins."""
     return {**fields, "query": f"{fields['query'].strip()}\nAnswer:"} if "query" in fields else fields
 
 
 def _arc(fields: Fields) -> Fields:
-    if "answerKey" not in fields:
-        return _asking(fields)
     return {**_lettered(fields), "query": f"Question: {fields['question']}\nAnswer:"}
 
 
 def _openbookqa(fields: Fields) -> Fields:
-    return {**_lettered(fields), "query": fields["question_stem"]} if "answerKey" in fields else fields
+    return {**_lettered(fields), "query": fields["question_stem"]}
 
 
 def _lettered(fields: Fields) -> Fields:
@@ -65,31 +67,23 @@ def _lettered(fields: Fields) -> Fields:
 
 
 def _piqa(fields: Fields) -> Fields:
-    if "goal" not in fields:
-        return _asking(fields)
     choices = [fields["sol1"], fields["sol2"]]
     return {"query": f"Question: {fields['goal']}\nAnswer:", "choices": choices, "gold": fields["label"]}
 
 
 def _winogrande(fields: Fields) -> Fields:
-    if "sentence" not in fields:
-        return fields
     before, _, behind = fields["sentence"].partition("_")
     options = [before + fields["option1"], before + fields["option2"]]
     return {"context_options": options, "continuation": behind.strip(), "gold": int(fields["answer"]) - 1}
 
 
 def _boolq(fields: Fields) -> Fields:
-    if "passage" not in fields:
-        return _asking(fields)
     right = fields.get("label", fields.get("answer"))
     query = f"{fields['passage']}\nQuestion: {fields['question']}?\nAnswer:"
     return {"query": query, "choices": ["no", "yes"], "gold": int(right) if right is not None else None}
 
 
 def _copa(fields: Fields) -> Fields:
-    if "premise" not in fields:
-        return fields
     word = {"cause": "because", "effect": "therefore"}[fields["question"]]
     choices = [fields[name][:1].lower() + fields[name][1:] for name in ("choice1", "choice2")]
     return {"query": f"{fields['premise'].strip()[:-1]} {word}", "choices": choices, "gold": fields["label"]}
@@ -102,8 +96,6 @@ def _mmlu(fields: Fields) -> Fields:
 
 
 def _lambada(fields: Fields) -> Fields:
-    if "text" not in fields:
-        return fields
     context, _, word = fields["text"].rpartition(" ")
     return {"context": context, "continuation": word}
 
@@ -120,33 +112,31 @@ def _ag_news(fields: Fields) -> Fields:
 
 
 def _e2e(fields: Fields) -> Fields:
-    if "meaning_representation" not in fields:
-        return fields
     return {"mr": fields["meaning_representation"], "refs": fields["references"]}
 
 
 def _wikitext(fields: Fields) -> Fields:
-    return {"text": fields["page"]} if "page" in fields else fields
+    return {"text": fields["page"]}
 
 
 _LISTED = {"prompt": "{query}", "choices": "choices", "answer": "gold"}
 _ARC = "allenai/ai2_arc"
 PRESETS: dict[str, Preset] = {
     "hellaswag": Preset(
-        "choice", {"prompt": "{ctx}", "choices": "endings", "answer": "label"}, ("Rowan/hellaswag", None, "validation"), _hellaswag
+        "choice", {"prompt": "{ctx}", "choices": "endings", "answer": "label"}, ("Rowan/hellaswag", None, "validation"), _where("ctx_a", _hellaswag)
     ),
-    "arc_easy": Preset("choice", _LISTED, (_ARC, "ARC-Easy", "test"), _arc),
-    "arc_challenge": Preset("choice", _LISTED, (_ARC, "ARC-Challenge", "test"), _arc),
-    "piqa": Preset("choice", _LISTED, ("baber/piqa", None, "validation"), _piqa),
-    "openbookqa": Preset("choice", _LISTED, ("allenai/openbookqa", "main", "test"), _openbookqa),
+    "arc_easy": Preset("choice", _LISTED, (_ARC, "ARC-Easy", "test"), _where("answerKey", _arc, _asking)),
+    "arc_challenge": Preset("choice", _LISTED, (_ARC, "ARC-Challenge", "test"), _where("answerKey", _arc, _asking)),
+    "piqa": Preset("choice", _LISTED, ("baber/piqa", None, "validation"), _where("goal", _piqa, _asking)),
+    "openbookqa": Preset("choice", _LISTED, ("allenai/openbookqa", "main", "test"), _where("answerKey", _openbookqa)),
     "winogrande": Preset(
         "choice",
         {"prompt": "_ {continuation}", "choices": "context_options", "answer": "gold", "blank": "_"},
         ("allenai/winogrande", "winogrande_xl", "validation"),
-        _winogrande,
+        _where("sentence", _winogrande),
     ),
-    "boolq": Preset("choice", _LISTED, ("aps/super_glue", "boolq", "validation"), _boolq),
-    "copa": Preset("choice", _LISTED, ("aps/super_glue", "copa", "validation"), _copa),
+    "boolq": Preset("choice", _LISTED, ("aps/super_glue", "boolq", "validation"), _where("passage", _boolq, _asking)),
+    "copa": Preset("choice", _LISTED, ("aps/super_glue", "copa", "validation"), _where("premise", _copa)),
     "mmlu": Preset(
         "choice",
         {"prompt": "{question}\n{listed}\nAnswer:", "choices": "letters", "answer": "answer"},
@@ -157,7 +147,7 @@ PRESETS: dict[str, Preset] = {
         "last_word",
         {"prompt": "{context}", "answer": "continuation"},
         ("EleutherAI/lambada_openai", "default", "test"),
-        _lambada,
+        _where("text", _lambada),
     ),
     "sst2": Preset(
         "classification",
@@ -199,10 +189,10 @@ PRESETS: dict[str, Preset] = {
         "generation",
         {"prompt": "Data: {mr}\nText:", "answer": "refs", "stop": ("\n",), "max_new_tokens": 96},
         ("GEM/e2e_nlg", None, "test"),
-        _e2e,
+        _where("meaning_representation", _e2e),
     ),
     "wikitext2": Preset(
-        "text", {"prompt": "{text}"}, ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"), _wikitext
+        "text", {"prompt": "{text}"}, ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"), _where("page", _wikitext)
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from qlora.evaluation.likelihood import TOKENS_AT_ONCE, Likelihood, Pair, likeli
 from qlora.evaluation.tasks.kinds import KINDS
 from qlora.evaluation.tasks.result import Json, Metric, Result, jackknifed, mean_and_error
 from qlora.evaluation.tasks.task import Item, Kind, Reply, Task
-from qlora.files.durable import file_written_aside
+from qlora.files.durable import write_text
 from qlora.methods.base import AdaptedModel
 from qlora.methods.switching import Adapters
 
@@ -51,10 +51,7 @@ def score(
     _require_room(model, task)
     answers = _read(kept, task, whose)
     left = [item for item in task.items if item.id not in answers]
-    with ExitStack() as stack:
-        file = None
-        if kept is not None and left:
-            file = stack.enter_context(_continued(kept, task, whose, answers))
+    with _continued(kept, task, whose, answers) if kept is not None and left else nullcontext() as file:
         for item, reply in _replies(model, left, task, tokens_at_once):
             answers[item.id] = KINDS[task.kind].answer(item.asked, reply)
             if file is not None:
@@ -161,9 +158,8 @@ def _head(task: Task, whose: str) -> Json:
 def _continued(kept: Path, task: Task, whose: str, answers: dict[str, Json]) -> TextIO:
     """The file, with what was read from it and nothing else, open for more."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with file_written_aside(kept) as aside:
-        lines = [_head(task, whose), *({"id": key, "answer": answer} for key, answer in answers.items())]
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lines = [_head(task, whose), *({"id": key, "answer": answer} for key, answer in answers.items())]
+    write_text(kept, "".join(json.dumps(line) + "\n" for line in lines))
     return kept.open("a", encoding="utf-8")
 
 

@@ -11,45 +11,32 @@ Knows JSON; must not know how a text was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora.data.values import Mistake, json_inside, once
 from qlora.evaluation.tasks.result import Json
-from qlora.evaluation.tasks.task import Asked, Better, Form, Reply, Unusable, column, filled
+from qlora.evaluation.tasks.task import Asked, Form, Kind, Unusable, column, filled, written
 from qlora.files.strangers import json_values
 
 
-class Structured:
-    """See the file's docstring."""
+def _ask(fields: Mapping[str, Any], form: Form) -> Asked:
+    right = column(fields, form.answer, "the JSON that is right")
+    try:
+        right = json_inside(right, f"'{form.answer}'") if isinstance(right, str) else right
+    except Mistake as mistake:
+        raise Unusable(str(mistake)) from None
+    return Asked(prompt=filled(form.prompt or "", fields, "the prompt"), gold={"right": right})
 
-    metrics: Mapping[str, Better] = {"exact_match": "higher", "field_accuracy": "higher", "valid_json": "higher"}
 
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        right = column(fields, form.answer, "the JSON that is right")
-        try:
-            right = json_inside(right, f"'{form.answer}'") if isinstance(right, str) else right
-        except Mistake as mistake:
-            raise Unusable(str(mistake)) from None
-        return Asked(prompt=filled(form.prompt or "", fields, "the prompt"), gold={"right": right})
-
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        return {"text": reply.text, **(asked.gold or {})}
-
-    def scores(self, answer: Json) -> dict[str, float]:
-        right = dict(_fields(answer["right"]))
-        try:
-            found = dict(_fields(json_values(answer["text"], object_pairs_hook=once, parse_constant=_refuse)))
-        except (ValueError, RecursionError):
-            return dict.fromkeys(self.metrics, 0.0)
-        alike = len(right.items() & found.items()) / len(right.keys() | found.keys())
-        return {"exact_match": float(alike == 1), "field_accuracy": alike, "valid_json": 1.0}
-
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        return {}
-
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        return {}
+def _scores(answer: Json) -> dict[str, float]:
+    right = dict(_fields(answer["right"]))
+    try:
+        found = dict(_fields(json_values(answer["text"], object_pairs_hook=once, parse_constant=_refuse)))
+    except (ValueError, RecursionError):
+        return dict.fromkeys(STRUCTURED.metrics, 0.0)
+    alike = len(right.items() & found.items()) / len(right.keys() | found.keys())
+    return {"exact_match": float(alike == 1), "field_accuracy": alike, "valid_json": 1.0}
 
 
 def _fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
@@ -65,3 +52,6 @@ def _fields(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+STRUCTURED = Kind({"exact_match": "higher", "field_accuracy": "higher", "valid_json": "higher"}, _ask, written, _scores)

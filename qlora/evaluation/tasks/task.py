@@ -8,9 +8,9 @@ Knows texts and numbers; must not know a file, a tokenizer or a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from qlora.data.values import filled_in
 from qlora.data.values import kind as kind_of
@@ -76,26 +76,22 @@ class Item:
         return max([len(self.prompt or ()) + 1, *(len(context) + len(rest) for context, rest in self.pairs)])
 
 
-class Kind(Protocol):
+@dataclass(frozen=True)
+class Kind:
     """A kind of task."""
 
     metrics: Mapping[str, Better]
     """Which way each metric is better; the first stands for the task."""
-
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        """What a record asks. Raises Unusable."""
-
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        """What is kept of a reply, with all that scores follow from, as plain JSON."""
-
-    def scores(self, answer: Json) -> dict[str, float]:
-        """What one item scores in each metric of items."""
-
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        """The metrics of all items; empty for most kinds."""
-
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        """What guessing scores, by metric, where that means something: a choice at random, a token of ``vocabulary``."""
+    ask: Callable[[Mapping[str, Any], Form], Asked]
+    """What a record asks. Raises Unusable."""
+    answer: Callable[[Asked, Reply], Json]
+    """What is kept of a reply, with all that scores follow from, as plain JSON."""
+    scores: Callable[[Json], dict[str, float]] = lambda _: {}
+    """What one item scores in each metric of items."""
+    together: Callable[[Sequence[Json]], dict[str, float]] = lambda _: {}
+    """The metrics of all items; empty for most kinds."""
+    chance: Callable[[Sequence[Json], int], dict[str, float]] = lambda _, vocabulary: {}
+    """What guessing scores, by metric, where that means something: a choice at random, a token of ``vocabulary``."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +107,15 @@ class Task:
     vocabulary: int
     """Tokens that there are to guess from."""
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row, answers to be generated aside."""
-        return max(item.longest for item in self.items)
-
 
 def filled(text: str, fields: Mapping[str, Any], what: str) -> str:
     """``text`` with each ``{column}`` replaced by what the record has there. Raises Unusable. ``{{`` is a brace."""
-    return filled_in(text, lambda name: said(column(fields, name, what), name))
+    return filled_in(text, lambda name: text_in(fields, name, what))
+
+
+def text_in(fields: Mapping[str, Any], name: str | None, what: str) -> str:
+    """What a record has in a column, as text. Raises Unusable."""
+    return said(column(fields, name, what), name or "")
 
 
 def column(fields: Mapping[str, Any], name: str | None, what: str) -> Any:
@@ -136,3 +132,13 @@ def said(value: Any, name: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Unusable(f"has {kind_of(value)} in '{name}'; expected text")
     return str(value)
+
+
+def judged(asked: Asked, reply: Reply) -> Json:
+    """What is kept of a choice: how likely each answer is, in nats, and what is right."""
+    return {"log_likelihoods": [one.nats for one in reply.likelihoods], **(asked.gold or {})}
+
+
+def written(asked: Asked, reply: Reply) -> Json:
+    """What is kept of a generated answer: its text, and what is right."""
+    return {"text": reply.text, **(asked.gold or {})}

@@ -15,31 +15,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora.evaluation.tasks.result import Json
-from qlora.evaluation.tasks.task import Asked, Better, Form, Reply, Unusable, filled
+from qlora.evaluation.tasks.task import Asked, Form, Kind, Reply, Unusable, filled
 
 
-class Text:
-    """See the file's docstring."""
+def _ask(fields: Mapping[str, Any], form: Form) -> Asked:
+    text = filled("{text}" if form.prompt is None else form.prompt, fields, "the text")
+    if not text.strip():
+        raise Unusable("is an empty text")
+    return Asked((("", text),), gold={"bytes": len(text.encode())})
 
-    metrics: Mapping[str, Better] = {"bits_per_byte": "lower", "loss": "lower"}
 
-    def ask(self, fields: Mapping[str, Any], form: Form) -> Asked:
-        text = filled("{text}" if form.prompt is None else form.prompt, fields, "the text")
-        if not text.strip():
-            raise Unusable("is an empty text")
-        return Asked((("", text),), gold={"bytes": len(text.encode())})
+def _answer(asked: Asked, reply: Reply) -> Json:
+    (found,) = reply.likelihoods
+    return {"log_likelihood": found.nats, "tokens": found.tokens, **(asked.gold or {})}
 
-    def answer(self, asked: Asked, reply: Reply) -> Json:
-        (found,) = reply.likelihoods
-        return {"log_likelihood": found.nats, "tokens": found.tokens, **(asked.gold or {})}
 
-    def scores(self, answer: Json) -> dict[str, float]:
-        return {}
+def _together(answers: Sequence[Json]) -> dict[str, float]:
+    nats, tokens, size = (math.fsum(one[key] for one in answers) for key in ("log_likelihood", "tokens", "bytes"))
+    return {"bits_per_byte": -nats / math.log(2) / size, "loss": -nats / tokens}
 
-    def together(self, answers: Sequence[Json]) -> dict[str, float]:
-        nats, tokens, size = (math.fsum(one[key] for one in answers) for key in ("log_likelihood", "tokens", "bytes"))
-        return {"bits_per_byte": -nats / math.log(2) / size, "loss": -nats / tokens}
 
-    def chance(self, answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
-        tokens, size = (sum(answer[key] for answer in answers) for key in ("tokens", "bytes"))
-        return {"bits_per_byte": math.log2(vocabulary) * tokens / size, "loss": math.log(vocabulary)}
+def _chance(answers: Sequence[Json], vocabulary: int) -> dict[str, float]:
+    tokens, size = (sum(answer[key] for answer in answers) for key in ("tokens", "bytes"))
+    return {"bits_per_byte": math.log2(vocabulary) * tokens / size, "loss": math.log(vocabulary)}
+
+
+TEXT = Kind({"bits_per_byte": "lower", "loss": "lower"}, _ask, _answer, together=_together, chance=_chance)
