@@ -161,7 +161,7 @@ def _whole_for_the_head(network: PreTrainedModel) -> Iterator[None]:
 def _end_tokens(model: AdaptedModel | Adapters) -> list[int]:
     """Every token that ends an answer: by the tokenizer, by config.json (one or a list), and by generation_config.json."""
     network: PreTrainedModel = model.model
-    named = anatomy.text_config(network).eos_token_id
+    named = getattr(anatomy.text_config(network), "eos_token_id", None)
     found = [model.tokenizer.eos_token_id, *model.base.end_tokens, *(named if isinstance(named, list) else [named])]
     return sorted({end for end in found if end is not None})
 

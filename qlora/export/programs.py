@@ -43,8 +43,9 @@ def programs(folder: str | Path, tied: bool) -> list[Verdict]:
     none = None
     if config.get("peft_type") != "LORA" or any(config.get(field) for field in WHOLE):
         none = "it is no plain LoRA"
-    elif config.get("target_parameters"):
-        none = "it adapts experts"
+    elif named := config.get("target_parameters"):
+        shared = all(str(name).endswith(".weight") for name in named)
+        none = "it adapts shared experts, by their weights (target_parameters)" if shared else "it adapts experts"
     ends = None
     if any(".lora_embedding_" in key for key in keys):
         ends = "it adapts the embedding"

@@ -13,6 +13,7 @@ from torch import nn
 from qlora.errors import MethodError, listed, nearest
 from qlora.methods.planted import Planted, modules_unplanted, unplanted
 from qlora.model.anatomy import OWN_USE, TO_ENCODER, fused_experts, is_router, kind, read_as_weights, repeated
+from qlora.model.experts import PackedExperts
 from qlora.model.names import OnLoad
 from qlora.model.nf4 import is_linear
 from qlora.recipe.methods import Targets
@@ -66,8 +67,13 @@ def choose_targets(
     else:
         every = {path: module for path, module in modules_unplanted(model) if fits(unplanted(module))}
         shared = repeated(model)
-        fused = fused_experts(model)
+        fused, packed = fused_experts(model), experts_without_adapter(model)
         for name in wanted:
+            if not any(matches(name, path) for path in every) and any(matches(name, path) for path in packed):
+                raise MethodError(
+                    f"method.target_modules names '{name}', which is of experts, several matrices in one; LoRA adapts them by "
+                    f"method.target_parameters=[{_short(packed, name)}]."
+                )
             if found := [path for path in fused if matches(name, path) or matches(name, path.rpartition(".")[0])]:
                 raise MethodError(
                     f"method.target_modules names '{name}', but the experts of {type(model).__name__} are fused into one "
@@ -104,12 +110,32 @@ def left_out(model: nn.Module, wanted: Targets) -> list[str]:
             f"method.target_modules is all-linear without the {len(shared)} linears of blocks that several layers of {kind(model)} share "
             f"({listed(sorted(shared), 2)}): an adapter of all of them would be several to PEFT."
         )
+    if uncalled := [path for path in read_as_weights(model) if path in dict(model.named_modules())]:
+        said.append(
+            f"method.target_modules is all-linear without {listed(sorted(set(map(leaf, uncalled))))}, whose weights {kind(model)} reads "
+            "without calling them: an adapter there would never be asked."
+        )
     if fused := fused_experts(model):
         said.append(
             f"method.target_modules is all-linear without {len(fused)} parameters of three dimensions, each of several experts "
             f"({listed(fused, 2)}), which are no linears: they stay as they are."
         )
+    if packed := experts_without_adapter(model):
+        said.append(
+            f"method.target_modules is all-linear without the experts, which stay as they are; LoRA adapts them too where they are named: "
+            f"method.target_parameters=[{_short(packed)}]."
+        )
     return said
+
+
+def experts_without_adapter(model: nn.Module) -> list[str]:
+    """The packed matrices of experts that nothing was planted on, by their parameters' names in the untouched model."""
+    return [path for path, module in modules_unplanted(model) if isinstance(module, PackedExperts)]
+
+
+def _short(paths: Iterable[str], name: str = "") -> str:
+    """The ends of paths that contain ``name``, once each: ``mlp.experts.gate_up_proj, mlp.experts.down_proj``."""
+    return ", ".join(dict.fromkeys(".".join(path.split(".")[-3:]) for path in paths if not name or matches(name, path)))
 
 
 def _peft_refuses(model: nn.Module) -> list[str]:
@@ -125,6 +151,12 @@ def _peft_refuses(model: nn.Module) -> list[str]:
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:
+    if found := [(path, module) for path, module in modules_unplanted(model) if matches(name, path)]:
+        path, module = found[0]
+        return MethodError(
+            f"method.target_modules names '{name}', but '{path}' is a {type(unplanted(module)).__name__} and no {what}; the method "
+            f"modules trains it whole, also beside another: [{{name: lora}}, {{name: modules, modules: [{name}]}}]."
+        )
     existing = sorted({leaf(path) for path in every})
     return MethodError(
         f"method.target_modules names '{name}', which no {what} of {type(model).__name__} is called."

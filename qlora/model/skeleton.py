@@ -248,7 +248,8 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
     """Put an empty quantised linear in the place of every plain one but the output head, as bitsandbytes in transformers, and
     packed matrices in the place of a mixture's experts.
 
-    ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced.
+    ``prequantised`` names the linears that a prequantised checkpoint holds packed: exactly those are replaced, and experts, which it
+    holds whole since transformers 5.
     Raises ModelError when it holds none, and when much of a 4-bit model would stay in 16 bits (experts in 3-D
     parameters).
     """
@@ -267,9 +268,9 @@ def empty_linears(model: PreTrainedModel, scheme: Scheme, dtype: torch.dtype, pr
             continue
         model.set_submodule(name, empty_linear(module, scheme, dtype))
     for name, module in model.named_modules():
-        if scheme.quantization in FOUR_BIT and not scheme.prequantised and matrices(module) and not matches(name, kept):
+        if scheme.quantization in FOUR_BIT and matrices(module) and not matches(name, kept):
             empty_experts(module, scheme.quantization, scheme.double_quant, dtype)
-    _refuse_mostly_dense(model, scheme.quantization)
+    _refuse_mostly_dense(model, scheme.quantization, scheme.prequantised)
 
 
 def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> Linear4bit | Linear8bit:
@@ -322,7 +323,7 @@ def matches(name: str, patterns: list[str]) -> bool:
     return any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) for pattern in patterns)
 
 
-def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
+def _refuse_mostly_dense(model: PreTrainedModel, quantization: str, prequantised: bool) -> None:
     """bitsandbytes passes over what is no nn.Linear without a word; a model of 30 GB instead of 8 is the first sign."""
     packed = packed_numbers(model)
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -336,13 +337,18 @@ def _refuse_mostly_dense(model: PreTrainedModel, quantization: str) -> None:
     total = packed + sum(dense.values())
     if quantization == "int8" and any(matrices(module) for module in model.modules()):
         raise ModelError(
-            f"The experts of this {model.config.model_type} model can be held in nf4 or fp4, not in int8; set "
-            "model.quantization=nf4."
+            f"The experts of this {model.config.model_type} model can be held in nf4 or fp4, not in int8; "
+            + ("name the 16-bit checkpoint that it was made from." if prequantised else "set model.quantization=nf4.")
         )
     if sum(dense.values()) > MOST_UNQUANTISED * total:
         largest = sorted(dense, key=lambda name: -dense[name])
+        said = f"Only {packed / total:.0%} of the weights of this {model.config.model_type} model are linears"
+        if prequantised:
+            raise ModelError(
+                f"{said} that its checkpoint holds in {quantization}; these are in 16 bits: {listed(largest)}. Name the 16-bit "
+                "checkpoint that it was made from."
+            )
         raise ModelError(
-            f"Only {packed / total:.0%} of the weights of this {model.config.model_type} model are linears that can be "
-            f"quantised; these would stay in 16 bits: {listed(largest)}. Set model.quantization=none to load it unquantised "
-            f"instead of {quantization}, or take another model."
+            f"{said} that can be quantised; these would stay in 16 bits: {listed(largest)}. Set model.quantization=none to load it "
+            f"unquantised instead of {quantization}, or take another model."
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import DoesNotFitError, ModelError, counted, listed
+from qlora.errors import DoesNotFitError, ModelError, RecipeError, counted, listed
 from qlora.files.html import as_text
 from qlora.machine.cards import AMPERE, CARDS, WORKSPACE, Card, amount, card, parse_memory, several, workspace_bytes
 from qlora.machine.device import (
@@ -32,6 +32,7 @@ from qlora.machine.processes import here
 from qlora.methods.base import METHODS, apply_method
 from qlora.methods.files import portable_bytes
 from qlora.methods.targets import left_out
+from qlora.model import anatomy
 from qlora.model.attention import keep_apart
 from qlora.model.base import count_parameters
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -49,6 +50,7 @@ from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes
+from qlora.training.passage import asked_at_boundary
 
 REST = 16 * 1024**2  # metrics, evaluation and report
 
@@ -269,16 +271,32 @@ def _plan(
         origin.check(adapted)
     for wanted in {getattr(part, "target_modules", ()) for part in parts_of(resolved.method)}:
         why += left_out(adapted.model, wanted)
+    if anatomy.is_mixture(base.model):
+        why.append("The routers of its experts are frozen, and no loss that balances experts is added.")
+        if checkpoint.config.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
+            why.append(
+                f"Its experts, which the checkpoint has in 16 bits, are packed to {resolved.model.quantization} here."
+            )
     if left := [path for method in adapted.methods for path in method.left_out]:
         why.append(f"Left out of all-linear, since they are narrower than method.r: {listed(left, 3)}.")
     account = account_of(adapted, parameters, resolved.training.optimizer)
     arranger = Arranger(adapted, resolved, target)
+    there = asked_at_boundary(resolved.memory, resolved.memory.layers != "resident")
+    if there and (whole := arranger.kept_whole):
+        raise RecipeError(
+            f"The recipe asks for {listed(there)}, which works at the recompute boundary of the layers. But there can be none: "
+            f"{whole}. Leave it out."
+        )
     asked = arranger.look()
     lacking = target.lacking(asked.needed)
     if resolved.training.recompute == "auto" and not (budget or lacking):
         decided = arranger.recipe.training
         whole = None if arranger.keeps else arranger.kept_whole
-        reason = whole or "activations are kept in as many layers as memory allows"
+        layered = decided.recompute == "all" and decided.layer_major
+        faster = (
+            "a layer's weights are then dequantised once a step, which saves more here than keeping activations would"
+        )
+        reason = whole or (faster if layered else "activations are kept in as many layers as memory allows")
         why.append(f"training.recompute is {decided.recompute}, with {decided.accumulation} accumulation: {reason}.")
     chosen: Arrangement | None = asked
     if budget or lacking:

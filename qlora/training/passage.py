@@ -152,20 +152,20 @@ def check_every_row(model: AdaptedModel, rows: Sequence[Row], held_out: Sequence
 
 def refuse_without_boundary(model: AdaptedModel, training: TrainingSection, memory: MemorySection) -> None:
     """Raise RecipeError where the recipe asks for what works at the boundary of the layers, and has none."""
-    if training.recompute not in ("none", 0):
-        return
-    asked = []
-    if model.base.placement is not None:
-        asked.append("layers that are streamed (memory.layers)")
-    if memory.layer_inputs != "device":
-        asked.append(f"memory.layer_inputs={memory.layer_inputs}")
-    if memory.mlp_tile is not None:
-        asked.append("memory.mlp_tile")
-    if asked:
+    asked = asked_at_boundary(memory, model.base.placement is not None)
+    if asked and training.recompute in ("none", 0):
         raise RecipeError(
             f"The recipe asks for {listed(asked)}, which works at the recompute boundary of the layers, but has "
             f"training.recompute={training.recompute}; set it to all."
         )
+
+
+def asked_at_boundary(memory: MemorySection, streamed: bool) -> list[str]:
+    """What is asked for that works at the recompute boundary of the layers."""
+    asked = ["layers that are streamed (memory.layers)"] if streamed else []
+    if memory.layer_inputs != "device":
+        asked.append(f"memory.layer_inputs={memory.layer_inputs}")
+    return asked if memory.mlp_tile is None else [*asked, "memory.mlp_tile"]
 
 
 def count_layers(model: AdaptedModel, training: TrainingSection) -> int:

@@ -138,7 +138,7 @@ def recipe(checkpoint: Path, run: Path) -> dict[str, Any]:
         "method": {"r": RANK, "alpha": 2 * RANK},
         "data": {"train": str(data), "max_length": 32, "packing": True},
         "training": {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "save_every": 0},
-        "evaluation": {"prompts": 0},
+        "evaluation": {"prompts": 1, "max_new_tokens": 2},
         "device": {"name": "cpu", "threads": 1},
         "folder": str(run),
         "overwrite": True,

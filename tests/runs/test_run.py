@@ -267,7 +267,7 @@ def test_forms_are_measured_before_one_is_chosen(
     assert main(["export", str(copy), "merged"]) == 0
     text = (copy / "forms.md").read_text(encoding="utf-8")
     assert text in (printed := capsys.readouterr().out)
-    lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines()[2:]}
+    lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines()[4:]}
     assert list(lines) == [
         "trained", *(f"{base}, {how}" for base in ("dequantized", "original") for how in ("16 bits", "in NF4 again"))
     ]  # fmt: skip
