@@ -123,7 +123,10 @@ _LISTED = {"prompt": "{query}", "choices": "choices", "answer": "gold"}
 _ARC = "allenai/ai2_arc"
 PRESETS: dict[str, Preset] = {
     "hellaswag": Preset(
-        "choice", {"prompt": "{ctx}", "choices": "endings", "answer": "label"}, ("Rowan/hellaswag", None, "validation"), _where("ctx_a", _hellaswag)
+        "choice",
+        {"prompt": "{ctx}", "choices": "endings", "answer": "label"},
+        ("Rowan/hellaswag", None, "validation"),
+        _where("ctx_a", _hellaswag),
     ),
     "arc_easy": Preset("choice", _LISTED, (_ARC, "ARC-Easy", "test"), _where("answerKey", _arc, _asking)),
     "arc_challenge": Preset("choice", _LISTED, (_ARC, "ARC-Challenge", "test"), _where("answerKey", _arc, _asking)),
