@@ -241,7 +241,7 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device
         if func.overloadpacket in BY_MASK:
             args = (args[0], _without_masks(args[1]), *args[2:])
-        result = _all_of(args[0]) if func is torch.ops.aten.nonzero.default else func(*args, **(kwargs or {}))
+        result = INSTEAD.get(func, func)(*args, **(kwargs or {}))
         for values in tree_leaves(result):
             if isinstance(values, Tensor):
                 self._track(values.untyped_storage())
@@ -273,6 +273,18 @@ BY_MASK = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_
 def _all_of(mask: Tensor) -> Tensor:
     """Where ``mask`` is true: nobody knows how often that is, and everywhere is what takes most."""
     return torch.empty(mask.numel(), mask.dim(), dtype=torch.long)
+
+
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The product of each group of rows with its own matrix, or where both have two dimensions a matrix for each group."""
+    groups = [len(offs)] if rows.dim() == weights.dim() == 2 else []
+    return rows.new_empty([*groups, rows.shape[-2], weights.shape[-1]])
+
+
+INSTEAD: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.nonzero.default: _all_of,
+    torch.ops.aten._grouped_mm.default: _grouped,  # which torch's fake tensors know in bf16 alone
+}
 
 
 def _without_masks(indices: list[Tensor | None]) -> list[Tensor | None]:

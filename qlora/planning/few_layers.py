@@ -47,11 +47,6 @@ def shortened(
     config = copy.deepcopy(model.config)
     memo: dict[int, Any] = {id(model.config): config, id(anatomy.text_config(model)): anatomy.text_config(config)}
     _shorten(anatomy.text_config(config), kept, len(layers))
-    if (
-        adapted.base.compute_dtype != torch.bfloat16
-        and getattr(config, "_experts_implementation", None) == "grouped_mm"
-    ):
-        config._experts_implementation = "eager"  # fake tensors know grouped products in bf16 alone; this takes as much
     if getattr(model, "_supports_attention_backend", True):  # else its attention knows no name but transformers' own
         _choose_attention(anatomy.text_config(config), packed)
     gone = {id(part) for layer in layers for part in layer.modules()}
