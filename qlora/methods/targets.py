@@ -154,7 +154,7 @@ def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> Me
     if found := [(path, module) for path, module in modules_unplanted(model) if matches(name, path)]:
         path, module = found[0]
         return MethodError(
-            f"method.target_modules names '{name}', but '{path}' is a {type(unplanted(module)).__name__} and no {what}; the method "
+            f"method.target_modules names '{name}', but '{path}' ({type(unplanted(module)).__name__}) is no {what}; the method "
             f"modules trains it whole, also beside another: [{{name: lora}}, {{name: modules, modules: [{name}]}}]."
         )
     existing = sorted({leaf(path) for path in every})

@@ -83,7 +83,12 @@ def test_all_linear_is_attention_and_mlp_without_the_head(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("q_porj", "Did you mean 'q_proj'"), ("input_layernorm", "down_proj, .*gate_proj")]
+    ("name", "hint"),
+    [
+        ("q_porj", "Did you mean 'q_proj'"),
+        ("kv", "down_proj, .*gate_proj"),
+        ("input_layernorm", "the method modules trains it whole"),
+    ],
 )
 def test_a_name_that_matches_nothing_lists_those_that_exist(tmp_path: Path, name: str, hint: str) -> None:
     base = tiny_base(tiny_checkpoint(tmp_path))

@@ -13,19 +13,21 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qlora.data.batches import collate
 from qlora.data.packing import Row
-from qlora.errors import MethodError
+from qlora.errors import MethodError, ModelError
 from qlora.export.merged import merge
 from qlora.methods.base import AdaptedModel, apply_method
 from qlora.methods.files import save_adapter
 from qlora.methods.loading import load_adapter
+from qlora.methods.targets import left_out
 from qlora.model.experts import PackedExperts
 from qlora.model.loss import batch_loss
 from qlora.model.nf4 import FrozenLinear, Linear4bit
+from qlora.model.skeleton import _refuse_mostly_dense
 from qlora.recipe import LoRA, MemorySection, ModelSection
 from qlora.residence.layers import wrap_layers
 from qlora.residence.load import load_base
@@ -33,6 +35,7 @@ from tests.rounding import GRADIENT, difference, doubled, no_worse, rounding
 from tests.steps import close
 from tests.tiny import CPU, TOKENS, any_checkpoint, gradients, logits_of, random_rows, stir, tiny_base
 
+PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 FEW = {"num_experts_per_tok": 2, "initializer_range": 0.2}
 NARROW = {"moe_intermediate_size": 64}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -147,6 +150,39 @@ def backward(model: AdaptedModel) -> dict[str, Tensor]:
     return gradients(model)
 
 
+@pytest.mark.parametrize("adapted_too", [(), PARAMETERS], ids=["alone", "with experts"])
+def test_experts_that_get_no_adapter_are_named(adapted_too: tuple[str, ...], checkpoint: Any) -> None:
+    model = apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(r=4, target_parameters=adapted_too)).model
+    said = [one for one in left_out(model, "all-linear") if "the experts, which stay as they are" in one]
+    assert len(said) == (0 if adapted_too else 1)
+    assert all("target_parameters=[mlp.experts.gate_up_proj, mlp.experts.down_proj]" in one for one in said)
+
+
+@TWO
+def test_experts_that_bitsandbytes_left_in_16_bits_are_packed_here(
+    family: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    """Its checkpoints hold linears packed and experts whole: the same model as from the checkpoint that it was made from."""
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    folder = checkpoint(family)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=four, dtype=torch.float32).save_pretrained(
+        tmp_path
+    )
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    packed, ours = (tiny_base(place).model for place in (tmp_path, folder))
+    assert experts_of(packed).keys() == experts_of(ours).keys()
+    assert packed.state_dict().keys() == ours.state_dict().keys()
+    assert difference(logits_of(packed), logits_of(ours)) <= rounding()
+    with pytest.raises(ModelError, match=r"in nf4 or fp4, not in int8; name the 16-bit checkpoint"):
+        _refuse_mostly_dense(AutoModelForCausalLM.from_pretrained(folder), "int8", prequantised=True)
+
+
 @EVERY
 def test_gradients_are_those_of_the_dense_experts(family: str, checkpoint: Any) -> None:
     model = adapted(checkpoint(family))
@@ -252,7 +288,6 @@ def test_mxfp4_is_dequantised_and_merged_in_16_bits(checkpoint: Any, tmp_path: P
 
 # --- trained ------------------------------------------------------------------------------------------------------------
 
-PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 SOME = pytest.mark.parametrize(
     ("family", "parameters"), [("Qwen3Moe", PARAMETERS), ("GptOss", PARAMETERS), ("GptOss", PARAMETERS[1:])]
 )
@@ -345,5 +380,9 @@ def test_what_cannot_be_on_experts_is_said(method: dict[str, Any], sentence: str
     with pytest.raises(MethodError, match=sentence):
         apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(**method))
     dense = tiny_base(checkpoint("Qwen3Moe"), "none")
+    with pytest.raises(
+        MethodError, match=r"'down_proj', which is of experts.* target_parameters=\[mlp.experts.down_proj\]"
+    ):
+        apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(target_modules=("down_proj",)))
     with pytest.raises(MethodError, match="not quantised, and experts are adapted"):
         apply_method(dense, LoRA(r=4, target_modules=("q_proj",), target_parameters=PARAMETERS))
