@@ -381,7 +381,7 @@ def test_what_cannot_be_on_experts_is_said(method: dict[str, Any], sentence: str
         apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(**method))
     dense = tiny_base(checkpoint("Qwen3Moe"), "none")
     with pytest.raises(
-        MethodError, match=r"'down_proj', which is of experts.* target_parameters=\[mlp.experts.down_proj\]"
+        MethodError, match=r"'down_proj', which is of experts.*target_parameters=\[mlp.experts.down_proj\]"
     ):
         apply_method(tiny_base(checkpoint("Qwen3Moe")), LoRA(target_modules=("down_proj",)))
     with pytest.raises(MethodError, match="not quantised, and experts are adapted"):
