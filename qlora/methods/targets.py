@@ -151,7 +151,10 @@ def _peft_refuses(model: nn.Module) -> list[str]:
 
 
 def _nothing(model: nn.Module, name: str, every: Iterable[str], what: str) -> MethodError:
-    if found := [(path, module) for path, module in modules_unplanted(model) if matches(name, path)]:
+    found = [(path, module) for path, module in modules_unplanted(model) if matches(name, path)]
+    if found and not isinstance(
+        unplanted(found[0][1]), nn.Linear
+    ):  # as torch's attention has, which reads its weight itself
         path, module = found[0]
         return MethodError(
             f"method.target_modules names '{name}', but '{path}' ({type(unplanted(module)).__name__}) is no {what}; the method "
