@@ -4,7 +4,8 @@
 
 Each command is typed in a terminal of 80 columns (a pseudo-terminal, so that colours and bars are what a person sees); one is stopped
 with Ctrl-C and gone on with, and one is misspelt. Prints a transcript in Markdown: long outputs are cut in their middle, which is
-marked. Beside it lie two pictures of the training in a terminal, of 80 and of 40 columns, drawn from what was shown.
+marked. Beside it lie two pictures of the training in a terminal, of 80 and of 40 columns, drawn from what was shown, and all that was, as
+JSON: a line that is in it is not typed again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-SHOWN = 24  # lines of one output in the transcript
+SHOWN = 26  # lines of one output in the transcript
 
 
 class Typed(NamedTuple):
@@ -46,7 +47,7 @@ HOUR = (
     Typed("qlora plan mine.yaml", "Does it fit, and how long does it take?"),
     Typed("qlora plan mine.yaml device.memory=T4", "And on the card that Colab lends?"),
     Typed("qlora train mine.yaml training.lr=1e-4", "A key as other programs call it."),
-    Typed("qlora train mine.yaml", "Ctrl-C in the middle.", stop_at="step 4/"),
+    Typed("qlora train mine.yaml", "Ctrl-C in the middle.", stop_at="4/15"),
     Typed("qlora resume runs/mine", "On from there, in a narrow window.", 40),
     Typed("echo 'What does copytree do?' | qlora chat runs/mine", "Talk to it."),
     Typed("qlora export runs/mine merged", "Take it away, for Python and vLLM."),
@@ -84,16 +85,24 @@ def shown(typed: Typed, folder: Path, path: str) -> tuple[int, float, str]:
 
 
 def final(text: str) -> list[str]:
-    """The lines that stay on the screen, with their colours: what a bar overwrote is gone."""
-    lines: list[str] = []
-    for line in text.replace("\r\n", "\n").split("\n"):
-        up = 0
-        while moved := re.match(r"(?:\r|\x1b\[2K|\x1b\[\?25[lh])*\x1b\[(\d*)A", line):
-            up, line = up + int(moved[1] or 1), line[moved.end() :]
-        if up:
-            del lines[-up:]
-        lines.append(line.rsplit("\r", 1)[-1] if line.rstrip("\r").count("\r") else line.rstrip("\r"))
-    return [re.sub(r"\x1b\[(?:2K|\?25[lh]|\d*[A-KG])", "", line) for line in lines]
+    """The lines that stay on the screen, with their colours: what a bar wrote over is gone."""
+    lines, row, fresh = [""], 0, False
+    for part in re.split(r"(\r\n|\r|\n|\x1b\[[0-9;?]*[A-Za-z])", text):
+        if part in ("\n", "\r\n"):
+            row, fresh = row + 1, True
+            lines += [""] * (row == len(lines))
+        elif part == "\r":
+            fresh = True
+        elif part.endswith("A") and part.startswith("\x1b["):
+            row = max(0, row - int(part[2:-1] or 1))
+        elif part.endswith("K") and part.startswith("\x1b["):
+            lines[row] = ""
+        elif part.startswith("\x1b[") and not part.endswith("m"):
+            continue  # the cursor is hidden, or shown
+        elif part:
+            lines[row] = part if fresh and not part.startswith("\x1b[") else lines[row] + part
+            fresh = False
+    return lines
 
 
 def plain(line: str) -> str:
@@ -129,15 +138,20 @@ def main() -> None:
     parser.add_argument("--clone", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    clone, begun = args.clone.absolute(), time.perf_counter()
+    clone = args.clone.absolute()
     path = f"{clone / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
-    told = []
+    told, minutes = [], 0.0
+    kept = args.out.with_suffix(".json")
+    done = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for typed in (FIRST, *HOUR):
-        if typed is HOUR[1]:
-            mine(clone)
-        status, seconds, text = shown(typed, clone, path)
+        if typed.line not in done:
+            if typed is HOUR[1]:
+                mine(clone)
+            done[typed.line] = shown(typed, clone, path)
+            kept.write_text(json.dumps(done), encoding="utf-8")
+        status, seconds, text = done[typed.line]
         lines = final(text)
-        minutes = (time.perf_counter() - begun) / 60
+        minutes += seconds / 60
         told += [
             f"### `{typed.line}`",
             "",

@@ -32,6 +32,7 @@ from qlora.model.nf4 import FrozenLinear, Packed, away_of, dense_weight, is_tran
 from qlora.model.skeleton import Assembled
 
 GENERATION = "generation_config.json"
+WIDE = 80  # letters of a terminal that has room for a bar and a speed beside name and bytes
 INITIALISED = "_is_hf_initialized"  # transformers' mark on tensors and modules that its initialisation must leave alone
 
 
@@ -235,10 +236,15 @@ def progress_of(empty: Assembled, names: Iterable[str], progress: bool) -> Itera
 @contextmanager
 def _bar(task: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.table import Column
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    name = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2))
+    done = DownloadColumn(binary_units=True, table_column=Column(no_wrap=True))
+    wide = console.width >= WIDE  # a narrower terminal would show it in two lines
+    more = (BarColumn(None, table_column=Column(ratio=1)), TransferSpeedColumn(Column(no_wrap=True))) if wide else ()
+    with Progress(name, done, *more, console=console, expand=True, transient=True) as bar:
         number = bar.add_task(task, total=total)
         yield lambda count: bar.advance(number, count)
 

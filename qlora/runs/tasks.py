@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from qlora.data.load import Data
 from qlora.data.rendering import one_child
@@ -105,7 +106,13 @@ def write_table(folder: Path, base: dict[str, Result], trained: dict[str, Result
 def _bar(name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """What shows how many items are done: a bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(ratio=1)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    )
+    off = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=off, transient=True, expand=True) as bar:
         number = bar.add_task(name, total=None)
         yield lambda done, of: bar.update(number, completed=done, total=of)
