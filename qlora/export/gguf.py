@@ -28,6 +28,7 @@ from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
+from qlora.export.rounding import dithered
 from qlora.export.source import CPU, Source
 from qlora.files.durable import folder_written_aside
 from qlora.machine.device import resolve_compute_dtype, trim_heap
@@ -209,12 +210,16 @@ def bytes_of(values: Tensor, kind: Any, name: str) -> Any:
     import gguf
     import numpy
 
+    types = gguf.GGMLQuantizationType
+    half = {types.F16: torch.float16, types.BF16: torch.bfloat16}.get(kind)
     rows = max(1, CHUNK // values[0].numel()) if values.ndim > 1 else len(values)
     made = None
     for start in range(0, len(values), rows):
         part = values[start : start + rows].float().cpu().contiguous()
-        if kind == gguf.GGMLQuantizationType.F16 and part.abs().max() > torch.finfo(torch.float16).max:
+        if kind == types.F16 and part.abs().max() > torch.finfo(torch.float16).max:
             raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; export it with type=bf16.")
+        if half is not None:
+            part = dithered(part, half).float()
         found = gguf.quants.quantize(part.numpy(), kind)
         if made is None:
             made = numpy.empty((len(values), *found.shape[1:]), found.dtype) if len(part) < len(values) else found

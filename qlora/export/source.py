@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import MethodError
+from qlora.export.rounding import dithered
 from qlora.files.durable import write_text
 from qlora.machine.device import DTYPES, resolve_compute_dtype, trim_heap
 from qlora.methods.loading import load_adapter
@@ -157,11 +158,12 @@ class Source:
         if (group := self.groups.get(name)) is not None:
             if name not in self.split:
                 self.split = group.split({made: self._made(made, dtype, requantise) for made in group.made.values()})
-            rounded = self.split.pop(name).to(dtype)
+            rounded = dithered(self.split.pop(name), dtype)
         elif name in self.unpacked or self.names.get(name) in self.stacks:
             rounded = self._of_experts(name, dtype, requantise)
         else:
-            rounded = self._whole(name, requantise).to(dtype)
+            whole = self._whole(name, requantise)
+            rounded = dithered(whole, dtype) if self._touched(self.names.get(name, name)) else whole.to(dtype)
         if dtype == torch.float16 and not torch.isfinite(rounded).all():
             raise MethodError(f"'{name}' has values beyond 65504, the largest of fp16; merge with dtype='bf16'.")
         return rounded
@@ -207,12 +209,12 @@ class Source:
         if len(own) > 1:
             if name not in self.split:  # an expert's gate and its up are halves of one matrix, and mostly neighbours
                 self.split = split_expert(stack, own.index(name), self._expert(target, own.index(name), requantise))
-            return self.split.pop(name).to(dtype)
+            return dithered(self.split.pop(name), dtype)
         shape = self.checkpoint.entries[name].shape if own else self.shapes[target]
         whole = torch.empty(shape, dtype=dtype, device=self.device)
         for expert in range(len(whole)):
             matrix = self._expert(target, expert, requantise)
-            whole[expert] = split_expert(stack, expert, matrix)[name] if own else matrix
+            whole[expert] = dithered(split_expert(stack, expert, matrix)[name] if own else matrix, dtype)
             trim_heap()
         return whole
 

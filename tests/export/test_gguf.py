@@ -19,6 +19,7 @@ from qlora.export.gguf import export_gguf, export_gguf_adapter, stands_for
 from qlora.export.gguf_models import Converted
 from qlora.export.merged import merge
 from qlora.export.modelfile import go_template, write_modelfile
+from qlora.export.rounding import dithered
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import ModelSection
 from tests.export.gguf_models import FAMILIES, checkpoint, sentencepiece_like, trained
@@ -82,7 +83,8 @@ def test_tensors_are_the_merged_models(tmp_path: Path, family: str) -> None:
                 assert (np.abs(found - wanted).reshape(-1, 32).max(1) <= bound + blocks * 2**-10).all(), tensor.name
             else:
                 dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[stored]
-                assert np.array_equal(found, expected[tensor.name].to(dtype).float().numpy()), tensor.name
+                assert np.array_equal(found, dithered(expected[tensor.name], dtype).float().numpy()), tensor.name
+                assert (np.abs(found - wanted) <= np.abs(wanted) * torch.finfo(dtype).eps + 2**-24).all(), tensor.name
         assert {tensor.tensor_type.name.lower() for tensor in reader.tensors} >= {kind}
     reader, text = files["f32"], config_of(base)
     arch = field(reader, "general.architecture")
