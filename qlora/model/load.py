@@ -224,7 +224,7 @@ def progress_of(empty: Assembled, names: Iterable[str], progress: bool) -> Itera
         print(f"Loading {name} {how}: {bytes_text(total)} in {len(checkpoint.shards)} files", file=sys.stderr)
         yield lambda count: None
     else:
-        with _bar(f"Loading {name} {how}", total) as advance:
+        with _bar(f"Loading {name.rstrip('/').rpartition('/')[2]} {how}", total) as advance:  # of a long path its end
             yield advance
     seconds = time.perf_counter() - begun
     spared = (
