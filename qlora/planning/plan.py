@@ -273,7 +273,7 @@ def _plan(
         why += left_out(adapted.model, wanted)
     if anatomy.is_mixture(base.model):
         why.append("The routers of its experts are frozen, and no loss that balances experts is added.")
-        if checkpoint.config.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
+        if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
             why.append(
                 f"Its experts, which the checkpoint has in 16 bits, are packed to {resolved.model.quantization} here."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from qlora.planning.rows import read
 from qlora.planning.shapes import dense_of
 from qlora.recipe import Recipe
 from tests.methods.test_laws import CASES, Case
-from tests.tiny import tiny_base, tiny_checkpoint
+from tests.tiny import any_checkpoint, tiny_base, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +175,18 @@ def test_what_is_not_quantised_is_told(tmp_path: Path) -> None:
     assert planned.dense.share == sum(rest.values()) / (planned.parameters - 2 * 96 * 64)
     assert str(planned.dense) in str(planned)
     assert dense_of(tiny_base(folder, "none").model) is None
+
+
+@pytest.mark.parametrize(
+    "found", [None, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
+)
+def test_a_mixture_is_told_of_its_routers_and_of_experts_that_are_packed_here(found: object, tmp_path: Path) -> None:
+    folder = any_checkpoint(
+        tmp_path / "base", "Qwen3Moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
+    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": found}), encoding="utf-8")
+    said = str(plan(Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}})))
+    assert "The routers of its experts are frozen" in said
+    assert "all-linear without the experts" in said
+    assert ("has in 16 bits, are packed to nf4 here" in said) == (found is not None)
