@@ -154,6 +154,12 @@ def why_not_packed(model: nn.Module | PretrainedConfig) -> str | None:
     return "its masks are its own" if config.model_type == "openai-gpt" else None
 
 
+def sees_ahead(model: nn.Module | PretrainedConfig) -> bool:
+    """Whether its configuration says that tokens see what follows them, of text too: PaliGemma's, EmbeddingGemma's.
+    ``check_causal`` finds what it does not say."""
+    return getattr(text_config(model), "use_bidirectional_attention", None) in (True, "all")
+
+
 def logit_scale(model: nn.Module | PretrainedConfig) -> tuple[float, float | None]:
     """(what logits are multiplied by, the cap of their tanh or None).
 

@@ -70,21 +70,27 @@ def check_rows(model: nn.Module, rows: Sequence[HasIds], first: int = 0, virtual
     ``first``: positions taken before every text; ``virtual``: how many of these are tokens of the stream. ``what`` is what
     a message calls a row.
     """
-    embeddings, positions = anatomy.embedding_rows(model), anatomy.position_limit(model)
+    check_tokens(anatomy.kind(model), anatomy.embedding_rows(model), rows, what)
+    positions = anatomy.position_limit(model)
     for number, row in enumerate(rows):
-        largest, longest = int(row.ids.max()), first + int(row.positions.max()) + 1
-        if largest >= embeddings:
-            raise DataError(
-                f"{what} {number} holds token {largest}, but this {anatomy.kind(model)} model has embeddings for tokens "
-                f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
-                "were resized for the tokens added to this one."
-            )
+        longest = first + int(row.positions.max()) + 1
         if positions is not None and longest > positions:
             behind = f" behind the method's {first} virtual tokens" if first else ""
             room = positions - first + virtual  # max_length counts those of the stream
             raise DataError(
                 f"{what} {number} holds an example of {longest - first} tokens{behind}, but this "
                 f"{anatomy.kind(model)} model has {positions} positions; set data.max_length={room}."
+            )
+
+
+def check_tokens(kind: str, embeddings: int, rows: Sequence[HasIds], what: str = "Row") -> None:
+    """Raise DataError unless every token of ``rows`` is one of the ``embeddings`` that a model of this ``kind`` has."""
+    for number, row in enumerate(rows):
+        if (largest := int(row.ids.max())) >= embeddings:
+            raise DataError(
+                f"{what} {number} holds token {largest}, but this {kind} model has embeddings for tokens "
+                f"0 to {embeddings - 1} alone; use the tokenizer that belongs to it, or a checkpoint whose embeddings "
+                "were resized for the tokens added to this one."
             )
 
 

@@ -230,7 +230,11 @@ def progress_of(empty: Assembled, names: Iterable[str], progress: bool) -> Itera
     spared = (
         f"; its towers ({bytes_text(left)}) are left in their files, at this pace {seconds * left / total:.1f} s less"
     )
-    print(f"Loaded {name} in {seconds:.1f} s{spared if left and total else ''}", file=sys.stderr)
+    absent = [path for path, numbers in empty.towers.items() if not numbers]
+    lacks = f"; it holds nothing of {listed(absent)}, so a merged model will not either"
+    print(
+        f"Loaded {name} in {seconds:.1f} s{spared if left and total else ''}{lacks if absent else ''}", file=sys.stderr
+    )
 
 
 @contextmanager

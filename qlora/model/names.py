@@ -74,9 +74,10 @@ class Stack:
 
 def match_names(
     model: PreTrainedModel, checkpoint: Checkpoint, scheme: Scheme, name: str, towers: Collection[str] = ()
-) -> tuple[Checkpoint, dict[str, str], dict[str, Stack]]:
+) -> tuple[Checkpoint, dict[str, str], dict[str, Stack], list[str]]:
     """(the checkpoint in the model's arrangement; each tensor's name in it → its name in the still unquantised skeleton ``model``;
-    of ``towers`` any part; the parameters of several experts by their names there).
+    of ``towers`` any part; the parameters of several experts by their names there; those of
+    ``towers`` that are absent, which they may be whole).
 
     Follows transformers 5, which renames some old checkpoints on load and fuses experts. The parts of a packed weight (its
     scales and codes) are left out, they go with it. Raises ModelError for experts that transformers would have to compute otherwise than one by one, for tensors that have no place in the model, and for integers
@@ -92,6 +93,7 @@ def match_names(
     matrices: dict[str, dict[str, list[str]]] = {}
     elsewhere: dict[tuple[str, str], list[str]] = {}
     unexpected: list[str] = []
+    carried: set[str] = set()
     kinds = EIGHT_BIT_PARTS if scheme.quantization == "int8" else FOUR_BIT_PARTS
     parts = tuple(f".{part}" for part in kinds) if scheme.prequantised else ()
     scales = set(checkpoint.scales.values())
@@ -106,6 +108,7 @@ def match_names(
             target, pattern = source, None
         if within(target, towers):  # copied as it is, so that nothing has to be computed from it
             names |= {source: target} if target in expected and pattern is None else {}
+            carried |= {target, *_beside(target, pattern, converters)}
             continue
         if pattern is not None and target in expected and (target not in stacked or pattern in alone):
             elsewhere.setdefault((target, pattern), []).append(source)
@@ -146,19 +149,30 @@ def match_names(
             f"'{name}' holds whole numbers without their scales in {listed(whole)}; expected floating-point weights, or "
             "such as bitsandbytes packed. Fetch the checkpoint again."
         )
-    found = set(names.values())
+    found = set(names.values()) | carried
     tied = anatomy.tied_names(model)
     allowed = getattr(model, "_keys_to_ignore_on_load_missing", None)
     # of weights that are tied to each other one is enough, whichever it is
     filled = found | {tied[key] for key in found & tied.keys()}
     lacking = [key for key in expected if tied.get(key, key) not in filled and not matches_any(key, allowed)]
-    lacking = [key for key in lacking if not within(key, towers)]
+    absent = [path for path in towers if not any(within(key, [path]) for key in carried)]
+    lacking = [key for key in lacking if not within(key, absent)]
     if lacking:
         raise ModelError(
             f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "
             "incomplete, fetch it again."
         )
-    return checkpoint, names, stacks
+    return checkpoint, names, stacks, absent
+
+
+def _beside(target: str, pattern: str | None, converters: list[WeightConverter]) -> list[str]:
+    """What else is made of the tensor that goes to ``target`` by ``pattern``, where it is cut into several."""
+    return [
+        target.replace(item.target_patterns[0], other)
+        for item in converters
+        if pattern in item.source_patterns
+        for other in item.target_patterns[1:]
+    ]
 
 
 def _stack(

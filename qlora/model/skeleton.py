@@ -77,7 +77,7 @@ class Assembled:
     paths: tuple[str, ...]
     """Every module's path, those of towers that were taken out too."""
     towers: dict[str, int]
-    """The towers that were taken out, by their paths → the numbers in their weights."""
+    """The towers that were taken out, by their paths → the numbers in their weights, 0 where the checkpoint has none of them."""
 
     packed_aside: Mapping[str, FrozenLinear]
     """The weights of towers that the checkpoint holds packed, by their names there → an empty linear of that shape."""
@@ -132,8 +132,9 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     towers = find_towers(model) if is_wrapper(config) else []
     names: dict[str, str] = {}
     stacks: dict[str, Stack] = {}
+    absent: list[str] = []
     if weights:
-        checkpoint, names, stacks = match_names(model, checkpoint, scheme, checkpoint.name, towers)
+        checkpoint, names, stacks, absent = match_names(model, checkpoint, scheme, checkpoint.name, towers)
     packed_aside = {
         name: empty_linear(model.get_submodule(target.removesuffix(".weight")), scheme, dtype)
         for name, target in names.items()
@@ -141,6 +142,7 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     }
     names = {name: target for name, target in names.items() if not within(target, towers)}
     sizes = {path: sum(values.numel() for values in model.get_submodule(path).parameters()) for path in towers}
+    sizes |= dict.fromkeys(absent, 0)
     take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     anatomy.share_blocks(model)

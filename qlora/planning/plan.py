@@ -253,6 +253,11 @@ def _plan(
         why.append(again)
     dtype = DTYPES[resolved.model.compute_dtype]
     base = skeleton_base(resolved.model, torch.device("meta"), dtype, checkpoint, _tokenizer(resolved, checkpoint))
+    if anatomy.sees_ahead(base.model):
+        raise ModelError(
+            f"In this {anatomy.kind(base.model)} model a token sees what follows it, so it would be trained to copy what it is to "
+            "predict. Take another model."
+        )
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
     # kernels that do not run on this machine are not planned for another one either

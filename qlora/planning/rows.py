@@ -19,8 +19,9 @@ from qlora.data.sources import data_files
 from qlora.errors import DataError, MethodError, ModelError, counted, listed
 from qlora.files.durable import from_here
 from qlora.machine.disk import duration_text
-from qlora.model.anatomy import position_limit, why_not_packed
+from qlora.model.anatomy import position_limit, text_config, why_not_packed
 from qlora.model.checkpoint import Checkpoint
+from qlora.model.checks import check_tokens
 from qlora.model.load import end_tokens
 from qlora.model.tokenizer import with_new_tokens
 from qlora.recipe import Combined, Modules, Recipe, parts_of
@@ -71,21 +72,26 @@ def with_packing(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str | 
 
 
 def load_recipe_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
-    """The data of a recipe, tokenised as its method needs it and checked against the model's positions."""
+    """The data of a recipe, tokenised as its method needs it and checked against the model's positions and embeddings."""
     recipe, _ = with_packing(recipe, checkpoint)
     tokenizer = with_new_tokens(checkpoint.tokenizer, recipe.method)
-    positions = position_limit(checkpoint.model_config())
+    config = checkpoint.model_config()
     method, seed, objective = recipe.method, recipe.training.seed, recipe.objective
-    return load_data(
+    data = load_data(
         recipe.data,
         tokenizer,
         seed,
         method.virtual_tokens,
-        positions,
+        position_limit(config),
         objective.pairs,
         objective.classifies,
         recipe.classes,
     )
+    embeddings = getattr(text_config(config), "vocab_size", None)
+    if embeddings and tokenizer is checkpoint.tokenizer:  # new tokens make new embeddings
+        check_tokens(config.model_type, embeddings, data.train)
+        check_tokens(config.model_type, embeddings, data.held_out, "Held-out row")
+    return data
 
 
 def with_head(recipe: Recipe, classes: Sequence[str]) -> Recipe:

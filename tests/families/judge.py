@@ -25,7 +25,7 @@ from qlora.methods.files import save_adapter
 from qlora.model import anatomy
 from qlora.model.checks import check_packing
 from qlora.model.loss import batch_loss, hidden_states
-from qlora.model.nf4 import FrozenLinear
+from qlora.model.nf4 import packed_numbers
 from qlora.recipe import ModelSection
 from qlora.residence.layers import recomputing, unwrap_layers, wrap_layers
 from qlora.residence.load import load_base
@@ -259,7 +259,7 @@ def leak(model: AdaptedModel) -> float:
 def dense_share(model: nn.Module) -> float:
     """The share of the bytes, embeddings, positions and head apart, of what would stay in 16 bits."""
     outside = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)} | {id(anatomy.head(model))}
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear)) / 2
+    packed = packed_numbers(model) / 2
     dense = 2 * sum(
         values.numel()
         for module in model.modules()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,20 @@ from qlora.model.loss import batch_loss
 from qlora.model.skeleton import assemble
 from qlora.model.towers import find_towers, take_out
 from qlora.recipe import LoRA, ModelSection
+from qlora.residence.load import load_base
 from tests.families.checkpoints import tiny_config
 from tests.rounding import difference
-from tests.tiny import TOKENS, WRAPPERS, logits_of, random_wrapper, stir, tiny_base, word_tokenizer, wrapper_checkpoint
+from tests.tiny import (
+    CPU,
+    TOKENS,
+    WRAPPERS,
+    logits_of,
+    random_wrapper,
+    stir,
+    tiny_base,
+    word_tokenizer,
+    wrapper_checkpoint,
+)
 
 IDS = TOKENS % 89 + 1  # below the image's token
 
@@ -92,6 +104,23 @@ def test_towers_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(read) == entries.keys() - left
     assert sum(base.towers.values()) == sum(torch.Size(entries[name].shape).numel() for name in left)
     assert len(anatomy.layers(base.model)) == 2
+
+
+def test_towers_may_be_absent_whole_and_not_in_part(
+    family: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / family))
+    tensors = load_file(copied / "model.safetensors")
+    entry = {key for key in tensors if any(part in key for part in ("vision", "visual"))}
+    last = max(entry)
+    save_file({key: value for key, value in tensors.items() if key != last}, copied / "model.safetensors")
+    with pytest.raises(ModelError, match="lacks 1 tensors"):
+        tiny_base(copied)
+    save_file({key: value for key, value in tensors.items() if key not in entry}, copied / "model.safetensors")
+    base = load_base(ModelSection(name=str(copied), quantization="none", compute_dtype="fp32"), CPU, progress=True)
+    absent = [path for path, numbers in base.towers.items() if not numbers]
+    assert absent
+    assert f"it holds nothing of {', '.join(absent)}, so a merged model will not either" in capsys.readouterr().err
 
 
 def test_step_0_is_the_base(folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from qlora import recipe as config
 from qlora.cli import main
-from qlora.errors import DoesNotFitError, MethodError
+from qlora.errors import DoesNotFitError, MethodError, ModelError
 from qlora.machine.disk import bytes_text
 from qlora.methods.base import apply_method
 from qlora.methods.files import portable_bytes, save_portable
@@ -24,6 +24,7 @@ from qlora.planning.plan import REST, plan
 from qlora.planning.rows import read
 from qlora.planning.shapes import dense_of
 from qlora.recipe import Recipe
+from tests.families.checkpoints import save_family
 from tests.methods.test_laws import CASES, Case
 from tests.tiny import any_checkpoint, tiny_base, tiny_checkpoint
 
@@ -190,3 +191,21 @@ def test_a_mixture_is_told_of_its_routers_and_of_experts_that_are_packed_here(fo
     assert "The routers of its experts are frozen" in said
     assert "all-linear without the experts" in said
     assert ("has in 16 bits, are packed to nf4 here" in said) == (found is not None)
+
+
+def test_a_model_whose_tokens_see_ahead_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(
+        {"model": {"name": str(save_family(tmp_path, "paligemma"))}, "data": {"train": "none.jsonl"}}
+    )
+    with pytest.raises(ModelError, match="this paligemma model a token sees what follows it"):
+        plan(recipe)
+
+
+def test_tokens_without_an_embedding_are_told_by_a_plan(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "base")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 40}), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("w30 w80\n" * 40, encoding="utf-8")
+    recipe = {"model": {"name": str(folder)}, "data": {"train": str(tmp_path / "text.txt"), "max_length": 16}}
+    reading = read(Recipe.from_dict(recipe), open_checkpoint(Recipe.from_dict(recipe).model, weights=False))
+    assert "embeddings for tokens 0 to 39 alone" in reading.why_not
