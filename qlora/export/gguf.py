@@ -27,10 +27,11 @@ from qlora.export.adapter import export_adapter
 from qlora.export.gguf_models import Converted
 from qlora.export.gguf_tokenizer import add_tokenizer
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
+from qlora.export.merged import made_of
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.rounding import dithered
 from qlora.export.source import CPU, Source
-from qlora.files.durable import folder_written_aside
+from qlora.files.durable import folder_written_aside, sync, write_text
 from qlora.machine.device import resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
 from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
@@ -43,6 +44,8 @@ from qlora.recipe import ModelSection
 QUANTISER = "llama-quantize"
 WEIGHTS = "qlora.weights"  # the key that says which base it was merged into, as qlora_merge.json does of safetensors
 CHUNK = 2**23  # numbers that are in fp32 at once
+TOLD = "written"  # beside a file that grows: how many of its tensors are on the disk
+TOLD_EVERY = 2**26  # bytes written between two such words
 # small and decisive, or read as fp32 by llama.cpp's kernels, like all vectors
 ALWAYS_F32 = ("ssm_conv1d.weight", "_norm.weight")
 
@@ -77,7 +80,8 @@ def export_gguf(
     ``section`` says what the adapter was trained on, ``base`` is as in ``merge``. ``type`` is one of ``TYPES``, or of
     ``BY_QUANTISER``, for which llama.cpp's ``llama-quantize`` is called on a bf16 file where it is found; elsewhere that
     file is what is written. Matrices whose rows are no whole blocks stay f16, vectors and norms f32; in q4_0 embedding
-    and head are q8_0. Nothing is at ``out`` before everything is written.
+    and head are q8_0. Nothing is at ``out`` before everything is written; an export that was killed goes on behind the tensors
+    that it had written.
 
     Raises ModelError for an architecture or a tokenizer that llama.cpp does not have, MethodError for a method that
     cannot be merged, RunError when ``out`` is taken, DoesNotFitError when the disk is too small.
@@ -101,7 +105,8 @@ def export_gguf(
     )
     require_disk(out, total * (2 if later else 1) + 64 * 1024**2, "The GGUF file")
     writer, stops = described(source, converted, entries, base, chat_template, ends)
-    with folder_written_aside(out, overwrite) as aside:
+    made = made_of(checkpoint, adapter_folder, section, base, type, stops, template_of(checkpoint, chat_template))
+    with folder_written_aside(out, overwrite, made) as aside:
         file = aside / f"model-{type}.gguf"
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[TYPES[type]])
@@ -109,17 +114,27 @@ def export_gguf(
             _promise(writer, name, tuple(factors[name].shape), gguf.GGMLQuantizationType.F32)
         for name, shape, kind in entries.values():
             _promise(writer, name, shape, kind)
-        _write_head(writer, file)
-        for values in factors.values():
+        there = _begin(writer, file)
+        for values in list(factors.values())[there:]:
             writer.write_tensor_data(values.numpy())
-        for stored, (_, _, kind) in entries.items():
+        since = 0
+        for number, (stored, (_, _, kind)) in enumerate(entries.items(), len(factors)):
+            if number < there:
+                continue
             target = source.names.get(stored, stored)
             merged = source.tensor(stored, source.exact(stored), requantise=base == "dequantized")
-            values = converted.values(target, merged)
-            writer.write_tensor_data(bytes_of(values, kind, stored))
+            values = bytes_of(converted.values(target, merged), kind, stored)
+            writer.write_tensor_data(values)
+            since += values.nbytes
+            if since >= TOLD_EVERY:
+                writer.fout[0].flush()
+                sync(file)
+                write_text(aside / TOLD, str(number + 1))
+                since = 0
             del merged, values
             trim_heap()
         writer.close()
+        (aside / TOLD).unlink(missing_ok=True)
         command = None
         if later is not None:
             file, type, command = _by_quantiser(file, later, out)
@@ -203,6 +218,30 @@ def _write_head(writer: Any, file: Path) -> None:
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+def _begin(writer: Any, file: Path) -> int:
+    """Write the head of ``file``, or go on behind the tensors that a killed process told were there; how many these are."""
+    _write_head(writer, file.with_suffix(".head"))
+    writer.fout[0].close()
+    head = file.with_suffix(".head").read_bytes()
+    file.with_suffix(".head").unlink()
+    told = file.with_name(TOLD)
+    there = int(told.read_text(encoding="utf-8")) if told.exists() else 0
+    grown = file.open("r+b" if there else "w+b")
+    if grown.read(len(head)) != head:
+        there = 0
+        grown.seek(0)
+        grown.write(head)
+    writer.fout = [grown]
+    waiting = writer.tensors[0]  # each is taken out as it is written
+    if there:
+        bytes_each = [
+            writer.ggml_pad(waiting.pop(name).nbytes, writer.data_alignment) for name in list(waiting)[:there]
+        ]
+        grown.seek(writer.ggml_pad(len(head), writer.data_alignment) + sum(bytes_each))
+    grown.truncate()
+    return there
 
 
 def bytes_of(values: Tensor, kind: Any, name: str) -> Any:

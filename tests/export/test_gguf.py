@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ from safetensors.torch import load_file
 
 from qlora import recipe as config
 from qlora.errors import DoesNotFitError, MethodError, ModelError, RunError
+from qlora.export import gguf as export
 from qlora.export import gguf_tokenizer
 from qlora.export.gguf import export_gguf, export_gguf_adapter, stands_for
 from qlora.export.gguf_models import Converted
 from qlora.export.merged import merge
 from qlora.export.modelfile import go_template, write_modelfile
 from qlora.export.rounding import dithered
+from qlora.export.source import Source
 from qlora.model.checkpoint import Checkpoint
 from qlora.recipe import ModelSection
 from tests.export.gguf_models import FAMILIES, checkpoint, sentencepiece_like, trained
@@ -245,3 +250,50 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path, monkeypatch: py
         export_gguf_adapter(section(base), Checkpoint(base, "base"), base / "adapter", tmp_path / "out")
     monkeypatch.setattr("qlora.machine.disk.free_disk", lambda folder: 1000)
     refused(base, DoesNotFitError, "The GGUF file needs")
+
+
+def test_a_killed_export_goes_on_behind_the_tensors_that_it_had_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = checkpoint(tmp_path / "base", "llama 3.1, tied"), tmp_path / "adapter", tmp_path / "gguf"
+    trained(base, adapter)
+    whole = export_gguf(base, adapter, tmp_path / "whole", section=section(base))
+    expected = whole.file.read_bytes()
+    plain, asked = Source.tensor, list[str]()
+    monkeypatch.setattr(export, "TOLD_EVERY", 1)
+
+    def counted(self: Source, name: str, *given: Any, **named: Any) -> torch.Tensor:
+        asked.append(name)
+        return plain(self, name, *given, **named)
+
+    monkeypatch.setattr(Source, "tensor", counted)
+
+    def killed(**settings: Any) -> None:
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+            return
+
+        def deadly(self: Source, *given: Any, **named: Any) -> torch.Tensor:
+            if len(asked) == 5:
+                (waiting,) = tmp_path.glob(".gguf.writing-*/*.gguf")
+                with waiting.open("ab") as file:  # half of the next tensor
+                    file.write(b"\xff" * 100)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return counted(self, *given, **named)
+
+        monkeypatch.setattr(Source, "tensor", deadly)
+        export_gguf(base, adapter, out, section=section(base), **settings)
+        os._exit(0)
+
+    killed()
+    assert not out.exists()
+    found = export_gguf(base, adapter, out, section=section(base))
+    assert len(asked) == whole.tensors - 5 - len(Converted(config_of(base)).factors())
+    assert found.file.read_bytes() == expected
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "whole", "gguf"}
+    shutil.rmtree(out)  # what was made otherwise is begun anew
+    asked.clear()
+    killed(chat_template="{{ messages }}")
+    assert export_gguf(base, adapter, out, section=section(base)).file.read_bytes() == expected
+    assert len(asked) == whole.tensors - len(Converted(config_of(base)).factors())
