@@ -46,7 +46,8 @@ def step_of(trainer: Trainer) -> tuple[Step, dict[str, Tensor]]:
     move = optimizer.step
 
     def look(*_: Any, **__: Any) -> None:
-        found.update({name: values.grad.clone() for name, values in trainer.model.trainable_parameters().items()})  # type: ignore[union-attr]
+        parameters = trainer.model.trainable_parameters().items()
+        found.update({name: values.grad.clone() for name, values in parameters if values.grad is not None})
 
     optimizer.step = look
     try:

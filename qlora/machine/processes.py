@@ -91,6 +91,12 @@ class Processes:
                 parts = flat.split([one.numel() for one in bucket])
                 torch._foreach_copy_(bucket, [part.view(one.shape) for one, part in zip(bucket, parts, strict=True)])
 
+    def add_to(self, tensor: Tensor, target: int) -> None:
+        """In the process ``target`` replace it by its sum over all, whose tensors have the same shape; in others it is of no use then."""
+        flat = tensor.view(-1)
+        with together():
+            dist.reduce(flat, target, group=self.gpus if flat.is_cuda else self.cpus)
+
     def copy(self, tensors: Iterable[Tensor], source: int = 0) -> None:
         """Replace each by that of the process ``source``, byte for byte; the main one's unless said."""
         if self.size > 1:

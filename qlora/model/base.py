@@ -39,6 +39,9 @@ class StreamedLayers(Protocol):
     def bytes_on_device(self) -> int:
         """What they take there while they come and go."""
 
+    def forget(self) -> None:
+        """Let go of those that are there for a visit."""
+
     def close(self) -> None:
         """Give back what they hold; the base is of no use any more."""
 

@@ -33,7 +33,7 @@ from qlora.machine.processes import here
 from qlora.model.base import StreamedLayers
 from qlora.residence.homes import Home
 from qlora.residence.image import Image, Piece, give, take, view_of
-from qlora.residence.spread import SpreadHome
+from qlora.residence.spread import Led
 
 Some = TypeVar("Some")
 Tier = Literal["host", "disk", "processes"]
@@ -288,15 +288,16 @@ class Away:
 def by_main(placement: StreamedLayers | None, work: Callable[[], Some]) -> Some | None:
     """What ``work`` gives in the main process, which alone does it; None in the others, which wait until it is done. It may call
     the model, whose layers these are."""
-    if not (isinstance(placement, Placement) and isinstance(placement.home, SpreadHome)):
+    led = placement.home if isinstance(placement, Placement) else placement
+    if placement is None or not isinstance(led, Led):
         found = work() if here().main else None
         here().barrier()  # one that went on and ended would take the main one along
         return found
     placement.forget()
     if not here().main:
-        placement.home.serve()
+        led.serve()
         return None
-    with placement.home.alone():
+    with led.alone():
         found = work()
         placement.forget()
     return found

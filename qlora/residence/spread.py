@@ -28,16 +28,51 @@ from qlora.machine.processes import PATIENCE, SUM_PATIENCE, here, together
 DONE = -1  # instead of a layer's number
 
 
-class SpreadHome:
-    """Images of which this process holds a part each, on ``device``."""
+class Led:
+    """Something that all processes reach into together, layer by layer, unless one is ``alone`` while the others ``serve``.
+    Raises RecipeError where there is one process."""
 
-    def __init__(self, sizes: dict[int, int], device: torch.device) -> None:
+    def __init__(self) -> None:
         self.processes = here()
         if self.processes.size == 1:
             raise RecipeError(
                 "memory.tier is processes, which spreads layers over the processes of a run, but there is one alone; start "
                 "several by torchrun, or set memory.tier=host or disk."
             )
+        self.orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.leads = False
+        """Whether the others follow what this process asks for."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, this process reads what it likes, while the others ``serve``."""
+        self.leads = True
+        yield
+        self.leads = False
+        self._order(DONE)  # not after an error: then this process ends, and the others hear of it
+
+    def serve(self) -> None:
+        """Give the process that is ``alone`` what it reads, until it is done."""
+        while (layer := self._order(DONE)) != DONE:
+            self._follow(layer)
+
+    def _follow(self, layer: int) -> None:
+        """Take part where the process that is ``alone`` reads ``layer``."""
+        raise NotImplementedError
+
+    def _order(self, layer: int) -> int:
+        """Tell the others which layer is wanted; or hear it, where this process is not the main one."""
+        wanted = torch.tensor([layer])
+        with together():
+            dist.broadcast(wanted, 0, group=self.orders)
+        return int(wanted)
+
+
+class SpreadHome(Led):
+    """Images of which this process holds a part each, on ``device``."""
+
+    def __init__(self, sizes: dict[int, int], device: torch.device) -> None:
+        super().__init__()
         self.parts = {
             layer: torch.zeros(self.processes.most(size), dtype=torch.uint8, device=device)
             for layer, size in sizes.items()
@@ -45,9 +80,6 @@ class SpreadHome:
         gpu = device.type == "cuda"
         # groups of their own: what a thread fetches ahead must not come between the sums of gradients
         self.group = dist.new_group(backend="nccl" if gpu else "gloo", timeout=SUM_PATIENCE if gpu else PATIENCE)
-        self.orders = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.leads = False
-        """Whether the others follow what this process asks for."""
 
     def read(self, layer: int, memory: Tensor, start: int = 0) -> None:
         """Copy the layer's bytes from ``start`` on into ``memory``, as all processes do at once."""
@@ -69,33 +101,15 @@ class SpreadHome:
         if begin < end:
             part[begin - first : end - first].copy_(values[begin - start : end - start])
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, this process reads what it likes, while the others ``serve``."""
-        self.leads = True
-        yield
-        self.leads = False
-        self._order(DONE)  # not after an error: then this process ends, and the others hear of it
-
-    def serve(self) -> None:
-        """Give the process that is ``alone`` what it reads, until it is done."""
-        while (layer := self._order(DONE)) != DONE:
-            part = self.parts[layer]
-            whole = torch.empty(len(part) * self.processes.size, dtype=torch.uint8, device=part.device)
-            self._gather(whole, part)
+    def _follow(self, layer: int) -> None:
+        part = self.parts[layer]
+        self._gather(torch.empty(len(part) * self.processes.size, dtype=torch.uint8, device=part.device), part)
 
     def _gather(self, whole: Tensor, part: Tensor) -> None:
         """``whole`` from every process's ``part``."""
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.12
         with together():
             gather(whole, part, group=self.group)
-
-    def _order(self, layer: int) -> int:
-        """Tell the others which layer is wanted; or hear it, where this process is not the main one."""
-        wanted = torch.tensor([layer])
-        with together():
-            dist.broadcast(wanted, 0, group=self.orders)
-        return int(wanted)
 
     def close(self) -> None:
         """Give the parts back."""

@@ -45,7 +45,10 @@ class Bases:
             if kept is not None:
                 del kept
                 release_memory(device)  # before there are two
-            base = load_base(recipe.model, device, not quiet, recipe.memory, checkpoint)
+            memory = recipe.memory
+            if memory.tier == "processes" and any(part.name == "full" for part in parts_of(recipe.method)):
+                memory = memory.model_copy(update={"layers": "resident"})  # what trains is spread once it is there
+            base = load_base(recipe.model, device, not quiet, memory, checkpoint)
         beside = [part for part in parts_of(recipe.method) if getattr(part, "init", None) in OTHER_BESIDE]
         self._taken = (*_key(recipe, checkpoint, device), repr(beside))
         self._ends = base.end_tokens  # to which a run adds those of its chat template

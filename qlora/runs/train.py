@@ -35,6 +35,7 @@ from qlora.planning.rates import matrix_rate
 from qlora.planning.rows import load_recipe_data, with_head
 from qlora.recipe import Recipe
 from qlora.reporting import write_report
+from qlora.residence.owned import all_here
 from qlora.residence.placement import by_main
 from qlora.runs.bases import Bases
 from qlora.runs.folder import (
@@ -434,7 +435,9 @@ def due(step: int, every: int) -> bool:
 def _hand_over(session: Session) -> None:
     """The adapter in the form for others, the chat template beside it, and what the method found out."""
     with folder_written_aside(session.folder / "adapter", overwrite=True) as aside:
-        if why := save_portable(session.model, aside):
+        with all_here(session.model.base.placement):
+            why = save_portable(session.model, aside)
+        if why:
             session.say(f"The adapter is saved in its own form. {why}.")
         if session.data.template is not None:
             (aside / TEMPLATE).write_text(session.data.template.text, encoding="utf-8")

@@ -30,6 +30,7 @@ from qlora.files.durable import SEAL, clear_leftovers, damage, delete_folder, fo
 from qlora.methods.files import CONFIG, read_adapter_tensors, read_method_state, save_adapter
 from qlora.methods.loading import at_home
 from qlora.model.tensor_file import read_tensors
+from qlora.residence.owned import all_here
 from qlora.training.optim import load_optimizer_tensors
 from qlora.training.state import TrainState
 from qlora.training.way import Way
@@ -49,17 +50,9 @@ def save(state: TrainState, folder: Path, keep: int, kept: Mapping[str, Tensor] 
     """
     place = place_of(state, folder)
     if place != state.saved:
-        if broken := state.not_finite():
-            raise NonFiniteError(
-                f"{listed(broken, 3)} hold values that are not finite after step {state.step}, so this state is not "
-                "saved; the newest checkpoint is whole."
-            )
         clear_leftovers(folder)
-        with folder_written_aside(place, overwrite=True) as aside:
-            save_adapter(state.model, aside)
-            save_file(dict(state.kept() if kept is None else kept), aside / OPTIMIZER)
-            (aside / STATE).write_text(json.dumps(_values(state), indent=2) + "\n", encoding="utf-8")
-            seal(aside)
+        with all_here(state.model.base.placement):
+            _write(state, place, state.kept() if kept is None else kept)
         state.saved = place
     found = find(folder)
     ours = [other for other in found if int(other.name) <= state.step]
@@ -67,6 +60,19 @@ def save(state: TrainState, folder: Path, keep: int, kept: Mapping[str, Tensor] 
         with suppress(OSError):  # one too many does no harm
             delete_folder(old)
     return place
+
+
+def _write(state: TrainState, place: Path, kept: Mapping[str, Tensor]) -> None:
+    if broken := state.not_finite():
+        raise NonFiniteError(
+            f"{listed(broken, 3)} hold values that are not finite after step {state.step}, so this state is not "
+            "saved; the newest checkpoint is whole."
+        )
+    with folder_written_aside(place, overwrite=True) as aside:
+        save_adapter(state.model, aside)
+        save_file(dict(kept), aside / OPTIMIZER)
+        (aside / STATE).write_text(json.dumps(_values(state), indent=2) + "\n", encoding="utf-8")
+        seal(aside)
 
 
 def place_of(state: TrainState, folder: Path) -> Path:
@@ -195,7 +201,8 @@ def load(state: TrainState, place: Path) -> None:
         )
     state.torn = True  # until everything is in its place
     try:
-        state.model.load_state(adapter, method)
+        with all_here(state.model.base.placement, read=False):
+            state.model.load_state(adapter, method)
     except MethodError as error:
         raise RunError(f"The checkpoint '{place}' does not belong to this run. {error}") from None
     load_optimizer_tensors(state.optimizer, state.masters.values, state.masters.load(tensors))

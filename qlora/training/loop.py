@@ -34,6 +34,7 @@ from qlora.training.record import begin, recipe_of
 from qlora.training.recover import Outcome, Recovery
 from qlora.training.reference import prepare_reference, unknown
 from qlora.training.rehearsal import Rehearsal, rehearse
+from qlora.training.shares import spread_out
 from qlora.training.state import TrainState
 from qlora.training.step import update
 
@@ -91,6 +92,7 @@ class Trainer:
         self._lengths = tuple(len(row.ids) for row in self.rows) if by_length else None
         self.steps_per_epoch = steps_per_epoch(len(self.rows), self.training.batch_size)
         self.total_steps = self.training.steps or self.training.epochs * self.steps_per_epoch
+        spread_out(model, self.memory)
         self.state = TrainState.new(model, self.training, self.total_steps)
         section = recipe.objective if recipe else TokensObjective()
         _require_its_data(data, section, labels_of(model.section))
@@ -192,7 +194,8 @@ class Trainer:
         """Have every process begin with the main one's parameters: what they worked out from data or weights may differ in its
         last bits."""
         if not self._alike:
-            self.state.processes.copy(self.state.parameters.values())
+            everywhere = (values for name, values in self.state.parameters.items() if not self.state.is_apart(name))
+            self.state.processes.copy(everywhere)
             self.state.masters.doubt()
             self._alike = True
 
@@ -213,8 +216,7 @@ class Trainer:
 
     def _unreached(self) -> str:
         """A sentence that names the parameters that got no gradient; empty where all did."""
-        without = [name for name, values in self.state.parameters.items() if values.grad is None]
-        if not without:
+        if not (without := self.recovery.unreached):
             return ""
         return (
             f"No gradient reached {len(without)} of {len(self.state.parameters)} trainable parameters, {listed(without, 3)}: the "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import RunError, listed
+from qlora.residence.owned import is_elsewhere
 
 KEY = "/master"
 """What a master's name in a checkpoint ends with, after its parameter's."""
@@ -39,8 +40,9 @@ class Masters:
         self.doubt()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that a step changes, the parameters beside their masters."""
-        return [*self.values.values(), *(p for name, p in self.parameters.items() if p is not self.values.get(name))]
+        """Every tensor here that a step changes, the parameters beside their masters."""
+        beside = (p for name, p in self.parameters.items() if p is not self.values.get(name) and not is_elsewhere(p))
+        return [*self.values.values(), *beside]
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -80,6 +80,8 @@ class Recovery:
         self, state: TrainState, objective: Objective, passage: Passage, save: Callable[[], str] = lambda: ""
     ) -> None:
         self.state, self.objective, self.passage, self.save = state, objective, passage, save
+        self.unreached: list[str] = []
+        """The parameters that no process's gradient reached in the last attempt."""
 
     def step(self, rows: Sequence[Row], places: Sequence[int]) -> Outcome:
         """The gradients of ``rows``, which are number ``places`` of the data, in ``.grad``.
@@ -129,6 +131,7 @@ class Recovery:
         failed, parts, *anywhere = zip(*processes.gather(bool(short), part, *reached), strict=True)
         if any(failed):
             return Attempt(out_of_memory=short or f"in process {failed.index(1)} of {processes.size}")
+        self.unreached = [name for name, each in zip(state.parameters, anywhere, strict=True) if not any(each)]
         loss = math.fsum(parts) if all(map(math.isfinite, parts)) else sum(parts)  # fsum refuses inf - inf
         try:
             add_up(state, [any(each) for each in anywhere])
@@ -203,10 +206,9 @@ class Recovery:
         )
         if state.training.not_finite == "skip":
             advice = f"training.skip_limit={state.training.skip_limit} steps were skipped before; look at those rows"
-        if broken := state.not_finite():
-            advice = (
-                f"{listed(broken, 3)} hold values that are not finite: go back to the newest checkpoint, which is whole"
-            )
+        broken = state.not_finite()
+        if state.processes.any(bool(broken)):
+            advice = f"{listed(broken, 3) or 'Parameters'} hold values that are not finite: go back to the newest checkpoint, which is whole"
         else:
             kept = self.save()
         return NonFiniteError(f"{what}. No step was taken; {advice}.{kept}")

@@ -1,4 +1,5 @@
-"""Full fine-tuning by several processes: each keeps the fp32 masters and the moments of a share of the parameters.
+"""Full fine-tuning by several processes: each keeps the fp32 masters and the moments of a share of the parameters, and where the
+recipe spreads the layers, the parameters and gradients of that share alone (``residence/owned.py``).
 
     gradients, summed in all ─► the owner's master and moments move ─► its parameter ─► copied into every process
     checkpoint: the owners' masters and moments ─► the main process, which writes what one process would have written
@@ -16,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora.machine.processes import Processes
+from qlora.machine.processes import Processes, here
 from qlora.methods.base import AdaptedModel
+from qlora.model import anatomy
+from qlora.recipe import MemorySection
+from qlora.residence.owned import OwnedLayers, apart
 
 
 @dataclass(frozen=True)
@@ -26,28 +30,49 @@ class Shares:
 
     processes: Processes
     owner: Mapping[str, int]
+    layers: OwnedLayers | None = None
+    """Those whose parameters and gradients their owners have alone."""
 
     @classmethod
     def of(cls, model: AdaptedModel, processes: Processes) -> Shares | None:
         """None where every process keeps everything: alone, or with an adapter."""
         if processes.size == 1 or not shared_out(model):
             return None
-        return cls(processes, owners(model.trainable_parameters(), processes.size))
+        layers = model.base.placement
+        owned = layers if isinstance(layers, OwnedLayers) else None
+        return cls(processes, owners(model.trainable_parameters(), processes.size), owned)
 
     def is_mine(self, name: str) -> bool:
         """Whether this process keeps it."""
         return self.owner[name] == self.processes.rank
 
+    def is_apart(self, name: str) -> bool:
+        """Whether its owner alone has the parameter, and its gradient."""
+        return self.layers is not None and name in self.layers.names
+
     @torch.no_grad()
     def hand_round(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Have every process hold each parameter as its owner has it."""
+        """Have every process hold each parameter as its owner has it, unless that one alone is to have it."""
         for name, values in parameters.items():
+            if self.is_apart(name):
+                continue
             self.processes.copy([values], self.owner[name])
             torch.autograd.graph.increment_version(values)  # what is received is written behind torch's back
 
     def collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the main process what all of them gave; in another what it gave itself."""
         return self.processes.collect(tensors)
+
+
+def spread_out(model: AdaptedModel, memory: MemorySection) -> None:
+    """Spread the layers of a model that is fine-tuned in full over the processes, where ``memory`` asks for it; once."""
+    asked = memory.tier == "processes" and memory.layers != "resident" and shared_out(model)
+    if not asked or model.base.placement is not None:
+        return
+    parameters = model.trainable_parameters()
+    inside = apart(model.model, parameters, memory)
+    if inside:
+        model.base.placement = OwnedLayers(anatomy.layers(model.model), inside, owners(parameters, here().size))
 
 
 def shared_out(model: AdaptedModel) -> bool:

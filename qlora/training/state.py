@@ -17,6 +17,7 @@ from qlora.errors import RunError
 from qlora.machine.processes import Processes, here
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import TrainingSection
+from qlora.residence.owned import is_elsewhere
 from qlora.training.masters import Masters
 from qlora.training.optim import make_optimizer, optimizer_tensors, quiet_paging
 from qlora.training.passage import count_layers
@@ -71,6 +72,10 @@ class TrainState:
             model, training, total_steps, parameters, masters, optimizer, way, way, loss_scale=scale, shares=shares
         )
 
+    def is_apart(self, name: str) -> bool:
+        """Whether one process alone has this parameter and its gradient."""
+        return self.shares is not None and self.shares.is_apart(name)
+
     @property
     def lockstep(self) -> bool:
         """Whether processes have to go through the model together, since each has a part of its layers."""
@@ -90,11 +95,12 @@ class TrainState:
             )
 
     def not_finite(self) -> list[str]:
-        """The trained parameters that hold NaN or infinity. A checkpoint with one could not be read again."""
+        """The trained parameters that hold NaN or infinity. A checkpoint with one could not be read again. Of those that are spread,
+        this process's own, unless all are here."""
         # the norm is NaN or infinite where a value is, and takes no memory, as isfinite() does
         largest = {
             name: torch.linalg.vector_norm(values.detach(), math.inf)
             for name, values in self.parameters.items()
-            if values.numel()
+            if values.numel() and not is_elsewhere(values)
         }
         return [name for name, value in largest.items() if not math.isfinite(float(value))]

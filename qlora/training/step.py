@@ -13,6 +13,7 @@ What can go wrong on the way (memory, overflow, NaN) is not handled here: ``reco
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -58,6 +59,8 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row], mine
         penalty = model.penalty() if state.processes.main else None  # once in the sum
         if penalty is not None:
             (penalty * state.loss_scale).backward()  # type: ignore[no-untyped-call]
+        if state.shares is not None and state.shares.layers is not None:
+            state.shares.layers.forget()  # of the last layer the gradients are still to be added up
     finally:
         model.model.eval()
     return sum(torch.stack(losses).tolist()) / denominator if losses else 0.0  # read once: each look waits for the GPU
@@ -73,7 +76,9 @@ def _missing(state: TrainState, rows: int, micro_batches: int) -> int:
 def add_up(state: TrainState, reached: Sequence[bool]) -> None:
     """Sum ``.grad`` over all processes. ``reached`` says of each parameter whether it has one in any of them."""
     grads = []
-    for p in itertools.compress(state.parameters.values(), reached):
+    for name, p in itertools.compress(state.parameters.items(), reached):
+        if state.is_apart(name):  # its owner has the sum
+            continue
         if p.grad is None:
             p.grad = torch.zeros_like(p, dtype=torch.float32 if is_narrow(p) else p.dtype)
         grads.append(p.grad)
@@ -82,10 +87,14 @@ def add_up(state: TrainState, reached: Sequence[bool]) -> None:
 
 def unscale(state: TrainState) -> float:
     """Divide ``.grad`` by the loss scale; return the L2 norm of all gradients together."""
-    found = [p.grad for p in state.parameters.values() if p.grad is not None]
+    found = {name: p.grad for name, p in state.parameters.items() if p.grad is not None}
     if state.loss_scale != 1.0:
-        torch._foreach_div_(found, state.loss_scale)
-    return total_norm(found)
+        torch._foreach_div_(list(found.values()), state.loss_scale)
+    norm = total_norm([grad for name, grad in found.items() if not state.is_apart(name)])
+    if state.shares is None or state.shares.layers is None:
+        return norm
+    mine = total_norm([grad for name, grad in found.items() if state.is_apart(name)])
+    return math.hypot(norm, *(other for (other,) in state.processes.gather(mine)))
 
 
 def update(state: TrainState, learning_rate: float, norm: float) -> None:

@@ -162,7 +162,10 @@ def trainer_for(base: Path, place: Path, cell: Cell, again: bool = False, rows: 
     where = MemorySection(**memory, cache=str(base.with_name("cache")))
     quantization: Any = "none" if cell.method == "full" else "nf4"
     dtype: Any = "bf16" if cell.narrow and cell.method == "full" else "fp32"
-    frozen = load_base(ModelSection(name=str(base), quantization=quantization, compute_dtype=dtype), CPU, memory=where)
+    loaded = (
+        MemorySection() if (cell.method, cell.placement) == ("full", "spread") else where
+    )  # the trainer spreads what trains
+    frozen = load_base(ModelSection(name=str(base), quantization=quantization, compute_dtype=dtype), CPU, memory=loaded)
     section = narrowed(METHODS[cell.method]) if cell.narrow else METHODS[cell.method]
     model = apply_method(frozen, section, values_follow=again)
     settings: dict[str, Any] = {

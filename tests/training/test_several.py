@@ -13,6 +13,7 @@ import torch
 from qlora.errors import DoesNotFitError
 from qlora.machine.processes import here
 from qlora.planning.memory import largest_share
+from qlora.residence.owned import OwnedLayers, is_elsewhere
 from qlora.training.loop import Trainer
 from qlora.training.masters import KEY
 from tests.steps import GRADIENT, LATER, LOSS, difference, step_of
@@ -43,14 +44,32 @@ def train(base: Path, folder: Path, cells: list[Cell], settings: dict[str, Any])
     for number, one in enumerate(cells):
         training = trainer(base, folder / str(number), one, **settings)
         still = [step_of(training) for _ in range(3)]
+        still = [(step, whole(training, grads)) for step, grads in still]
         slack = {name: torch.zeros_like(values) for name, values in training.model.trainable_parameters().items()}
         later = [moving(training, slack) for _ in range(3)]
-        adapter = {name: values.detach().float() for name, values in training.model.trainable_parameters().items()}
+        slack = whole(training, slack)
+        parameters = training.model.trainable_parameters()
+        adapter = whole(training, {name: values.detach().float() for name, values in parameters.items()})
         same_everywhere(adapter)
         found.append(([step.loss for step, _ in still], [grads for _, grads in still], later, (adapter, slack)))
     if here().main:
         folder.mkdir(exist_ok=True)
         torch.save(found, folder / f"{here().size}.pt")
+
+
+def whole(training: Trainer, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` by parameter: of those that are spread over the processes their owners' one."""
+    layers = training.model.base.placement
+    if not isinstance(layers, OwnedLayers):
+        return tensors
+    layers.forget()
+    of = {
+        name: tensors[name] if layers.is_here(name) else torch.zeros(p.shape)
+        for name, p in training.model.trainable_parameters().items()
+    }
+    spread = {name: values.clone() for name, values in of.items() if name in layers.names}
+    here().sum(list(spread.values()))
+    return of | spread
 
 
 def moving(training: Trainer, slack: dict[str, torch.Tensor]) -> float:
@@ -61,7 +80,9 @@ def moving(training: Trainer, slack: dict[str, torch.Tensor]) -> float:
 
     def look(*args: Any, **more: Any) -> None:
         for name, values in training.model.trainable_parameters().items():
-            size = values.grad.float().abs()  # type: ignore[union-attr]
+            if values.grad is None:  # another process has it
+                continue
+            size = values.grad.float().abs()
             doubtful = (GRADIENT * size.max() / size).nan_to_num(0.0).clamp(max=1.0)
             slack[name] += 2 * training.training.learning_rate * doubtful.to(slack[name])
         move(*args, **more)
@@ -157,6 +178,34 @@ def test_full_fine_tuning_shares_out_what_is_beside_the_weights(base: Path, tmp_
     together(2, shares_of_full, base, tmp_path)
 
 
+def owned(base: Path, folder: Path) -> None:
+    """A step: of the layers' weights, gradients and moments each process keeps its own, and all of them is one model."""
+    training = trainer(base, folder, replace(cell("full", "spread"), narrow=True))
+    layers, parameters = training.model.base.placement, training.model.trainable_parameters()
+    assert isinstance(layers, OwnedLayers)
+    mine = [name for name in layers.names if layers.is_here(name)]
+    numbers = [count for (count,) in here().gather(sum(parameters[name].numel() for name in mine))]
+    assert max(numbers) < 0.6 * sum(numbers)
+    assert sum(numbers) == sum(parameters[name].numel() for name in layers.names)
+    next(training)
+    layers.forget()
+    assert all(is_elsewhere(parameters[name]) == (name not in mine) for name in layers.names)
+    assert all(p.isnan().all() for name, p in parameters.items() if name in layers.names and name not in mine)
+    assert all(name in mine for name in layers.names & training.state.masters.values.keys())
+    training.save()
+    assert all(is_elsewhere(parameters[name]) == (name not in mine) for name in layers.names)
+
+
+def test_full_fine_tuning_spreads_the_weights_themselves(base: Path, tmp_path: Path) -> None:
+    together(2, owned, base, tmp_path)
+
+
+@pytest.mark.parametrize("accumulation", ["layer_major", "micro_batch_major"])
+def test_spread_weights_train_as_whole_ones(accumulation: str, base: Path, tmp_path: Path) -> None:
+    compare(base, tmp_path, [cell("full")], (1,), recompute="all", accumulation=accumulation)
+    compare(base, tmp_path, [cell("full", "spread")], (2,), one=1, recompute="all", accumulation=accumulation)
+
+
 @pytest.mark.slow
 def test_and_wherever_the_base_is(base: Path, tmp_path: Path) -> None:
     compare(base, tmp_path, [cell("lora", place) for place in ("streamed from disk", "half streamed")], (1, 3))
@@ -239,6 +288,7 @@ def test_what_one_meets_all_decide(what: Any, base: Path, tmp_path: Path) -> Non
 def resumed(base: Path, folder: Path, last: int, one: Cell) -> None:
     """Go on to step ``last`` from the newest checkpoint, where there is one, and save."""
     again = (folder / "checkpoints").is_dir()
+    one = one if here().size > 1 else replace(one, placement="resident")
     here().barrier()
     training = trainer_for(base, folder, one, again=again, rows=ROWS, batch_size=BATCH, steps=6)
     while training.step_number < last:
@@ -247,7 +297,11 @@ def resumed(base: Path, folder: Path, last: int, one: Cell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("one", [cell("adalora"), cell("full"), replace(cell("full"), narrow=True)], ids=str)
+@pytest.mark.parametrize(
+    "one",
+    [cell("adalora"), cell("full"), *(replace(cell("full", place), narrow=True) for place in ("resident", "spread"))],
+    ids=str,
+)
 def test_resumed_by_two_one_and_three(one: Cell, base: Path, tmp_path: Path) -> None:
     """The checkpoint after 6 steps by 2 → 1 → 3 processes is that of one process, to rounding, in the same files."""
     resumed(base, tmp_path / "one", 6, one)
