@@ -138,8 +138,10 @@ class Arranger:
             layers = list(anatomy.layers(model))
         except ModelError:
             layers = []
-        self.layers = 0 if any(part.name == "full" for part in parts_of(recipe.method)) else len(layers)
-        """How many frozen layers could be streamed."""
+        self.trained = any(part.name == "full" for part in parts_of(recipe.method))
+        """Whether the layers train whole, so that they can be spread over processes, and wait nowhere else."""
+        self.layers = len(layers) if not self.trained or target.processes > 1 else 0
+        """How many layers need not stay."""
         self.tiles = bool(layers) and all(has_mlp(layer) for layer in layers)
         self.depth = len(layers)
         self.keeps = recipe.training.recompute == "auto" and self.depth > 0 and target.free > 0
@@ -309,7 +311,8 @@ class Arranger:
                 {**now, "training.micro_batch_size": number}, (*spread, "host") if gpu else ("disk",)
             )
         if self.layers and not whole:
-            yield from self._streamed(now, (*spread, "host", "disk") if gpu else ("disk",))
+            elsewhere = () if self.trained else ("host", "disk") if gpu else ("disk",)
+            yield from self._streamed(now, (*(spread if gpu or self.trained else ()), *elsewhere))
 
     def _with_tiles(self, now: Changes) -> Arrangement:
         """``now``, whose MLPs stay whole where they answer with more than a tensor (gpt-oss, with the router's scores)."""

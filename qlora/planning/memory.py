@@ -13,7 +13,7 @@ Knows models on meta, dry runs and what the optimizer takes; must not know what 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,6 +31,7 @@ from qlora.planning.shapes import image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.layers import layers_that_keep
+from qlora.residence.owned import apart
 from qlora.residence.placement import resident_layers
 from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes, step_bytes
@@ -154,6 +155,12 @@ def estimate(
         host["pinned_layer_inputs"] = run.inputs * run.input_bytes
     optimizer = step_bytes(adapted.trainable_parameters().values(), training.optimizer, kind)
     moments = [(moment.phase, _by_kind(moment, run, optimizer, inputs_away)) for moment in run.moments()]
+    if away := trained_away(adapted, memory, processes):
+        mine = largest_share(adapted.trainable_parameters(), processes)
+        elsewhere = [4 * sum(values.numel() for values in others(inside, mine)) for inside in away]
+        most_kept = max(kinds["gradients"] for _, kinds in moments) - sum(elsewhere) + max(elsewhere)
+        for _, kinds in moments:  # of the layer at work all, of the others what this process owns
+            kinds["gradients"] = min(kinds["gradients"], most_kept)
     for _, kinds in moments:
         kinds["fragments"] = sum(kinds.values()) // FRAGMENTS[kind] if FRAGMENTS[kind] else 0
     runtime = RUNTIME[kind] + (WIDE_HEAP if kind == "cpu" and adapted.base.compute_dtype.itemsize > 2 else 0)
@@ -252,16 +259,17 @@ def holdings(
     head, embedding = _ends(adapted.model, memory, {id(p) for p in trained.values()})
     host |= {"pinned_head" if device == "cuda" else "head": head, "embedding": embedding}
     mine = largest_share(trained, processes) if processes > 1 and shared_out(adapted) else trained
+    away = trained_away(adapted, memory, processes)
     states = [state_bytes(p.numel(), training.optimizer) for p in mine.values()]
     optimizer = sum(states)
     if device == "cuda" and training.optimizer.startswith("paged"):  # it comes by itself, one matrix at a time
         host["paged_optimizer"], optimizer = optimizer, max(states, default=0)
     kinds = {
         "quantised_weights": quantised - packed,
-        "layer_slots": slots,
+        "layer_slots": slots or max((_bytes(inside.values()) for inside in away), default=0),
         "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
-        "adapter": sum(values.nbytes for values in trained.values()),
+        "adapter": _bytes(trained.values()) - sum(_bytes(others(inside, mine)) for inside in away),
         "masters": master_bytes(mine.values()),
         "optimizer": optimizer,
         "gradient_sums": sums,
@@ -270,6 +278,22 @@ def holdings(
     if device == "cpu":
         return kinds | {f"host_{kind}": count for kind, count in host.items()}, {}, disk
     return kinds, host, disk
+
+
+def trained_away(adapted: AdaptedModel, memory: MemorySection, processes: int) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each layer that trains and is spread over the processes; none where layers stay, or are frozen."""
+    if processes == 1 or memory.tier != "processes" or memory.layers == "resident" or not shared_out(adapted):
+        return []
+    return list(apart(adapted.model, adapted.trainable_parameters(), memory).values())
+
+
+def others(inside: Mapping[str, Tensor], mine: Collection[str]) -> list[Tensor]:
+    """Of these parameters those that are not ``mine``."""
+    return [values for name, values in inside.items() if name not in mine]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(values.nbytes for values in tensors)
 
 
 def largest_share(trained: Mapping[str, Tensor], processes: int) -> dict[str, Tensor]:

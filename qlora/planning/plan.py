@@ -345,7 +345,12 @@ def _of_each(chosen: Arrangement, rows: int, target: Target) -> str:
     share, memory = chosen.recipe.training.batch_size, chosen.recipe.memory
     said = f"Of {target.processes} processes each takes at most {share} of a step's {rows} rows; memory and seconds are one's."
     if any(part.name == "full" for part in parts_of(chosen.recipe.method)):
-        return f"{said} Each keeps the masters and moments of its share of the weights, and all weights."
+        if memory.tier == "processes" and memory.layers != "resident":
+            return f"{said} Of its layers each keeps its share: weights, gradients, masters and moments."
+        return (
+            f"{said} Each keeps the masters and moments of its share of the weights, and all weights and gradients; "
+            "memory.layers=streamed memory.tier=processes spreads these too."
+        )
     parts = chosen.needed.device.get("layer_parts", 0)
     if not (parts and memory.tier == "processes" and memory.layers != "resident"):
         return f"{said} Every one holds the whole base; memory.layers=streamed memory.tier=processes spreads its layers over all."

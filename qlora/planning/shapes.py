@@ -50,7 +50,9 @@ class Shapes:
     attention: int
     """a, of all query heads together."""
     layer_bytes: tuple[int, ...]
-    """By layer, what travels when it is streamed."""
+    """By layer, what travels when it is streamed, or spread where it trains whole."""
+    layer_gradients: tuple[int, ...]
+    """By layer, the gradients that travel with it where it trains whole."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
     ]
     unvisited = sum(count - count * anatomy.experts_visited(model, one.count) // one.count for one, count in experts)
     in_experts = sum(count for _, count in experts)
+    whole = any(method.section.name == "full" for method in adapted.methods)
+    trained = [[p for p in layer.parameters() if p.requires_grad] if whole else [] for layer in layers]
+
+    def by_layer(bytes_each: list[int]) -> tuple[int, ...]:
+        return tuple(count * len(layers) // depth for count in bytes_each) * (depth // len(layers))
+
     return Shapes(
         blocks=sum(counts) - unvisited,
         packed=sum(count for count, one in zip(counts, linears, strict=True) if isinstance(one, Packed)) - in_experts,
@@ -126,7 +134,10 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
         with_graph=depth - _without_graph(model, layers) * depth // len(layers),
         width=sizes.hidden,
         attention=sizes.attention,
-        layer_bytes=tuple(image_bytes(layer) * len(layers) // depth for layer in layers) * (depth // len(layers)),
+        layer_bytes=by_layer(
+            [image_bytes(layer) + sum(p.nbytes for p in own) for layer, own in zip(layers, trained, strict=True)]
+        ),
+        layer_gradients=by_layer([sum(4 * p.numel() for p in own) for own in trained]),
     )
 
 

@@ -123,7 +123,7 @@ def _fetched(shapes: Shapes, memory: MemorySection) -> tuple[float, float]:
     for visited in (away, [layer for layer in away if layer >= shapes.layers - shapes.with_graph]):
         size = sum(shapes.layer_bytes[layer] for layer in visited)
         ways.append(size * max(0, len(visited) - memory.slots) / max(1, len(visited)))
-    return ways[0], ways[1]
+    return ways[0], ways[1] + sum(shapes.layer_gradients[layer] for layer in away)
 
 
 @dataclass(frozen=True)

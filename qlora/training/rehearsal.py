@@ -157,6 +157,7 @@ def _taken_back(state: TrainState) -> Iterator[int]:
     network, scale = state.model.model, state.loss_scale
     modes = [(module, module.training) for module in network.modules()]
     state.masters.follow()
+    state.settle()
     with steps_taken_back(state.optimizer, state.masters.tensors()) as kept, _forgetting(network):
         try:
             yield kept

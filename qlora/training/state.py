@@ -76,6 +76,11 @@ class TrainState:
         """Whether one process alone has this parameter and its gradient."""
         return self.shares is not None and self.shares.is_apart(name)
 
+    def settle(self) -> None:
+        """Have weights and gradients that are spread be with their owners alone, after a visit."""
+        if self.shares is not None and self.shares.layers is not None:
+            self.shares.layers.forget()
+
     @property
     def lockstep(self) -> bool:
         """Whether processes have to go through the model together, since each has a part of its layers."""

@@ -59,8 +59,7 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row], mine
         penalty = model.penalty() if state.processes.main else None  # once in the sum
         if penalty is not None:
             (penalty * state.loss_scale).backward()  # type: ignore[no-untyped-call]
-        if state.shares is not None and state.shares.layers is not None:
-            state.shares.layers.forget()  # of the last layer the gradients are still to be added up
+        state.settle()  # of the last layer the gradients are still to be added up
     finally:
         model.model.eval()
     return sum(torch.stack(losses).tolist()) / denominator if losses else 0.0  # read once: each look waits for the GPU

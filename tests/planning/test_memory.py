@@ -20,10 +20,11 @@ from qlora.model.kernels import fuse
 from qlora.model.skeleton import skeleton_base
 from qlora.planning.dry_run import dry_run
 from qlora.planning.few_layers import layers_of
-from qlora.planning.memory import RUNTIME, Estimate, estimate, holdings, shape_of, weight_bytes
+from qlora.planning.memory import RUNTIME, Estimate, estimate, holdings, largest_share, shape_of, weight_bytes
 from qlora.planning.shapes import shapes_of
 from qlora.recipe import Bottleneck, Full, LoRA, MemorySection, ModelSection, TrainingSection
 from qlora.residence.load import load_base
+from qlora.residence.owned import apart
 from qlora.training.loop import Trainer
 from qlora.training.optim import optimizer_tensors
 from tests.methods.test_laws import CASES as CASES_OF_METHODS
@@ -333,6 +334,25 @@ def test_layers_spread_over_processes_are_a_part_on_each(models: dict[str, Path]
         assert "pinned_layers" not in beside
         shared = holdings(model, training, "cuda", MemorySection(layers="streamed"), processes, processes)[1]
         assert shared["pinned_layers"] == -(-host // processes)
+
+
+def test_layers_that_train_whole_are_a_share_on_each(models: dict[str, Path]) -> None:
+    model, training = skeleton_of(models["mid"], Full(), quantization="none"), TrainingSection()
+    spread = MemorySection(layers="streamed", tier="processes")
+    alone = holdings(model, training, "cuda", MemorySection(), 2, 2)[0]
+    device = holdings(model, training, "cuda", spread, 2, 2)[0]
+    parameters = model.trainable_parameters()
+    mine, inside = largest_share(parameters, 2), [*apart(model.model, parameters, spread).values()]
+    elsewhere = [values for layer in inside for name, values in layer.items() if name not in mine]
+    assert len(inside) == len(layers_of(model.model))
+    assert alone["adapter"] - device["adapter"] == sum(values.nbytes for values in elsewhere)
+    assert device["layer_slots"] == max(sum(values.nbytes for values in layer.values()) for layer in inside)
+    whole = estimate(model, training, 64, GPU, memory=MemorySection(), processes=2, sharing=2)
+    less = estimate(model, training, 64, GPU, memory=spread, processes=2, sharing=2)
+    largest = max(4 * sum(v.numel() for name, v in layer.items() if name not in mine) for layer in inside)
+    saved = 4 * sum(values.numel() for values in elsewhere) - largest
+    assert whole.device["gradients"] - less.device["gradients"] <= saved
+    assert less.phases["optimizer"] < whole.phases["optimizer"]
 
 
 def test_paged_moments_are_in_host_memory(models: dict[str, Path]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from qlora.runs.train import _begun_before
 from qlora.training.record import launcher
@@ -100,6 +101,34 @@ def test_a_launcher_starts_a_run_that_is_one_processs(launcher: str, recipe: Pat
     assert (one / "adapter/adapter_config.json").read_bytes() == (several / "adapter/adapter_config.json").read_bytes()
     assert ended.stdout.count("Run folder") == 1
     assert ended.stderr.count("Measuring the held-out loss before training") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_that_are_spread_give_the_run_of_one_process(method: str, recipe: Path, tmp_path: Path) -> None:
+    """Evaluated on the way, resumed by three, then evaluated and merged by one alone."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if method == "full":
+        values |= {"method": {"name": "full"}, "model": values["model"] | {"quantization": "none"}}
+        values["training"]["learning_rate"] = 1e-4
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    one, several = tmp_path / "alone", tmp_path / "run"
+    assert processes.run("train", recipe, f"folder={one}").status == 0
+    started = launch(2, "train", recipe, "memory.layers=streamed", "memory.tier=processes")
+    reach(several, 5)
+    os.kill(started[1].pid, signal.SIGTERM)
+    assert [ended.status for ended in [one.wait() for one in started]] == [128 + signal.SIGTERM] * 2
+    again = [ended.wait() for ended in launch(3, "resume", several)]
+    assert [ended.status for ended in again] == [0] * 3, again[0].errors
+    assert losses(several) == pytest.approx(losses(one), rel=LATER)
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, several)]
+    assert {key: values.shape for key, values in adapters[0].items()} == {
+        key: values.shape for key, values in adapters[1].items()
+    }
+    evaluated = processes.run("evaluate", several)
+    assert evaluated.status == 0, evaluated.errors
+    merged = processes.run("export", several, "merged", f"out={tmp_path / 'merged'}")
+    assert merged.status == 0, merged.errors
 
 
 @pytest.mark.slow
