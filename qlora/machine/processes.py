@@ -97,6 +97,22 @@ class Processes:
         with together():
             dist.reduce(flat, target, group=self.gpus if flat.is_cuda else self.cpus)
 
+    def begin_copy(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """Begin to replace it, on any device and without gaps, by that of the process ``source``; what is given back waits for it."""
+        with together():
+            under_way = dist.broadcast(
+                tensor.detach().view(-1).view(torch.uint8),
+                source,
+                group=self.gpus if tensor.is_cuda else self.cpus,
+                async_op=True,
+            )
+
+        def arrive() -> None:
+            with together():
+                under_way.wait()
+
+        return arrive
+
     def copy(self, tensors: Iterable[Tensor], source: int = 0) -> None:
         """Replace each by that of the process ``source``, byte for byte; the main one's unless said."""
         if self.size > 1:

@@ -29,7 +29,7 @@ from qlora.planning.memory import Estimate, estimate
 from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
 from qlora.planning.speed import Seconds, Work, step_seconds, work_of
-from qlora.recipe import Recipe, parts_of
+from qlora.recipe import Recipe
 from qlora.residence.placement import resident_layers
 from qlora.residence.tiles import find_mlp
 
@@ -138,7 +138,7 @@ class Arranger:
             layers = list(anatomy.layers(model))
         except ModelError:
             layers = []
-        self.trained = any(part.name == "full" for part in parts_of(recipe.method))
+        self.trained = recipe.trains_every_weight
         """Whether the layers train whole, so that they can be spread over processes, and wait nowhere else."""
         self.layers = len(layers) if not self.trained or target.processes > 1 else 0
         """How many layers need not stay."""

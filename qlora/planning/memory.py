@@ -266,7 +266,7 @@ def holdings(
         host["paged_optimizer"], optimizer = optimizer, max(states, default=0)
     kinds = {
         "quantised_weights": quantised - packed,
-        "layer_slots": slots or max((_bytes(inside.values()) for inside in away), default=0),
+        "layer_slots": slots or 2 * max((_bytes(others(inside, mine)) for inside in away), default=0),
         "layer_parts": parts,
         "other_weights": other - plain - head - embedding,
         "adapter": _bytes(trained.values()) - sum(_bytes(others(inside, mine)) for inside in away),

@@ -344,7 +344,7 @@ def _of_each(chosen: Arrangement, rows: int, target: Target) -> str:
     """What there is to know of several processes."""
     share, memory = chosen.recipe.training.batch_size, chosen.recipe.memory
     said = f"Of {target.processes} processes each takes at most {share} of a step's {rows} rows; memory and seconds are one's."
-    if any(part.name == "full" for part in parts_of(chosen.recipe.method)):
+    if chosen.recipe.trains_every_weight:
         if memory.tier == "processes" and memory.layers != "resident":
             return f"{said} Of its layers each keeps its share: weights, gradients, masters and moments."
         return (
@@ -418,7 +418,7 @@ def _here(recipe: Recipe, checkpoint: Checkpoint, rates: bool) -> tuple[Target, 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """What a run computes in. On a CPU ``auto`` looks what it is good at; full fine-tuning moves the weights themselves, to
     which bf16's three digits would lose most steps."""
-    whole = any(part.name == "full" for part in parts_of(recipe.method))
+    whole = recipe.trains_every_weight
     if recipe.model.compute_dtype == "auto" and device.type == "cpu" and not whole and faster_in_bf16():
         return torch.bfloat16
     return resolve_compute_dtype(device, recipe.model.compute_dtype)

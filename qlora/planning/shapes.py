@@ -19,6 +19,7 @@ from qlora.model import anatomy
 from qlora.model.experts import PackedExperts, is_packed, packed_of
 from qlora.model.nf4 import Packed, features, is_linear, packed_numbers
 from qlora.residence.image import ALIGNMENT, Image, Piece
+from qlora.training.shares import shared_out
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def shapes_of(adapted: AdaptedModel) -> Shapes:
     ]
     unvisited = sum(count - count * anatomy.experts_visited(model, one.count) // one.count for one, count in experts)
     in_experts = sum(count for _, count in experts)
-    whole = any(method.section.name == "full" for method in adapted.methods)
+    whole = shared_out(adapted)
     trained = [[p for p in layer.parameters() if p.requires_grad] if whole else [] for layer in layers]
 
     def by_layer(bytes_each: list[int]) -> tuple[int, ...]:

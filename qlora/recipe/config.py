@@ -313,6 +313,11 @@ class Recipe(Section):
         return {"name": value} if isinstance(value, str) else value
 
     @property
+    def trains_every_weight(self) -> bool:
+        """Whether it is full fine-tuning, where no weight stays as it is."""
+        return any(part.name == "full" for part in parts_of(self.method))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """The labels of a classifier, once they are known."""
         return labels_of(self.method)

@@ -6,8 +6,8 @@
 
 What FSDP does by parts of each parameter (ZeRO stage 3, Rajbhandari et al. 2020, arXiv:1910.02054, section 5.3) is done by whole
 parameters: so each moves exactly as in one process, with one optimizer state of one shape, and a checkpoint is that of one
-process. One layer is whole at a time beside what a process owns. What no layer has alone (embedding, head, last norm) stays
-everywhere.
+process. Beside what a process owns there is the layer at work and the next one, on its way meanwhile. What no layer has alone
+(embedding, head, last norm) stays everywhere.
 
 In the place of a weight that is away stands NaN, so that whoever reads it all the same is found out. All processes have to
 visit the same layers in the same order, as for a frozen base that is spread (``spread.py``).
@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,23 @@ from torch import Tensor, nn
 from qlora.model import anatomy
 from qlora.model.base import StreamedLayers
 from qlora.recipe import MemorySection
-from qlora.residence.placement import NONE, resident_layers
+from qlora.residence.placement import NONE, next_layers, resident_layers
 from qlora.residence.spread import Led
+
+
+@dataclass
+class Coming:
+    """A layer on its way."""
+
+    number: int = NONE
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What it will have that this process lacks."""
+    copies: list[Callable[[], None]] = field(default_factory=list)
+
+    def arrive(self) -> None:
+        """Wait for all of it."""
+        for one in self.copies:
+            one()
 
 
 class OwnedLayers(Led):
@@ -48,6 +64,7 @@ class OwnedLayers(Led):
         """Of the parameters that are apart."""
         self.current, self.graded = NONE, False
         """The layer that is whole now, and whether its gradients are to be added up."""
+        self.coming, self.direction = Coming(), 1
         self.hooks = [
             layers[number].register_forward_pre_hook(self._bringing(number, layers[number])) for number in weights
         ]
@@ -66,23 +83,56 @@ class OwnedLayers(Led):
         return name not in self.names or self.owner[name] == self.processes.rank
 
     def visit(self, number: int) -> None:
-        """Have the layer whole. With gradients on, what its backward leaves is added up when the next one is visited."""
+        """Have the layer whole, and the next one on its way. With gradients on, what its backward leaves is added up when the next
+        one is visited."""
         if number != self.current:
-            self.forget()
+            before = self.current
+            self._leave()
             if self.leads:
                 self._order(number)
             self._bring(number)
             self.current = number
+            self._fetch_ahead(before)
         self.graded |= torch.is_grad_enabled() and not self.leads
 
-    @torch.no_grad()
     def _bring(self, number: int) -> None:
+        """Have what this process lacks of the layer, in memory of its own."""
+        if self.coming.number != number:
+            self._discard()
+            self._fetch(number)
+        self.coming.arrive()
+        for name, memory in self.coming.memory.items():
+            self.weights[number][name].data = memory
+        self.coming = Coming()
+
+    def _fetch_ahead(self, before: int) -> None:
+        """Begin to bring in the layer that comes next, unless this one is where backward ends."""
+        backwards = before > self.current
+        self.direction, wanted = next_layers(self.order, self.current, before, self.direction, 2)
+        if not (self.leads or len(wanted) < 2 or (backwards and self.current == self.order[0])):
+            self._fetch(wanted[1])
+
+    @torch.no_grad()
+    def _fetch(self, number: int) -> None:
+        """Begin to bring in the layer."""
+        self.coming = Coming(number)
         for name, values in self.weights[number].items():
+            memory = values.detach()
             if not self.is_here(name):
-                values.data = torch.empty(values.shape, dtype=values.dtype, device=self.device)
-            self.processes.copy([values], self.owner[name])
+                memory = torch.empty(values.shape, dtype=values.dtype, device=self.device)
+                self.coming.memory[name] = memory
+            self.coming.copies.append(self.processes.begin_copy(memory, self.owner[name]))
+
+    def _discard(self) -> None:
+        self.coming.arrive()
+        self.coming = Coming()
 
     def forget(self) -> None:
+        """Have every weight be with its owner alone; gradients go there."""
+        self._leave()
+        self._discard()
+
+    def _leave(self) -> None:
         """Let go of the layer that is whole; its gradients go to their owners."""
         if self.current == NONE:
             return
@@ -106,9 +156,9 @@ class OwnedLayers(Led):
                 values.grad = None
                 values.data = torch.full((), math.nan, dtype=values.dtype, device=self.device).expand(values.shape)
 
-    def _follow(self, number: int) -> None:
-        self._bring(number)
-        self._drop(number)
+    def _follow(self, layer: int) -> None:
+        self._bring(layer)
+        self._drop(layer)
 
     @contextmanager
     def all_here(self, read: bool) -> Iterator[None]:
@@ -133,8 +183,8 @@ class OwnedLayers(Led):
                 self._drop(number)
 
     def bytes_on_device(self) -> int:
-        """What the others own of the largest layer."""
-        return max(
+        """What the others own of the largest layer, for the one at work and the one on its way."""
+        return 2 * max(
             sum(values.numel() * values.element_size() for name, values in inside.items() if not self.is_here(name))
             for inside in self.weights.values()
         )

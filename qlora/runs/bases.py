@@ -46,7 +46,7 @@ class Bases:
                 del kept
                 release_memory(device)  # before there are two
             memory = recipe.memory
-            if memory.tier == "processes" and any(part.name == "full" for part in parts_of(recipe.method)):
+            if memory.tier == "processes" and recipe.trains_every_weight:
                 memory = memory.model_copy(update={"layers": "resident"})  # what trains is spread once it is there
             base = load_base(recipe.model, device, not quiet, memory, checkpoint)
         beside = [part for part in parts_of(recipe.method) if getattr(part, "init", None) in OTHER_BESIDE]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora.data.preview import Preview
 from qlora.errors import RunError
 from qlora.machine.device import peak_memory_bytes
+from qlora.machine.processes import here
 from qlora.methods.base import AdaptedModel
 from qlora.methods.loading import load_adapter
 from qlora.model.checkpoint import Checkpoint, open_checkpoint
@@ -110,6 +111,9 @@ def _trained(
 ) -> AdaptedModel:
     adapter, ends = adapter_folder(folder), end_tokens(recipe, folder, checkpoint)
     use_threads(recipe)
+    if recipe.memory.tier == "processes" and here().size == 1 and not recipe.trains_every_weight:
+        # what was spread over several waits beside the one
+        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"tier": "host"})})
     device, bases = limited(device_here(recipe), recipe), bases or Bases()
     if adapter.parent.name != "checkpoints":  # the form for others: what it says of itself counts, not the recipe
         model = load_adapter(bases.take(recipe, checkpoint, device, quiet), adapter)
