@@ -10,7 +10,7 @@ The weights compute in the compute dtype. In bf16, which keeps 8 bits, an update
 away: at a learning rate of 1e-5 most weights would stand still while the loss looks healthy. So training keeps a second copy
 of them in fp32 (``training/masters.py``), as of every parameter in 16 bits: 18 bytes a number with gradient and moments,
 where fp32 takes 16 and an 8-bit optimizer 12 or 10; several processes share the copy and the moments out
-(``training/shares.py``). A resumed run has that copy from its checkpoint. In fp16 small gradients
+(``training/shares.py``), and the weights with it where they are spread. A resumed run has that copy from its checkpoint. In fp16 small gradients
 vanish altogether, so it is refused.
 
 Knows the parameters of a model; must not know how they are stored, or the training loop.

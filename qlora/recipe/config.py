@@ -202,7 +202,7 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """Where the frozen weights and the layer inputs are kept. Changes memory and speed, never the result."""
+    """Where weights and layer inputs are kept. Changes memory and speed, never the result."""
 
     budget: str | None = Field(None, pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$")
     """`auto` (what is free) or an amount such as `6GiB`: the plan then chooses the fastest arrangement that fits, and writes
@@ -213,7 +213,8 @@ class MemorySection(Section):
     for each visit, the next one while this one computes."""
     tier: Literal["host", "disk", "processes"] = "host"
     """Where layers that do not stay are kept: in (pinned) host memory, in the NF4 file cache on disk, or spread over the
-    devices of a run's `processes`, a part on each, as FSDP does. On a CPU only the last two save memory."""
+    devices of a run's `processes`, a part on each, as FSDP does, which alone is for full fine-tuning too. On a CPU only the last
+    two save memory."""
     slots: int = Field(2, ge=2, le=64)
     """Places on the device for layers that do not stay: one computes, the others are being filled."""
     embedding: Literal["device", "host"] = "device"
