@@ -30,6 +30,10 @@ QWEN = Qwen3Config(
 FAMILIES: dict[str, tuple[str, PretrainedConfig]] = {
     "qwen3-8b": ("Qwen/Qwen3-8B", QWEN),
     "llama-3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", MODELS["Llama-3.1-8B"]),
+    "gemma-3-12b": ("google/gemma-3-12b-it", MODELS["Gemma-3-12B"]),
+    "mistral-small-24b": ("mistralai/Mistral-Small-24B-Instruct-2501", MODELS["Mistral-Small-3-24B"]),
+    "gpt-oss-20b": ("openai/gpt-oss-20b", MODELS["gpt-oss-20b"]),
+    "qwen3-30b-a3b": ("Qwen/Qwen3-30B-A3B", MODELS["Qwen3-30B-A3B"]),
 }
 CARDS = {
     "t4": ("T4", "12GiB", "a T4, as Colab and Kaggle lend it, with 12 GiB of host memory"),
