@@ -8,7 +8,7 @@ run folder ─► adapter + base ─► merged (plain safetensors)  ─► compa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +29,7 @@ from qlora.export.nf4 import export_nf4 as write_nf4
 from qlora.export.programs import Verdict, commands, programs
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import SEAL, damage, expanded
-from qlora.machine.device import resolve_compute_dtype, total_memory_bytes
+from qlora.machine.device import release_memory, resolve_compute_dtype, total_memory_bytes
 from qlora.methods.files import CONFIG, read_about_base
 from qlora.model import anatomy
 from qlora.model.checkpoint import MERGE, Checkpoint, open_checkpoint
@@ -306,8 +306,9 @@ def in_transformers(folder: Path, place: Path, count: int = 20) -> Difference | 
         examples = [ids[:-1] for ids in examples]  # the last stands for the class
         expected = [_class_logits(trained.model, ids, device) for ids in examples]
     else:
-        expected = _logits(trained.model, examples, device)
+        expected = list(_logits(trained.model, examples, device))
     del trained
+    release_memory(device)
     network = _plain(place, dtype, recipe.model.trust_remote_code, bool(recipe.classes)).to(device).eval()
     found = _logits(network, examples, device)
     difference = replace(_difference(found, expected), classifies=bool(recipe.classes))
@@ -437,11 +438,11 @@ def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool, classifies
 
 
 @torch.no_grad()
-def _logits(network: nn.Module, examples: list[list[int]], device: torch.device) -> list[Tensor]:
+def _logits(network: nn.Module, examples: list[list[int]], device: torch.device) -> Iterator[Tensor]:
     """Of each example [T], its logits [T, V], of a classifier [1, C], in fp32 on the CPU."""
-    batches = [torch.tensor([ids], device=device) for ids in examples]
-    found = [network(ids, use_cache=False).logits.float().cpu() for ids in batches]
-    return [logits if logits.dim() == 2 else logits[0] for logits in found]
+    for ids in examples:
+        logits = network(torch.tensor([ids], device=device), use_cache=False).logits.float().cpu()
+        yield logits if logits.dim() == 2 else logits[0]
 
 
 @torch.no_grad()
@@ -452,9 +453,9 @@ def _class_logits(network: nn.Module, ids: list[int], device: torch.device) -> T
     return head_of(network).logits(hidden[0, -1:]).float().cpu()
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> Difference:
+def _difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> Difference:
     largest = scale = divergence = 0.0
-    same = positions = 0
+    same = positions = examples = 0
     for logits, reference in zip(found, expected, strict=True):
         largest = max(largest, (logits - reference).abs().max().item())
         scale = max(scale, reference.abs().max().item())
@@ -462,4 +463,5 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> Difference:
         divergence += (ours.exp() * (ours - theirs)).sum().item()
         same += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         positions += len(reference)
-    return Difference(len(found), largest, scale, divergence / positions, same / positions)
+        examples += 1
+    return Difference(examples, largest, scale, divergence / positions, same / positions)

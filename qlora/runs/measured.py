@@ -31,7 +31,7 @@ from qlora.export.nf4 import linears_of
 from qlora.export.source import Source
 from qlora.export.verify import GgufFile
 from qlora.files.durable import write_text
-from qlora.machine.device import total_memory_bytes
+from qlora.machine.device import total_memory_bytes, trim_heap
 from qlora.methods.base import AdaptedModel
 from qlora.methods.modules import TrainedModule
 from qlora.model import anatomy
@@ -266,6 +266,8 @@ def measured(model: AdaptedModel, source: Source, forms: Mapping[str, WeightOf],
             }
             with standing(layer, instead):
                 states[name] = [walk.visit(number, batch, hidden) for batch, hidden in enumerate(states[name])]
+            del instead
+        trim_heap()
     found = {"trained": Divergence()} | {name: Divergence() for name in forms}
     for batch, reference in enumerate(walk.last):
         found["trained"].add(reference[0], reference[0], labels[batch], head)

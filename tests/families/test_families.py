@@ -37,7 +37,7 @@ from tests.rounding import difference
 from tests.tiny import stir
 
 ROOT = Path(__file__).parents[2]
-ROWS = ROOT / "benchmarks/results/2026-11-26-families.jsonl"
+ROWS = ROOT / "benchmarks/results/2026-11-28-families.jsonl"
 MOST_USED = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "granite", "olmo2", "smollm3", "gpt2", "glm4",
 )  # fmt: skip
