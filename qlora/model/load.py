@@ -11,6 +11,7 @@ Knows checkpoints and modules; must not know where layers wait, adapters, data o
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -42,12 +43,20 @@ def fill(
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
     on_host: Collection[nn.Module] = (),
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Read, place and drop one tensor of the checkpoint after the other, on ``device``; those of modules ``on_host`` in host
-    memory. ``advance`` is told the bytes of each. Raises ModelError where a tensor is not what the model expects."""
+    memory, and of parameters that are ``elsewhere``, by their names in the model, nothing. ``advance`` is told the bytes of each.
+    Raises ModelError where a tensor is not what the model expects."""
     done: set[str] = set()
     for name in names:
         target = empty.names[name]
+        if target in elsewhere:
+            owner, _, key = target.rpartition(".")
+            module = empty.model.get_submodule(owner)
+            _put(module, key, absent(getattr(module, key), device))
+            advance(empty.checkpoint.entries[name].bytes)
+            continue
         if target in empty.stacks:
             if target not in done:  # with its first part come all others, wherever in the files they are
                 advance(_fill_stack(empty, target, device))
@@ -65,6 +74,11 @@ def fill(
             away.keep()
         trim_heap()
         advance(empty.checkpoint.entries[name].bytes)
+
+
+def absent(values: Tensor, device: torch.device) -> Tensor:
+    """What stands in the place of a parameter that another process has: its shape, and NaN for whoever reads it."""
+    return torch.full((), math.nan, dtype=values.dtype, device=device).expand(values.shape)
 
 
 def _fill_stack(empty: Assembled, target: str, device: torch.device) -> int:

@@ -31,12 +31,11 @@ from qlora.planning.shapes import image_bytes, image_pieces
 from qlora.recipe import MemorySection, TrainingSection
 from qlora.residence.layer_inputs import device_bytes
 from qlora.residence.layers import layers_that_keep
-from qlora.residence.owned import apart
 from qlora.residence.placement import resident_layers
 from qlora.training.masters import master_bytes
 from qlora.training.optim import state_bytes, step_bytes
 from qlora.training.passage import count_layers
-from qlora.training.shares import owners, shared_out
+from qlora.training.shares import owners, shared_out, spread_weights
 from qlora.training.way import Way
 
 RUNTIME = {"cpu": int(0.55 * GIB), "cuda": int(0.5 * GIB)}
@@ -282,9 +281,7 @@ def holdings(
 
 def trained_away(adapted: AdaptedModel, memory: MemorySection, processes: int) -> list[dict[str, nn.Parameter]]:
     """The parameters of each layer that trains and is spread over the processes; none where layers stay, or are frozen."""
-    if processes == 1 or memory.tier != "processes" or memory.layers == "resident" or not shared_out(adapted):
-        return []
-    return list(apart(adapted.model, adapted.trainable_parameters(), memory).values())
+    return list(spread_weights(adapted, memory).values()) if processes > 1 else []
 
 
 def others(inside: Mapping[str, Tensor], mine: Collection[str]) -> list[Tensor]:

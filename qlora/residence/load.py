@@ -44,11 +44,13 @@ def load_base(
     progress: bool = False,
     memory: MemorySection | None = None,
     checkpoint: Checkpoint | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Base:
     """Load, quantise and freeze the model of a recipe, on ``device`` (the default one when left out).
 
     ``memory`` says what does not stay on the device: layers, the embedding, the head. ``progress`` shows a bar on standard
-    error, or two plain lines where that is no terminal. ``checkpoint`` is the section's, where it was opened before. Raises
+    error, or two plain lines where that is no terminal. ``checkpoint`` is the section's, where it was opened before. Parameters
+    ``elsewhere``, by their names in the model, are left out: another process has them (``owned.py``). Raises
     ModelError, before any weight is read where that is possible, for whatever cannot be loaded whole and exactly.
     """
     device = resolve_device() if device is None else torch.device(device)
@@ -65,7 +67,7 @@ def load_base(
     ends_on_host = {anatomy.embedding(model): memory.embedding, anatomy.head(model): memory.head}
     on_host = [module for module, place in ends_on_host.items() if module is not None and place == "host"]
     with progress_of(empty, left, progress) as advance:
-        fill(empty, left, device, advance, on_host)
+        fill(empty, left, device, advance, on_host, elsewhere)
     finish(model, missing, device, str(checkpoint.folder))
     model.eval().requires_grad_(False)
     if placement is not None:

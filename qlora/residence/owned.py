@@ -17,7 +17,6 @@ Knows parameters, layers and processes; must not know masters, an optimizer or f
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from qlora.model import anatomy
 from qlora.model.base import StreamedLayers
+from qlora.model.load import absent
 from qlora.recipe import MemorySection
 from qlora.residence.placement import NONE, next_layers, resident_layers
 from qlora.residence.spread import Led
@@ -154,7 +154,7 @@ class OwnedLayers(Led):
         for name, values in self.weights[number].items():
             if not self.is_here(name):
                 values.grad = None
-                values.data = torch.full((), math.nan, dtype=values.dtype, device=self.device).expand(values.shape)
+                values.data = absent(values, self.device)
 
     def _follow(self, layer: int) -> None:
         self._bring(layer)

@@ -12,13 +12,16 @@ from typing import TypeVar, cast
 
 import torch
 
-from qlora.machine.device import release_memory
-from qlora.methods.base import AdaptedModel
+from qlora.machine.device import release_memory, resolve_compute_dtype
+from qlora.machine.processes import here
+from qlora.methods.base import AdaptedModel, apply_method
 from qlora.model.base import Base
 from qlora.model.checkpoint import Checkpoint
+from qlora.model.skeleton import skeleton_base
 from qlora.recipe import Recipe, parts_of
 from qlora.residence.layers import unwrap_layers
 from qlora.residence.load import load_base
+from qlora.training.shares import elsewhere
 
 Measured = TypeVar("Measured")
 OTHER_BESIDE = ("pissa", "loftq")
@@ -45,10 +48,15 @@ class Bases:
             if kept is not None:
                 del kept
                 release_memory(device)  # before there are two
-            memory = recipe.memory
-            if memory.tier == "processes" and recipe.trains_every_weight:
-                memory = memory.model_copy(update={"layers": "resident"})  # what trains is spread once it is there
-            base = load_base(recipe.model, device, not quiet, memory, checkpoint)
+            memory, others = recipe.memory, set[str]()
+            if memory.tier == "processes" and recipe.trains_every_weight:  # what trains is spread by the trainer
+                if here().size > 1:
+                    empty = skeleton_base(
+                        recipe.model, torch.device("meta"), resolve_compute_dtype(device, recipe.model.compute_dtype)
+                    )
+                    others = elsewhere(apply_method(empty, recipe.method), memory, here())
+                memory = memory.model_copy(update={"layers": "resident"})
+            base = load_base(recipe.model, device, not quiet, memory, checkpoint, others)
         beside = [part for part in parts_of(recipe.method) if getattr(part, "init", None) in OTHER_BESIDE]
         self._taken = (*_key(recipe, checkpoint, device), repr(beside))
         self._ends = base.end_tokens  # to which a run adds those of its chat template

@@ -66,13 +66,24 @@ class Shares:
 
 def spread_out(model: AdaptedModel, memory: MemorySection) -> None:
     """Spread the layers of a model that is fine-tuned in full over the processes, where ``memory`` asks for it; once."""
-    asked = memory.tier == "processes" and memory.layers != "resident" and shared_out(model)
-    if not asked or model.base.placement is not None:
-        return
-    parameters = model.trainable_parameters()
-    inside = apart(model.model, parameters, memory)
-    if inside:
-        model.base.placement = OwnedLayers(anatomy.layers(model.model), inside, owners(parameters, here().size))
+    inside = spread_weights(model, memory)
+    if inside and model.base.placement is None:
+        owner = owners(model.trainable_parameters(), here().size)
+        model.base.placement = OwnedLayers(anatomy.layers(model.model), inside, owner)
+
+
+def spread_weights(model: AdaptedModel, memory: MemorySection) -> dict[int, dict[str, nn.Parameter]]:
+    """By layer, the parameters that one process alone is to have; none where ``memory`` does not ask for it, or the method is another."""
+    if memory.tier != "processes" or memory.layers == "resident" or not shared_out(model):
+        return {}
+    return apart(model.model, model.trainable_parameters(), memory)
+
+
+def elsewhere(model: AdaptedModel, memory: MemorySection, processes: Processes) -> set[str]:
+    """The names of the parameters that only other processes are to have, whose weights may be on meta."""
+    owner = owners(model.trainable_parameters(), processes.size)
+    spread = {name for inside in spread_weights(model, memory).values() for name in inside}
+    return {name for name in spread if owner[name] != processes.rank}
 
 
 def shared_out(model: AdaptedModel) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from qlora.errors import DoesNotFitError
 from qlora.machine.processes import here
+from qlora.methods.base import apply_method
 from qlora.planning.memory import largest_share
 from qlora.residence.owned import OwnedLayers, is_elsewhere
 from qlora.training.loop import Trainer
@@ -330,3 +331,40 @@ def test_resumed_by_two_one_and_three(one: Cell, base: Path, tmp_path: Path) -> 
             torch.equal(masters[key.removeprefix("base_model.model.")].to(values.dtype), values)
             for key, values in narrow.items()
         )
+
+
+def loaded_in_part(base: Path, folder: Path) -> None:
+    """A run's own way: what other processes will have is never read, and the steps are those of a base that was read whole."""
+    from qlora.model.checkpoint import Checkpoint, open_checkpoint
+    from qlora.recipe import Recipe
+    from qlora.runs.bases import Bases
+
+    values = {
+        "model": {"name": str(base), "quantization": "none", "compute_dtype": "fp32"},
+        "method": {"name": "full"},
+        "data": {"train": "none.jsonl"},
+        "memory": {"layers": "streamed", "tier": "processes"},
+    }
+    recipe, read, plain = Recipe.from_dict(values), set[str](), Checkpoint.read
+
+    def spy(self: Checkpoint, name: str, *given: Any) -> torch.Tensor:
+        read.add(name)
+        return plain(self, name, *given)
+
+    Checkpoint.read = spy  # type: ignore[method-assign]
+    frozen = Bases().take(recipe, open_checkpoint(recipe.model), torch.device("cpu"), quiet=True)
+    Checkpoint.read = plain  # type: ignore[method-assign]
+    whole = trainer(base, folder / "whole", cell("full", "spread"))
+    model = apply_method(frozen, recipe.method)
+    training = Trainer(model, list(whole.rows), whole.training, memory=recipe.memory)
+    layers = model.base.placement
+    assert isinstance(layers, OwnedLayers)
+    names = {name for name in layers.names if not layers.is_here(name)}
+    assert names
+    assert not read & names
+    assert len(read) == len(model.trainable_parameters()) - len(names)
+    assert [next(training).loss for _ in range(3)] == [next(whole).loss for _ in range(3)]
+
+
+def test_weights_of_others_are_never_read(base: Path, tmp_path: Path) -> None:
+    together(2, loaded_in_part, base, tmp_path)
