@@ -13,7 +13,7 @@ import torch
 
 from qlora.machine.cards import card
 from qlora.planning import rates as machine
-from qlora.planning.rates import NVME, Rate, matrix_rate, measure, rates_of
+from qlora.planning.rates import NVME, SHARE_OF_MLP, Rate, matrix_rate, measure, rates_of
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def test_units_by_a_clock_that_ticks_a_second(tmp_path: Path, monkeypatch: pytes
     ticks = iter(range(10**6))
     monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
     rates = measure(CPU, torch.float32, tmp_path)
-    assert rates.matrix.expected == 3 * 2 * 256 * 512 * 2048
+    assert rates.matrix.expected == pytest.approx(SHARE_OF_MLP[1] * 3 * 2 * 256 * 512 * 2048)
     assert rates.dequantise.expected == 4 * 512 * 2048
     assert rates.disk is not None
     assert rates.copies.expected == rates.disk.expected == 16 * 2**20
