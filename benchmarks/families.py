@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-28-families.jsonl"
-PLANS = "2026-11-27-plans.md"
+PLANS = "2026-11-28-plans.md"
 SECONDS = 60.0
 OUTCOMES = ("works", "works, packing off", "refused", "crashes", "silently wrong", "not judged")
 COLUMNS = {
