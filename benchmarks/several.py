@@ -7,7 +7,8 @@ Laws: of each method the worst relative differences to one process, for 2 and 3 
 spread: of the losses and gradients of three steps whose optimizer stands still, and of losses and adapter after three more steps of Adam.
 9 rows by 4, so that shares are uneven and in the last step of an epoch some processes have no row.
 
-Kills: a training of two processes, one of which is killed at a moment that nobody chose; then it goes on with 1, 2 or 3 processes. 12 steps
+Kills: a training of two processes, one of which is killed at a moment that nobody chose, once they have found each other (before that
+it is the launcher who ends the others: they wait five minutes for each other); then it goes on with 1, 2 or 3 processes. 12 steps
 with dropout, a checkpoint after each second one. A row is one kill: which process, after how many seconds, how long the other took to end,
 with which status and how often it was said; from which step it went on with how many processes; and how far its losses are from those of
 one process that nothing disturbed (relative, the worst step). The same by the command line: tests/runs/test_several.py.
@@ -37,6 +38,7 @@ from tests.training.test_several import cell, found_by, train
 
 TRAINS_ITS_LAYERS = ("modules", "lora + modules + new_tokens")
 STEPS = 12
+TOGETHER = "together"  # the file that is there once the processes have found each other
 FAR = 1e-3  # relative: Adam makes a step of what is rounding in a gradient near zero
 
 
@@ -45,6 +47,7 @@ def go(base: Path, folder: Path) -> None:
     again = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("[0-9]*"))
     try:
         here().barrier()  # all have looked
+        (folder.parent / TOGETHER).touch()
         trainer = trainer_for(base, folder, cell("lora"), again=again, rows=9, batch_size=4, steps=STEPS)
         for step in trainer:
             if here().main:
@@ -67,6 +70,13 @@ def start(size: int, base: Path, folder: Path) -> list[Any]:
     return started
 
 
+def found_each_other(place: Path) -> float:
+    """Wait for it; the time."""
+    while not (place / TOGETHER).exists():
+        time.sleep(0.01)
+    return time.monotonic()
+
+
 def losses(place: Path) -> dict[int, float]:
     """By step; of one that was taken again, the last."""
     return {int(step): float(loss) for step, loss in map(str.split, (place / "losses").read_text().splitlines())}
@@ -80,12 +90,13 @@ def kills(count: int, seed: int) -> None:
         tiny_checkpoint(base)
         for place in (Path(scratch) / "1", Path(scratch) / "2"):
             place.mkdir()
-            began = time.monotonic()
-            for process in start(int(place.name), base, place / "run"):
+            started = start(int(place.name), base, place / "run")
+            began = found_each_other(place)
+            for process in started:
                 process.join()
             whole = time.monotonic() - began
         expected = losses(Path(scratch) / "1")
-        print(f"Undisturbed, two processes take {whole:.1f} s; kills at random moments of that.\n")
+        print(f"Undisturbed, two processes take {whole:.1f} s from then on; kills at random moments of that.\n")
         print("| killed | after | the other ended after | with | said | went on | with | losses |")
         print("|--:|--:|--:|--:|---|---|--:|--:|")
         done = 0
@@ -94,8 +105,9 @@ def kills(count: int, seed: int) -> None:
                 return
             place = Path(scratch) / f"kill {number}"
             place.mkdir()
-            victim, moment, size = chance.randrange(2), chance.uniform(0.1, 0.8) * whole, chance.randrange(1, 4)
+            victim, moment, size = chance.randrange(2), chance.uniform(0.0, 0.9) * whole, chance.randrange(1, 4)
             started = start(2, base, place / "run")
+            found_each_other(place)
             started[victim].join(moment)
             if started[victim].exitcode == 0:  # this one was faster than the first: nothing was killed
                 started[1 - victim].join()
