@@ -163,7 +163,7 @@ def apart(one: Any, other: Any) -> tuple[float, float, float, float]:
         (theirs[name], ours) for theirs, found in zip(other[1], one[1], strict=True) for name, ours in found.items()
     ]
     gradients = max(difference(theirs, ours) for theirs, ours in pairs if ours.any())
-    adapter = max(difference(other[3][name], values) for name, values in one[3].items() if values.numel())
+    adapter = max(difference(other[3][0][name], values) for name, values in one[3][0].items() if values.numel())
     return losses, gradients, later, adapter
 
 

@@ -113,8 +113,11 @@ def disk_is_full(error: BaseException | str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's complaint without its full stop, or the exception's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of another library's complaint without its full stop, or the exception's name where it has none; with the
+    second one, where the first announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    announces = lines[0].rstrip().endswith(":") and len(lines) > 1
+    return (f"{lines[0].rstrip()} {lines[1].strip()}" if announces else lines[0]).rstrip(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

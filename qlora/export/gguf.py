@@ -94,7 +94,7 @@ def export_gguf(
     source = Source(checkpoint, section, adapter_folder)
     if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
-            f"'{base_folder}' is itself quantised and does not hold the original weights; use base=dequantized."
+            f"'{base_folder}' is itself quantised and does not hold the original weights; merge into it as it is: for=serving (base=dequantized)."
         )
     converted = Converted(source.model.config.get_text_config())
     later, type = (type, "bf16") if type in BY_QUANTISER else (None, type)

@@ -97,7 +97,7 @@ def merge(
     source = Source(checkpoint, section, adapter_folder)
     if base == "original" and source.empty.scheme.prequantised:
         raise ModelError(
-            f"'{base_folder}' is itself quantised and does not hold the original weights; merge with base='dequantized'."
+            f"'{base_folder}' is itself quantised and does not hold the original weights; merge into it as it is: for=serving (base=dequantized)."
         )
     promised = source.promise(DTYPES[dtype])
     total = sum(math.prod(shape) * kind.itemsize for shard in promised.values() for kind, shape in shard.values())

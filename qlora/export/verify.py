@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.errors import DiffersError, QloraError, RunError, listed
+from qlora.errors import DiffersError, MethodError, QloraError, RunError, listed
 from qlora.export.adapter import export_adapter
 from qlora.export.gguf import WEIGHTS, bytes_of, described, entries_of, export_gguf_adapter
 from qlora.export.gguf_models import Converted
@@ -146,8 +147,9 @@ def verify_adapter(section: ModelSection, base: Checkpoint, adapter: Path, place
             except QloraError as error:
                 raise DiffersError(str(error)) from error
             export_adapter(section, base, adapter, made / "whole")
-            export_adapter(section, base, adapter, made / "text", keys="text")
-            forms = [_of_folder(form) for form in (made / "whole", made / "text", adapter)]
+            with suppress(MethodError):  # what is no plain LoRA has no keys of the text's class
+                export_adapter(section, base, adapter, made / "text", keys="text")
+            forms = [_of_folder(form) for form in (made / "whole", made / "text", adapter) if form.is_dir()]
         wrongs = []
         for said, tensors in forms:
             wrong = dict.fromkeys(tensors.keys() ^ found[1].keys(), math.inf)

@@ -30,6 +30,7 @@ from qlora.planning.rates import Rates
 from qlora.planning.shapes import Shapes, shapes_of, trains
 from qlora.planning.speed import Seconds, Work, step_seconds, work_of
 from qlora.recipe import Recipe
+from qlora.residence.load import shared_between
 from qlora.residence.placement import resident_layers
 from qlora.residence.tiles import find_mlp
 
@@ -140,7 +141,8 @@ class Arranger:
             layers = []
         self.trained = recipe.trains_every_weight
         """Whether the layers train whole, so that they can be spread over processes, and wait nowhere else."""
-        self.layers = len(layers) if not self.trained or target.processes > 1 else 0
+        stays = (self.trained and target.processes == 1) or shared_between(model, layers)
+        self.layers = 0 if stays else len(layers)
         """How many layers need not stay."""
         self.tiles = bool(layers) and all(has_mlp(layer) for layer in layers)
         self.depth = len(layers)
@@ -153,7 +155,8 @@ class Arranger:
     def kept_whole(self) -> str | None:
         """Why layers cannot stand behind their boundary, so that nothing can be recomputed, streamed or cut; None where they can."""
         try:
-            self.look(self._decided(self.depth, self.recipe.training.accumulation == "layer_major"))
+            alone: Changes = {"memory.mlp_tile": None, "memory.embedding": "device", "memory.head": "device"}
+            self.look(self._decided(self.depth, self.recipe.training.accumulation == "layer_major") | alone)
         except ModelError as error:
             return str(error).partition("; set ")[0]
         return None

@@ -49,7 +49,7 @@ from qlora.planning.shapes import Dense, dense_of
 from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
-from qlora.residence.load import cached_bytes
+from qlora.residence.load import cached_bytes, refuse_shared
 from qlora.training.passage import asked_at_boundary
 
 REST = 16 * 1024**2  # metrics, evaluation and report
@@ -258,6 +258,8 @@ def _plan(
             f"In this {anatomy.kind(base.model)} model a token sees what follows it, so it would be trained to copy what it is to "
             "predict. Take another model."
         )
+    if resolved.memory.layers != "resident" and not resolved.trains_every_weight:
+        refuse_shared(base.model, anatomy.layers(base.model), checkpoint.name)
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
     # kernels that do not run on this machine are not planned for another one either

@@ -189,6 +189,11 @@ def head_on_host(model: nn.Module, device: torch.device | None = None) -> None:
     path = anatomy.path_of(model, head)
     plain: bool = type(head) is nn.Linear
     if not plain or path is None:
+        if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", head):
+            raise ModelError(
+                f"The embedding of this {anatomy.kind(model)} model is one matrix with its head, which is a {type(head).__name__}, not a "
+                "plain linear that could wait in host memory; set memory.embedding=device and memory.head=device."
+            )
         raise ModelError(
             f"memory.head is host, but the output head of this {anatomy.kind(model)} model is "
             f"{'missing' if head is None else 'a ' + type(head).__name__}, not a plain linear that could be cut into slices; set "

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -108,11 +108,7 @@ def plan_placement(
         raise ModelError(
             f"'{name}' has layers without a linear, so they cannot be streamed; set memory.layers=resident."
         )
-    if twice := _shared(empty.model, layers):
-        raise ModelError(
-            f"Layers of '{name}' share {listed(twice, 3)}, so they cannot be streamed one by one; set "
-            "memory.layers=resident."
-        )
+    refuse_shared(empty.model, layers, name)
     streamed = {number: image for number, image in enumerate(images) if number not in stay}
     if memory.tier == "host":
         shares = here().local_size > 1 and hasattr(os, "memfd_create")  # Linux
@@ -167,7 +163,16 @@ def _at(model: nn.Module, path: str) -> object:
     return getattr(model.get_submodule(owner), name)
 
 
-def _shared(model: nn.Module, layers: nn.ModuleList) -> list[str]:
+def refuse_shared(model: nn.Module, layers: Iterable[nn.Module], name: str) -> None:
+    """Raise ModelError where layers that are to be streamed have a linear together."""
+    if twice := shared_between(model, layers):
+        raise ModelError(
+            f"Layers of '{name}' share {listed(twice, 3)}, so they cannot be streamed one by one; set "
+            "memory.layers=resident."
+        )
+
+
+def shared_between(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
     """The linears that stand in several layers, and those whose weight is tied to another one."""
     owners = Counter(id(linear) for layer in layers for linear in frozen_linears([layer]))
     tied = anatomy.tied_names(model)

@@ -431,7 +431,10 @@ def _plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool, classifies
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         maker: Any = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
         maker = AutoModelForSequenceClassification if classifies else maker
-        model: nn.Module = maker.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        # expert by expert: its grouped products take no experts of some widths
+        model: nn.Module = maker.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
     except Exception as error:
         raise RunError(f"transformers does not load '{folder}': {error}") from error
     return model

@@ -11,7 +11,8 @@ from qlora.errors import MethodError, ModelError
 from qlora.methods.targets import left_out
 from qlora.model.anatomy import repeated
 from qlora.model.nf4 import Linear4bit
-from qlora.recipe import LoRA, MemorySection
+from qlora.planning.plan import plan
+from qlora.recipe import LoRA, MemorySection, Recipe
 from qlora.residence.load import load_base
 from tests.families.checkpoints import save_family
 from tests.families.judge import section_of
@@ -51,3 +52,9 @@ def test_what_is_shared_is_not_adapted_and_said(folder: Path) -> None:
     assert not repeated(model) & planted.keys()
     with pytest.raises(MethodError, match=r"names 'q_proj', but zamba2? has .* in several layers at once"):
         qlora.apply_method(load_base(section_of(folder)), LoRA(r=4, alpha=8, target_modules=["q_proj", "in_proj"]))
+
+
+def test_and_a_plan_says_so_before_anything_is_read(folder: Path) -> None:
+    recipe = {"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}, "memory": {"layers": "streamed"}}
+    with pytest.raises(ModelError, match="so they cannot be streamed one by one"):
+        plan(Recipe.from_dict(recipe))

@@ -209,3 +209,26 @@ def test_tokens_without_an_embedding_are_told_by_a_plan(tmp_path: Path) -> None:
     recipe = {"model": {"name": str(folder)}, "data": {"train": str(tmp_path / "text.txt"), "max_length": 16}}
     reading = read(Recipe.from_dict(recipe), open_checkpoint(Recipe.from_dict(recipe).model, weights=False))
     assert "embeddings for tokens 0 to 39 alone" in reading.why_not
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "said"),
+    [
+        ("granitemoehybrid", {"mlp_tile": 16}, "so there is nothing to cut into tiles; leave memory.mlp_tile out."),
+        ("gemma3_text", {"embedding": "host"}, "set memory.embedding=device and memory.head=device."),
+    ],
+)
+def test_what_is_wrong_beside_streamed_layers_is_said_alone(
+    kind: str, memory: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    """Streaming has no part in it."""
+    values = {
+        "model": {"name": str(save_family(tmp_path, kind))},
+        "method": {"name": "lora", "target_modules": ["q_proj", *(["lm_head"] if "embedding" in memory else [])]},
+        "data": {"train": "none.jsonl", "max_length": 64},
+        "memory": {"layers": "streamed", "tier": "disk"} | memory,
+    }
+    with pytest.raises(ModelError) as caught:
+        plan(Recipe.from_dict(values))
+    assert said in str(caught.value)
+    assert "streamed" not in str(caught.value)
