@@ -120,8 +120,8 @@ class FullMethod(Method):
         if self.base.placement is not None:
             raise MethodError(
                 f"Full fine-tuning trains every weight, but layers of '{name}' are streamed (memory.layers), so that they are "
-                "not on the device to be trained; set memory.layers=resident, memory.tier=processes where several processes train, "
-                "or method.name=lora."
+                "not on the device to be trained; set memory.layers=resident, or method.name=lora. Several processes may share its layers "
+                "(memory.tier=processes)."
             )
         if self.base.quantization != "none" or any(isinstance(module, Packed) for module in model.modules()):
             raise MethodError(

@@ -201,7 +201,7 @@ def test_full_fine_tuning_spreads_the_weights_themselves(base: Path, tmp_path: P
     together(2, owned, base, tmp_path)
 
 
-@pytest.mark.parametrize("accumulation", ["layer_major", "micro_batch_major"])
+@pytest.mark.parametrize("accumulation", ["layer_major", pytest.param("micro_batch_major", marks=pytest.mark.slow)])
 def test_spread_weights_train_as_whole_ones(accumulation: str, base: Path, tmp_path: Path) -> None:
     compare(base, tmp_path, [cell("full")], (1,), recompute="all", accumulation=accumulation)
     compare(base, tmp_path, [cell("full", "spread")], (2,), one=1, recompute="all", accumulation=accumulation)
@@ -366,5 +366,6 @@ def loaded_in_part(base: Path, folder: Path) -> None:
     assert [next(training).loss for _ in range(3)] == [next(whole).loss for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_weights_of_others_are_never_read(base: Path, tmp_path: Path) -> None:
     together(2, loaded_in_part, base, tmp_path)
