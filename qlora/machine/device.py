@@ -249,6 +249,11 @@ class TrimmedHeap:
         self._here = device.type == "cpu" and sys.platform == "linux"
         self._at_first: int | None = None
 
+    def before_step(self) -> None:
+        """Before the first one give back what measuring the untrained model left in pieces."""
+        if self._here and self._at_first is None:
+            trim_heap()
+
     def after_step(self) -> None:
         """Look, and trim where it is time."""
         if not self._here:

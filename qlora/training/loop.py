@@ -144,6 +144,7 @@ class Trainer:
         self.begin()
         self._begin_alike()
         self.prepare()
+        self._heap.before_step()
         started = time.perf_counter()
         places = self._places(state.step)
         rows = [self.rows[place] for place in places]

@@ -207,6 +207,9 @@ def test_the_heap_is_trimmed_when_a_fifth_is_lost(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device, "trim_heap", lambda: trims.append(None))
     monkeypatch.setattr(device.sys, "platform", "linux")
     heap = device.TrimmedHeap(torch.device("cpu"))
+    heap.before_step()
+    assert len(trims) == 1  # what was measured before the first step
+    trims.clear()
     counts = []
     for _ in range(7):
         heap.after_step()
