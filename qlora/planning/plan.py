@@ -50,6 +50,7 @@ from qlora.planning.speed import step_seconds
 from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes, refuse_shared
+from qlora.residence.placement import resident_layers
 from qlora.training.passage import asked_at_boundary
 
 REST = 16 * 1024**2  # metrics, evaluation and report
@@ -259,7 +260,9 @@ def _plan(
             "predict. Take another model."
         )
     if resolved.memory.layers != "resident" and not resolved.trains_every_weight:
-        refuse_shared(base.model, anatomy.layers(base.model), checkpoint.name)
+        layers = anatomy.layers(base.model)
+        if len(resident_layers(resolved.memory.layers, len(layers))) < len(layers):
+            refuse_shared(base.model, layers, checkpoint.name)
     if resolved.model.attention == "auto":
         keep_apart(base.model, dtype, target.capability)
     # kernels that do not run on this machine are not planned for another one either

@@ -198,10 +198,11 @@ class OwnedLayers(Led):
 def apart(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], memory: MemorySection
 ) -> dict[int, dict[str, nn.Parameter]]:
-    """Of each layer that does not stay (``memory.layers``), those of ``parameters`` that nothing else in ``model`` has."""
+    """Of each layer that does not stay (``memory.layers``), those of ``parameters`` that nothing else in ``model`` has; single numbers
+    stay everywhere, since by its strides nobody could tell whether one is here."""
     layers = anatomy.layers(model)
     uses = Counter(id(values) for module in model.modules() for values in module.parameters(recurse=False))
-    names = {id(values): name for name, values in parameters.items() if uses[id(values)] == 1}
+    names = {id(values): name for name, values in parameters.items() if uses[id(values)] == 1 and values.numel() > 1}
     away = sorted(set(range(len(layers))) - resident_layers(memory.layers, len(layers)))
     found = {number: {names[id(v)]: v for v in layers[number].parameters() if id(v) in names} for number in away}
     return {number: inside for number, inside in found.items() if inside}

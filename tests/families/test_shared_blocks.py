@@ -58,3 +58,11 @@ def test_and_a_plan_says_so_before_anything_is_read(folder: Path) -> None:
     recipe = {"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}, "memory": {"layers": "streamed"}}
     with pytest.raises(ModelError, match="so they cannot be streamed one by one"):
         plan(Recipe.from_dict(recipe))
+
+
+def test_as_many_layers_as_there_are_stay_and_are_planned(tmp_path: Path) -> None:
+    recipe = {
+        "model": {"name": str(save_family(tmp_path, "zamba2"))},
+        "data": {"train": "none.jsonl", "max_length": 32},
+    }
+    plan(Recipe.from_dict(recipe | {"memory": {"layers": 99}, "training": {"batch_size": 1}}))

@@ -345,6 +345,9 @@ def test_layers_that_train_whole_are_a_share_on_each(models: dict[str, Path]) ->
     mine, inside = largest_share(parameters, 2), [*apart(model.model, parameters, spread).values()]
     elsewhere = [values for layer in inside for name, values in layer.items() if name not in mine]
     assert len(inside) == len(layers_of(model.model))
+    parameters["a single number"] = layers_of(model.model)[0].scale = torch.nn.Parameter(torch.zeros(1))  # type: ignore[assignment]
+    assert not any("a single number" in layer for layer in apart(model.model, parameters, spread).values())
+    del layers_of(model.model)[0].scale, parameters["a single number"]
     assert alone["adapter"] - device["adapter"] == sum(values.nbytes for values in elsewhere)
     largest = max(sum(values.nbytes for name, values in layer.items() if name not in mine) for layer in inside)
     assert device["layer_slots"] == 2 * largest
