@@ -25,7 +25,7 @@ from qlora.model import anatomy
 from qlora.model.arranged import Arranged, Group
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.experts import PackedExperts
-from qlora.model.load import packed_tensors, quantised_names, read_expert, refuse_shape, split_expert, turned
+from qlora.model.load import packed_tensors, quantised_names, read_expert, split_expert, turned
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
@@ -128,8 +128,6 @@ class Source:
                 entry = entry._replace(shape=self.shapes[target], dtype=dtype)
             # the part of an expert, or of all in another arrangement, is checked when it is read
             shape = entry.shape if target in self.stacks else self.shapes[target]
-            if target not in self.stacks and not packed_parts(name, self.checkpoint):
-                refuse_shape(self.checkpoint, name, shape)
             for method in self.adapted.methods:
                 shape = method.merge.shape(target, shape)
             # transformers looks for model.safetensors where there is no index

@@ -84,6 +84,14 @@ class Checkpoint:
         """The safetensors files that hold its weights."""
         return _shards(self.folder)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its weights are here: a plan needs none, and of the hub's they come once they are needed."""
+        try:
+            return bool(self.shards)
+        except ModelError:
+            return False
+
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every tensor by its name in the checkpoint, file by file in the order on disk; no weight is read for it."""

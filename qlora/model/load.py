@@ -67,7 +67,6 @@ def fill(
         if isinstance(module, FrozenLinear) and key == "weight":
             advance(read_packed(empty.checkpoint, name, module, device, empty.dtype))
             continue
-        refuse_shape(empty.checkpoint, name, tuple(getattr(module, key).shape))
         place = torch.device("cpu") if any(module is one for one in on_host) else device
         _put(module, key, empty.checkpoint.read(name).to(place))
         if key == "weight" and (away := away_of(module)) is not None:
@@ -148,8 +147,6 @@ def read_packed(
             raise ModelError(f"'{name}' in '{checkpoint.folder}': {error}") from None
     else:
         every = [name]
-        shape = (linear.out_features, linear.in_features)
-        refuse_shape(checkpoint, name, shape[::-1] if linear.transposed else shape)
         # from_pretrained casts before it quantises; the scales of a tensor depend on the dtype that they came from
         linear.place(turned(linear, checkpoint.read(name).to(device, dtype)), device)
         trim_heap()
@@ -165,15 +162,6 @@ def packed_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """What the checkpoint has for a packed weight, by the keys that ``place_quantised`` expects."""
     stem = name.removesuffix("weight")
     return {one.removeprefix(stem): checkpoint.read(one) for one in [name, *packed_parts(name, checkpoint)]}
-
-
-def refuse_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    """Raise ModelError unless the tensor ``name`` has this ``shape``."""
-    found = checkpoint.entries[name].shape
-    if found != shape:
-        raise ModelError(
-            f"'{name}' in '{checkpoint.folder}' has the shape {list(found)}; its config.json asks for {list(shape)}."
-        )
 
 
 def _put(module: nn.Module, key: str, tensor: Tensor) -> None:

@@ -159,8 +159,8 @@ def match_names(
     lacking = [key for key in lacking if not within(key, absent)]
     if lacking:
         raise ModelError(
-            f"'{name}' lacks {len(lacking)} tensors of its {type(model).__name__}: {listed(lacking)}; the checkpoint is "
-            "incomplete, fetch it again."
+            f"'{name}' lacks {len(lacking)} tensors of the {type(model).__name__} in its config.json: {listed(lacking)}; the "
+            "checkpoint is incomplete, or its config.json is another model's. Fetch both again."
         )
     return checkpoint, names, stacks, absent
 

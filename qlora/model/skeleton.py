@@ -146,16 +146,26 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     take_out(model, towers)
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     anatomy.share_blocks(model)
-    packed = {target.removesuffix(".weight") for name, target in names.items() if packed_parts(name, checkpoint)}
+    held = {name: target for name, target in names.items() if packed_parts(name, checkpoint)} if weights else {}
+    for name, target in names.items():
+        if name not in held and target not in stacks and checkpoint.entries[name].shape != shapes[target]:
+            raise ModelError(
+                f"'{name}' in '{checkpoint.folder}' has the shape {list(checkpoint.entries[name].shape)}; its config.json asks "
+                f"for {list(shapes[target])}. One of them is another model's: fetch both again."
+            )
+    packed = {target.removesuffix(".weight") for target in held.values()}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
     begin_anew(model)
     return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes, packed_aside)
 
 
-def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype) -> Assembled:
-    """The whole model on the meta device, frozen, its linears quantised as the recipe says: every shape and no weight."""
-    empty = assemble(checkpoint, section, dtype, weights=False)
+def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, weights: bool = False) -> Assembled:
+    """The whole model on the meta device, frozen, its linears quantised as the recipe says: every shape and no weight.
+
+    With ``weights`` it is checked that the checkpoint's files are of this model. Raises ModelError where they are not.
+    """
+    empty = assemble(checkpoint, section, dtype, weights)
     empty.model.tie_weights()
     empty.model.requires_grad_(False)
     return empty
@@ -170,9 +180,11 @@ def skeleton_base(
 ) -> Base:
     """For a plan, a base without weights: the model of ``section`` on meta. What is planted in it is on ``device``.
 
-    ``checkpoint`` is the section's, where it was opened before; nothing but its configuration is read.
+    ``checkpoint`` is the section's, where it was opened before; nothing but its configuration is read, and of weights that are
+    here what they are called and their shapes. Raises ModelError where these are another model's.
     """
-    base = bare(checkpoint or open_checkpoint(section, weights=False), section, dtype).base(device, tokenizer)
+    checkpoint = checkpoint or open_checkpoint(section, weights=False)
+    base = bare(checkpoint, section, dtype, checkpoint.is_whole).base(device, tokenizer)
     base.folder, base.names, base.checkpoint = Path(), None, None
     return base
 

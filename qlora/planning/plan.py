@@ -270,11 +270,13 @@ def _plan(
     fuse(base.model, dtype, target.capability, target.device if here else None)
     parameters, dense = count_parameters(base.model), dense_of(base.model)
     if base.towers:
-        numbers = sum(base.towers.values())
+        numbers, held = sum(base.towers.values()), [tower for tower, size in base.towers.items() if size]
         why.append(
             f"Of this {type(base.model).__name__} the language model alone is loaded and trained, on text: "
-            f"{listed(list(base.towers))} ({numbers:,} numbers, {bytes_text(2 * numbers)} in 16 bits) are left in their files, "
-            "and a merge copies them."
+            f"{listed(held)} ({numbers:,} numbers, {bytes_text(2 * numbers)} in 16 bits) are left in their files, and a merge "
+            "copies them."
+            if held
+            else f"Of this {type(base.model).__name__} the checkpoint holds the language model alone."
         )
     adapted = apply_method(base, resolved.method)
     if origin is not None:

@@ -19,7 +19,7 @@ from qlora.data.batches import step_rows, steps_per_epoch
 from qlora.data.load import Data
 from qlora.data.packing import Row
 from qlora.errors import DataError, DoesNotFitError, NonFiniteError, RunError, first_line, listed
-from qlora.machine.device import TrimmedHeap, peak_memory_bytes, ran_out_of_memory
+from qlora.machine.device import peak_memory_bytes, ran_out_of_memory
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import AnyObjective, MemorySection, Recipe, TokensObjective, TrainingSection
 from qlora.recipe.methods import labels_of
@@ -105,7 +105,6 @@ class Trainer:
         self._alike = self.state.processes.size == 1
         self.divergence = Divergence(self.training.learning_rate)
         self._resumed = False
-        self._heap = TrimmedHeap(model.device)
         self._check()
 
     def __repr__(self) -> str:
@@ -144,7 +143,6 @@ class Trainer:
         self.begin()
         self._begin_alike()
         self.prepare()
-        self._heap.before_step()
         started = time.perf_counter()
         places = self._places(state.step)
         rows = [self.rows[place] for place in places]
@@ -165,7 +163,6 @@ class Trainer:
             self.model.after_step(state.step, self.total_steps)
         state.masters.drop_gradients()
         state.torn = False
-        self._heap.after_step()
         step = self._told(rows, rate, outcome, time.perf_counter() - started)
         self._resumed = False
         if self.log is not None:

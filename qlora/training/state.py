@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import RunError
+from qlora.machine.device import TrimmedHeap
 from qlora.machine.processes import Processes, here
 from qlora.methods.base import AdaptedModel
 from qlora.recipe import TrainingSection
@@ -57,6 +58,10 @@ class TrainState:
     """Whether a step was broken off while the optimizer changed the parameters; only loading a checkpoint mends that."""
     saved: Path | None = None
     """The checkpoint that holds this state."""
+    heap: TrimmedHeap = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.heap = TrimmedHeap(self.model.device)
 
     @classmethod
     def new(cls, model: AdaptedModel, training: TrainingSection, total_steps: int) -> TrainState:

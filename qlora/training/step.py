@@ -44,7 +44,7 @@ def gradients(state: TrainState, objective: Objective, rows: Sequence[Row], mine
     try:
         first, micro_batches = mine.start or 0, state.way.micro_batches(rows[mine])
         for micro_batch in micro_batches:
-            with random_draws(state, first):
+            with random_draws(state, first), state.heap:
                 loss = objective.loss(micro_batch, state.way.loss_chunk)
                 if not loss.requires_grad:
                     raise ModelError(

@@ -200,22 +200,30 @@ def test_versions_name_what_decides_the_numbers() -> None:
     assert all(found[name] for name in ("python", "qlora", "transformers", "bitsandbytes", "safetensors"))
 
 
-def test_the_heap_is_trimmed_when_a_fifth_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the first step left, however often: else a fifth of a fifth more would follow."""
-    held, trims = iter([100, 119, 121, 110, 119, 121, 100]), []
-    monkeypatch.setattr(device, "_fields", lambda path: {"VmRSS": next(held)})
-    monkeypatch.setattr(device, "trim_heap", lambda: trims.append(None))
+def test_the_heap_is_trimmed_where_rows_left_a_tenth_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the most that a micro-batch left in a trimmed heap: what one left in pieces is no measure, a longer row's own is."""
+    held, trims = [0], []
+    monkeypatch.setattr(device, "_fields", lambda path: {"VmRSS": held[0]})
+    monkeypatch.setattr(device, "trim_heap", lambda: trims.append(held[0]))
     monkeypatch.setattr(device.sys, "platform", "linux")
     heap = device.TrimmedHeap(torch.device("cpu"))
-    heap.before_step()
-    assert len(trims) == 1  # what was measured before the first step
-    trims.clear()
-    counts = []
-    for _ in range(7):
-        heap.after_step()
-        counts.append(len(trims))
-    assert counts == [0, 0, 1, 1, 1, 2, 2]
-    device.TrimmedHeap(torch.device("cuda")).after_step()  # asks nobody
+    for before, after in [
+        (300, 100),
+        (100, 109),
+        (109, 111),
+        (111, 120),
+        (120, 131),
+        (131, 133),
+        (133, 125),
+        (125, 125),
+    ]:
+        held[0] = before
+        with heap:
+            held[0] = after
+    assert trims == [300, 111, 133]  # 120 after 111 is a longer row's own: 132 is what the next are measured by
+    with device.TrimmedHeap(torch.device("cuda")):
+        held[0] = 500
+    assert len(trims) == 3  # asks nobody
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora import recipe as config
 from qlora.cli import main
@@ -187,6 +187,7 @@ def test_a_mixture_is_told_of_its_routers_and_of_experts_that_are_packed_here(fo
     )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": found}), encoding="utf-8")
+    (folder / "model.safetensors").unlink()  # which are not packed
     said = str(plan(Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}})))
     assert "The routers of its experts are frozen" in said
     assert "all-linear without the experts" in said
@@ -232,3 +233,36 @@ def test_what_is_wrong_beside_streamed_layers_is_said_alone(
         plan(Recipe.from_dict(values))
     assert said in str(caught.value)
     assert "streamed" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "lacks 1 tensors of the LlamaForCausalLM in its config.json"),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(64, 64), "up_proj.weight' in .* has the shape .64, 64."),
+        ("model.layers.0.extra.weight", torch.zeros(2), "no place for: model.layers.0.extra.weight"),
+    ],
+    ids=["lacking", "another shape", "too many"],
+)
+def test_weights_of_another_model_are_refused_by_a_plan_where_they_are_here(
+    key: str, value: torch.Tensor | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "base")
+    tensors = {name: held for name, held in load_file(folder / "model.safetensors").items() if name != key}
+    save_file(tensors | ({} if value is None else {key: value}), folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("qlora.model.checkpoint.read_tensor", lambda entry: pytest.fail(f"{entry} was read"))
+    with pytest.raises(ModelError, match=said):
+        plan(Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}}))
+
+
+def test_towers_of_which_a_part_is_missing_are_refused_by_a_plan(tmp_path: Path) -> None:
+    folder = save_family(tmp_path, "gemma3")
+    recipe = Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}})
+    tensors = load_file(folder / "model.safetensors")
+    tower = sorted(name for name in tensors if "vision" in name)
+    save_file({name: held for name, held in tensors.items() if name != tower[0]}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="lacks 1 tensors of the Gemma3"):
+        plan(recipe)
+    text = {name: held for name, held in tensors.items() if "language_model" in name or "lm_head" in name}
+    save_file(text, folder / "model.safetensors")
+    assert "the checkpoint holds the language model alone" in str(plan(recipe))
