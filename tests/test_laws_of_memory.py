@@ -277,6 +277,7 @@ def test_every_method_trains_streamed_as_resident_whatever_is_asked_in_between(
         ("whole layers", "none", PARTLY),
     ],
 )
+@pytest.mark.sampled
 def test_other_quantisations_stream_too(
     folders: Callable[[str], Path], name: str, quantization: str, memory: dict[str, Any]
 ) -> None:

@@ -51,6 +51,7 @@ from qlora.recipe import NewTokens, Recipe, parts_of
 from qlora.residence.cache import cache_folder_of
 from qlora.residence.load import cached_bytes, refuse_shared
 from qlora.residence.placement import resident_layers
+from qlora.residence.spread import require_several
 from qlora.training.passage import asked_at_boundary
 
 REST = 16 * 1024**2  # metrics, evaluation and report
@@ -208,6 +209,8 @@ def plan(recipe: Recipe, checkpoint: Checkpoint | None = None) -> Plan:
     the smallest change that would do, when it is more than this machine has free, in memory or on the disk. ``checkpoint``
     is the recipe's, where it was opened before.
     """
+    if recipe.memory.spread:
+        require_several()
     recipe, origin = continued(recipe)
     checkpoint, budget = checkpoint or open_checkpoint(recipe.model, weights=False), recipe.memory.budget is not None
     planned, _ = _plan(checkpoint, *_here(recipe, checkpoint, rates=budget), choose=budget, origin=origin)
@@ -352,14 +355,14 @@ def _of_each(chosen: Arrangement, rows: int, target: Target) -> str:
     share, memory = chosen.recipe.training.batch_size, chosen.recipe.memory
     said = f"Of {target.processes} processes each takes at most {share} of a step's {rows} rows; memory and seconds are one's."
     if chosen.recipe.trains_every_weight:
-        if memory.tier == "processes" and memory.layers != "resident":
+        if memory.spread:
             return f"{said} Of its layers each keeps its share: weights, gradients, masters and moments."
         return (
             f"{said} Each keeps the masters and moments of its share of the weights, and all weights and gradients; "
             "memory.layers=streamed memory.tier=processes spreads these too."
         )
     parts = chosen.needed.device.get("layer_parts", 0)
-    if not (parts and memory.tier == "processes" and memory.layers != "resident"):
+    if not (parts and memory.spread):
         return f"{said} Every one holds the whole base; memory.layers=streamed memory.tier=processes spreads its layers over all."
     others = parts * (target.processes - 1)
     return (

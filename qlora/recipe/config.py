@@ -230,6 +230,11 @@ class MemorySection(Section):
     rehearse: bool = True
     """Run the worst batch that the data can give once before the first step, and show the peak it took."""
 
+    @property
+    def spread(self) -> bool:
+        """Whether layers are spread over the processes of a run."""
+        return self.tier == "processes" and self.layers != "resident"
+
 
 class EvaluationSection(Section):
     """What is measured before, during and after training."""

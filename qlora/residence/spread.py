@@ -28,17 +28,22 @@ from qlora.machine.processes import PATIENCE, SUM_PATIENCE, here, together
 DONE = -1  # instead of a layer's number
 
 
+def require_several() -> None:
+    """Raise RecipeError where there is one process."""
+    if here().size == 1:
+        raise RecipeError(
+            "memory.tier is processes, which spreads layers over the processes of a run, but there is one alone; start "
+            "several by torchrun, or set memory.tier=host or disk. For full fine-tuning, set memory.layers=resident."
+        )
+
+
 class Led:
     """Something that all processes reach into together, layer by layer, unless one is ``alone`` while the others ``serve``.
     Raises RecipeError where there is one process."""
 
     def __init__(self) -> None:
         self.processes = here()
-        if self.processes.size == 1:
-            raise RecipeError(
-                "memory.tier is processes, which spreads layers over the processes of a run, but there is one alone; start "
-                "several by torchrun, or set memory.tier=host or disk."
-            )
+        require_several()
         self.orders = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.leads = False
         """Whether the others follow what this process asks for."""

@@ -49,11 +49,10 @@ class Bases:
                 del kept
                 release_memory(device)  # before there are two
             memory, others = recipe.memory, set[str]()
-            if memory.tier == "processes" and recipe.trains_every_weight:  # what trains is spread by the trainer
+            if memory.spread and recipe.trains_every_weight:  # what trains is spread by the trainer
                 if here().size > 1:
-                    empty = skeleton_base(
-                        recipe.model, torch.device("meta"), resolve_compute_dtype(device, recipe.model.compute_dtype)
-                    )
+                    dtype = resolve_compute_dtype(device, recipe.model.compute_dtype)
+                    empty = skeleton_base(recipe.model, torch.device("meta"), dtype)
                     others = elsewhere(apply_method(empty, recipe.method), memory, here())
                 memory = memory.model_copy(update={"layers": "resident"})
             base = load_base(recipe.model, device, not quiet, memory, checkpoint, others)

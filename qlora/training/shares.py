@@ -74,7 +74,7 @@ def spread_out(model: AdaptedModel, memory: MemorySection) -> None:
 
 def spread_weights(model: AdaptedModel, memory: MemorySection) -> dict[int, dict[str, nn.Parameter]]:
     """By layer, the parameters that one process alone is to have; none where ``memory`` does not ask for it, or the method is another."""
-    if memory.tier != "processes" or memory.layers == "resident" or not shared_out(model):
+    if not memory.spread or not shared_out(model):
         return {}
     return apart(model.model, model.trainable_parameters(), memory)
 

@@ -74,6 +74,7 @@ def stand_ins(model: AdaptedModel, paths: list[str]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_the_change_is_what_the_answers_say(checkpoint: Path, transposed: Path, name: str) -> None:
     section, quantization, rank = CASES[name]
     model = apply_method(tiny_base(transposed if "transposed" in name else checkpoint, quantization), section)

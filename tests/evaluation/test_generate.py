@@ -50,6 +50,7 @@ def test_a_batch_is_one_by_one_and_greedy_by_hand(model: AdaptedModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["falcon-mamba", "minimax", "recurrent-gemma", "rwkv", "xlstm"])
+@pytest.mark.sampled
 def test_models_with_states_answer_too(name: str, tmp_path: Path) -> None:
     """Instead of a cache; some let what stands before a shorter prompt into it, so those are answered by length."""
     family, sizes, _ = tiny.HYBRIDS[name]

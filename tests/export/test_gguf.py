@@ -54,6 +54,7 @@ def any_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "family", [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
+@pytest.mark.sampled
 def test_tensors_are_the_merged_models(tmp_path: Path, family: str) -> None:
     base = checkpoint(tmp_path / "base", family)
     trained(base, tmp_path / "adapter")

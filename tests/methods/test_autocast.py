@@ -50,6 +50,7 @@ def step(model: AdaptedModel, autocast: bool, inside: bool = False) -> tuple[Ten
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+@pytest.mark.sampled
 def test_a_step_under_autocast_is_near_the_one_in_fp32(checkpoint: Path, section: Any, quantization: str) -> None:
     model = apply_method(tiny_base(checkpoint, quantization), section)
     generator = torch.Generator().manual_seed(7)

@@ -160,6 +160,7 @@ def test_on_a_model_without_values_the_adapter_has_some() -> None:
 
 @every_form
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.sampled
 def test_the_adapted_model_starts_as_the_base(tmp_path: Path, form: str, quantization: str) -> None:
     base = tiny_base(tiny_checkpoint(tmp_path), quantization)
     before = logits_of(base.model)
@@ -244,6 +245,7 @@ def test_forward_is_the_formula(form: str, bare: bool, activation: str) -> None:
 
 
 @every_form
+@pytest.mark.sampled
 def test_gradients_are_derivatives(form: str) -> None:
     layer = adapter_at(form, dropout=0.4)
     own = layer.own_parameters()
@@ -403,6 +405,7 @@ def test_recomputed_is_resident(tmp_path: Path, form: str, quantization: str) ->
 
 @every_form
 @pytest.mark.parametrize("name", ["gpt2", "falcon", "gptj", "mpt", "opt", "bloom"])
+@pytest.mark.sampled
 def test_recomputed_is_resident_in_other_families(name: str, form: str) -> None:
     """Layers that answer with a tuple, parallel residuals added in place, the residual handed to a sublayer."""
     if (name, form) == ("opt", "parallel"):
@@ -417,6 +420,7 @@ def test_recomputed_is_resident_in_other_families(name: str, form: str) -> None:
 
 @every_form
 @pytest.mark.parametrize("name", ["llama", "mpt"])
+@pytest.mark.sampled
 def test_a_key_value_cache_changes_nothing(tmp_path: Path, name: str, form: str) -> None:
     """Token after token with a cache, then generate() with and without one."""
     base = tiny_base(tiny_checkpoint(tmp_path)).model if name == "llama" else small_model(name)

@@ -143,6 +143,7 @@ CASES = [
 
 @pytest.mark.parametrize(("how", "settings"), CASES)
 @pytest.mark.filterwarnings("ignore:The density")
+@pytest.mark.sampled
 def test_the_result_is_that_of_peft(
     folders: Path, peft_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch, how: str, settings: dict[str, Any]
 ) -> None:

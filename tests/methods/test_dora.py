@@ -143,6 +143,7 @@ def test_a_layer_is_pefts_with_dropout_too(kind: str, dropout: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled
 def test_gradients_are_derivatives_with_the_norm_held(kind: str, dropout: float) -> None:
     layer = alone(KINDS[kind]().double().requires_grad_(False), dropout)
     layer.lora_magnitude_vector.data = layer.lora_magnitude_vector.data.double()

@@ -40,6 +40,7 @@ PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", ["all-linear", ("layers.1.self_attn.q_proj", "down_proj")])
+@pytest.mark.sampled
 def test_peft_loads_ours_whole(tmp_path: Path, family: str, targets: Any) -> None:
     base = tiny_base(tiny_checkpoint(tmp_path / "base", family), "none")
     ours = apply_method(base, SECTION.model_copy(update={"target_modules": targets}))
@@ -172,6 +173,7 @@ def test_ensured_weight_tying_is_loaded(tmp_path: Path, chosen: dict[str, Any], 
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.sampled
 def test_embeddings_that_peft_saves_are_loaded(
     tmp_path: Path, rows: int, trained: bool, parts: list[str] | None, tied: bool
 ) -> None:
@@ -334,6 +336,7 @@ def saved_elsewhere(folder: Path, recorded: bool, **section: Any) -> Path:
         ),
     ],
 )
+@pytest.mark.sampled
 def test_an_adapter_of_another_base_leaves_the_base_bare(
     tmp_path: Path, recorded: bool, section: dict[str, Any], sizes: dict[str, int], said: str
 ) -> None:

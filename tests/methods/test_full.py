@@ -219,6 +219,7 @@ def test_saved_and_merged_it_is_the_model(tmp_path: Path, family: str, tied: boo
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.sampled
 def test_it_learns_with_every_optimizer_in_the_compute_dtype(tmp_path: Path, optimizer: str, dtype: str) -> None:
     section = ModelSection(name=str(tiny_checkpoint(tmp_path)), quantization="none", compute_dtype=dtype)
     model = apply_method(load_base(section, CPU), config.Full())

@@ -76,6 +76,7 @@ def peft_model(folder: Path, family: str, quantization: str) -> Any:
     ("family", "quantization"),
     [("llama", "nf4"), ("qwen2", "nf4"), ("qwen2", "none"), ("opt", "none"), ("gpt2", "none")],
 )
+@pytest.mark.sampled
 def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, quantization: str) -> None:
     folder = tiny_checkpoint(tmp_path, family, **QUIET)
     ours = apply_method(tiny_base(folder, quantization), config.IA3())
@@ -117,6 +118,7 @@ def test_peft_loads_ours_whole(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.sampled
 def test_we_load_what_peft_saves(tmp_path: Path, family: str) -> None:
     folder = tiny_checkpoint(tmp_path / "base", family)
     theirs = peft_model(folder, family, "none").eval()

@@ -313,6 +313,7 @@ def test_another_beginning_is_refused_before_anything_is_loaded(checkpoint: Path
 
 @every
 @pytest.mark.parametrize("source", ["nf4", "int8", "none", "prequantised"])
+@pytest.mark.sampled
 def test_merged_is_the_adapted_model(checkpoint: Path, packed: Path, tmp_path: Path, section: Any, source: str) -> None:
     if section.init == "loftq" and source in ("none", "prequantised"):
         pytest.skip("what was lost is nothing, or not known")
@@ -549,6 +550,7 @@ def test_a_beginning_that_fails_after_a_weight_was_given_up_is_undone(
 
 @every
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.sampled
 def test_loading_decomposes_nothing(
     checkpoint: Path, tmp_path: Path, section: Any, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def loss_gradients(model: AdaptedModel) -> dict[str, torch.Tensor]:
 
 
 @every_method
+@pytest.mark.sampled
 def test_step_0_is_the_base(checkpoint: Path, name: str) -> None:
     case = CASES[name]
     if not case.identity:
@@ -204,6 +205,7 @@ def test_step_0_is_the_base(checkpoint: Path, name: str) -> None:
 
 
 @every_method
+@pytest.mark.sampled
 def test_disabled_is_the_base_and_removed_leaves_it(checkpoint: Path, name: str) -> None:
     case = CASES[name]
     # a PiSSA layer that is off still misses what quantising the residual lost, so it is held to the base unquantised
@@ -232,6 +234,7 @@ def test_disabled_is_the_base_and_removed_leaves_it(checkpoint: Path, name: str)
 
 
 @pytest.mark.parametrize("section", [*(case.section for case in CASES.values()), ENDS], ids=[*CASES, "ends"])
+@pytest.mark.sampled
 def test_a_model_of_16_bits_is_measured_in_fp32(checkpoint: Path, section: Any) -> None:
     quantization = "none" if isinstance(section, config.Full) else "nf4"
     base = load_base(ModelSection(name=str(checkpoint), compute_dtype="bf16", quantization=quantization), CPU)
@@ -244,6 +247,7 @@ def test_a_model_of_16_bits_is_measured_in_fp32(checkpoint: Path, section: Any) 
 
 
 @every_method
+@pytest.mark.sampled
 def test_gradients_flow_to_exactly_the_declared_parameters(checkpoint: Path, name: str) -> None:
     model = adapted(checkpoint, CASES[name], stirred=True)
     declared = {id(values): key for key, values in model.trainable_parameters().items()}
@@ -256,6 +260,7 @@ def test_gradients_flow_to_exactly_the_declared_parameters(checkpoint: Path, nam
 
 
 @every_method
+@pytest.mark.sampled
 def test_nf4_gradients_are_those_on_the_dequantised_weights(checkpoint: Path, name: str) -> None:
     case = CASES[name]
     if case.quantization == "none":
@@ -317,6 +322,7 @@ def test_evaluation_leaves_the_model_as_it_was(checkpoint: Path, tmp_path: Path,
 
 
 @every_method
+@pytest.mark.sampled
 def test_saved_and_loaded_gives_the_same_logits(checkpoint: Path, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     model = adapted(checkpoint, case, stirred=True)

@@ -61,6 +61,7 @@ def test_answers_need_no_cache(model: AdaptedModel) -> None:
     assert_answers_need_no_cache(model, 6)
 
 
+@pytest.mark.sampled
 def test_packed_is_alone(model: AdaptedModel) -> None:
     assert_packed_is_alone(model)
 

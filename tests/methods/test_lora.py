@@ -72,6 +72,7 @@ def peft_config(section: Any, **values: Any) -> peft.LoraConfig:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_logits_and_gradients_are_those_of_peft(tmp_path: Path, family: str, quantization: str) -> None:
     folder = tiny_checkpoint(tmp_path, family)
     ours = apply_method(tiny_base(folder, quantization), SECTION)
@@ -172,6 +173,7 @@ def test_the_smallest_and_the_largest_rank(rank: int) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", ["bias", "plain", "Conv1D"])
+@pytest.mark.sampled
 def test_gradients_are_derivatives(dropout: float, kind: str) -> None:
     base = Conv1D(4, 5) if kind == "Conv1D" else nn.Linear(5, 4, bias=kind == "bias")
     layer = planted(base.double().requires_grad_(False), dropout)

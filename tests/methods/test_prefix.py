@@ -179,6 +179,7 @@ def test_recomputed_and_layer_by_layer_gradients_are_the_plain_ones(
 
 
 @pytest.mark.parametrize("family", [family for family in EVERY if family not in ("opt",)])
+@pytest.mark.sampled
 def test_packed_is_alone_and_answers_need_no_cache(checkpoint_of: Any, family: str) -> None:
     """Every document of a packed row sees the prefix, and its positions begin behind it."""
     model = apply_method(tiny_base(checkpoint_of(family), quantised(family)), PREFIX)

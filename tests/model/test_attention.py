@@ -127,6 +127,7 @@ def gradients(model: Any, packed: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_packed_examples_are_what_they_are_alone(family: str, way: str) -> None:
     packed_is_alone(apart(family, way))
 

@@ -100,6 +100,7 @@ def filled(model: nn.Module, packed: nn.Module) -> nn.Module:
 
 
 @EVERY
+@pytest.mark.sampled
 def test_logits_are_those_of_the_dense_experts(family: str, checkpoint: Any) -> None:
     model = tiny_base(checkpoint(family)).model
     assert experts_of(model)
@@ -184,6 +185,7 @@ def test_experts_that_bitsandbytes_left_in_16_bits_are_packed_here(
 
 
 @EVERY
+@pytest.mark.sampled
 def test_gradients_are_those_of_the_dense_experts(family: str, checkpoint: Any) -> None:
     model = adapted(checkpoint(family))
     assert not any("experts." in path for path in model.planted if "shared" not in path)
@@ -192,6 +194,7 @@ def test_gradients_are_those_of_the_dense_experts(family: str, checkpoint: Any) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "Mixtral"])
+@pytest.mark.sampled
 def test_packed_examples_are_what_they_are_alone(family: str, dtype: torch.dtype, checkpoint: Any) -> None:
     """Loss and gradients, as near to those of the dense model in float64 as every example's alone are: which tokens visit an
     expert together is another matter."""
@@ -227,6 +230,7 @@ def apart(row: Row) -> list[Row]:
 
 @TWO
 @pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.sampled
 def test_streamed_layers_bring_their_experts(family: str, tier: str, checkpoint: Any, tmp_path: Path) -> None:
     memory = MemorySection(layers="streamed", tier=tier, cache=str(tmp_path))
     resident = adapted(checkpoint(family))

@@ -77,6 +77,7 @@ def theirs(
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.sampled
 def test_logits_of_every_family_are_those_of_from_pretrained(family: str, tied: bool, tmp_path: Path) -> None:
     any_checkpoint(tmp_path, family, tie_word_embeddings=tied)
     model = ours(tmp_path)

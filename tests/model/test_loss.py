@@ -129,6 +129,7 @@ def test_all_ignored_is_zero_with_a_zero_gradient() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.sampled
 def test_low_precision_errs_no_more_than_the_plain_path(kind: str, dtype: torch.dtype) -> None:
     """Against fp64 truth on the same rounded inputs, summed over many batches so that luck evens out.
 
@@ -232,6 +233,7 @@ def plain_loss_in_parts(hidden: Tensor, head: Head, labels: Tensor, chunk: int) 
 
 
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.sampled
 def test_a_bf16_head_that_trains_errs_no_more_than_the_plain_path(kind: str) -> None:
     """As for a frozen head. In one chunk the head's gradient is plain autograd's; in several, whose parts each are
     rounded to bf16, it errs less than plain autograd that goes in such parts, because their sum is kept in fp32."""

@@ -106,6 +106,7 @@ def test_whatever_a_mixer_answers_comes_back_in_its_rows() -> None:
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.sampled
 def test_what_was_refused_is_right(name: str) -> None:
     with pytest.raises(ModelError, match="see each other"):
         check_packing(hybrid(name), IDS)

@@ -64,6 +64,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": IDS, "position_ids": places, "labels": IDS}
 
 
+@pytest.mark.sampled
 def test_loss_and_gradients_are_the_whole_class_s(family: str, folder: Path) -> None:
     whole, base = random_wrapper(family).train(), tiny_base(folder, "none")
     base.model.requires_grad_(True)
@@ -79,6 +80,7 @@ def test_loss_and_gradients_are_the_whole_class_s(family: str, folder: Path) -> 
     assert max(difference(ours[name], theirs[name]) for name in ours) < 1e-4
 
 
+@pytest.mark.sampled
 def test_the_class_without_towers_answers_as_before(family: str, folder: Path) -> None:
     base = tiny_base(folder, "none")
     with torch.no_grad():
@@ -168,6 +170,7 @@ def test_adapter_keys_are_those_of_the_class_that_loads_them(
         assert difference(ours, theirs) < 1e-4
 
 
+@pytest.mark.sampled
 def test_a_merge_brings_along_what_was_not_loaded(family: str, folder: Path, tmp_path: Path) -> None:
     adapted = apply_method(tiny_base(folder, "none"), LoRA(r=4))
     stir(adapted)

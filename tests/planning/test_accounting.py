@@ -103,6 +103,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled
 def test_a_config_json_tells_what_a_real_model_has(checkpoint: Path, tmp_path: Path, name: str) -> None:
     """Trainable numbers, the adapter's file, the method's file and the moments; the tokenizer is not there either."""
     case = CASES[name]

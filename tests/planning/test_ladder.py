@@ -94,6 +94,7 @@ def test_a_ladder_goes_down_in_memory_and_in_speed_and_keeps_every_token(folder:
     assert sum(line.startswith("→") for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_as_many_layers_stay_as_fit(folder: Path) -> None:
     """Between the rung with all layers and the one with none there is one that fills the device."""
     wide = arranger(folder, 24 * GIB).ladder()
@@ -220,6 +221,7 @@ def test_what_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["T4", "3060-12", "3090", "4090", "5090", "A100-40", "L4", "H100"])
+@pytest.mark.sampled
 def test_a_card_that_is_not_here_is_planned_for(folder: Path, name: str) -> None:
     """Weights are not needed: the folder has its config.json alone."""
     bare = folder.parent / "bare"

@@ -99,6 +99,7 @@ def compare(
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 @pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.sampled
 def test_weights_are_counted_exactly(models: dict[str, Path], quantization: str, double_quant: bool) -> None:
     options: dict[str, Any] = {"quantization": quantization, "double_quant": double_quant}
     planned, _, _ = holdings(skeleton_of(models["mid"], **options), TrainingSection(), "cpu", MemorySection())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora import recipe as config
 from qlora.cli import main
-from qlora.errors import DoesNotFitError, MethodError, ModelError
+from qlora.errors import DoesNotFitError, MethodError, ModelError, RecipeError
 from qlora.machine.disk import bytes_text
 from qlora.methods.base import apply_method
 from qlora.methods.files import portable_bytes, save_portable
@@ -266,3 +266,11 @@ def test_towers_of_which_a_part_is_missing_are_refused_by_a_plan(tmp_path: Path)
     text = {name: held for name, held in tensors.items() if "language_model" in name or "lm_head" in name}
     save_file(text, folder / "model.safetensors")
     assert "the checkpoint holds the language model alone" in str(plan(recipe))
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_layers_spread_over_one_process_are_refused_before_anything_is_loaded(bare: Path, name: str) -> None:
+    recipe = recipe_of(bare, CASES[name])
+    spread = recipe.memory.model_copy(update={"layers": "streamed", "tier": "processes"})
+    with pytest.raises(RecipeError, match="there is one alone; start several by torchrun"):
+        plan(recipe.model_copy(update={"memory": spread}))

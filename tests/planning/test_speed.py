@@ -161,6 +161,7 @@ def test_flops_are_those_of_a_real_step(deep: Path, name: str, method: Any) -> N
 @pytest.mark.parametrize(
     ("name", "times"), [("kept", 2), ("recomputed", 1), ("layer-major", 0), ("micro-batch-major", 2)]
 )
+@pytest.mark.sampled
 def test_dequantised_bytes_are_those_of_a_real_step(
     deep: Path, name: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,9 @@ import yaml
 from qlora.studies.run import study
 from tests.tiny import tiny_values
 
-pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
+FOLDER = os.environ.get("QLORA_RAY", "/nonexistent")
+sys.path.append(FOLDER)  # at the end: of what both have, it is ours that counts
+pytest.importorskip("ray", reason="QLORA_RAY names no folder of 'pip install --target' with Ray")
 pytestmark = pytest.mark.slow
 LONG = ("recipe.training.steps=60", "recipe.training.save_every=1")
 
@@ -27,7 +29,9 @@ def test_a_cell_whose_worker_is_killed_goes_on(tiny_model: Path, chat_data: Path
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump({"recipe": recipe, "rates": [1e-3, 1e-2, 3e-2], "folder": str(tmp_path / "ray")}))
     command = [sys.executable, "-m", "qlora", "study", str(path), *LONG, "engine=ray"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path_there = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), FOLDER])  # for Ray's workers too
+    environment = os.environ | {"PYTHONPATH": path_there}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not any('"step": 3' in (begun := file).read_text() for file in tmp_path.glob("ray/cells/*/metrics.jsonl")):
         assert process.poll() is None

@@ -120,6 +120,7 @@ def test_the_loss_over_slices_is_the_loss(kind: str, rows: int, chunk: int) -> N
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.sampled
 def test_low_precision_errs_no_more_over_slices(kind: str, dtype: torch.dtype) -> None:
     """Against fp64, as for a head on the device: the parts of a gradient are summed up in fp32 and rounded once."""
     head = in_dtype(random_head(**HEADS[kind]), dtype)
@@ -376,6 +377,7 @@ class Readable(TorchDispatchMode):
 
 @pytest.mark.parametrize("of", ["llama", "gemma3"])
 @pytest.mark.parametrize("name", ["lora everywhere", "head", "embedding", "bias", "prompt", "new tokens"])
+@pytest.mark.sampled
 def test_every_tensor_is_where_it_is_used(of: str, name: str) -> None:
     """The device is meta, where tensors have no values: what mixes host and device raises, forward and backward."""
     family, options = MODELS[of]

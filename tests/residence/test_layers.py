@@ -112,6 +112,7 @@ def test_sliding_and_full_masks_are_cut_each(tmp_path: Path) -> None:
     # Bloom's bias cannot be cut by its shape, and a trainer refuses it
     [(name, count, rows) for name in SMALL for count, rows in [(7, 7), (7, 2), (4, 1)] if name != "bloom" or rows == 7],
 )
+@pytest.mark.sampled
 def test_layers_that_answer_with_a_tuple(tmp_path: Path, name: str, count: int, rows: int) -> None:
     """Their decoder takes the first entry, which of a bare tensor would be the first row. MPT's bias has 4 heads and
     is not to be taken for 4 rows."""

@@ -108,6 +108,7 @@ def test_layers_that_stay_are_ordinary(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("slots", "tier"), [(2, "host"), (3, "disk"), (LAYERS, "disk"), (20, "host")])
+@pytest.mark.sampled
 def test_each_layer_is_fetched_at_most_twice_a_step_less_what_the_turns_reuse(
     folder: Path, slots: int, tier: str
 ) -> None:
@@ -295,6 +296,7 @@ def test_a_graph_that_kept_a_slot_fails_instead_of_using_it(folder: Path, monkey
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.sampled
 def test_a_single_linear_is_fetched_and_changed_while_its_layer_is_away(
     folder: Path, quantization: str, tier: str
 ) -> None:

@@ -77,7 +77,7 @@ def test_a_run_goes_on_from_anothers(
         tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "first")}, keep_checkpoints=9, save_every=1
     )
     if name == "lora":
-        assert f"Goes on from the adapter in '{newest(tmp_path / 'first')}'" in str(survey(recipe))
+        assert f"Goes on from the adapter in '{newest(tmp_path / 'first')}'" in str(survey(recipe, table=False))
     run = train(recipe, quiet=True)
     old, begun = (load_file(place / WEIGHTS) for place in (newest(tmp_path / "first"), checkpoints_of(run.folder)[0]))
     assert old.keys() == begun.keys()
@@ -190,7 +190,7 @@ def test_keys_that_say_the_same_may_stay(
 ) -> None:
     method = {"name": "lora", "r": 4, "alpha": 8, "learning_rate_ratio": 16, "from": str(first["lora"] / "adapter")}
     with pytest.raises(MethodError, match="alpha=8"):  # the form for others has alpha = r
-        survey(recipe_from(tiny_model, new_data, tmp_path / "run", method))
+        survey(recipe_from(tiny_model, new_data, tmp_path / "run", method), table=False)
     method["from"] = str(first["lora"])
     run = train(recipe_from(tiny_model, new_data, tmp_path / "run", method), quiet=True)
     assert Recipe.from_yaml(run.folder / "recipe.yaml").method.learning_rate_ratio == 16
@@ -204,12 +204,12 @@ def test_what_is_no_adapter_is_said_before_anything_is_loaded(
         ([{"name": "lora", "from": "x"}], "inside a list"),
     ):
         with pytest.raises(QloraError, match=said):
-            survey(recipe_from(tiny_model, new_data, tmp_path / "run", method))
+            survey(recipe_from(tiny_model, new_data, tmp_path / "run", method), table=False)
     shutil.copytree(first["lora"] / "adapter", tmp_path / "wider")
     path = tmp_path / "wider" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 5, "lora_alpha": 5}))
     with pytest.raises(MethodError, match="wrong shape"):
-        survey(recipe_from(tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "wider")}))
+        survey(recipe_from(tiny_model, new_data, tmp_path / "run", {"from": str(tmp_path / "wider")}), table=False)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_ten_steps_are_six_and_four(base: Path, tmp_path: Path, optimizer: str) 
 
 
 @pytest.mark.parametrize("step", [0, 4, 9, 10])
+@pytest.mark.sampled
 def test_at_the_edges_too(base: Path, tmp_path: Path, step: int) -> None:
     """Before the first step, at the end of an epoch, before the last step and after it."""
     whole = fresh(base, tmp_path)

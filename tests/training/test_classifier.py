@@ -130,6 +130,7 @@ def test_logits_are_those_of_transformers_own_classifier(family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sampled
 def test_loss_and_gradients_are_a_plain_implementations_by_any_way(way: str, folder: Path) -> None:
     """Each text alone and its whole logits against packed rows, however they are cut into micro-batches."""
     model, rows = model_of(folder), rows_of(packing=True)[:8]

@@ -362,6 +362,7 @@ def test_methods_get_their_penalty_and_their_turn(model: AdaptedModel) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.sampled
 def test_gradients_are_had_without_a_look_at_the_device(tmp_path: Path, quantization: str, recompute: str) -> None:
     """A GPU would have to be waited for. Tensors on meta have no values to look at: whoever asks for some raises."""
     section = ModelSection(name=str(any_checkpoint(tmp_path, "Llama")), quantization=quantization)

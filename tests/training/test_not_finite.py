@@ -89,6 +89,7 @@ def refusal(trainer: Trainer) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.sampled
 def test_a_bad_row_is_named_and_the_module_that_met_it_first(base: Path, way: str, value: float) -> None:
     rows, place = with_bad_row(step=1)
     trainer = trainer_on(base, rows, **WAYS[way])

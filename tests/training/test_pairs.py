@@ -186,6 +186,7 @@ def each(case: Case, folder: Path, **training: Any) -> tuple[float, dict[str, Te
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[] if name in ("lora", "prompt_tuning", "head", "full") else [pytest.mark.slow]) for name in CASES
 ])  # fmt: skip
+@pytest.mark.sampled
 def test_every_method_learns_from_pairs_by_any_way(folder: Path, name: str) -> None:
     resident = each(CASES[name], folder, **WAYS["resident"][1])
     assert all(grad.any() for grad in resident[1].values())

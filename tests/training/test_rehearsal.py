@@ -74,6 +74,7 @@ def state_of(trainer: Trainer) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.sampled
 def test_a_run_is_the_same_with_and_without_it(model: AdaptedModel, tmp_path: Path, optimizer: Any) -> None:
     """Before the first step, between two, and before a checkpoint is loaded."""
     plain = Trainer(model, ROWS, section(optimizer=optimizer), tmp_path)
@@ -106,6 +107,7 @@ def test_a_run_is_the_same_with_and_without_it(model: AdaptedModel, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["adalora", "full", "prompt_tuning", "fp16"])
+@pytest.mark.sampled
 def test_whatever_the_method_and_the_way(folder: Path, name: str) -> None:
     methods: dict[str, Any] = {
         "adalora": config.AdaLoRA(r=2, initial_r=4, alpha=8, warmup=0.0, final=0.2, interval=1),

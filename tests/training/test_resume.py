@@ -386,6 +386,7 @@ def broken_off(patched: pytest.MonkeyPatch) -> None:
     ],
     ids=["linear", "fewer", "fewer epochs", "adalora"],
 )  # fmt: skip
+@pytest.mark.sampled
 def test_a_run_is_made_longer_only_where_its_steps_stay_the_same(
     values: dict[str, Any], tmp_path: Path, begun: tuple[str, ...], asked: str, said: str
 ) -> None:

@@ -175,6 +175,7 @@ def shares_of_full(base: Path, folder: Path) -> None:
     same_everywhere({name: values.detach().float() for name, values in everything.items()})
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_shares_out_what_is_beside_the_weights(base: Path, tmp_path: Path) -> None:
     together(2, shares_of_full, base, tmp_path)
 
@@ -202,6 +203,7 @@ def test_full_fine_tuning_spreads_the_weights_themselves(base: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("accumulation", ["layer_major", pytest.param("micro_batch_major", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_spread_weights_train_as_whole_ones(accumulation: str, base: Path, tmp_path: Path) -> None:
     compare(base, tmp_path, [cell("full")], (1,), recompute="all", accumulation=accumulation)
     compare(base, tmp_path, [cell("full", "spread")], (2,), one=1, recompute="all", accumulation=accumulation)
