@@ -80,7 +80,7 @@ def text(family: str, size: str) -> str:
     seconds = plan.chosen.seconds
     speed = f"Predicted, not measured: {plan.chosen.tokens / seconds.expected:,.0f} tokens/s." if seconds else ""
     command = f"python -m benchmarks.cards --models {family} --cards {size}"
-    return written(Draft(recipe, why, plan, speed), Path(place), command, needs)
+    return written(Draft(recipe, why, plan, [speed] if speed else []), Path(place), command, needs)
 
 
 def main() -> int:

@@ -211,6 +211,8 @@ def report(words: list[str]) -> None:
     given = _taken(words, "out")
     if given and len(words) < 2:
         raise InputError("out is for the page of several runs; one run's report goes into its folder.")
+    if Path(given.get("out", "compare.html")).suffix != ".html":
+        raise InputError(f"out is '{given['out']}'; expected the name of a page, as compare.html.")
     folders = [_run("report", [word]) for word in words] or [_run("report", words)]
     from qlora.reporting import write_comparison, write_report
 
@@ -469,6 +471,9 @@ def _run(verb: str, words: list[str]) -> Path:
 def _taken(words: list[str], *names: str) -> dict[str, str]:
     """Take every ``name=value`` of these names out of the words."""
     taken = [word for word in words[1:] if "=" in word and word.partition("=")[0] in names]
+    for key in (word.partition("=")[0].lstrip("-") for word in words[1:] if "=" in word):
+        if "." not in key and key not in names and (hint := nearest(key, names)):
+            raise InputError(f"'{key}' is no option here.{hint}")
     words[:] = [word for word in words if word not in taken]
     return dict(word.split("=", 1) for word in taken)
 
@@ -533,7 +538,7 @@ def _next(run: Run) -> str:
     from qlora.recipe import Recipe
 
     path = run.folder / "recipe.yaml"
-    rate = Recipe.from_yaml(path).training.learning_rate / 10
+    rate = Recipe.from_yaml(path).training.slower
     again = visible(shlex.quote(f"{run.folder}-again"))
     return f"train {visible(shlex.quote(str(path)))} folder={again} training.learning_rate={rate:g}"
 

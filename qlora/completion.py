@@ -64,7 +64,11 @@ def complete(typed: Sequence[str], takes: dict[str, str]) -> list[str]:
     if not before:
         return _beginning(last, [*takes, "--help", "--version"])
     verb, first = before[0], takes.get(before[0], "").partition(" ")[0].strip("[]")
-    if len(before) == 1:
+    if verb == "init" and before[-1].startswith("--") and "=" not in before[-1]:  # --card 4090
+        return _beginning(last, _keys(verb).get(before[-1][2:].replace("-", "_"), []))
+    if verb == "report" and "=" not in last and (runs := _places(last, first)):  # it takes several
+        return runs
+    if len(before) == 1 and verb != "init":
         return [
             *_places(last, first),
             *_beginning(last, _words(verb, 1)),
@@ -89,11 +93,24 @@ def _words(verb: str, place: int) -> list[str]:
 
 def _keys(verb: str) -> dict[str, list[str]]:
     """The keys that may follow a verb's first word, and their values where they are few."""
+    from qlora.machine.cards import CARDS
     from qlora.recipe import choices
     from qlora.runs.folder import CHANGEABLE, LENGTH
 
+    cards = {"device.memory": list(CARDS)}
+    if verb == "init":
+        return {
+            "model": [],
+            "data": [],
+            "card": list(CARDS),
+            "epochs": [],
+            "out": [],
+            "host_memory": [],
+            **choices(),
+            **cards,
+        }
     if verb in ("plan", "train", "preview", "recipe"):
-        return {**choices(), **({"count": []} if verb == "preview" else {})}
+        return {**choices(), **cards, **({"count": []} if verb == "preview" else {})}
     return {key: values for key, values in choices().items() if key in CHANGEABLE + LENGTH} if verb == "resume" else {}
 
 

@@ -14,14 +14,15 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.errors import DoesNotFitError, InputError, counted, nearest
+from qlora.errors import DoesNotFitError, InputError, counted, listed, nearest
 from qlora.files.durable import expanded, from_here, require_writable
-from qlora.machine.cards import amount
+from qlora.machine.cards import amount, parse_memory
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.model.hub import require_model
 from qlora.recipe import Recipe
@@ -56,8 +57,8 @@ class Draft:
     recipe: Recipe
     why: Mapping[str, str]
     plan: Plan
-    counts: str = ""
-    """What the data come to."""
+    about: Sequence[str] = ()
+    """What the data come to, and what of them is not read."""
 
 
 def init(words: Sequence[str]) -> str:
@@ -74,11 +75,12 @@ def init(words: Sequence[str]) -> str:
     if out.exists() and options.get("overwrite") != "true":
         raise InputError(f"'{out}' is there already; choose another name (out=…), or replace it (overwrite=true).")
     require_writable(out.parent, "choose another folder (out=…)")
-    if not options.get("epochs", "1").isdecimal() or not int(options.get("epochs", "1")):
-        raise InputError(f"epochs is '{options['epochs']}'; expected a whole number of at least 1.")
+    _check("epochs", options.get("epochs", ""))
     card = options.get("card") or None
     if card is not None:
         amount(card)
+    if options.get("host_memory"):
+        parse_memory(options["host_memory"])
     look_at_recipe(Recipe.from_dict(_begun(options, out, overrides), *overrides, source="what was given"))
     made = drafted(options, out, overrides)
     text = written(made, out, command=_command(options, overrides))
@@ -94,6 +96,10 @@ def _options(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     named = [(word.partition("=")[0].replace("-", "_"), word) for word in words]
     own = {name: word.partition("=")[2] for name, word in named if name in OPTIONS and "=" in word}
     others = [word for name, word in named if name not in own]
+    counts = Counter(name for name, word in named if name in own)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        more = " Of several files name their folder or a pattern, as 'data/*.jsonl'." if twice == ["data"] else ""
+        raise InputError(f"{listed(twice)} is given {counts[twice[0]]} times; expected it once.{more}")
     if strange := [word for word in others if "." not in word.partition("=")[0]]:
         raise InputError(
             f"'{strange[0]}' is nothing that qlora init takes; expected {', '.join(OPTIONS)}, or section.key=value."
@@ -136,8 +142,8 @@ def _check(name: str, answer: str) -> None:
         raise InputError(f"There is no '{answer}'.{from_here(answer)}")
     elif name == "card" and answer:
         amount(answer)
-    elif name == "epochs" and answer and not answer.isdecimal():
-        raise InputError(f"'{answer}' is no whole number.")
+    elif name == "epochs" and answer and not (answer.isdecimal() and int(answer)):
+        raise InputError(f"epochs is '{answer}'; expected a whole number of at least 1.")
 
 
 def _begun(options: Mapping[str, str], out: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -162,12 +168,14 @@ def drafted(options: Mapping[str, str], out: Path, overrides: Sequence[str]) -> 
     longest = min(position_limit(checkpoint.model_config()) or LONGEST, LONGEST)
     lengths, records, is_text = _looked_at(values, overrides, checkpoint, longest)
     length = min(row_length(lengths, is_text), longest)
-    values["data"] |= {"held_out_fraction": held_out_share(records)} if "held_out_fraction" in values["data"] else {}
+    # of raw text in few documents pieces are held out, not whole ones
+    parts = sum(lengths) // length if is_text and records < 1 / HELD_OUT else records
+    values["data"] |= {"held_out_fraction": held_out_share(parts)} if "held_out_fraction" in values["data"] else {}
     while True:
         values["data"] |= {"max_length": length}
         recipe = Recipe.from_dict(values, *overrides)
         try:
-            return _planned(values, overrides, options, load_recipe_data(recipe, checkpoint), lengths, is_text)
+            return _planned(values, overrides, options, load_recipe_data(recipe, checkpoint), lengths, records, is_text)
         except DoesNotFitError:
             if length <= LEAST or recipe.data.max_length != length:
                 raise
@@ -195,7 +203,7 @@ def row_length(lengths: Sequence[int], is_text: bool) -> int:
 
 
 def held_out_share(records: int) -> float:
-    """The part of the records to hold out: 5 %, but 10 to 200 of them, and never more than a fifth; 0 where one is more than that."""
+    """The part of the records, or of pieces of text, to hold out: 5 %, but 10 to 200 of them, and never more than a fifth; 0 where one is more than that."""
     wanted = min(max(HELD_OUT * records, FEWEST), MOST)
     return float(f"{min(wanted / records, 0.2):.2g}") if records >= 5 else 0.0
 
@@ -206,6 +214,7 @@ def _planned(
     options: Mapping[str, str],
     data: Data,
     lengths: Sequence[int],
+    records: int,
     is_text: bool,
 ) -> Draft:
     """The recipe with what depends on the number of rows, and its plan. Raises DoesNotFitError."""
@@ -230,20 +239,22 @@ def _planned(
     about = "raw text is split into rows of so many tokens"
     if not is_text:
         about = f"holds {whole:.1%} of the examples whole; the longest has at most {train.lengths[-1][0]:,} tokens"
+    share = recipe.data.held_out_fraction
+    pieces = is_text and share > 0 and records < 1 / share
+    apart = counted(held.examples, "piece") if pieces else counted(held.records, "record")
     why = {
         "data.max_length": about,
-        "data.held_out_fraction": f"{counted(held.records, 'record')} never trained on; loss and answers are measured there"
+        "data.held_out_fraction": f"{apart} never trained on; loss and answers are measured there"
         if held.records
         else "so few records that none is held out; whether training helps cannot be known",
         "training.epochs": counted(steps, "step"),
         **reasons(made),
     }
-    records = train.records + held.records
     counts = (
-        f"{counted(records, 'record')}, {held.records:,} of them held out → {counted(rows, 'row')} → {counted(steps, 'step')} of "
-        f"{counted(recipe.training.batch_size, 'row')}{time}."
+        f"{counted(records, 'record')}, {apart if pieces else f'{held.records:,} of them'} held out → {counted(rows, 'row')} → "
+        f"{counted(steps, 'step')} of {counted(recipe.training.batch_size, 'row')}{time}."
     )
-    return Draft(recipe, why, made, counts)
+    return Draft(recipe, why, made, [counts, *(f"Of the data: {note}." for note in data.report.notes)])
 
 
 def fitted(values: Mapping[str, Any], overrides: Sequence[str], plan: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan]:
@@ -301,7 +312,7 @@ def written(draft: Draft, out: Path, command: str, needs: str = "") -> str:
         command,
         f"Needs {needs or plan.target.name}: {bytes_text(memory)} of its {bytes_text(plan.target.free)}{beside}, as planned; "
         f"{bytes_text(plan.disk_bytes)} of disk for the run.",
-        *filter(None, [draft.counts]),
+        *draft.about,
     ]
     lines = [f"# {line}".rstrip() for line in head]
     values = recipe.model_dump(mode="json", exclude_unset=True, by_alias=True)

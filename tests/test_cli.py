@@ -22,6 +22,7 @@ from qlora import cli
 from qlora.cli import main
 from qlora.planning import plan as planner
 from qlora.runs import train as run
+from qlora.training.log import MetricsLog
 from tests.tiny import conversations, tiny_values, write_lines
 
 Spoil = Callable[[dict[str, Any], Path], None]
@@ -332,10 +333,19 @@ def test_resume_of_no_run(tmp_path: Path, recipe_file: Path, capfd: pytest.Captu
 
 
 def test_diverging_run_is_named(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A step that is not finite is refused with its number and rows."""
+    """A step that is not finite is refused with its number and rows, and its report says so until it goes on."""
     message = refused(capfd, "train", str(recipe_file), "method.alpha=1e38", "evaluation.prompts=0")
     assert "No step was taken" in message
     assert "on rows" in message
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert '<p class="verdict worse"><b>Stopped</b> Step ' in page
+    assert "No step was taken" in page
+    assert "training.learning_rate=" in page  # what to do next
+    log = tmp_path / "run/metrics.jsonl"
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    assert last["stopped"].startswith(f"Step {last['step']} gave")
+    MetricsLog(log).rewind(last["step"] - 1)
+    assert '"stopped"' not in log.read_text(encoding="utf-8")
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ def test_verbs_files_and_keys(offered) -> None:  # type: ignore[no-untyped-def]
     assert offered("export", "runs/mine", "gguf", "type=q8") == ["type=q8_0"]
     assert set(offered("resume", "runs/mine", "training.")) < {f"{key}=" for key in CHANGEABLE + LENGTH}
     assert offered("recipe", "da") == ["data"]
+    assert offered("init", "--mod") == ["--model=", "--model."]
+    assert {"--model=", "--card=", "--training."} <= set(offered("init", "--"))
+    assert offered("init", "--model", "x", "--card", "409") == ["4090"]
+    assert offered("plan", "mine.yaml", "device.memory=H1") == ["device.memory=H100", "device.memory=H100-PCIe"]
+    assert offered("report", "runs/mine", "runs/o") == ["runs/other"]
     assert offered("completion", "") == list(completion.SCRIPTS)
     assert offered("no-such-verb", "x", "y") == []
 

@@ -74,7 +74,9 @@ def test_what_it_wrote_trains(here: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_it_asks_in_a_terminal(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter(["modle/x/y", "model", "", "none.jsonl", "my.jsonl", "5090-Pro", "12GiB", "two", "2", "asked.yaml"])
+    answers = iter(
+        ["modle/x/y", "model", "", "none.jsonl", "my.jsonl", "5090-Pro", "12GiB", "two", "0", "2", "asked.yaml"]
+    )
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: f"{next(answers)}\n"))
     assert main(["init"]) == 0
     told = capfd.readouterr().out
@@ -85,11 +87,38 @@ def test_it_asks_in_a_terminal(here: Path, capfd: pytest.CaptureFixture[str], mo
         "Data is needed",
         "There is no 'none.jsonl'",
         "not a card",
-        "no whole number",
+        "epochs is 'two'; expected a whole number of at least 1.",
+        "epochs is '0'; expected",
     ):
         assert mistake in told
     assert Recipe.from_yaml(here / "asked.yaml").training.epochs == 2
     assert "Needs a GPU of 12GiB" in told
+
+
+def test_nothing_typed_is_a_proposal(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(["model", "my.jsonl", "", "", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: f"{next(answers)}\n"))
+    assert main(["init"]) == 0
+    assert Recipe.from_yaml(here / "my.yaml").training.epochs == 3
+    assert "Needs this machine" in capfd.readouterr().out
+
+
+def test_of_one_text_pieces_are_held_out(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "text.txt").write_text(" ".join(f"w{number % 60}" for number in range(30_000)), encoding="utf-8")
+    assert main(["init", "model=model", "data=text.txt"]) == 0
+    found = re.search(r"1 record, (\d+) pieces held out → (\d+) rows", capfd.readouterr().out)
+    assert found is not None
+    held, rows = map(int, found.groups())
+    assert 0 < held < rows / 10
+    assert "pieces never trained on; loss and answers" in (here / "text.yaml").read_text(encoding="utf-8")
+
+
+def test_what_is_not_read_is_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "labelled.csv").write_text("text,label\n" + "hello there,good\n" * 30, encoding="utf-8")
+    assert main(["init", "model=model", "data=labelled.csv"]) == 0
+    assert "Of the data: fields that are not read: 'label' (30 records)." in capfd.readouterr().out
 
 
 def test_without_a_terminal_it_says_what_it_needs(

@@ -45,7 +45,7 @@ from qlora.data.rendering import CutOff, Job, Refused, Rendered, Renderer, one_c
 from qlora.data.suggestions import ENDS, MARKS
 from qlora.data.turns import Message
 from qlora.data.values import Mistake, capital
-from qlora.errors import DataError, listed
+from qlora.errors import DataError, counted, listed
 from qlora.files.durable import expanded
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ class ChatTemplate:
     def notes(self) -> list[str]:
         """What became of the conversations encoded so far, as sentences for the report."""
         doubled = self._doubled + (self._for_tools._doubled if self._for_tools else 0)
-        counted = [f"{sentence} ({count:,} records)" for sentence, count in self.dialect.records.items()]
-        return [*self.dialect.notes, *counted, *doubled_note(doubled)]
+        told = [f"{sentence} ({counted(count, 'record')})" for sentence, count in self.dialect.records.items()]
+        return [*self.dialect.notes, *told, *doubled_note(doubled)]
 
     def encode(
         self, conversations: Sequence[Conversation], train_on: str, bad: BadRecords | None = None

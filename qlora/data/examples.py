@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy
 from numpy.typing import ArrayLike, NDArray
 
+from qlora.errors import counted
 from qlora.model.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def doubled_note(count: int) -> list[str]:
     """For the report: how many records would have had a token twice."""
     return (
-        [f"{count:,} records begin or end with a token that is written there anyway; it stands there once"]
+        [f"{counted(count, 'record')} with a token at an end that is written there anyway; it stands there once"]
         if count
         else []
     )

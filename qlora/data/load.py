@@ -239,7 +239,7 @@ def load_data(
         for part, several in zip(parts, examples, strict=True)
     )
     report = Report(form, train_on, template.name if template else None, counts, held_counts, tuple(notes), pairs)
-    _require_targets(report, section, too_long)
+    _require_targets(report, section, too_long, positions)
     return Data(
         train=train,
         held_out=held_out,
@@ -368,13 +368,14 @@ def _rows(
     return rows, counts
 
 
-def _require_targets(report: Report, section: DataSection, too_long: Sequence[str]) -> None:
+def _require_targets(report: Report, section: DataSection, too_long: Sequence[str], positions: int | None) -> None:
     """Refuse data that trains on nothing, or a chat set that trains on the questions too without being asked to.
 
-    ``too_long``: what there is to say of the examples that are longer than a row.
+    ``too_long``: what there is to say of the examples that are longer than a row; ``positions``: how many the model has.
     """
     counts, held = report.train, report.held_out
-    raise_it = ", or raise data.max_length" if too_long else ""
+    longer = positions is None or section.max_length < positions
+    raise_it = ", or raise data.max_length" if too_long and longer else ""
     if held.records and not held.rows:
         raise DataError(
             f"None of the {held.records} held-out records leaves a token to measure "
@@ -383,8 +384,8 @@ def _require_targets(report: Report, section: DataSection, too_long: Sequence[st
     if not counts.target_tokens:
         if counts.dropped and section.too_long == "drop":
             raise DataError(
-                f"All {counts.dropped} examples are too long or have nothing to train on ({'; '.join(too_long)}); raise "
-                "data.max_length, or set data.too_long=truncate."
+                f"All {counts.dropped} examples are too long or have nothing to train on ({'; '.join(too_long)}); "
+                f"{'raise data.max_length, or ' if longer else ''}set data.too_long=truncate."
             )
         left_out = (note for note in report.notes if note.startswith("left out"))
         told = "; ".join([*counts.losses(), *too_long, *left_out]) or "no records"

@@ -53,12 +53,15 @@ class Counts:
         """What was lost or changed, a phrase each; empty when nothing was."""
         inside = f", {self.cut_answers:,} of them inside an answer, whose end is not learnt" if self.cut_answers else ""
         phrases = [
-            (self.truncated, f"{self.truncated:,} examples truncated ({self.truncated_tokens:,} tokens){inside}"),
-            (self.dropped, f"{self.dropped:,} examples dropped ({self.dropped_tokens:,} tokens)"),
-            (self.skipped, f"{self.skipped:,} records skipped, as they hold no answer to train"),
+            (
+                self.truncated,
+                f"{counted(self.truncated, 'example')} truncated ({self.truncated_tokens:,} tokens){inside}",
+            ),
+            (self.dropped, f"{counted(self.dropped, 'example')} dropped ({self.dropped_tokens:,} tokens)"),
+            (self.skipped, f"{counted(self.skipped, 'record')} skipped, which hold no answer to train"),
             (
                 self.unanswered_turns,
-                f"{self.unanswered_turns:,} turns after the last answer to train left off ({self.unanswered_tokens:,} tokens)",
+                f"{counted(self.unanswered_turns, 'turn')} after the last answer to train left off ({self.unanswered_tokens:,} tokens)",
             ),
             (self.split_conversations, f"{self.split_conversations:,} conversations split into one example an answer"),
         ]

@@ -165,6 +165,7 @@ def is_here(source: str) -> bool:
         refuse_pointer(path, source)
         return True
     in_a_folder = path.suffix and str(path.parent) != "." and path.parent.is_dir()
+    known = known or (path.suffix != "" and "Did you mean" in _near(path))  # my.jsnl, where there is a my.jsonl
     if known or in_a_folder or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise DataError(f"There is no data file '{source}'.{_near(path)}{from_here(source)}")
     return False

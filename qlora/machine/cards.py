@@ -162,6 +162,11 @@ def parse_memory(text: str) -> int:
     return count
 
 
+def is_memory(text: str) -> bool:
+    """Whether it is an amount of memory, and no card's name."""
+    return _AMOUNT.fullmatch(text) is not None
+
+
 def amount(text: str) -> int:
     """Bytes of ``24GiB``, or of a card's name, or of each of ``2x4090``. Raises RecipeError for what is neither."""
     _, text = several(text)

@@ -25,7 +25,9 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    """``7 ms``, ``4.3 s``, ``42 s``, ``6 min 12 s``, ``3 h 05 min``."""
+    if 0 < seconds < 0.095:
+        return f"{max(1, round(1000 * seconds))} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if round(seconds) < 60:

@@ -97,7 +97,7 @@ class Rates:
         lines = [self.source]
         for name, rate, unit in rows:
             if rate is not None:
-                low, middle, high = (f"{value / 1e9:.3g}" for value in astuple(rate))
+                low, middle, high = (f"{value / 1e9:,.{0 if value >= 1e11 else 2}f}" for value in astuple(rate))
                 lines.append(f"  {name:<18}{middle:>8} G{unit}  ({low} to {high})")
         return "\n".join([*lines, *self.notes])
 

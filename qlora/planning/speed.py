@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qlora.errors import RecipeError
-from qlora.machine.disk import bytes_text
+from qlora.machine.disk import bytes_text, duration_text
 from qlora.planning.rates import Rate, Rates
 from qlora.planning.shapes import Shapes
 from qlora.recipe import MemorySection, TrainingSection
@@ -139,7 +139,8 @@ class Seconds:
     """What takes most of it: ``arithmetic``, ``copies`` or ``the disk``."""
 
     def __str__(self) -> str:
-        return f"{self.expected:.3g} s a step ({self.low:.3g} to {self.high:.3g}), bound by {self.bound}"
+        low, expected, high = map(duration_text, (self.low, self.expected, self.high))
+        return f"{expected} a step of full rows ({low} to {high}), bound by {self.bound}"
 
 
 def step_seconds(work: Iterable[Pass], rates: Rates) -> Seconds:

@@ -57,6 +57,8 @@ class ModelSection(Section):
 class DataSection(Section):
     """The training data and how it becomes rows of tokens."""
 
+    instead = {"held_out": "held_out_fraction", "held_out_fraction": "held_out"}  # noqa: RUF012 (a ClassVar in Section)
+
     train: str | tuple[str, ...] = Field(min_length=1)
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder or pattern of files, several of these, or a hub id."""
     held_out: str | None = None
@@ -139,6 +141,8 @@ class TrainingSection(Section):
         )
     }
 
+    instead = {"epochs": "steps"}  # noqa: RUF012 (a ClassVar in Section)
+
     epochs: int = Field(1, ge=1)
     """Passes over the training rows; ignored when `steps` is given."""
     steps: int | None = Field(None, ge=1)
@@ -194,6 +198,12 @@ class TrainingSection(Section):
             return self.recompute not in ("none", 0)
         return self.accumulation == "layer_major"
 
+    @property
+    def slower(self) -> float:
+        """A lower learning rate to try: a tenth; in place of one that no method takes, the usual one."""
+        usual: float = type(self).model_fields["learning_rate"].default
+        return self.learning_rate / 10 if self.learning_rate <= 1 else usual
+
     def recomputed(self, layers: int) -> int:
         """How many of ``layers`` are recomputed; all of them where nobody decided, since that takes the least memory."""
         if isinstance(self.recompute, int):
@@ -204,7 +214,11 @@ class TrainingSection(Section):
 class MemorySection(Section):
     """Where weights and layer inputs are kept. Changes memory and speed, never the result."""
 
-    budget: str | None = Field(None, pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$")
+    budget: str | None = Field(
+        None,
+        pattern=r"^(auto|\d+(\.\d+)?\s*([KMGT]i?B|B))$",
+        json_schema_extra={"expected": "auto, or an amount such as 6GiB"},
+    )
     """`auto` (what is free) or an amount such as `6GiB`: the plan then chooses the fastest arrangement that fits, and writes
     it into the resolved recipe: every field below, and `training.micro_batch_size`, `recompute`, `accumulation` and `loss_chunk`. The rows
     of a step never change. Left out: what the recipe says is taken as it stands, and refused if it does not fit."""
@@ -262,7 +276,11 @@ class EvaluationSection(Section):
 class DeviceSection(Section):
     """Where it runs."""
 
-    name: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    name: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        json_schema_extra={"expected": "auto, cpu, cuda, or a GPU's number as cuda:1"},
+    )
     """`auto` (the first CUDA device, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; when left out all cores, in a container those that its limit leaves. Where other programs keep some of them busy

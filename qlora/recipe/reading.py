@@ -121,7 +121,7 @@ def with_value(recipe: type[Section], values: JsonObject, path: Sequence[str], v
 
 
 def _without_its_other_name(recipe: type[Section], values: JsonObject, path: Sequence[str]) -> JsonObject:
-    """``values`` without what they say of the key at ``path`` by its former name, or by the one it has now."""
+    """``values`` without what they say of the key at ``path`` by its former name, by the one it has now, or in another way."""
     field = recipe.model_fields.get(path[0])
     inside = values.get(path[0])
     if field is None or not isinstance(inside, dict):
@@ -130,6 +130,9 @@ def _without_its_other_name(recipe: type[Section], values: JsonObject, path: Seq
         for name, (key, _) in section.former.items():
             if path[1:] in ([name], [key]):
                 inside = {other: value for other, value in inside.items() if other not in (name, key)}
+        for key, other in section.instead.items():
+            if path[1:] == [key]:
+                inside = {name: value for name, value in inside.items() if name != other}
     return {**values, path[0]: inside}
 
 
@@ -165,7 +168,7 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             hint = nearest(path[-1], keys) or f" The keys there are {', '.join(keys)}."
             if len(path) == 1 and (inside := _sections_with(recipe, path[0])):
                 hint = f" Did you mean {' or '.join(inside)}?"
-            elif ours := _known_elsewhere(recipe, path):
+            elif ours := known_elsewhere(recipe, path):
                 hint = f" Did you mean '{ours}'?"
             return f"{key}{place} is not a known key.{hint}"
         case "union_tag_invalid":
@@ -185,6 +188,10 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             return f"{key}{place} has {item['ctx']['actual_length']} values; expected at least {item['ctx']['min_length']}."
         case "missing":
             return f"{key} is missing; it has no default."
+        case "string_pattern_mismatch":
+            extra = owner.model_fields[path[-1]].json_schema_extra
+            assert isinstance(extra, dict)
+            return f"{key}{place} is {shown(item['input'])}; expected {extra['expected']}."
         case "value_error":
             return f"{key}{place} {item['ctx']['error']}."
         case kind if kind in EXPECTED:
@@ -194,7 +201,7 @@ def _sentence(recipe: type[Section], item: ErrorDetails, lines: Mapping[tuple[st
             return f"{key}{place} is {shown(item['input'])}; expected {expected[0].lower()}{expected[1:]}."
 
 
-def _known_elsewhere(recipe: type[Section], path: Sequence[str]) -> str | None:
+def known_elsewhere(recipe: type[Section], path: Sequence[str]) -> str | None:
     """``['training', 'lr']`` → 'learning_rate', ``['lr']`` → 'training.learning_rate': the key that others call so."""
     called = path[-1].lower().replace("-", "_")
     key = next((key for key, names in ELSEWHERE.items() if called in names.split()), None)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from qlora.errors import RecipeError, nearest
 from qlora.recipe.config import Recipe
+from qlora.recipe.reading import known_elsewhere
 from qlora.recipe.schema import Section, sections_of, type_text
 
 
@@ -45,7 +46,7 @@ def about(part: str, width: int) -> str:
             found += [_lines(key, field, width) for key, field in shown.items()]
     if not found:
         raise RecipeError(
-            f"'{part}' is no section or key of a recipe.{nearest(part, known)} `qlora recipe` lists them all."
+            f"'{part}' is no section or key of a recipe.{nearest(known_elsewhere(Recipe, [part]) or part.lower(), known)} `qlora recipe` lists them all."
         )
     return "\n".join(found)
 

@@ -29,6 +29,9 @@ class Section(BaseModel):
     mistaken: ClassVar[Mapping[str, str]] = {}
     """Keys of another kind of file that a file of this one never has, with what it is then: ``a study (qlora study)``."""
 
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Of keys that say the same in two ways: a key → the one that an override of it takes the place of."""
+
     @model_validator(mode="before")
     @classmethod
     def _as_it_is_called_now(cls, values: Any) -> Any:

@@ -15,7 +15,9 @@ from qlora.recipe.schema import Section, by_text
 class TaskSection(Section):
     """A set of items that the model is scored on. A text may name a column of the data, as in `{question}`."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(
+        pattern=r"^[\w.-]+$", json_schema_extra={"expected": "a name of letters, digits, dots, dashes and underscores"}
+    )
     """What tables call it. That of a [public set](evaluation.md#public-sets), as `hellaswag`, brings everything but `data`."""
     preset: str | None = None
     """The public set whose columns it has, where `name` is another one."""

@@ -80,7 +80,7 @@ def _row(records: Records) -> tuple[str, ...]:
     found = summarise(records)
     before, after = (None if one is None else one.loss for one in (found.before, found.after))
     return (
-        said(section(records.evaluation, "verdict").get("outcome") or MISSING),
+        "stopped" if records.stopped else said(section(records.evaluation, "verdict").get("outcome") or MISSING),
         significant(before),
         significant(after),
         MISSING if before is None or after is None else change_text(before, after),

@@ -128,6 +128,8 @@ def _verdict(records: Records, summary: figures.Figures) -> tuple[str, str, str]
         [note for _, note in _noted(records) if "diverges" in note],
     )
     outcome, by = (said(found[key]) if key in found else "" for key in ("outcome", "said"))
+    if records.stopped:
+        return "worse", "Stopped", records.stopped
     if outcome:
         kind = {"better": "better", "worse": "worse", "diverged": "worse"}.get(outcome, "unsure")
         return kind, outcome[:1].upper() + outcome[1:], by
@@ -137,7 +139,7 @@ def _verdict(records: Records, summary: figures.Figures) -> tuple[str, str, str]
         return (
             "unsure",
             "Not known",
-            "Nothing is held out, so whether training helped cannot be known; data.held_out_fraction=0.05.",
+            "Nothing is held out, so whether training helped cannot be known; data.held_out_fraction=0.05, or data.held_out.",
         )
     return None
 
@@ -149,7 +151,10 @@ def _noted(records: Records) -> list[tuple[int, str]]:
 
 
 def _happened(records: Records) -> list[str]:
-    noted = [f"Step {exact_text(number)}: {note}" for number, note in _noted(records)]
+    noted = [
+        note if note.startswith(f"Step {number} ") else f"Step {exact_text(number)}: {note}"
+        for number, note in _noted(records)
+    ]
     return noted[:MOST_NOTES] + [f"And {len(noted) - MOST_NOTES} more, in metrics.jsonl."] * (len(noted) > MOST_NOTES)
 
 
@@ -318,7 +323,7 @@ def _commands(records: Records, finished: bool, worse: bool) -> tuple[Pairs, Pai
     here, recipe = shlex.quote(folder), shlex.quote(f"{folder}/recipe.yaml")
     again = f"qlora train {recipe} folder={shlex.quote(f'{folder}-again')}"
     repeat = [("The same run once more, in a folder of its own", again)]
-    slower = records.recipe.training.learning_rate / 10 if records.recipe else 1e-5
+    slower = records.recipe.training.slower if records.recipe else 1e-5
     if worse:
         return [("Train anew with a lower learning rate", f"{again} training.learning_rate={slower:g}")], repeat
     if not finished:

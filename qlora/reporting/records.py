@@ -48,6 +48,7 @@ class Records:
     steps: list[Step]  # ascending, every step at most once
     held_out: list[HeldOut]
     notes: list[str]  # sentences about what could not be read
+    stopped: str = ""  # why the step after the last could not be taken
 
 
 class Step(NamedTuple):
@@ -78,7 +79,7 @@ def read_records(folder: Path) -> Records:
         reason = " ".join(str(error).replace(str(recipe_file), "recipe.yaml").split())
         notes.append(f"recipe.yaml does not validate with this version and is shown as it is. {reason}")
     evaluation = _object(folder / "evaluation.json", notes)
-    steps, held_out = _metrics(folder / "metrics.jsonl", notes)
+    steps, held_out, stopped = _metrics(folder / "metrics.jsonl", notes)
     for when, step in (("before", 0), ("after", steps[-1].number if steps else 0)):
         if point := _held_out(section(evaluation, "held_out", when), step):
             held_out.setdefault(step, point)
@@ -94,6 +95,7 @@ def read_records(folder: Path) -> Records:
         steps=steps,
         held_out=[held_out[step] for step in sorted(held_out)],
         notes=redacted(notes),
+        stopped=redacted(stopped),
     )
 
 
@@ -142,18 +144,19 @@ def objects(value: object) -> list[Json]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOut]]:
-    """metrics.jsonl → training steps, and held-out evaluations by step.
+def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOut], str]:
+    """metrics.jsonl → training steps, held-out evaluations by step, and why it stopped where it had to.
 
     A resumed run may have written a step twice, before it was stopped and after; the later line counts.
     """
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return [], {}
+        return [], {}, ""
     except OSError as error:
         notes.append(f"metrics.jsonl could not be read and is left out ({error}).")
-        return [], {}
+        return [], {}, ""
+    stopped = ""
     steps: dict[int, Step] = {}
     held_out: dict[int, HeldOut] = {}
     broken: list[int] = []
@@ -166,7 +169,9 @@ def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOu
         except (ValueError, RecursionError):
             record = None
         step = whole(record, "step") if isinstance(record, dict) else None
-        if step is not None and "held_out_loss" not in record:
+        if step is not None and isinstance(record.get("stopped"), str):
+            stopped = record["stopped"]
+        elif step is not None and "held_out_loss" not in record:
             twice += step in steps
             steps[step] = Step(step, record)
         elif step is not None:
@@ -180,7 +185,7 @@ def _metrics(file: Path, notes: list[str]) -> tuple[list[Step], dict[int, HeldOu
         notes.append(f"Lines of metrics.jsonl that are not objects with a step were skipped: {listed(broken)}.")
     if twice:
         notes.append(f"Steps that stand twice in metrics.jsonl ({twice}) are shown as their later line tells.")
-    return [steps[step] for step in sorted(steps)], held_out
+    return [steps[step] for step in sorted(steps)], held_out, stopped
 
 
 def _held_out(values: Json, step: int, prefix: str = "") -> HeldOut | None:

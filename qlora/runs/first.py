@@ -9,6 +9,7 @@ and the hub; must not know torch, nor import what does.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -18,13 +19,15 @@ from qlora.data.files import ending, unpacker
 from qlora.data.labelled import read_labelled
 from qlora.data.parsing import parse
 from qlora.data.sources import data_files, is_here, read_records
-from qlora.errors import DataError, MethodError, RunError
+from qlora.errors import DataError, MethodError, RecipeError, RunError
+from qlora.evaluation.tasks.presets import named_kind
 from qlora.files.durable import expanded, from_here, require_writable
 from qlora.files.lock import run_lock
-from qlora.machine.cards import amount, parse_memory
+from qlora.machine.cards import amount, is_memory, parse_memory
 from qlora.model.hub import ask_hub, data_set_cached, require_model
 from qlora.recipe import DataSection, Recipe
 from qlora.runs.folder import finished, open_run, require_free, shown, taken, with_changes
+from qlora.training.tracking import require_trackers
 
 SMALL = 4 * 1024**2
 """Bytes of text that are read twice, so that a slip in them is said at once: less than half a second."""
@@ -34,6 +37,12 @@ LINES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> None:
     """Raise InputError for what a run of ``recipe`` would be refused for. ``trains``: it needs its run folder; ``reads``: its data."""
     _memory(recipe)
+    require_trackers(recipe.tracking)
+    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise RecipeError(
+            "model.attention is flash_attention_2, whose package flash-attn is not installed here; set model.attention=auto, which "
+            "needs none."
+        )
     if recipe.method.from_ is not None and not (place := expanded(recipe.method.from_)).is_dir():
         raise MethodError(
             f"method.from is '{place}', where there is no folder; expected that of a run or of an adapter.{from_here(place)}"
@@ -50,7 +59,7 @@ def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> 
     require_model(recipe.model.name, recipe.model.revision)
     for source in asked:
         if problem := ask_hub(source, "dataset", None):
-            raise DataError(f"The data set '{source}' {problem}.{from_here(source) if '/' in source else ''}")
+            raise DataError(f"The data set '{source}' {problem}.{from_here(source)}")
 
 
 def look_at_folder(folder: Path, overwrite: bool) -> None:
@@ -80,8 +89,7 @@ def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False,
         if _main():
             with run_lock(folder):
                 pass
-        same = recipe == begun
-        if same and (steps := finished(folder, recipe)) is not None:
+        if (steps := finished(folder, recipe)) is not None:
             return (
                 f"The run in '{folder}' is finished: its {steps:,} steps are taken and measured, so there is nothing to resume. "
                 f"{'Measure it: qlora evaluate' if recipe.objective.classifies else 'Talk to it: qlora chat'} {shown(folder)}; or train on from it: qlora train {shown(folder / 'recipe.yaml')} "
@@ -119,6 +127,11 @@ def _memory(recipe: Recipe) -> None:
         parse_memory(recipe.device.host_memory)
     if recipe.device.memory is not None:
         amount(recipe.device.memory)
+        if recipe.device.name == "cpu" and not is_memory(recipe.device.memory):
+            raise RecipeError(
+                f"device.memory is {recipe.device.memory}, a card, and device.name is cpu; set device.name=auto to plan for that card, or "
+                "give the memory of this machine that may be taken, as in 24GiB."
+            )
 
 
 def _data(recipe: Recipe) -> list[str]:
@@ -128,6 +141,7 @@ def _data(recipe: Recipe) -> list[str]:
     if section.chat_template is not None and not (place := expanded(section.chat_template)).is_file():
         raise DataError(f"There is no chat template '{place}' (data.chat_template).{from_here(place)}")
     for task in recipe.evaluation.tasks:
+        named_kind(task)
         try:
             _, others = _files((task.data,) if task.data else ())
         except DataError as error:

@@ -151,18 +151,19 @@ def with_changes(recipe: Recipe, overrides: Sequence[str], folder: Path) -> Reci
             f"{listed(CHANGEABLE, 99)}, and at a constant rate {' or '.join(LENGTH)}; for anything else train anew: qlora train "
             f"{shown(folder / 'recipe.yaml')} folder=runs/…"
         )
-    if length := [key for key in keys if key in LENGTH]:
-        changed = changed.model_copy(update={"training": _longer(recipe, changed.training, length, folder)})
+    if any(key in LENGTH for key in keys):
+        changed = changed.model_copy(update={"training": _longer(recipe, changed.training, folder)})
     return changed
 
 
-def _longer(recipe: Recipe, asked: TrainingSection, keys: list[str], folder: Path) -> TrainingSection:
+def _longer(recipe: Recipe, asked: TrainingSection, folder: Path) -> TrainingSection:
     """What ``asked`` for more steps than the run in ``folder`` began with, which then are the first ones of a longer run: only
     at a constant rate does a step not depend on how many there are, once the warm-up keeps its own number of them.
 
     Raises RecipeError where they would depend on it, or no more are asked for.
     """
     steps, why = steps_of(recipe, folder), None
+    key = "training.epochs" if asked.steps is None else "training.steps"
     if recipe.training.schedule != "constant":
         why = f"its learning rate follows a {recipe.training.schedule} schedule over the steps it began with"
     elif any(part.name == "adalora" for part in parts_of(recipe.method)):
@@ -170,16 +171,14 @@ def _longer(recipe: Recipe, asked: TrainingSection, keys: list[str], folder: Pat
     if why or steps is None:
         why = why or "no plan.json says how many steps an epoch has"
         raise RecipeError(
-            f"{listed(keys)} cannot change within this run: {why}. More of it is a new run that goes on from this one's "
+            f"{key} cannot change within this run: {why}. More of it is a new run that goes on from this one's "
             f"adapter: qlora train {shown(folder / 'recipe.yaml')} method.from={shown(folder)} "
-            + " ".join(f"{key}={getattr(asked, key.removeprefix('training.'))}" for key in keys)
+            f"{key}={getattr(asked, key.removeprefix('training.'))}"
         )
-    if keys == ["training.epochs"]:
-        asked = asked.model_copy(update={"steps": None})  # which would hide them
     total = steps_of(recipe.model_copy(update={"training": asked}), folder) or 0
     if total <= steps:
         raise RecipeError(
-            f"The run in '{folder}' has {steps:,} steps, and {listed(keys)} would make them {total:,}; expected more than it has."
+            f"The run in '{folder}' has {steps:,} steps, and {key} would make them {total:,}; expected more than it has."
         )
     return asked.model_copy(update={"warmup_fraction": round(recipe.training.warmup_fraction * steps) / total})
 

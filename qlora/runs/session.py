@@ -48,7 +48,10 @@ from qlora.training.objectives import Objective, Pairs
 from qlora.training.objectives.pairs import pair_numbers
 from qlora.training.rehearsal import Rehearsal
 
-NOTHING_HELD_OUT = "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05"
+NOTHING_HELD_OUT = (
+    "nothing is held out, so whether training helps cannot be known; set data.held_out_fraction=0.05, or name other records in "
+    "data.held_out"
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from signal import Signals as Signal
 from statistics import median
 
-from qlora.errors import PackingError, RunError, Stopped, counted, listed, redacted
+from qlora.errors import NonFiniteError, PackingError, RunError, Stopped, counted, listed, redacted
 from qlora.evaluation.score import HeldOut
 from qlora.evaluation.tasks.result import Result
 from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
@@ -277,7 +277,12 @@ def _finish(session: Session, signals: Signals, bases: Bases | None) -> Run:
     signals.wait = True
     if session.trainer.step_number < session.trainer.total_steps:
         session.say(_ahead(session))
-    _take_steps(session, signals)
+    try:
+        _take_steps(session, signals)
+    except NonFiniteError:
+        if here().main:
+            write_report(session.folder)
+        raise
     signals.wait = False
     if signals.arrived:  # after the last look at it
         raise KeyboardInterrupt
@@ -382,7 +387,8 @@ def _ahead(session: Session) -> str:
     elif session.rehearsal is not None:
         tokens = sum(len(row.ids) for row in trainer.rows) / trainer.steps_per_epoch
         seconds = session.rehearsal.seconds * tokens / session.rehearsal.tokens
-    epochs = f"{total / trainer.steps_per_epoch:.3g} epochs of {counted(trainer.steps_per_epoch, 'step')}"
+    times = total / trainer.steps_per_epoch
+    epochs = f"{times:{',.0f' if times >= 100 else '.3g'}} epochs of {counted(trainer.steps_per_epoch, 'step')}"
     time = f", about {duration_text((total - done) * seconds)}" if seconds else ""
     evaluations = sum(due(step, every) for step in range(done + 1, total)) + 1
     more = f"; {counted(evaluations, 'held-out evaluation')} on top" if session.data.held_out else ""

@@ -18,8 +18,8 @@ class Divergence:
     Far: by half of it, and by at least 1 nat a token. The least is that of the first step, or a median of ``STEPS``.
     """
 
-    def __init__(self, learning_rate: float) -> None:
-        self.learning_rate = learning_rate
+    def __init__(self, slower: float) -> None:
+        self.slower = slower
         self.least = math.inf
         self.diverges = False
         """Whether it does, after what was looked at last."""
@@ -39,5 +39,5 @@ class Divergence:
     def _sentence(self) -> str:
         return (
             f"The loss diverges: for {STEPS} steps it was at least {min(self._last):.2f}, and it had been {self.least:.2f}. Stop "
-            f"here, and train anew with a lower rate, such as training.learning_rate={self.learning_rate / 10:g}."
+            f"here, and train anew with a lower rate, such as training.learning_rate={self.slower:g}."
         )

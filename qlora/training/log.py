@@ -80,6 +80,9 @@ class Step:
         )
 
 
+STOPPED = "stopped"  # in ``metrics.jsonl``, instead of a step that could not be taken: why
+
+
 class MetricsLog:
     """``metrics.jsonl``, one JSON object a line, flushed line by line so that a killed run loses none."""
 

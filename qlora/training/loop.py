@@ -26,7 +26,7 @@ from qlora.recipe.methods import labels_of
 from qlora.residence.placement import by_main
 from qlora.training import checkpoint
 from qlora.training.diverging import Divergence
-from qlora.training.log import MetricsLog, Step
+from qlora.training.log import STOPPED, MetricsLog, Step
 from qlora.training.objectives import Pairs, make_objective
 from qlora.training.optim import learning_rate
 from qlora.training.passage import Passage, check_every_row, longest_row
@@ -103,7 +103,7 @@ class Trainer:
         self.recovery = Recovery(self.state, self.objective, self.passage, self._save_what_is_done)
         self.passage.take(self.state.way)
         self._alike = self.state.processes.size == 1
-        self.divergence = Divergence(self.training.learning_rate)
+        self.divergence = Divergence(self.training.slower)
         self._resumed = False
         self._check()
 
@@ -152,7 +152,12 @@ class Trainer:
                 "leave such rows out."
             )
         rate = learning_rate(self.training, state.step, self.total_steps)
-        outcome = self.recovery.step(rows, places)
+        try:
+            outcome = self.recovery.step(rows, places)
+        except NonFiniteError as error:
+            if self.log is not None:  # until the run goes on, which takes the line out again
+                self.log.write({"step": state.step + 1, STOPPED: str(error)})
+            raise
         if not outcome.skipped:
             unreached = "" if state.step else self._unreached()
             diverges = self.divergence.look(outcome.loss)

@@ -334,8 +334,8 @@ THOUGHTFUL = [
     *(TALK[0], {**TALK[1], "reasoning_content": "Well.\nSo."}, TALK[2]),
     {"role": "assistant", "content": "<think>\nHm 🦊\n</think>\n\nThe lazy dog."},
 ]
-AS_TEXT = "reasoning stands as text in the answer, since the chat template has no place for it (1 records)"
-STAYS = "reasoning stays in the answer, from which the chat template would take it (1 records)"
+AS_TEXT = "reasoning stands as text in the answer, since the chat template has no place for it (1 record)"
+STAYS = "reasoning stays in the answer, from which the chat template would take it (1 record)"
 
 
 @pytest.mark.parametrize(
@@ -399,11 +399,11 @@ def test_text_beside_calls_is_trained_before_the_calls_as_the_template_writes_th
         "Fine, thank you.<|end|>",
     ]
     assert kept.notes == [
-        "text stands before the function calls, since the chat template has no place for it (1 records)"
+        "text stands before the function calls, since the chat template has no place for it (1 record)"
     ]
     ((example,),) = dropped.encode([conversation], "assistant")
     assert trained_runs(tokenizer, example) == ['<call>tip{"bill": 50}<|end|>', "Fine, thank you.<|end|>"]
-    assert dropped.notes == ["the chat template leaves out text of answers (1 records)"]
+    assert dropped.notes == ["the chat template leaves out text of answers (1 record)"]
 
 
 @pytest.mark.parametrize("name", ["CHATML", "CUT_THOUGHTS"])
@@ -412,7 +412,7 @@ def test_reasoning_that_the_template_drops_is_dropped_or_refused_on_request(name
     chat = ChatTemplate(tokenizer, dropped_content="drop")
     ((example,), _) = chat.encode(conversations(THOUGHTFUL[:2], TALK), "assistant")
     assert trained_runs(tokenizer, example) == ["Fine, thank you.<|end|>"]
-    assert chat.notes == ["the chat template leaves out reasoning of answers (1 records)"]
+    assert chat.notes == ["the chat template leaves out reasoning of answers (1 record)"]
     refusing = ChatTemplate(tokenizer, dropped_content="refuse")
     with pytest.raises(
         DataError, match=r"^Line 2 of 'a.jsonl' has reasoning in an answer, which the chat template .* leaves out"
@@ -494,7 +494,7 @@ def test_a_template_that_changes_words_gets_none_in_their_place() -> None:
     chat = ChatTemplate(tokenizer)
     ((example,),) = chat.encode(conversations(talk), "assistant")
     assert trained_runs(tokenizer, example) == ["\n\nFINE<|end|>"]
-    assert "the chat template leaves out reasoning of answers (1 records)" in chat.notes
+    assert "the chat template leaves out reasoning of answers (1 record)" in chat.notes
 
 
 NASTY = {
@@ -510,7 +510,7 @@ CALLING = [
     *(TALK[0], {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "20"}),
     {"role": "assistant", "content": "In Oslo 12, in Bergen 2.5."},
 ]
-LEFT_OUT = ["the chat template leaves out a function call of answers (1 records)"]
+LEFT_OUT = ["the chat template leaves out a function call of answers (1 record)"]
 
 
 @pytest.mark.parametrize(
@@ -592,7 +592,7 @@ def test_text_beside_calls_is_left_out_where_a_result_may_not_follow_text() -> N
     call, answer = trained_runs(tokenizer, example)
     assert call.startswith('<call>tip{"city": "Oslo"')
     assert answer == "The lazy dog.<|end|>"
-    assert chat.notes == ["the chat template leaves out text of answers (1 records)"]
+    assert chat.notes == ["the chat template leaves out text of answers (1 record)"]
 
 
 def test_a_template_that_ends_answers_with_nothing_gets_the_eos() -> None:
@@ -637,7 +637,7 @@ def test_a_block_that_leaves_out_the_end_of_calls_is_told() -> None:
     assert call in families.CALL_ENDS
     chat = ChatTemplate(make_tokenizer(families.CALL_ENDS.replace(call, block)))
     chat.encode(conversations(CALLING[:2], tools=[{"name": "tip"}]), "assistant")
-    assert "the chat template leaves </s>, which ends function calls, untrained (1 records)" in chat.notes
+    assert "the chat template leaves </s>, which ends function calls, untrained (1 record)" in chat.notes
 
 
 def test_less_white_space_behind_the_last_result_is_no_other_prompt() -> None:
@@ -665,14 +665,14 @@ def test_an_end_that_reasoning_shares_is_told_where_there_is_reasoning() -> None
     chat.encode(conversations(TALK), "assistant")
     assert not [note for note in chat.notes if told in note]
     chat.encode(conversations([TALK[0], {**TALK[1], "reasoning_content": "Well."}]), "assistant")
-    assert f"{told} (1 records)" in chat.notes
+    assert f"{told} (1 record)" in chat.notes
 
 
 def test_reasoning_that_goes_with_the_text_beside_calls_is_told_once() -> None:
     chat = ChatTemplate(make_tokenizer(families.RESULT_AFTER_CALLS))
     talk = [BESIDE[0], {**BESIDE[1], "content": "", "reasoning_content": "Well."}]
     chat.encode(conversations(talk, tools=[{"name": "tip"}]), "assistant")
-    assert chat.notes == ["the chat template leaves out reasoning of answers (1 records)"]
+    assert chat.notes == ["the chat template leaves out reasoning of answers (1 record)"]
 
 
 def test_answers_stop_at_the_ends_of_every_named_template() -> None:
@@ -723,7 +723,7 @@ def test_a_later_system_text_is_kept_in_the_next_user_turn(template: str) -> Non
     assert "You are helpful" in tokenizer.decode(example.ids)
     assert len(trained_runs(tokenizer, example)) == 2
     assert chat.notes == [
-        "a later system text stands in a user turn, since the chat template has no place for it (1 records)"
+        "a later system text stands in a user turn, since the chat template has no place for it (1 record)"
     ]
 
 

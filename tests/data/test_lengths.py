@@ -80,7 +80,7 @@ def test_losses_are_said_with_what_would_change_them(write: Any, tokenizer: Any)
     length = len(load(path, tokenizer, max_length=4096, packing=False).train[3].ids)
     assert length > 64
     assert report.train.losses() == [
-        f"1 examples truncated ({length - 64:,} tokens), 1 of them inside an answer, whose end is not learnt"
+        f"1 example truncated ({length - 64:,} tokens), 1 of them inside an answer, whose end is not learnt"
     ]
     fits = next(2**power for power in range(20) if 2**power >= length)
     note = f"1 of 4 examples are longer than data.max_length=64: {fits:,} would keep them all whole"

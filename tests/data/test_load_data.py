@@ -117,9 +117,9 @@ def test_what_is_lost_is_counted_in_tokens_and_shown(write: Any, tokenizer: Any)
     assert counts.tokens + counts.truncated_tokens + counts.dropped_tokens == whole.tokens
     assert counts.unanswered_tokens == sum(len(tokenizer(text)["input_ids"]) for text in ("Bye", "Hi"))
     for phrase in (
-        "1 examples truncated",
-        "1 examples dropped",
-        "1 records skipped",
+        "1 example truncated",
+        "1 example dropped",
+        "1 record skipped",
         "2 turns after the last answer to train left off",
     ):
         assert phrase in str(report)
@@ -147,7 +147,7 @@ def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"No token of the data carries loss \(40 examples dropped"):
         load(path, tokenizer, max_length=8)
     with pytest.raises(
-        DataError, match=r"No token of the data carries loss \(1 records skipped.*\); look at the records' answers\.$"
+        DataError, match=r"No token of the data carries loss \(1 record skipped.*\); look at the records' answers\.$"
     ):
         load(write("b.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}]), tokenizer)
     with pytest.raises(DataError, match="None of the 1 held-out records leaves a token"):
@@ -173,9 +173,7 @@ def test_tokens_at_the_ends_are_not_doubled(write: Any, record: Any, fields: Any
     plain = [{"text": "Hello there"}, {"prompt": "Hi", "completion": "Fine."}]["prompt" in record]
     data, other = (load(write("a.jsonl", [plain, one]), tokenizer, packing=False) for one in (record, plain))
     assert [row.ids.tolist() for row in data.train] == [row.ids.tolist() for row in other.train]
-    assert data.report.notes == (
-        "1 records begin or end with a token that is written there anyway; it stands there once",
-    )
+    assert data.report.notes == ("1 record with a token at an end that is written there anyway; it stands there once",)
     assert other.report.notes == ()
     if ids:
         assert tokenizer.decode(data.train[0].ids) == ids
@@ -347,8 +345,8 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
     skipped = "data.on_bad_record=skip left out 1 of 41 records: is refused by the chat template (1)"
     assert data.report.notes == (skipped, *plain.report.notes)
     marks, doubled = plain.report.notes  # each counted once, though tried twice
-    assert "1 records begin or end with a token" in doubled
-    assert marks.endswith("already (1 records)")
+    assert "1 record with a token at an end" in doubled
+    assert marks.endswith("already (1 record)")
     held = load(write("g.jsonl", good), tokenizer, held_out=path, on_bad_record="skip")
     assert held.report.notes[0] == f"held-out data: {skipped}"
     assert len(held.held_out_prompts(100)) == len(held.held_out_conversations) == held.report.held_out.records == 40

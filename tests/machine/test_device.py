@@ -200,27 +200,19 @@ def test_versions_name_what_decides_the_numbers() -> None:
     assert all(found[name] for name in ("python", "qlora", "transformers", "bitsandbytes", "safetensors"))
 
 
-def test_the_heap_is_trimmed_where_rows_left_a_tenth_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heap_is_trimmed_where_rows_left_a_twentieth_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the most that a micro-batch left in a trimmed heap: what one left in pieces is no measure, a longer row's own is."""
     held, trims = [0], []
     monkeypatch.setattr(device, "_fields", lambda path: {"VmRSS": held[0]})
     monkeypatch.setattr(device, "trim_heap", lambda: trims.append(held[0]))
     monkeypatch.setattr(device.sys, "platform", "linux")
     heap = device.TrimmedHeap(torch.device("cpu"))
-    for before, after in [
-        (300, 100),
-        (100, 109),
-        (109, 111),
-        (111, 120),
-        (120, 131),
-        (131, 133),
-        (133, 125),
-        (125, 125),
-    ]:
+    measured = [(300, 100), (100, 104), (104, 106), (106, 115), (115, 120), (120, 122), (122, 118), (118, 118)]
+    for before, after in measured:
         held[0] = before
         with heap:
             held[0] = after
-    assert trims == [300, 111, 133]  # 120 after 111 is a longer row's own: 132 is what the next are measured by
+    assert trims == [300, 106, 122]  # 115 after a trim is a longer row's own, by which the next are measured
     with device.TrimmedHeap(torch.device("cuda")):
         held[0] = 500
     assert len(trims) == 3  # asks nobody

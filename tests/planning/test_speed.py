@@ -379,7 +379,7 @@ def test_copies_run_beside_the_arithmetic_of_their_pass_alone() -> None:
     assert (found.expected, found.bound) == (55.0, "arithmetic")
     assert found.low == 55.0 / 2
     assert found.high == 2 * (20 + 25 + 6 + 30 + 10)
-    assert str(found) == "55 s a step (27.5 to 182), bound by arithmetic"
+    assert str(found) == "55 s a step of full rows (28 s to 3 min 02 s), bound by arithmetic"
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,18 @@ def test_overrides_leave_the_values_given_alone() -> None:
     assert [part.form for part in parts_of(method)] == ["pfeiffer", "lin"]  # the override of one is none of the other
 
 
+def test_an_override_takes_the_place_of_what_says_the_same_in_another_way(tmp_path: Path) -> None:
+    """A run's recipe.yaml names steps and epochs; of what was held out by a file a share is asked for, and the other way round."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {train: a.jsonl, held_out: b.jsonl}\ntraining: {epochs: 1, steps: 30}\n", encoding="utf-8")
+    longer = Recipe.from_yaml(path, "training.epochs=3").training
+    assert (longer.epochs, longer.steps) == (3, None)
+    assert Recipe.from_yaml(path, "training.steps=7").training.steps == 7
+    shared = Recipe.from_yaml(path, "data.held_out_fraction=0.1")
+    assert (shared.data.held_out, shared.data.held_out_fraction) == (None, 0.1)
+    assert Recipe.from_yaml(path, "data.held_out_fraction=0.1", "data.held_out=c.jsonl").data.held_out == "c.jsonl"
+
+
 def test_overrides_with_dashes_are_the_same(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("data: {train: a.jsonl}\n", encoding="utf-8")

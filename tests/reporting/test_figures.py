@@ -27,7 +27,17 @@ def test_significant(value: float, digits: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(4.26, "4.3 s"), (59.4, "59 s"), (59.7, "1 min 00 s"), (372, "6 min 12 s"), (11_100, "3 h 05 min")],
+    [
+        (0.0, "0.0 s"),
+        (0.0002, "1 ms"),
+        (0.0416, "42 ms"),
+        (0.0999, "0.1 s"),
+        (4.26, "4.3 s"),
+        (59.4, "59 s"),
+        (59.7, "1 min 00 s"),
+        (372, "6 min 12 s"),
+        (11_100, "3 h 05 min"),
+    ],
 )
 def test_duration_text(seconds: float, text: str) -> None:
     assert figures.duration_text(seconds) == text

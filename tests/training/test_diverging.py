@@ -9,7 +9,7 @@ from qlora.training.diverging import Divergence
 
 def said(losses: list[float]) -> list[int]:
     """The steps at which something is said."""
-    watch = Divergence(0.01)
+    watch = Divergence(0.001)
     return [step for step, loss in enumerate(losses, 1) if watch.look(loss)]
 
 
@@ -30,7 +30,7 @@ def test_it_is_said_once_and_only_where_it_diverges(losses: list[float], steps: 
 
 
 def test_the_sentence_says_what_was_found_and_what_to_do() -> None:
-    watch = Divergence(0.01)
+    watch = Divergence(0.001)
     sentence = [watch.look(loss) for loss in [2.0] * 5 + [8.0, 7.5, 9.0, 8.0, 8.0]][-1]
     assert "for 5 steps it was at least 7.50, and it had been 2.00" in sentence
     assert sentence.endswith("training.learning_rate=0.001.")

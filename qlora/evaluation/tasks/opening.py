@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from qlora.data.rendering import CutOff, Job, Refused
 from qlora.data.sources import Record, read_records
 from qlora.data.values import capital
-from qlora.errors import DataError, RecipeError, listed, nearest
+from qlora.errors import DataError, RecipeError, listed
 from qlora.evaluation.likelihood import Ids, Pair
 from qlora.evaluation.tasks.kinds import KINDS
-from qlora.evaluation.tasks.presets import PRESETS, Preset, Tidy, kind_of, preset_of
+from qlora.evaluation.tasks.presets import Preset, Tidy, named_kind, preset_of
 from qlora.evaluation.tasks.task import Asked, Form, Item, Task, Unusable
 from qlora.recipe import TaskSection
 
@@ -38,12 +38,7 @@ def open_task(section: TaskSection, tokenizer: PreTrainedTokenizerBase, template
     Raises RecipeError for a section without a kind or without data, DataError for data that are missing or that give no item,
     with the first record's place.
     """
-    preset, kind = preset_of(section), kind_of(section)
-    if kind is None:
-        raise RecipeError(
-            f"The task '{section.name}' is no public set and has no kind; expected one of {', '.join(KINDS)}, or the name of a "
-            f"set: {', '.join(PRESETS)}.{nearest(section.name, PRESETS)}"
-        )
+    preset, kind = preset_of(section), named_kind(section)
     if section.data is None and preset is None:
         raise RecipeError(f"The task '{section.name}' has no data; expected a file, a folder or a hub id.")
     if section.chat and template is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import string
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,6 +209,17 @@ def preset_of(section: TaskSection) -> Preset | None:
             f"{nearest(section.preset, PRESETS)}"
         )
     return PRESETS.get(section.preset or section.name)
+
+
+def named_kind(section: TaskSection) -> str:
+    """The kind of a section's task. Raises RecipeError where neither it nor a public set says one."""
+    if (kind := kind_of(section)) is None:
+        kinds, _ = typing.get_args(TaskSection.model_fields["kind"].annotation)
+        raise RecipeError(
+            f"The task '{section.name}' is no public set and has no kind; expected one of {', '.join(typing.get_args(kinds))}, or the "
+            f"name of a set: {', '.join(PRESETS)}.{nearest(section.name, PRESETS)}"
+        )
+    return kind
 
 
 def kind_of(section: TaskSection) -> str | None:
