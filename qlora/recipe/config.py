@@ -144,7 +144,7 @@ class TrainingSection(Section):
     instead = {"epochs": "steps"}  # noqa: RUF012 (a ClassVar in Section)
 
     epochs: int = Field(1, ge=1)
-    """Passes over the training rows; ignored when `steps` is given."""
+    """Passes over the training rows; ignored where `steps` is given, whose place it takes as an override."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps in all."""
     batch_size: int = Field(16, ge=1)
