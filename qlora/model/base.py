@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from qlora.errors import counted
 from qlora.machine.device import dtype_name
 from qlora.machine.disk import bytes_text
 from qlora.model.nf4 import away_of, packed_numbers
@@ -88,7 +89,9 @@ class Base:
         if self.placement is not None:
             where = {"host": "in host memory", "disk": "on disk"}.get(self.placement.tier, "spread over all processes")
             slots = bytes_text(self.placement.bytes_on_device())
-            lines.append(f"  {len(self.placement.order)} layers wait {where}, {slots} on the device for them")
+            lines.append(
+                f"  {counted(len(self.placement.order), 'layer')} kept {where}, {slots} on the device for them"
+            )
         return "\n".join(lines)
 
 

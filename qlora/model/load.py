@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.errors import ModelError, listed
+from qlora.errors import ModelError, counted, listed
 from qlora.machine.device import trim_heap
 from qlora.machine.disk import bytes_text
 from qlora.model.base import Base
@@ -223,7 +223,9 @@ def progress_of(empty: Assembled, names: Iterable[str], progress: bool) -> Itera
         return
     begun, left = time.perf_counter(), sum(checkpoint.entries[other].bytes for other in empty.left)
     if not sys.stderr.isatty():
-        print(f"Loading {name} {how}: {bytes_text(total)} in {len(checkpoint.shards)} files", file=sys.stderr)
+        print(
+            f"Loading {name} {how}: {bytes_text(total)} in {counted(len(checkpoint.shards), 'file')}", file=sys.stderr
+        )
         yield lambda count: None
     else:
         with _bar(f"Loading {name.rstrip('/').rpartition('/')[2]} {how}", total) as advance:  # of a long path its end

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qlora.errors import DoesNotFitError, first_line
+from qlora.errors import DoesNotFitError, counted, first_line
 from qlora.machine.cards import Card
 from qlora.model.nf4 import Linear4bit
 
@@ -139,7 +139,11 @@ def measure(device: torch.device, dtype: torch.dtype, folder: str | Path) -> Rat
             f"Not even the 0.3 GB that a measurement takes are free on {device}; stop what else is running there."
         ) from error
     disk, notes = measure_disk(folder)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    )
     return Rates(matrix, dequantise, copies, disk, f"{name}, measured", notes)
 
 

@@ -388,7 +388,7 @@ def _ahead(session: Session) -> str:
         tokens = sum(len(row.ids) for row in trainer.rows) / trainer.steps_per_epoch
         seconds = session.rehearsal.seconds * tokens / session.rehearsal.tokens
     times = total / trainer.steps_per_epoch
-    epochs = f"{times:{',.0f' if times >= 100 else '.3g'}} epochs of {counted(trainer.steps_per_epoch, 'step')}"
+    epochs = f"{times:{',.0f' if times >= 100 else '.3g'}} {'epoch' if times == 1 else 'epochs'} of {counted(trainer.steps_per_epoch, 'step')}"
     time = f", about {duration_text((total - done) * seconds)}" if seconds else ""
     evaluations = sum(due(step, every) for step in range(done + 1, total)) + 1
     more = f"; {counted(evaluations, 'held-out evaluation')} on top" if session.data.held_out else ""

@@ -66,7 +66,7 @@ def test_a_base_says_what_it_is(folder: Path) -> None:
         f"Base '{folder}': LlamaForCausalLM",
         "  86,336 parameters in nf4 (scales quantised too), 75.4 KiB",
         "  on cpu, computing in fp32",
-        f"  1 layers wait in host memory, {bytes_text(base.placement.bytes_on_device())} on the device for them",
+        f"  1 layer kept in host memory, {bytes_text(base.placement.bytes_on_device())} on the device for them",
     ]
     plain = as_base(torch.nn.Sequential(torch.nn.Linear(4, 8)), "mine")
     assert repr(plain).splitlines()[:2] == ["Base 'mine': Sequential", "  40 parameters unquantised, 160 B"]
