@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(os.environ.get("QLORA_TRL", "."))  # at the end: of what both have, it is ours that counts
 THEIRS = {
     "trl": {},
     "trl, no checkpointing": {"gradient_checkpointing": False},
@@ -230,7 +231,6 @@ def train_qlora(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def train_trl(settings: dict[str, Any], folder: Path, more: dict[str, Any]) -> dict[str, Any]:
     """The way TRL's documentation shows it."""
-    sys.path.append(os.environ.get("QLORA_TRL", "."))
     import torch
     from datasets import Dataset
     from peft import PeftModel, prepare_model_for_kbit_training
