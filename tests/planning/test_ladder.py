@@ -115,6 +115,7 @@ def test_as_many_layers_stay_as_fit(folder: Path) -> None:
     assert more.needed.total > free
 
 
+@pytest.mark.slow
 def test_host_memory_and_disk_count_too(folder: Path) -> None:
     """Layers that host memory cannot hold are streamed from the file cache; a disk that is too small is a refusal."""
     smallest = arranger(folder, 24 * GIB).ladder()[-1]
