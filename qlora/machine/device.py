@@ -239,7 +239,7 @@ class TrimmedHeap:
     """Around each micro-batch: trims the C heap of a process that computes on a CPU where rows of many lengths have left it in pieces.
 
     Rows of other lengths ask for blocks of other sizes, so that what is freed seldom fits again: 5 steps of 4 pairs with a 135M
-    model took 1.95 GiB at first and 2.37 at last, with this 1.94 and 2.17. A trim costs a tenth of a second, and as much again while
+    model took 1.95 GiB at first and 2.37 at last, with this 1.95 and 2.13. A trim costs a tenth of a second, and as much again while
     the memory comes back; rows of one length do not need any.
     """
 
