@@ -25,7 +25,7 @@ from qlora.model import anatomy
 from qlora.model.arranged import Arranged, Group
 from qlora.model.checkpoint import Checkpoint
 from qlora.model.experts import PackedExperts
-from qlora.model.load import packed_tensors, quantised_names, read_expert, split_expert, turned
+from qlora.model.load import packed_tensors, quantised_names, split_expert, turned
 from qlora.model.names import packed_parts
 from qlora.model.nf4 import FrozenLinear, dense_weight
 from qlora.model.skeleton import assemble
@@ -219,7 +219,7 @@ class Source:
     def _expert(self, target: str, expert: int, requantise: bool) -> Tensor:
         """One expert's merged matrix in fp32."""
         packed = unplanted(getattr(self.model.get_submodule(target.rpartition(".")[0]), target.rpartition(".")[2]))
-        values = read_expert(self.checkpoint, self.stacks[target], expert).to(self.device)
+        values = self.stacks[target].matrix(expert, self.checkpoint.read).to(self.device)
         if requantise and isinstance(packed, PackedExperts):
             values = packed.stands_for(values.to(self.compute_dtype))
         values = values.to(torch.float32).clone()

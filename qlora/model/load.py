@@ -87,12 +87,7 @@ def _fill_stack(empty: Assembled, target: str, device: torch.device) -> int:
     holder = getattr(empty.model.get_submodule(owner), key)
     whole = None if isinstance(holder, PackedExperts) else torch.empty(shape, dtype=holder.dtype, device=device)
     for expert in range(shape[0]):
-        matrix = read_expert(checkpoint, stack, expert)
-        if tuple(matrix.shape) != shape[1:]:
-            raise ModelError(
-                f"'{stack.sources[0]}' in '{checkpoint.folder}' gives expert {expert} of '{target}' the shape "
-                f"{list(matrix.shape)}; its config.json asks for {list(shape[1:])}."
-            )
+        matrix = stack.matrix(expert, checkpoint.read)
         if whole is None:
             holder.place(expert, matrix.to(device, empty.dtype), device)
         else:
@@ -105,22 +100,8 @@ def _fill_stack(empty: Assembled, target: str, device: torch.device) -> int:
     return sum(checkpoint.entries[one].bytes for one in stack.sources)
 
 
-def read_expert(checkpoint: Checkpoint, stack: Stack, expert: int) -> Tensor:
-    """The matrix of one expert as the model has it."""
-    several = {pattern: len(names) > 1 for pattern, names in stack.parts.items()}
-    tensors: dict[str, Any] = {
-        pattern: [checkpoint.read(names[expert]) if several[pattern] else checkpoint.read(names[0], expert)[None]]
-        for pattern, names in stack.parts.items()
-    }
-    for operation in stack.operations:
-        tensors = operation.convert(tensors, source_patterns=list(stack.parts), target_patterns=[stack.pattern])
-    (made,) = tensors.values()
-    matrix: Tensor = made[0] if isinstance(made, list) else made
-    return matrix[0]
-
-
 def split_expert(stack: Stack, expert: int, matrix: Tensor) -> dict[str, Tensor]:
-    """What ``read_expert`` made ``matrix`` from, by the names in the checkpoint; where one tensor holds all experts, its part."""
+    """What ``Stack.matrix`` made ``matrix`` from, by the names in the checkpoint; where one tensor holds all experts, its part."""
     tensors: dict[str, Any] = {stack.pattern: matrix[None]}
     patterns = list(stack.parts)
     for operation in reversed(stack.operations):

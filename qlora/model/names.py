@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -70,6 +70,38 @@ class Stack:
     def sources(self) -> list[str]:
         """Every tensor that it is made from."""
         return [name for names in self.parts.values() for name in names]
+
+    def matrix(self, expert: int, read: Callable[[str, int | None], Tensor]) -> Tensor:
+        """The matrix of one expert as the model has it. ``read`` gives a tensor of the checkpoint, or of one that holds all experts
+        the part of this one."""
+        tensors: dict[str, Any] = {
+            pattern: [read(names[expert], None) if len(names) > 1 else read(names[0], expert)[None]]
+            for pattern, names in self.parts.items()
+        }
+        for operation in self.operations:
+            tensors = operation.convert(tensors, source_patterns=list(self.parts), target_patterns=[self.pattern])
+        (made,) = tensors.values()
+        matrix: Tensor = made[0] if isinstance(made, list) else made
+        return matrix[0]
+
+    def misfit(self, checkpoint: Checkpoint, shape: tuple[int, ...]) -> str | None:
+        """The first of its sources of which no parameter of ``shape`` can be made; None where all fit. Nothing is read."""
+        for names in self.parts.values():
+            usual = checkpoint.entries[names[0]].shape
+            for name in names:
+                if checkpoint.entries[name].shape != usual or (len(names) == 1 and usual[:1] != shape[:1]):
+                    return name
+
+        def empty(name: str, part: int | None) -> Tensor:
+            entry = checkpoint.entries[name]
+            kind = torch.float32 if name in checkpoint.scales else entry.dtype
+            return torch.empty(entry.shape if part is None else entry.shape[1:], dtype=kind, device="meta")
+
+        try:
+            fits = self.matrix(0, empty).shape == shape[1:]
+        except (RuntimeError, IndexError):  # parts that cannot be laid beside each other
+            fits = False
+        return None if fits else self.sources[0]
 
 
 def match_names(

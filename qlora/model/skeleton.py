@@ -149,15 +149,24 @@ def assemble(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, 
     held = {name: target for name, target in names.items() if packed_parts(name, checkpoint)} if weights else {}
     for name, target in names.items():
         if name not in held and target not in stacks and checkpoint.entries[name].shape != shapes[target]:
-            raise ModelError(
-                f"'{name}' in '{checkpoint.folder}' has the shape {list(checkpoint.entries[name].shape)}; its config.json asks "
-                f"for {list(shapes[target])}. One of them is another model's: fetch both again."
-            )
+            raise _other_models(checkpoint, name, f"for {list(shapes[target])}")
+    for target, stack in stacks.items():
+        if (odd := stack.misfit(checkpoint, shapes[target])) is not None:
+            asked = f"for '{target}' of {shapes[target][0]} experts with {list(shapes[target][1:])} each"
+            raise _other_models(checkpoint, odd, asked)
     packed = {target.removesuffix(".weight") for target in held.values()}
     empty_linears(model, scheme if weights else replace(scheme, prequantised=False), dtype, packed)
     _widen(model, dtype)
     begin_anew(model)
     return Assembled(model, checkpoint, section, scheme, names, stacks, shapes, dtype, paths, sizes, packed_aside)
+
+
+def _other_models(checkpoint: Checkpoint, name: str, asked: str) -> ModelError:
+    found = list(checkpoint.entries[name].shape)
+    return ModelError(
+        f"'{name}' in '{checkpoint.folder}' has the shape {found}; its config.json asks {asked}. One of them is another "
+        "model's: fetch both again."
+    )
 
 
 def bare(checkpoint: Checkpoint, section: ModelSection, dtype: torch.dtype, weights: bool = False) -> Assembled:

@@ -78,7 +78,7 @@ def _run(cell: Cell, study: StudySection, folder: Path, bases: Bases, quiet: boo
     values = _told(cell)
     values["run_info"] |= {
         "total_time": before + time.perf_counter() - begun,
-        "peft_config": told(place / "adapter" / "adapter_config.json") or None,
+        "peft_config": _peft_config(place, recipe),
     }
     values["train_info"] = _train_info(run, place, peak)
     values["study"] |= _learned(run)
@@ -123,11 +123,23 @@ def _told(cell: Cell) -> JsonObject:
     }
 
 
+def _peft_config(run: Path, recipe: Recipe) -> JsonObject | None:
+    """What PEFT reads of the adapter, without this machine's path of the base; None where there is none."""
+    values = told(run / "adapter" / "adapter_config.json")
+    return {**values, "base_model_name_or_path": _model_id(recipe)} if values else None
+
+
+def _model_id(recipe: Recipe) -> str:
+    """The base by a name that says the same on other machines: of a folder the last part of its path."""
+    name = recipe.model.name
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+
+
 def _train_config(recipe: Recipe) -> JsonObject:
     """A recipe by the names of PEFT's comparison."""
-    training, name = recipe.training, recipe.model.name
+    training = recipe.training
     return {
-        "model_id": name,
+        "model_id": _model_id(recipe),
         "dtype": recipe.model.compute_dtype,
         "quantization": recipe.model.quantization,
         "max_seq_length": recipe.data.max_length,

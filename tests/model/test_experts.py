@@ -288,6 +288,10 @@ def test_mxfp4_is_dequantised_and_merged_in_16_bits(checkpoint: Any, tmp_path: P
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == plain.keys()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert difference(logits_of(merged), logits_of(model.model)) <= rounding()
+    name = next(name for name in tensors if name.endswith("_blocks"))
+    save_file(tensors | {name: tensors[name][..., ::2].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=f"'{name}' in .* has the shape"):
+        tiny_base(folder)
 
 
 # --- trained ------------------------------------------------------------------------------------------------------------

@@ -255,6 +255,37 @@ def test_weights_of_another_model_are_refused_by_a_plan_where_they_are_here(
         plan(Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}}))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changed", "said"),
+    [
+        ("mixtral", {"intermediate_size": 2}, r"'.*experts\.0\.w1\.weight' in .* has the shape .*of 4 experts with \["),
+        ("qwen3_moe", {"moe_intermediate_size": 2}, r"experts\.0\.down_proj\.weight' in .* has the shape"),
+        ("gpt_oss", {"intermediate_size": 2}, r"experts\.gate_up_proj_bias' in .* has the shape"),
+        ("gpt_oss", {"num_local_experts": 2}, r"' in .* has the shape"),
+    ],
+)
+def test_experts_of_another_model_are_refused_by_a_plan(
+    kind: str, changed: dict[str, int], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_family(tmp_path, kind)
+    recipe = Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}})
+    plan(recipe)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {key: values[key] // by for key, by in changed.items()}))
+    monkeypatch.setattr("qlora.model.checkpoint.read_tensor", lambda entry: pytest.fail(f"{entry} was read"))
+    with pytest.raises(ModelError, match=f"{said}.*One of them is another model's: fetch both again"):
+        plan(recipe)
+
+
+def test_one_expert_of_another_shape_is_named_by_a_plan(tmp_path: Path) -> None:
+    folder = save_family(tmp_path, "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    (odd,) = (name for name in tensors if ".layers.0." in name and "experts.3.w2" in name)
+    save_file(tensors | {odd: tensors[odd][:, ::2].contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"'{odd}' in .* has the shape"):
+        plan(Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}}))
+
+
 def test_towers_of_which_a_part_is_missing_are_refused_by_a_plan(tmp_path: Path) -> None:
     folder = save_family(tmp_path, "gemma3")
     recipe = Recipe.from_dict({"model": {"name": str(folder)}, "data": {"train": "none.jsonl"}})

@@ -68,8 +68,12 @@ def test_failures_stop_nothing_and_the_best_rate_is_repeated(done: Any) -> None:
     assert 0 < second.against[1] < 1
 
 
-def test_its_files_say_what_it_returns(done: Any) -> None:
-    _, found = done
+def test_its_files_say_what_it_returns_and_no_path_of_this_machine(done: Any) -> None:
+    path, found = done
+    model = yaml.safe_load(path.read_text())["recipe"]["model"]["name"]
+    assert not [
+        file for file in (found.folder / "results").glob("*.json") if str(Path(model).parent) in file.read_text()
+    ]
     lines = list(csv.DictReader((found.folder / "study.csv").open()))
     assert [line["cell"] for line in lines] == [row.cell for row in found.rows]
     assert [float(line["held_out_after"]) for line in lines if not line["error"]] == [
@@ -80,6 +84,7 @@ def test_its_files_say_what_it_returns(done: Any) -> None:
     assert (len(results), len(good)) == (8, 6)
     for one in good:  # what PEFT's processing.py reads
         assert one["run_info"]["peft_config"]["peft_type"] == "LORA"
+        assert one["run_info"]["peft_config"]["base_model_name_or_path"] == Path(model).name
         assert {"test accuracy", "train loss", "train samples", "train total tokens"} <= one["train_info"]["metrics"][
             -1
         ].keys()
