@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +62,9 @@ MISTAKES = (
     Mistake("an option of plan that is misspelt", "plan mine.yaml --tabel=true", "Did you mean 'table'?"),
     Mistake("data given twice", "init --model model --data my.jsonl --data pairs.jsonl", "data is given 2 times"),
     Mistake("a device by another name", f"{TRAIN} device.name=gpu", "expected auto, cpu, cuda, or a GPU's number"),
+    Mistake("a packed file that is none", f"{TRAIN} data.train=text.jsonl.gz", "does not begin as a .gz file does"),
+    Mistake("a Parquet file that is none", f"{TRAIN} data.train=text.parquet", "does not begin as a .parquet file does"),
+    Mistake("a packed file that was cut off", f"{TRAIN} data.train=cut.jsonl.gz", "cannot be unpacked"),
     Mistake("a card for a CPU", "plan mine.yaml device.name=cpu device.memory=4090", "set device.name=auto"),
     Mistake("host memory of no amount", "init --model model --data my.jsonl --host-memory=lots", "not an amount of memory"),
     Mistake("a tracker that is not installed", f"{TRAIN} tracking=[mlflow]", "tracking names mlflow, not installed here"),
@@ -131,6 +136,8 @@ MISTAKES = (
     Mistake("publishing what is not there", "export done hub repo=me/mine from=elsewhere", "There is no folder 'elsewhere'"),
     Mistake("a study of data that is not there", "study study.yaml", "There is no data file 'no.jsonl'"),
 )  # fmt: skip
+if version("torch").endswith("+cpu"):
+    MISTAKES += (Mistake("a GPU for a torch without CUDA", f"{TRAIN} device.name=cuda", "the build without CUDA"),)
 GOES_ON = Mistake(
     "a batch that is no multiple of the micro-batch: said, as it changes no result",
     f"{TRAIN} training.batch_size=10 training.micro_batch_size=4",
@@ -189,6 +196,8 @@ def _make(folder: Path) -> None:
         "broken.jsonl": '{"messages": [}\n',
         "other.jsonl": '{"a": "b"}\n',
         "empty.jsonl": "",
+        "text.jsonl.gz": '{"text": "not packed"}\n',
+        "text.parquet": "not a table",
         "llama-q4_k_m.gguf": "GGUF",
         "model/config.json": "{}",
         "models/qwen3/config.json": "{}",
@@ -199,6 +208,7 @@ def _make(folder: Path) -> None:
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes())[:-9])
     _run(folder, "done", "mine.yaml", whole=True)
     (folder / "done/merged").mkdir()
     (folder / "done/merged/config.json").write_text("{}")

@@ -6,6 +6,7 @@ Knows bytes; must not know what is in them.
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ MAX_UNPACKED = 256 * 1024**2  # bytes that any packed file may hold
 MAX_RATIO = 100  # and a larger one, for each of its own; JSON lines unpack to 5 to 30 times their size
 _CHUNK = 1024**2
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".zst": b"(\xb5/\xfd", ".parquet": b"PAR1"}
+"""The bytes that a file of such a name begins with; a Parquet file ends with them too."""
 
 
 def unpacker(path: Path) -> str | None:
@@ -35,7 +38,7 @@ def ending(path: Path) -> str:
 
 def content(path: Path, name: str) -> bytes:
     """The file's bytes, unpacked. Raises DataError, also for a packed file that would grow beyond any text."""
-    refuse_pointer(path, name)
+    require_whole(path, name)
     try:
         if (program := unpacker(path)) is None:
             return path.read_bytes()
@@ -64,21 +67,29 @@ def content(path: Path, name: str) -> bytes:
     return b"".join(chunks)
 
 
-def refuse_pointer(path: Path, name: str) -> None:
-    """Raise DataError for what is no ordinary file, cannot be opened, or stands in place of a file that git-lfs has not fetched."""
+def require_whole(path: Path, name: str) -> None:
+    """Raise DataError for what is no ordinary file, cannot be opened, stands in place of a file that git-lfs has not fetched, or
+    does not begin (or, as Parquet, end) as its name says; nothing more of it is read."""
     if not path.is_file():  # a pipe would be waited for, a device never ends
         raise DataError(f"'{name}' is no ordinary file; expected a data file.")
     try:
         with path.open("rb") as file:
-            pointer = file.read(len(_POINTER)) == _POINTER
+            begin = file.read(len(_POINTER))
+            file.seek(-min(4, path.stat().st_size), os.SEEK_END)
+            end = file.read()
     except OSError as error:
         raise DataError(f"'{name}' cannot be read: {error.strerror}.") from None
-    if pointer:
+    if begin == _POINTER:
         folder = shlex.quote(str(path.parent))
         raise DataError(
             f"'{name}' is a Git-LFS pointer, which says where the data is and does not hold it; fetch it: "
             f"git -C {folder} lfs pull --include {shlex.quote('**/' + path.name)}"
         )
+    kind = path.suffix.lower()
+    magic = _MAGIC.get(kind, b"")
+    if not begin.startswith(magic) or (kind == ".parquet" and end != magic):
+        where = "begin" if not begin.startswith(magic) else "end"
+        raise DataError(f"'{name}' does not {where} as a {kind} file does; is it whole, and what its name says?")
 
 
 @dataclass(frozen=True)

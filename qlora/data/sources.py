@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.encoding import decoded
-from qlora.data.files import content, ending, refuse_pointer, unpacker
+from qlora.data.files import content, ending, require_whole, unpacker
 from qlora.data.filled import Place, filled_in_file, filled_in_table, without
 from qlora.data.values import json_fault, kind, once, read_json
 from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
@@ -162,7 +162,7 @@ def is_here(source: str) -> bool:
                 f"'{source}' ends in '{path.suffix}'; expected one of {listed(_ENDINGS, 9)}, text also packed as in .jsonl.gz."
                 f"{advice.replace('{}', shlex.quote(str(path)), 1).replace('{}', shlex.quote(f'{path.stem}.parquet'))}"
             )
-        refuse_pointer(path, source)
+        require_whole(path, source)
         return True
     in_a_folder = path.suffix and str(path.parent) != "." and path.parent.is_dir()
     known = known or (path.suffix != "" and "Did you mean" in _near(path))  # my.jsnl, where there is a my.jsonl

@@ -55,10 +55,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = here().local_rank if several else int(name.partition(":")[2] or 0)  # torch.device reads 999 as -25
         if index >= there:
-            wanted = f"process {index} of this machine wants a GPU" if several else f"device.name is '{name}'"
-            raise RecipeError(
-                f"{wanted[0].upper()}{wanted[1:]}, but this machine shows {there} CUDA devices; use 'auto' or 'cpu'."
-            )
+            wanted = f"Process {index} of this machine wants a GPU" if several else f"device.name is '{name}'"
+            raise RecipeError(f"{wanted}, but this machine shows {there} CUDA devices; use 'auto' or 'cpu'.")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qlora.data.files import ending, unpacker
@@ -31,12 +32,15 @@ from qlora.training.tracking import require_trackers
 
 SMALL = 4 * 1024**2
 """Bytes of text that are read twice, so that a slip in them is said at once: less than half a second."""
+PACKED = 10
+"""What a byte of a packed file is counted as: JSON lines unpack to 5 to 30 times their size."""
 LINES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 
 
 def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> None:
     """Raise InputError for what a run of ``recipe`` would be refused for. ``trains``: it needs its run folder; ``reads``: its data."""
     _memory(recipe)
+    _device(recipe.device.name)
     require_trackers(recipe.tracking)
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise RecipeError(
@@ -134,6 +138,19 @@ def _memory(recipe: Recipe) -> None:
             )
 
 
+def _device(name: str) -> None:
+    """Raise RecipeError for a GPU where torch was built without any; whether there is one, only torch knows."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        return
+    if name.startswith("cuda") and torch.endswith("+cpu"):
+        raise RecipeError(
+            f"device.name is '{name}', but the torch that is installed here ({torch}) is the build without CUDA; install torch from PyPI, "
+            "or use 'auto' or 'cpu'."
+        )
+
+
 def _data(recipe: Recipe) -> list[str]:
     """Raise DataError for data that are missing or, if they are few, that cannot be read. Returns the hub ids to ask for."""
     section = recipe.data
@@ -147,7 +164,7 @@ def _data(recipe: Recipe) -> list[str]:
         except DataError as error:
             raise DataError(f"The task '{task.name}' cannot be read. {error}") from None
         elsewhere |= others
-    if not elsewhere and all(_small(file) for file in files) and sum(map(os.path.getsize, files)) < SMALL:
+    if not elsewhere and all(ending(file) in LINES for file in files) and sum(map(_size, files)) < SMALL:
         _read(section, recipe.objective.pairs, recipe.objective.classifies)
     return [name for name in sorted(elsewhere) if not data_set_cached(name)]
 
@@ -164,8 +181,8 @@ def _files(sources: Iterable[str]) -> tuple[list[Path], set[str]]:
     return here, elsewhere
 
 
-def _small(file: Path) -> bool:
-    return unpacker(file) is None and ending(file) in LINES
+def _size(file: Path) -> int:
+    return os.path.getsize(file) * (PACKED if unpacker(file) else 1)
 
 
 def _read(section: DataSection, pairs: bool, classifies: bool) -> None:

@@ -90,7 +90,9 @@ BAD_FILES = [
     ("a.jsonl", '\0{"text": "a"}', r"Line 1 of .* has broken JSON"),
     ("a.csv", "a,a\n1,2\n", "names a column twice"),
     ("a.csv", 'a,b\n1,"2\n', r"not valid CSV after row 0"),
-    ("a.parquet", b"PAR1 not really", r"a.parquet' cannot be read"),
+    ("a.parquet", b"not really", r"a.parquet' does not begin as a \.parquet file does; is it whole"),
+    ("a.parquet", b"PAR1 cut", r"a.parquet' does not end as a \.parquet file does"),
+    ("a.parquet", b"PAR1 not really PAR1", r"a.parquet' cannot be read"),
     ("a.json", '{"features": [{"name": "text"}], "rows": [{"row": {"text": "a long text"}}]}', r"jq '\.\[\"rows\"\]' writes"),
     ("a.csv", 'text\n"a \\"b\\" c"\n', "not valid CSV after row 0: .*; a quote inside a quoted field is written twice"),
     ("a.jsonl.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), r"is packed twice; unpack it once: gzip -dk .*a\.jsonl\.gz"),
@@ -326,9 +328,11 @@ def test_packed_files_are_read_whole_or_not_at_all(write: Any, suffix: str, monk
     assert len(fields(write(f"a.jsonl{suffix}", packed + packed))) == 4  # two streams, as parallel packers write them
     assert fields(write(f"a.csv{suffix}", PACKERS[suffix](b"a,b\n1,2\n"))) == [{"a": "1", "b": "2"}]
     assert fields(write(f"a.json{suffix}", PACKERS[suffix](b'[{"a": 1}]'))) == [{"a": 1}]
-    for broken in (packed[:-4], packed[:20], CAFE.encode()):
+    for broken in (packed[:-4], packed[:20]):
         with pytest.raises(DataError, match=r"cannot be unpacked \(.*\); is it whole"):
             read_records(write(f"a.jsonl{suffix}", broken))
+    with pytest.raises(DataError, match=rf"does not begin as a {suffix} file does; is it whole"):
+        read_records(write(f"a.jsonl{suffix}", CAFE.encode()))
     monkeypatch.setattr(files, "MAX_UNPACKED", 2**20)
     bomb = write(f"a.txt{suffix}", PACKERS[suffix](b"a" * 2**24))
     with pytest.raises(DataError, match=r"unpacks to more than [\d,]+ bytes; .* unpack it: \w+ -dk .*a.txt"):
