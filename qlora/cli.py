@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,11 @@ USAGE = "qlora VERB RECIPE-or-RUN [section.key=value …]"
 EXAMPLES = """Examples:
     qlora init --model Qwen/Qwen3-8B --data my.jsonl --card 4090
     qlora train my.yaml training.epochs=2"""
-NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may
+NOTES = """A recipe is a YAML file (quickstart.yaml); a run is the folder that train leaves (runs/quickstart). A value may \
 also be written as --section.key=value. More: qlora VERB --help, qlora --version."""
+
+NARROW, WIDEST = 72, 100
+"""Letters of a terminal: below the first what a verb does stands under it; text is never wider than the second."""
 
 
 def init(words: list[str]) -> None:
@@ -294,8 +298,7 @@ def recipe(words: list[str]) -> None:
 
     if len(words) > 1:
         raise InputError(f"qlora recipe takes one section or key, but found '{' '.join(words)}'.")
-    width = min(shutil.get_terminal_size().columns, 100)
-    print(about(words[0], width) if words else reference(), end="")
+    print(about(words[0], _width()) if words else reference(), end="")
 
 
 def completion(words: list[str]) -> None:
@@ -378,14 +381,14 @@ def _do(words: list[str]) -> int:
             print("qlora from a checkout that is not installed")
         return 0
     if verb in ("help", "--help", "-h"):
-        lines = [f"  {name:<10} {_short(takes):<19} {does}" for name in VERBS for takes, does, _ in [_help(name)]]
-        print(USAGE, "", *lines, "", EXAMPLES, "", NOTES, sep="\n")
+        lines = [_entry(name, takes, does) for name in VERBS for takes, does, _ in [_help(name)]]
+        print(USAGE, "", *lines, "", EXAMPLES, "", _wrapped(NOTES), sep="\n")
         return 0 if words else 2
     if verb not in VERBS:
         raise InputError(f"'{verb}' is not a verb of qlora.{nearest(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
     takes, does, more = _help(verb)
     if {"--help", "-h"} & set(rest) and rest[:1] != ["words"]:
-        print(f"qlora {verb} {takes}".rstrip(), does, *filter(None, [more]), sep="\n\n")
+        print(f"qlora {verb} {takes}".rstrip(), _wrapped(does), *filter(None, [_wrapped(more)]), sep="\n\n")
         return 0
     if verb == "init":
         rest = _joined(rest)
@@ -404,6 +407,28 @@ def _help(verb: str) -> tuple[str, str, str]:
     first, _, more = (inspect.getdoc(VERBS[verb]) or "").partition("\n\n")
     takes, _, does = first.partition(": ") if ": " in first else ("", "", first)
     return takes, does[:1].upper() + does[1:], more
+
+
+def _entry(verb: str, takes: str, does: str) -> str:
+    """A verb's line of the help; what it does stands below it where the terminal is narrow."""
+    head = f"  {verb:<10} {_short(takes):<19}"
+    if _width() < NARROW:
+        return f"{head.rstrip()}\n{_wrapped(does, '    ')}"
+    return _wrapped(f"{head} {does}", hanging=" " * 33)
+
+
+def _wrapped(text: str, indent: str = "", hanging: str | None = None) -> str:
+    """``text`` as wide as the terminal, paragraph by paragraph; a list of commands stays as it is."""
+    place = textwrap.TextWrapper(
+        _width(), initial_indent=indent, subsequent_indent=indent if hanging is None else hanging,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    parts = text.split("\n\n")
+    return "\n\n".join(one if "\n    " in one else place.fill(one) for one in parts)
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, WIDEST)
 
 
 def _joined(words: list[str]) -> list[str]:

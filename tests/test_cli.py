@@ -128,6 +128,19 @@ def test_help_has_two_examples(verb: str | None, capfd: pytest.CaptureFixture[st
     assert len([line for line in shown if f"qlora {verb or ''}" in line]) >= 2
 
 
+@pytest.mark.parametrize("verb", [None, *cli.VERBS])
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_help_is_as_wide_as_the_terminal(
+    verb: str | None, width: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["--help"] if verb is None else [verb, "--help"]) == 0
+    typed = re.compile(r"qlora |    .*\bqlora |  \w")  # commands, and a verb with what it takes, stay in one line
+    prose = [line for line in capfd.readouterr().out.splitlines() if line and not typed.match(line)]
+    assert prose
+    assert max(map(len, prose)) <= width
+
+
 def test_recipe_verb_tells_of_a_section_or_a_key(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "data"]) == 0
     told = capfd.readouterr().out

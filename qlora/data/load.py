@@ -265,7 +265,7 @@ def _labelled(section: DataSection, seed: int) -> list[Labelled]:
         return [train, read_labelled(read_records(section.held_out, section.subset, section.held_out_split), section)]
     if not section.held_out_fraction:
         return [train, Labelled()]
-    held = drawn(len(train.records), section.held_out_fraction, seed, "records")
+    held = drawn(len(train.records), section.held_out_fraction, seed, "record")
     stay = [record for index, record in enumerate(train.records) if index not in held]
     return [replace(train, records=stay), Labelled([train.records[index] for index in sorted(held)], bad=train.bad)]
 

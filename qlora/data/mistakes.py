@@ -12,7 +12,7 @@ import re
 from collections import Counter
 
 from qlora.data.values import capital
-from qlora.errors import DataError, listed
+from qlora.errors import DataError, counted, listed
 
 _MOST_SKIPPED = 0.1
 """The share of records that ``skip`` may skip: above it the data, or the form, is another than was thought."""
@@ -66,7 +66,7 @@ class BadRecords:
 
     @property
     def _counted(self) -> str:
-        return f"{len(self.found):,} of {self.count:,} records"
+        return f"{len(self.found):,} of {counted(self.count, 'record')}"
 
     @property
     def _kinds(self) -> str:

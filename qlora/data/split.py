@@ -18,7 +18,7 @@ import numpy
 
 from qlora.data.examples import Example
 from qlora.data.parsing import Parsed
-from qlora.errors import DataError
+from qlora.errors import DataError, counted
 from qlora.model.loss import IGNORE_INDEX
 
 
@@ -30,7 +30,7 @@ def needs_pieces(parsed: Parsed, fraction: float) -> bool:
 
 def split_records(parsed: Parsed, fraction: float, seed: int) -> tuple[Parsed, Parsed]:
     """(train, held out) in whole records."""
-    held = drawn(len(parsed), fraction, seed, "records")
+    held = drawn(len(parsed), fraction, seed, "record")
     train = [record for index, record in enumerate(parsed.records) if index not in held]
     return replace(parsed, records=train), Parsed(parsed.form, [parsed.records[index] for index in sorted(held)])
 
@@ -39,7 +39,7 @@ def split_pieces(
     documents: Sequence[list[Example]], fraction: float, seed: int
 ) -> tuple[list[list[Example]], list[list[Example]]]:
     """(train, held out), each with the pieces that it has of every document; of some it may have none."""
-    held = drawn(sum(map(len, documents)), fraction, seed, "pieces of text")
+    held = drawn(sum(map(len, documents)), fraction, seed, "piece")
     parts: tuple[list[list[Example]], list[list[Example]]] = ([[] for _ in documents], [[] for _ in documents])
     pieces = ((document, piece) for document, several in enumerate(documents) for piece in several)
     for index, (document, piece) in enumerate(pieces):
@@ -86,7 +86,7 @@ def drawn(count: int, fraction: float, seed: int, unit: str) -> set[int]:
     held = max(1, round(count * fraction))
     if held >= count:
         raise DataError(
-            f"data.held_out_fraction={fraction} of {count} {unit} leaves none to train on; "
+            f"data.held_out_fraction={fraction} of {counted(count, unit)} leaves none to train on; "
             "give a data.held_out file instead."
         )
     return set(numpy.random.Generator(numpy.random.PCG64(seed)).permutation(count)[:held].tolist())

@@ -53,9 +53,9 @@ def fit_axis(
     low, high = min(values), max(values)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, or all alike: room on both sides
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, or all alike: room on both sides, but none below 0
         room = abs(high) * 0.1 or 1.0
-        low, high = (low if from_zero and low == 0 else low - room), high + room
+        low, high = (low - room if low else low), high + room
     if whole:
         low, high = math.floor(low), math.ceil(high)
     step = _round_step((high - low) / count, whole)

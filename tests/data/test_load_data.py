@@ -52,7 +52,7 @@ def test_the_held_out_part_is_drawn_by_seed_and_shares_no_record(write: Any, tok
     assert len(set(held)) == 4
     assert not any(question in text for question in held for text in shown)
     assert load(path, tokenizer).held_out_prompts(3) == []
-    with pytest.raises(DataError, match=r"held_out_fraction=0.9 of 1 records leaves none to train on"):
+    with pytest.raises(DataError, match=r"held_out_fraction=0.9 of 1 record leaves none to train on"):
         load(path, tokenizer, limit=1, held_out_fraction=0.9)
 
 
