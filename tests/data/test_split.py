@@ -78,9 +78,7 @@ def test_enough_documents_are_held_out_whole(write: Any, tokenizer: Any) -> None
 
 
 def test_a_text_of_one_piece_cannot_be_split(write: Any, tokenizer: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"held_out_fraction=0.5 of 1 pieces of text leaves none to train on; give a data"
-    ):
+    with pytest.raises(DataError, match=r"held_out_fraction=0.5 of 1 piece leaves none to train on; give a data"):
         load(write("a.txt", "Hello there"), tokenizer, held_out_fraction=0.5)
 
 
