@@ -15,6 +15,7 @@ from qlora.reporting.axes import Axis, fit_axis
 from qlora.reporting.figures import significant
 
 SIZE = (490, 300)  # pixels
+WIDE = 10  # times the least of what is drawn: from there on y goes by its logarithm, or the least lie on one line
 COLOURS = 8  # that the sheet has; the ninth series begins again with another mark
 
 
@@ -83,7 +84,10 @@ def plot(
     scale: Callable[[float], float] = math.log10 if log else float
     x = fit_axis([scale(point[0]) for point in points], left + 10, right - 10, count=6, whole=False)
     values = [end for point in points for end in (point[1] - point[3], point[1] + point[3])]
-    y = fit_axis([*values, *([reference[0]] if reference else [])], bottom, top, count=5)
+    values += [reference[0]] if reference else []
+    rise: Callable[[float], float] = math.log10 if 0 < WIDE * min(values) < max(values) else float
+    y = fit_axis([*map(rise, values)], bottom, top, count=5)
+    y_ticks = y.ticks if rise is float else [(y.place(rise(value)), f"{value:g}") for value in _round(y)]
     if log:
         x = Axis(min(scale(p[0]) for p in points), max(scale(p[0]) for p in points), left + 10, right - 10, (), 0)
         if x.low == x.high:
@@ -96,7 +100,13 @@ def plot(
         Series(
             name,
             [
-                Point(x.place(scale(a)), y.place(b), about, abs(y.place(b + error) - y.place(b)), 4 + 9 * size)
+                Point(
+                    x.place(scale(a)),
+                    y.place(rise(b)),
+                    about,
+                    abs(y.place(rise(b + error)) - y.place(rise(b))),
+                    4 + 9 * size,
+                )
                 for a, b, about, error, size in some
                 if math.isfinite(b)
             ],
@@ -105,8 +115,19 @@ def plot(
         for name, some in given.items()
     ]
     best = _front([point for one in series for point in one.points]) if front else []
-    across = None if reference is None else (y.place(reference[0]), reference[1])
-    return Plot(title, x_title, y_title, series, x_ticks, y.ticks, (left, right, top, bottom), across, best, note)
+    across = None if reference is None else (y.place(rise(reference[0])), reference[1])
+    return Plot(title, x_title, y_title, series, x_ticks, y_ticks, (left, right, top, bottom), across, best, note)
+
+
+def _round(axis: Axis) -> list[float]:
+    """1, 2 and 5 times the powers of ten whose logarithms are on ``axis``."""
+    powers = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    return [
+        value
+        for power in powers
+        for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)
+        if axis.low <= math.log10(value) <= axis.high
+    ]
 
 
 def _apart(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
