@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from qlora.errors import DiffersError, InputError, QloraError, RunError
 from qlora.export.gguf_types import BY_QUANTISER, TYPES
 from qlora.export.hub import publish
-from qlora.files.durable import from_here, require_new, require_writable
+from qlora.files.durable import from_here, keep_apart, require_new, require_writable
 from qlora.machine.disk import bytes_text
 from qlora.runs.first import look_at_run
 from qlora.runs.folder import EXPORTS, export_folder, lying_at, to_publish
@@ -34,7 +34,7 @@ class Target(NamedTuple):
 
 
 def merged(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.runs.export import merge, write_card_of
+    from qlora.runs.export import merge, reread, write_card_of
 
     if purpose := options.pop("for", None):
         options["base"] = PURPOSES[purpose]
@@ -52,7 +52,11 @@ def merged(folder: Path, options: dict[str, Any]) -> None:
             "on the weights that were quantised before, most of what was learned would be rounded away."
         )
         print(said[-1])
-    said += _compared(lambda: _in_transformers(folder, made.folder) or _read_again(folder, made.folder))
+    compared = _compared(lambda: _in_transformers(folder, made.folder))
+    # a model that is too large to be opened whole is read again a tensor, and a layer, at a time
+    said += compared + _compared(
+        lambda: [reread(folder, made.folder)] if compared else _read_again(folder, made.folder)
+    )
     write_card_of(folder, made.folder, "merged", said)
 
 
@@ -88,7 +92,7 @@ def _compared(compare: Callable[[], list[str]]) -> list[str]:
         raise
     except QloraError as error:
         said = [f"It was not compared with the trained model: {error}"]
-    print(*said, sep="\n")
+    print(*said, sep="\n", end="\n" if said else "")
     return said
 
 
@@ -104,14 +108,15 @@ def _base(folder: Path, options: dict[str, Any], type: str | None = None) -> lis
 
 
 def nf4(folder: Path, options: dict[str, Any]) -> None:
-    from qlora.runs.export import export_nf4, hold, write_card_of
+    from qlora.runs.export import export_nf4, hold, reread, write_card_of
     from qlora.runs.measured import judged, table
 
     packed, forms = export_nf4(folder, options.pop("out", None), **options)
     print(f"Model in NF4: {packed.folder} ({packed.tensors} tensors, {bytes_text(packed.bytes)})")
     said = f"{table(forms)}\n{judged(forms[-1])}" if forms else "Nothing is held out, so what it lost was not measured."
-    print(said)
-    write_card_of(folder, packed.folder, "nf4", [said])
+    again = reread(folder, packed.folder)
+    print(again, said, sep="\n")
+    write_card_of(folder, packed.folder, "nf4", [again, said])
     if forms:
         hold(packed.folder, False, forms[-1].found.divergence, forms[-1].found.difference[0])
 
@@ -135,8 +140,8 @@ def adapter(folder: Path, options: dict[str, Any]) -> None:
             "with it has to be told (eos_token_id, or stop_token_ids)."
         )
     print(*said, sep="\n")
+    said += _compared(lambda: _read_again(folder, place))
     write_card_of(folder, place, "adapter", said, verdicts)
-    _compared(lambda: _read_again(folder, place))
 
 
 def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
@@ -153,8 +158,8 @@ def gguf(folder: Path, options: dict[str, Any], alone: bool = False) -> None:
         print(
             f"llama.cpp's quantiser is not on PATH; where it is, this makes the type that was asked for:\n{written.command}"
         )
+    said += _compared(lambda: _read_again(folder, written.file))
     write_card_of(folder, written.file.parent, "gguf-adapter" if alone else "gguf", said)
-    _compared(lambda: _read_again(folder, written.file))
 
 
 def check(folder: Path, options: dict[str, Any]) -> None:
@@ -222,6 +227,9 @@ def _look_first(folder: Path, target: str, options: dict[str, Any]) -> None:
             f"There is no export '{place}'; make it first, or say where it is: from=FOLDER.{from_here(place)}"
         )
     if target in EXPORTS:
+        if options.get("out") == "":
+            raise InputError("out is empty; expected the name of a folder, as in out=models/mine.")
         place = export_folder(folder, target, options.get("out"), options.get("type", "q8_0"))
+        keep_apart(place, folder / "adapter", folder / "checkpoints")
         require_new(place, options.get("overwrite", False))
         require_writable(place, "choose another folder (out=…)")

@@ -44,11 +44,11 @@ def refused(capfd: pytest.CaptureFixture[str], *words: str, status: int = 2) -> 
 
 RECIPES = {
     "not YAML": ("model: [", "not valid YAML at line"),
-    "a tab": ("model:\n\tname: x", "not valid YAML at line 2"),
+    "a tab": ("model:\n\tname: x", "not valid YAML at line 2, column 1: a tab; indent with spaces"),
     "an impossible date": ("folder: 2024-13-45", "not valid YAML"),
     "nothing": ("", "holds nothing"),
-    "a list": ("- a\n- b", "holds list"),
-    "a sentence": ("hello", "holds str"),
+    "a list": ("- a\n- b", "holds a list"),
+    "a sentence": ("hello", "holds nothing but 'hello'"),
     "no data": ("model: {name: x}", "'data' is missing"),
     "an unknown key": ("data: {train: x}\nmethod:\n  alhpa: 8", "'method.alhpa' (line 3) is not a known key. Did you mean 'alpha'?"),
     "a wrong type": ("data: {train: x}\ntraining:\n  epochs: many", "'training.epochs' (line 3) is 'many'; expected"),
@@ -92,6 +92,8 @@ def test_bad_overrides(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert "not valid YAML" in refused(capfd, "train", recipe, "folder=2024-13-45")
     # the mistake is on the command line, so no line of the file is blamed
     assert "(line" not in refused(capfd, "train", recipe, "training.steps=x")
+    assert "'method.r' is given twice" in refused(capfd, "train", recipe, "method.r=8", "method.r=16")
+    assert "gives no value; leave it out, or write folder=null" in refused(capfd, "train", recipe, "folder=")
     both = refused(capfd, "train", recipe, "training.steps=x", "method.r=0")
     assert both.startswith("qlora: 2 mistakes in")
     assert not (tmp_path / "run").exists()
@@ -330,7 +332,7 @@ def test_existing_folder_is_refused_unless_told(
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "thesis.txt").write_text("dear")
-    assert "overwrite=true" in refused(capfd, "train", str(recipe_file))
+    assert "holds other files and is no run folder; choose another place" in refused(capfd, "train", str(recipe_file))
     # told, but what is there was never a run
     assert "is not a run folder" in refused(capfd, "train", str(recipe_file), "overwrite=true")
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]

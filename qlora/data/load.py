@@ -32,7 +32,7 @@ from qlora.data.rendering import one_child
 from qlora.data.report import Counts, Report
 from qlora.data.sources import data_files, not_read, read_records
 from qlora.data.split import Seen, drawn, needs_pieces, seen_note, split_pieces, split_records
-from qlora.errors import DataError, listed
+from qlora.errors import DataError, counted, listed
 from qlora.files.durable import expanded
 from qlora.recipe import DataSection
 
@@ -376,11 +376,6 @@ def _require_targets(report: Report, section: DataSection, too_long: Sequence[st
     counts, held = report.train, report.held_out
     longer = positions is None or section.max_length < positions
     raise_it = ", or raise data.max_length" if too_long and longer else ""
-    if held.records and not held.rows:
-        raise DataError(
-            f"None of the {held.records} held-out records leaves a token to measure "
-            f"({'; '.join(held.losses())}); give others{raise_it}."
-        )
     if not counts.target_tokens:
         if counts.dropped and section.too_long == "drop":
             raise DataError(
@@ -390,6 +385,11 @@ def _require_targets(report: Report, section: DataSection, too_long: Sequence[st
         left_out = (note for note in report.notes if note.startswith("left out"))
         told = "; ".join([*counts.losses(), *too_long, *left_out]) or "no records"
         raise DataError(f"No token of the data carries loss ({told}); look at the records' answers{raise_it}.")
+    if held.records and not held.rows:
+        raise DataError(
+            f"None of the {counted(held.records, 'held-out record')} leaves a token to measure "
+            f"({'; '.join(held.losses())}); give others{raise_it}."
+        )
     # the first token of an example is never a target, so 'every token' is all the others
     if report.template and report.train_on != "all" and counts.target_tokens >= counts.tokens - counts.examples:
         raise DataError(

@@ -44,7 +44,7 @@ class BadRecords:
             also = f" (and {', '.join(place.removesuffix(here) for place in more)})" if more else ""
             told.append(f"{capital(first)}{also} {mistake}.")
         if several:
-            told.append(f"In all {self._counted} have mistakes: {self._kinds}.")
+            told.append(f"In all, {self._counted} {'have' if self.count > 1 else 'has'} mistakes: {self._kinds}.")
         if self._skips:
             told.append(f"data.on_bad_record=skip leaves out at most {_MOST_SKIPPED:.0%} of the records.")
         else:

@@ -14,6 +14,7 @@ import glob
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import tempfile
@@ -175,6 +176,8 @@ def _near(path: Path) -> str:
     """Which file of that folder may have been meant."""
     if not path.parent.is_dir():
         return f" Its folder '{path.parent}' does not exist either."
+    if path.is_symlink():
+        return f" It is a link to '{os.readlink(path)}', where there is nothing."
     names = sorted(p.name for p in path.parent.iterdir() if _is_known(p))
     hint = nearest(path.name, names)
     return hint or (f" Its folder holds {listed(names)}." if names else "")

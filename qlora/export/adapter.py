@@ -13,9 +13,9 @@ from typing import Literal
 from torch import nn
 
 from qlora.export.source import CPU
-from qlora.files.durable import folder_written_aside
+from qlora.files.durable import folder_written_aside, keep_apart
 from qlora.machine.device import resolve_compute_dtype
-from qlora.methods.files import CONFIG, keep_apart, save_portable
+from qlora.methods.files import CONFIG, save_portable
 from qlora.methods.loading import load_adapter
 from qlora.model import anatomy
 from qlora.model.checkpoint import Checkpoint

@@ -31,10 +31,10 @@ from qlora.export.merged import made_of
 from qlora.export.modelfile import write_adapter_modelfile, write_modelfile
 from qlora.export.rounding import dithered
 from qlora.export.source import CPU, Source
-from qlora.files.durable import folder_written_aside, sync, write_text
+from qlora.files.durable import folder_written_aside, keep_apart, sync, write_text
 from qlora.machine.device import resolve_compute_dtype, trim_heap
 from qlora.machine.disk import require_disk
-from qlora.methods.files import keep_apart, read_adapter_tensors, read_config
+from qlora.methods.files import read_adapter_tensors, read_config
 from qlora.methods.layout import PREFIX
 from qlora.model.checkpoint import Checkpoint, read_json
 from qlora.model.load import GENERATION, end_tokens

@@ -23,10 +23,9 @@ from qlora.errors import ModelError
 from qlora.export.source import CARRYING, Source
 from qlora.export.spelling import both_spellings, older_tokenizer
 from qlora.export.writer import SafetensorsWriter
-from qlora.files.durable import checksums, file_written_aside, folder_written_aside, sha256_of
+from qlora.files.durable import checksums, file_written_aside, folder_written_aside, keep_apart, sha256_of
 from qlora.machine.device import DTYPES, trim_heap
 from qlora.machine.disk import require_disk
-from qlora.methods.files import keep_apart
 from qlora.model.checkpoint import INDEX, MERGE, Checkpoint, read_json
 from qlora.model.config import FOUR_BIT
 from qlora.model.load import GENERATION, end_tokens

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from qlora.errors import ModelError
 from qlora.export.merged import Merged, made_of, write_beside, write_plain
 from qlora.export.source import CARRYING, Source
-from qlora.files.durable import file_written_aside, folder_written_aside
+from qlora.files.durable import file_written_aside, folder_written_aside, keep_apart
 from qlora.machine.device import trim_heap
 from qlora.machine.disk import require_disk
-from qlora.methods.files import keep_apart
 from qlora.methods.planted import modules_unplanted, unplanted
 from qlora.model import anatomy
 from qlora.model.checkpoint import INDEX, Checkpoint

@@ -176,6 +176,12 @@ class Source:
         name = next((name for name, target in self.names.items() if target == f"{path}.bias"), None)
         return None if name is None else self.tensor(name, torch.float32, requantise=True)
 
+    def chooses_codes(self, name: str) -> bool:
+        """Whether the merged tensor ``name`` of the checkpoint is computed: where it is rounded to codes, others may be near as well."""
+        target = self.names.get(name, name)
+        computed = target in {*self.quantised, *self.stacks} or name in self.groups or name in self.unpacked
+        return computed or self._touched(target)
+
     def _made(self, name: str, dtype: torch.dtype, requantise: bool) -> Tensor:
         """A merged weight that the checkpoint has in another arrangement."""
         return self._of_experts(name, dtype, requantise) if name in self.stacks else self._whole(name, requantise)

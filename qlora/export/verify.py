@@ -28,7 +28,7 @@ from qlora.model.names import packed_parts
 from qlora.recipe import ModelSection
 
 STEPS = 2.0  # of the dtype, that a number may be off
-FEW = 1e-3  # of a tensor's numbers may be off by more: another machine may take the other of two 4-bit codes at a tie
+FEW = 1e-3  # of the numbers that are rounded to codes anew: another machine may take the other of two at a tie
 CHUNK = 2**20  # numbers that are compared at once, in fp64
 ABOUT = ("base_model_name_or_path", "revision", "peft_version")
 """What an adapter's config says of other things than the adapter."""
@@ -74,7 +74,8 @@ def verify(source: Source, folder: Path) -> int:
     """How many tensors of ``folder`` are the merge's own, of the base that its note names.
 
     Those that are packed in 4 bits are counted and not compared: other codes may answer alike. Raises DiffersError, which
-    names the tensors that are missing, too many, of another shape, or of which more than ``FEW`` are off.
+    names the tensors that are missing, too many, of another shape, not finite, or off: those whose codes are chosen anew in more
+    than ``FEW`` of their numbers, any other in one.
     """
     checkpoint = Checkpoint(folder, str(folder))
     note = checkpoint.merge
@@ -91,7 +92,8 @@ def verify(source: Source, folder: Path) -> int:
         if found.dtype != kind or found.shape != torch.Size(shape):
             wrong[name] = math.inf
         else:
-            wrong |= _off(name, found, source.tensor(name, kind, requantise=not original).cpu(), kind)
+            few = FEW if not original and source.chooses_codes(name) else 0.0
+            wrong |= _off(name, found, source.tensor(name, kind, requantise=not original).cpu(), kind, few)
         trim_heap()
     return _counted(folder, promised, wrong)
 
@@ -127,7 +129,10 @@ def verify_gguf(source: Source, found: GgufFile, chat_template: str | None, ends
         elif kind.name.lower() in TYPES:
             values = torch.from_numpy(gguf.quants.dequantize(bytes_of(values, kind, name), kind)).reshape(values.shape)
             # a scale of each block is fp16; what is stored in fp32 need not be held closer
-            wrong |= _off(name, found.tensor(name), values, torch.bfloat16 if kind.name == "BF16" else torch.float16)
+            step = torch.bfloat16 if kind.name == "BF16" else torch.float16
+            again = found.weights == "dequantized" or kind.name.startswith("Q")
+            few = FEW if stored and again and source.chooses_codes(stored) else 0.0
+            wrong |= _off(name, found.tensor(name), values, step, few)
         del values
         trim_heap()
     return _counted(found.file, promised, wrong)
@@ -155,7 +160,7 @@ def verify_adapter(section: ModelSection, base: Checkpoint, adapter: Path, place
             wrong = dict.fromkeys(tensors.keys() ^ found[1].keys(), math.inf)
             for name in tensors.keys() & found[1].keys():
                 ours, theirs = tensors[name], found[1][name]
-                wrong |= {name: math.inf} if ours.shape != theirs.shape else _off(name, theirs, ours, ours.dtype)
+                wrong |= {name: math.inf} if ours.shape != theirs.shape else _off(name, theirs, ours, ours.dtype, 0.0)
             wrong |= {
                 f"{CONFIG}'s {key}": math.inf
                 for key in said.keys() | found[0].keys()
@@ -186,23 +191,26 @@ def _says(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def _off(name: str, found: Tensor, expected: Tensor, kind: torch.dtype) -> dict[str, float]:
-    """``{name: the share of its numbers that is off}`` where that is more than a few, in steps of ``kind``."""
+def _off(name: str, found: Tensor, expected: Tensor, kind: torch.dtype, few: float) -> dict[str, float]:
+    """``{name: the share of its numbers that is off}``, in steps of ``kind``, where that is more than ``few``, or one is not finite."""
     if not found.numel():
         return {}
-    step, least, off = torch.finfo(kind).eps if kind.is_floating_point else 0.0, FEW * expected.abs().max().double(), 0
+    step, least, off = torch.finfo(kind).eps if kind.is_floating_point else 0.0, 1e-3 * expected.abs().max().double(), 0
     for theirs, ours in zip(found.flatten().split(CHUNK), expected.flatten().split(CHUNK), strict=True):
+        if not theirs.isfinite().all():
+            return {name: math.inf}
         bound = STEPS * step * (ours.double().abs() + least)
-        off += int((~((theirs.double() - ours.double()).abs() <= bound)).sum())  # what is no number is off too
+        off += int(((theirs.double() - ours.double()).abs() > bound).sum())
     share = off / found.numel()
-    return {name: share} if share > FEW else {}
+    return {name: share} if share > few else {}
 
 
 def _counted(place: Path, promised: Mapping[str, Any], wrong: Mapping[str, float]) -> int:
     if wrong:
         worst = sorted(wrong, key=lambda name: (-wrong[name], name))
+        every = len(promised.keys() | wrong.keys())
         raise DiffersError(
-            f"'{place}' is not what this run exports: {listed(worst)} differ ({len(wrong)} of {len(promised)} tensors). Export it "
+            f"'{place}' is not what this run exports: {listed(worst)} differ ({len(wrong)} of {every} tensors). Export it "
             "again; if it was copied, the copy is damaged."
         )
     return len(promised)

@@ -38,9 +38,9 @@ def folder_written_aside(folder: str | Path, overwrite: bool = False, made_of: s
 
     When the block fails, what was written is deleted and ``folder`` is as it was. ``made_of`` names all that decides what is
     written: then it is not empty where a process that was killed wrote the same, but has its files that were ``file_written_aside``
-    there. Raises RunError when ``folder`` holds something already and ``overwrite`` is off.
+    there. Where ``folder`` is a link, that is what it points to. Raises RunError when it holds something already and ``overwrite`` is off.
     """
-    folder = Path(folder)
+    folder = _followed(Path(folder))
     require_new(folder, overwrite)
     aside, old = _beside(folder, "writing"), _beside(folder, "old")
     _ASIDE.update((aside, old))
@@ -95,6 +95,18 @@ def require_new(folder: Path, overwrite: bool = False) -> None:
         )
 
 
+def keep_apart(out: Path, *sources: Path, replaces: str | None = None) -> None:
+    """Raise RunError when ``out`` is, or holds, a folder that is being read: overwriting must never delete that.
+
+    ``replaces``: the file without which what is at ``out`` is no such thing as is going to take its place.
+    """
+    for source in sources:
+        if source.resolve() == out.resolve() or out.resolve() in source.resolve().parents:
+            raise RunError(f"'{out}' holds '{source}', which is being read; choose another folder for the result.")
+    if replaces and out.is_dir() and any(out.iterdir()) and not any(out.glob(replaces)):
+        raise RunError(f"'{out}' holds no {replaces}, so it is not overwritten; choose another folder.")
+
+
 def require_writable(folder: Path, advice: str) -> None:
     """Raise RunError, with ``advice``, when nothing can be written into ``folder``, or it cannot be made. Leaves nothing behind."""
     place = folder.absolute()
@@ -127,6 +139,11 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
+
+
+def _followed(path: Path) -> Path:
+    """What a link points to, which may be on another disk and may not be there yet; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -174,7 +191,9 @@ def _lives(path: Path, process: int) -> bool:
 
 @contextmanager
 def file_written_aside(path: Path) -> Iterator[Path]:
-    """Yield the name of a file beside ``path`` to write; when the block ends well it is flushed and takes its place."""
+    """Yield the name of a file beside ``path``, or beside what it links to, to write; when the block ends well it is flushed and takes
+    its place."""
+    path = _followed(path)
     aside = _beside(path, "writing")
     _ASIDE.add(aside)
     try:

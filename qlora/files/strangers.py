@@ -209,6 +209,8 @@ def yaml_values(text: str) -> tuple[object, Lines]:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or error or type(error).__name__)
+        if r"character '\t'" in problem:
+            problem = "a tab; indent with spaces"
         raise Fault(f"it is not valid YAML{place}: {problem.splitlines()[0][: 2 * MAX_SHOWN]}") from None
 
 

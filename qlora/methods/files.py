@@ -7,14 +7,15 @@ its tensors mean on a base in ``loading.py``. Knows the files; must not know for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora.errors import MethodError, RunError, listed, redacted
+from qlora.errors import MethodError, listed, redacted
 from qlora.files.durable import file_written_aside, sync
 from qlora.files.strangers import MAX_JSON, Fault, json_object, read_bytes
 from qlora.methods.base import AdaptedModel
@@ -31,6 +32,10 @@ Some = TypeVar("Some")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+IN_MEMORY = re.compile(
+    r"\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(\.(?!weight$|bias$)[^.]+)(?:\.weight)?$"
+)
+"""An adapter's name inside a tensor's, which PEFT leaves out of its files."""
 PEFT_LAYOUT = "0.18.0"  # the PEFT release whose layout is written; later ones read it too
 
 METHOD_STATE = "method.safetensors"  # what a resumed run needs beside the adapter; most methods need nothing
@@ -252,7 +257,24 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickle = " (adapter_model.bin is a pickle, which is never read)" if path.with_suffix(".bin").is_file() else ""
         raise MethodError(f"There is no {WEIGHTS} in '{folder}'{pickle}; expected an adapter folder in PEFT's layout.")
-    return _whole(path, read_tensors, "save the adapter again or use an earlier checkpoint")
+    tensors = _whole(path, read_tensors, "save the adapter again or use an earlier checkpoint")
+    _refuse_renamed(tensors, path)
+    return tensors
+
+
+def _refuse_renamed(names: Iterable[str], path: Path) -> None:
+    """Raise MethodError for tensors under other names than PEFT writes: a model's own, or those that it has while it is trained."""
+    for name in names:
+        if ".lora_" in name and not name.startswith(PREFIX):
+            raise MethodError(
+                f"'{path}' holds '{name}'; expected PEFT's names, which begin with '{PREFIX}'. Another program wrote it, or it was renamed: "
+                "save it with PEFT's save_pretrained."
+            )
+        if inside := IN_MEMORY.search(name):
+            raise MethodError(
+                f"'{path}' holds '{name}', as PEFT calls it in memory; in files it has no '{inside[1]}'. Save it with PEFT's "
+                "save_pretrained instead of the model's state_dict, or take that out of the names."
+            )
 
 
 def read_method_state(folder: str | Path) -> dict[str, Tensor]:
@@ -283,15 +305,3 @@ def _whole(path: Path, read: Callable[[Path], Some], do: str) -> Some:
         return read(path)
     except (Fault, OSError) as error:
         raise MethodError(f"'{path}' is damaged ({error}); {do}.") from None
-
-
-def keep_apart(out: Path, *sources: Path, replaces: str | None = None) -> None:
-    """Raise RunError when ``out`` is, or holds, a folder that is being read: overwriting must never delete that.
-
-    ``replaces``: the file without which what is at ``out`` is no such thing as is going to take its place.
-    """
-    for source in sources:
-        if source.resolve() == out.resolve() or out.resolve() in source.resolve().parents:
-            raise RunError(f"'{out}' holds '{source}', which is being read; choose another folder for the result.")
-    if replaces and out.is_dir() and any(out.iterdir()) and not any(out.glob(replaces)):
-        raise RunError(f"'{out}' holds no {replaces}, so it is not overwritten; choose another folder.")

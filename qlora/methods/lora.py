@@ -328,7 +328,7 @@ class LoraLayout(Layout):
         others = [path for path, layer in self.method.planted.items() if not isinstance(layer, LoraLinear)]
         if not others:
             return None
-        return f"LoRA on {listed(others, 3)} is on no linear, which few servers load; export it merged"
+        return f"LoRA on {listed(others, 3)} is on no linear, which not every program loads"
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A, scaling · B); where W gave a part up, on top of W itself: (A over A₀, scaling · B beside −scaling · B₀).

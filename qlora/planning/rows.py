@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +39,8 @@ class Reading:
     new_ends: str | None = None
     """What there is to say of the tokens that end an answer."""
     why_not: str = ""
+    unread: str | None = None
+    """What was left unread beside the rows that are trained on."""
     packed: bool = True
     """Whether rows are as long as those of a full step."""
 
@@ -57,7 +60,7 @@ class Reading:
             lines.append(
                 f"before the first step, the answers' likelihoods: {about} {duration_text(self.epoch * reference)}"
             )
-        return "\n".join([*lines, *filter(None, [self.new_ends])])
+        return "\n".join([*lines, *filter(None, [self.unread, self.new_ends])])
 
 
 def with_packing(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, str | None]:
@@ -127,8 +130,13 @@ def _elsewhere(recipe: Recipe) -> list[str]:
 def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     """Read the data for a plan, which holds without them: what is wrong with them is said. Nothing is fetched for it."""
     try:
-        if elsewhere := _elsewhere(recipe):
-            return Reading(why_not=f"no file here is {listed(map(repr, elsewhere))}.{from_here(elsewhere[0])}")
+        elsewhere, unread = _elsewhere(recipe), None
+        if elsewhere and not any(source in elsewhere for source in recipe.data.sources):
+            unread = f"The held-out data were not read: {_not_here(elsewhere)}"
+            section = recipe.data.model_copy(update={"held_out": None})
+            recipe, elsewhere = recipe.model_copy(update={"data": section}), []
+        if elsewhere:
+            return Reading(why_not=_not_here(elsewhere))
         data = load_recipe_data(recipe, checkpoint)
     except (DataError, ModelError) as error:
         return Reading(why_not=str(error))
@@ -138,8 +146,24 @@ def read(recipe: Recipe, checkpoint: Checkpoint) -> Reading:
     ends = data.template.end_tokens if data.template else ()
     packed = data.section is not None and data.section.packs
     return Reading(
-        data.report, steps, epoch, new_ends_note(ends, end_tokens(checkpoint), data.tokenizer), packed=packed
+        data.report,
+        steps,
+        epoch,
+        new_ends_note(ends, end_tokens(checkpoint), data.tokenizer),
+        unread=unread,
+        packed=packed,
     )
+
+
+def _not_here(sources: Sequence[str]) -> str:
+    """Why ``sources`` are not read for a plan."""
+    names = [*dict.fromkeys(sources)]
+    told = listed(map(repr, names))
+    if all("/" in name and not Path(name).suffix for name in names):
+        return (
+            f"{told} {'is' if len(names) == 1 else 'are'} not in files here, and a plan fetches nothing from the hub."
+        )
+    return f"no file here is {told}.{from_here(names[0])}"
 
 
 def new_ends_note(ends: Sequence[int], known: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -55,8 +55,8 @@ Read = TypeVar("Read", bound=Section)
 Place: TypeAlias = JsonObject | list[Any]
 
 
-def read_file(path: Path) -> tuple[JsonObject, Lines]:
-    """What a recipe file holds, and the line of every key. Raises RecipeError."""
+def read_file(path: Path, what: str = "recipe") -> tuple[JsonObject, Lines]:
+    """What a recipe, or ``what`` else, holds, and the line of every key. Raises RecipeError."""
     if path.suffix.lower() in DATA and path.is_file():
         raise RecipeError(
             f"'{path}' is a file of data, by its name; expected a recipe (YAML), which this writes: "
@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[JsonObject, Lines]:
         text = read_bytes(path, MAX_RECIPE).decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(
-            f"There is no recipe at '{path}'; expected the path of a YAML file.{from_here(path)}"
+            f"There is no {what} at '{path}'; expected the path of a YAML file.{from_here(path)}"
         ) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"'{path}' cannot be read ({error}); expected a YAML file in UTF-8.") from None
@@ -75,7 +75,9 @@ def read_file(path: Path) -> tuple[JsonObject, Lines]:
     except Fault as fault:
         raise RecipeError(f"'{path}' cannot be used: {fault}; expected sections of 'key: value' lines.") from None
     if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
+        found = (
+            "nothing" if values is None else "a list" if isinstance(values, list) else f"nothing but {shown(values)}"
+        )
         raise RecipeError(f"'{path}' holds {found}; expected sections such as 'model:' and 'data:'.")
     return values, lines
 
@@ -85,8 +87,12 @@ def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], 
     if other := [recipe.mistaken[key] for key in values if key in recipe.mistaken and key not in recipe.model_fields]:
         raise RecipeError(f"'{source}' is {other[0]}.")
     places: dict[tuple[str, ...], int | None] = dict(lines)
+    given: set[tuple[str, ...]] = set()
     for override in overrides:
         path, values = _overridden(recipe, values, override)
+        if path in given:
+            raise RecipeError(f"{shown('.'.join(path))} is given twice; keep one of the two values.")
+        given.add(path)
         places[path] = None  # its value no longer stands in the file
     try:
         return recipe.model_validate(values)
@@ -104,6 +110,8 @@ def _overridden(recipe: type[Section], values: JsonObject, override: str) -> tup
     key, equals, text = override.removeprefix("--").partition("=")
     path = key.strip().split(".")
     said = shown(override)
+    if equals and not text.strip():
+        raise RecipeError(f"{said} gives no value; leave it out, or write {key.strip()}=null for none.")
     if not equals or not all(path) or len(path) > DEEPEST:
         raise RecipeError(f"{said} is not an override; expected section.key=value, as in training.epochs=2.")
     try:

@@ -45,8 +45,9 @@ def about(part: str, width: int) -> str:
             found += [f"{title}\n{textwrap.fill(text, width)}\n"] if text else [f"{title}\n"] if tag else []
             found += [_lines(key, field, width) for key, field in shown.items()]
     if not found:
+        meant = known_elsewhere(Recipe, [part.rpartition(".")[2]]) or part.lower()
         raise RecipeError(
-            f"'{part}' is no section or key of a recipe.{nearest(known_elsewhere(Recipe, [part]) or part.lower(), known)} `qlora recipe` lists them all."
+            f"'{part}' is no section or key of a recipe.{nearest(meant, known)} `qlora recipe` lists them all."
         )
     return "\n".join(found)
 

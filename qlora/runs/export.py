@@ -27,6 +27,7 @@ from qlora.export.merged import Merged, changed_since
 from qlora.export.merged import merge as merge_files
 from qlora.export.nf4 import export_nf4 as write_nf4
 from qlora.export.programs import Verdict, commands, programs
+from qlora.export.source import Source
 from qlora.export.verify import GgufFile, verify, verify_adapter, verify_gguf
 from qlora.files.durable import SEAL, damage, expanded
 from qlora.machine.device import release_memory, resolve_compute_dtype, total_memory_bytes
@@ -72,15 +73,20 @@ class Difference:
     same_choice: float
     """Share of positions at which both choose the same token, or of examples with the same class."""
     classifies: bool = False
+    same: bool = True
+    """Whether it should be the trained model: a merge into the weights that were trained on, in 8 bits or more."""
 
     def told(self, program: str) -> str:
         """The numbers, and whether they are good."""
-        judged = (
-            f"That is good: up to {CLOSE} nats is rounding."
-            if self.divergence <= CLOSE
-            else f"Above {CLOSE} nats is more than rounding: these are not the weights that were trained on. Where answers got worse, "
-            "export with for=serving, or as GGUF in 8 bits or more."
-        )
+        if self.divergence <= CLOSE:
+            judged = f"That is good: up to {CLOSE} nats is rounding."
+        elif self.same:
+            judged = f"Above {CLOSE} nats is more than rounding: it answers otherwise than what was trained."
+        else:
+            judged = (
+                "It is not meant to be the same: its weights are not those that were trained on. How well it answers, its held-out loss says; "
+                "the trained model itself comes from for=serving, or from GGUF in 8 bits with base=dequantized."
+            )
         unit, choice, places = (
             ("example", "class", "examples") if self.classifies else ("token", "next token", "positions")
         )
@@ -311,8 +317,9 @@ def in_transformers(folder: Path, place: Path, count: int = 20) -> Difference | 
     release_memory(device)
     network = _plain(place, dtype, recipe.model.trust_remote_code, bool(recipe.classes)).to(device).eval()
     found = _logits(network, examples, device)
-    difference = replace(_difference(found, expected), classifies=bool(recipe.classes))
-    hold(place, exported.merge.get("weights") == "dequantized", difference.divergence)
+    same = exported.merge.get("weights") == "dequantized"
+    difference = replace(_difference(found, expected), classifies=bool(recipe.classes), same=same)
+    hold(place, same, difference.divergence)
     return difference
 
 
@@ -328,7 +335,8 @@ def in_llama_cpp(folder: Path, file: GgufFile, count: int = 20) -> Difference:
     trained = load_run(folder, quiet=True)
     widen(trained)
     difference = _difference(found, _logits(trained.model, examples, device_here(recipe)))
-    hold(file.file, _is_trained(file), difference.divergence)
+    difference = replace(difference, same=_is_trained(file))
+    hold(file.file, difference.same, difference.divergence)
     return difference
 
 
@@ -394,6 +402,16 @@ def check(folder: str | Path, place: str | Path | None = None, program: str | No
     hold(place, same, forms[1].found.divergence, forms[1].found.difference[0])
     del found
     return Checked(tensors, forms, in_llama_cpp(folder, file) if program and file else None)
+
+
+def reread(folder: Path, place: Path) -> str:
+    """Hold every tensor of a merged model or one in NF4 against the run, but codes of 4 bits; a sentence that says so.
+
+    Raises DiffersError where one is another.
+    """
+    run = _opened(folder)
+    source = read_adapter(folder, lambda adapter: Source(run.base, run.recipe.model, adapter, device_here(run.recipe)))
+    return f"Read again: its {verify(source, place)} tensors are those of the run."
 
 
 def _is_trained(file: GgufFile) -> bool:

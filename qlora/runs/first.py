@@ -27,7 +27,7 @@ from qlora.files.lock import run_lock
 from qlora.machine.cards import amount, is_memory, parse_memory
 from qlora.model.hub import ask_hub, data_set_cached, require_model
 from qlora.recipe import DataSection, Recipe
-from qlora.runs.folder import finished, open_run, require_free, shown, taken, with_changes
+from qlora.runs.folder import finished, open_run, require_checkpoint, require_free, shown, taken, with_changes
 from qlora.training.tracking import require_trackers
 
 SMALL = 4 * 1024**2
@@ -93,6 +93,7 @@ def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False,
         if _main():
             with run_lock(folder):
                 pass
+        require_checkpoint(folder)
         if (steps := finished(folder, recipe)) is not None:
             return (
                 f"The run in '{folder}' is finished: its {steps:,} steps are taken and measured, so there is nothing to resume. "

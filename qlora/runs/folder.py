@@ -243,6 +243,15 @@ def finished(folder: Path, recipe: Recipe) -> int | None:
     return None if damage(folder / "adapter") or damage(folder / "checkpoints" / last) else steps
 
 
+def require_checkpoint(folder: Path) -> None:
+    """Raise RunError where a run has its adapter and no checkpoint: from its first step it would be another run over this one."""
+    if (folder / "adapter").is_dir() and not any((folder / "checkpoints").glob("[0-9]*")):
+        raise RunError(
+            f"The checkpoints of '{folder}' are gone, so its steps cannot be gone on with; its adapter is there. Use it (qlora chat "
+            f"{shown(folder)}), or train on from it: qlora train {shown(folder / 'recipe.yaml')} method.from={shown(folder)} folder=runs/…"
+        )
+
+
 def check_data(data: Data, environment: dict[str, Any], folder: Path) -> None:
     """Raise RunError when the data are not those that the run in ``folder`` began with."""
     if data.fingerprint != environment.get("data_fingerprint"):
@@ -337,6 +346,8 @@ def require_free(folder: Path, overwrite: bool) -> None:
     names = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
     if not _began(folder) and names <= NOT_BEGUN:
         return
+    if not overwrite and not (folder / "recipe.yaml").is_file():
+        raise RunError(f"'{folder}' holds other files and is no run folder; choose another place (folder=runs/…).")
     if not overwrite:
         raise RunError(
             f"There is something in '{folder}' already. Go on with it (qlora resume {shown(folder)}), choose another place "
@@ -348,17 +359,24 @@ def require_free(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def taken(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Inside, ``folder`` is this process's, for a new run in it. Raises RunError when it is another's or not free."""
+    """Inside, ``folder`` is this process's, for a new run in it; where none began, it is not left behind. Raises RunError when it is
+    another's or not free."""
     require_free(folder, overwrite)
+    made = not folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if disk_is_full(error):
             raise
         raise RunError(f"The run folder '{folder}' cannot be made ({error}); choose another (folder=runs/…).") from None
-    with run_lock(folder):
-        require_free(folder, overwrite)  # another process may have begun and ended since
-        yield
+    try:
+        with run_lock(folder):
+            require_free(folder, overwrite)  # another process may have begun and ended since
+            yield
+    except BaseException:
+        if made and folder.is_dir() and {path.name for path in folder.iterdir()} <= NOT_BEGUN:
+            delete_folder(folder)
+        raise
 
 
 @contextmanager

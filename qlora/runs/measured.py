@@ -71,7 +71,10 @@ class Form:
 
 def table(forms: Sequence[Form]) -> str:
     """A line on what was measured, and a table in Markdown."""
-    where = f"On {counted(forms[0].found.tokens, 'token')} of what is held out (qlora evaluate measures all of it):"
+    where = (
+        f"On {counted(forms[0].found.tokens, 'token')} of what is held out (qlora evaluate measures all of it), by the linears of the layers; "
+        "all else computes as in training:"
+    )
     heading = f"| {'':<28} | {'loss':>6} | {'more than trained':>17} | {'KL':>8} | {'top-1':>6} |"
     return "\n".join([where, "", heading, "|---|--:|--:|--:|--:|", *map(str, forms)])
 

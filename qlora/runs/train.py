@@ -21,12 +21,12 @@ from statistics import median
 from qlora.errors import NonFiniteError, PackingError, RunError, Stopped, counted, listed, redacted
 from qlora.evaluation.score import HeldOut
 from qlora.evaluation.tasks.result import Result
-from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, seal, sync, write_json
+from qlora.files.durable import clear_leftovers, expanded, folder_written_aside, keep_apart, seal, sync, write_json
 from qlora.files.lock import run_lock
 from qlora.machine.device import DTYPES, resolve_device
 from qlora.machine.disk import bytes_text, duration_text
 from qlora.machine.processes import here
-from qlora.methods.files import keep_apart, save_portable
+from qlora.methods.files import save_portable
 from qlora.model.checkpoint import open_checkpoint
 from qlora.model.tokenizer import TEMPLATE
 from qlora.planning.continued import continued
@@ -47,7 +47,7 @@ from qlora.runs.folder import (
     lengthen,
     open_base,
     open_run,
-    require_free,
+    require_checkpoint,
     shown,
     steps_of,
     taken,
@@ -98,18 +98,12 @@ def train(recipe: Recipe, quiet: bool = False, bases: Bases | None = None) -> Ru
         origin, folder = folder, Path(processes.once(lambda: str(_beside(folder))))
         recipe = recipe.model_copy(update={"folder": str(folder), "overwrite": False})
         speaker(quiet)(f"More of the run in '{origin}', in a folder of its own: '{folder}'.")
-    with full_disk_said(folder, "train it again"), kernels_kept():
-        if not processes.main:
-            pass
-        elif folder.is_dir():  # said now, not after minutes of loading
-            with taken(folder, recipe.overwrite):
-                pass
-        else:
-            require_free(folder, recipe.overwrite)
+    # taken now, so that no other process loads a model for the same folder
+    ours = taken(folder, recipe.overwrite) if processes.main else nullcontext()
+    with full_disk_said(folder, "train it again"), kernels_kept(), ours:
         session, planned, rate = _packed_or_by_length(recipe, folder, quiet, bases or Bases())
         session.rehearsal = _rehearse(session, planned)
-        ours = taken(folder, recipe.overwrite) if processes.main else nullcontext()
-        with ours, stoppable(f"qlora resume {shown(folder)}") as signals:
+        with stoppable(f"qlora resume {shown(folder)}") as signals:
             if processes.main:
                 clear(folder)
                 write_json(folder / "plan.json", redacted(_plan_values(planned, rate, session)))
@@ -224,6 +218,7 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
             f"The run in '{folder}' goes on from another adapter and has no checkpoint that holds it; train it again: qlora "
             f"train {shown(folder / 'recipe.yaml')} overwrite=true"
         )
+    require_checkpoint(folder)
     prompts, tasks = data.held_out_prompts(recipe.evaluation.prompts), open_tasks(recipe, data)
     model = load_model(recipe, checkpoint, device, quiet, bases, values_follow=bool(found))
     if changed := differences(recipe, environment, model.base):

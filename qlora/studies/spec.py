@@ -84,7 +84,7 @@ class StudySection(Section):
     def from_yaml(cls, path: str | Path, *overrides: str) -> StudySection:
         """Read a study's file; each override is ``key=value``, as ``hours=2`` or ``recipe.training.steps=50``. Raises RecipeError."""
         path = Path(path)
-        values, lines = read_file(path)
+        values, lines = read_file(path, "study")
         values.setdefault("folder", str(Path("studies") / path.stem))
         section = validated(cls, values, overrides, str(path), lines)
         if section.size is None:

@@ -111,7 +111,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     found, lost = find(folder), list[str]()
     for place in reversed(found):
         if (why := damage(place)) is None:
-            return place, lost
+            return place, _passed_over(lost)
         if not place.is_dir():  # a run that goes on has newer ones and deleted it
             return newest(folder)
         lost.append(_loss(place, why))
@@ -131,6 +131,9 @@ def adapter_folder(folder: Path) -> Path:
     for sentence in lost:
         print(sentence, file=sys.stderr, flush=True)
     if found is not None:
+        if (adapter / SEAL).is_file() and (why := damage(adapter)):
+            told = f"'{adapter}' is not what was written ({why}); the newest checkpoint is used."
+            print(told, file=sys.stderr, flush=True)
         return found
     if (adapter / CONFIG).is_file():
         if (adapter / SEAL).is_file() and (why := damage(adapter)):
@@ -153,7 +156,7 @@ def load_newest(state: TrainState, folder: Path) -> list[str]:
     for place in reversed(found):
         try:
             load(state, place)
-            return lost
+            return _passed_over(lost)
         except DamagedError as error:
             lost.append(str(error))
     _require_one(folder, found, lost)
@@ -161,14 +164,18 @@ def load_newest(state: TrainState, folder: Path) -> list[str]:
 
 
 def _loss(place: Path, why: str) -> str:
-    return f"The checkpoint '{place}' is damaged ({why}); the newest one before it is used."
+    return f"The checkpoint '{place}' is damaged ({why})"
+
+
+def _passed_over(lost: list[str]) -> list[str]:
+    return [f"{one}; the newest one before it is used." for one in lost]
 
 
 def _require_one(folder: Path, found: list[Path], lost: list[str]) -> None:
     if found:
         raise DamagedError(
-            f"No checkpoint in '{folder}' is whole. {' '.join(lost)} Put one back from a copy, or delete that folder to "
-            "begin again at the first step."
+            f"No checkpoint in '{folder}' is whole. {' '.join(f'{one}.' for one in lost)} Put one back from a copy, or train anew into "
+            "another folder."
         )
 
 

@@ -162,7 +162,7 @@ MISTAKES = [
     ([{**SHAREGPT, "tools": [{"name": datetime.date(2024, 7, 26)}]}], "has a date in 'tools'; expected JSON values"),
     ([{**SHAREGPT, "tools": [NESTED]}], "is nested more than 64 levels deep in 'tools'"),
     ([{**PAIR, "completion": None}], "has null in 'completion'; expected text"),
-    ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* Line 3 .* has no turns. In all 2 of 3 records have mistakes"),
+    ([MESSAGES, {"messages": [YO]}, {"messages": []}], r"Line 2 .* begins .* Line 3 .* has no turns. In all, 2 of 3 records have mistakes"),
 ]  # fmt: skip
 
 
@@ -557,14 +557,14 @@ def test_bad_records_stop_or_are_skipped_and_counted() -> None:
     assert told.startswith(
         "Line 91 of 'a.jsonl' (and line 92, line 93, line 94, line 95) has an empty turn (turn 2, assistant). "
     )
-    assert "In all 8 of 98 records have mistakes: has an empty turn (7), has no turns (1)." in told
+    assert "In all, 8 of 98 records have mistakes: has an empty turn (7), has no turns (1)." in told
     assert told.endswith("set data.on_bad_record=skip.")
     result = parsed(*rows, on_bad_record="skip")
     assert len(result.conversations) == 90
     assert result.bad.notes == [
         "data.on_bad_record=skip left out 8 of 98 records: has an empty turn (7), has no turns (1)"
     ]
-    with pytest.raises(DataError, match=r"In all 8 of 78 records .* leaves out at most 10% of the records"):
+    with pytest.raises(DataError, match=r"In all, 8 of 78 records .* leaves out at most 10% of the records"):
         parsed(*rows[20:], on_bad_record="skip")
 
 

@@ -150,7 +150,7 @@ def test_nothing_to_train_on_is_refused(write: Any, tokenizer: Any) -> None:
         DataError, match=r"No token of the data carries loss \(1 record skipped.*\); look at the records' answers\.$"
     ):
         load(write("b.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}]), tokenizer)
-    with pytest.raises(DataError, match="None of the 1 held-out records leaves a token"):
+    with pytest.raises(DataError, match="None of the 1 held-out record leaves a token"):
         load(path, tokenizer, held_out=write("b.jsonl", [{"prompt": "Hi " * 99, "completion": "Yo"}]))
 
 
@@ -352,7 +352,7 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
     assert len(held.held_out_prompts(100)) == len(held.held_out_conversations) == held.report.held_out.records == 40
     with pytest.raises(
         DataError,
-        match=r"Line 1 of .* \(and line 2, .*, line 5\) is refused .* In all 20 of 60 records have mistakes: is refused by",
+        match=r"Line 1 of .* \(and line 2, .*, line 5\) is refused .* In all, 20 of 60 records have mistakes: is refused by",
     ):
         load(write("m.jsonl", [bad] * 20 + good), tokenizer)
     with pytest.raises(DataError, match=r"skip leaves out at most 10% of the records"):
@@ -376,7 +376,7 @@ def test_lines_that_are_no_records_are_bad_records(
     whole, broken = tmp_path / name, tmp_path / f"broken-{name}"
     whole.write_text("\n".join(lines), encoding="utf-8")
     broken.write_text("\n".join([*lines[:9], *bad, *lines[9:]]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"(Line|Record|Row) \d+ of .* In all 2 of 4. records have mistakes: "):
+    with pytest.raises(DataError, match=r"(Line|Record|Row) \d+ of .* In all, 2 of 4. records have mistakes: "):
         load(str(broken), tokenizer)
     data = load(str(broken), tokenizer, on_bad_record="skip")
     assert data.fingerprint == load(str(whole), tokenizer).fingerprint

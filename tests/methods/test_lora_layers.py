@@ -275,7 +275,7 @@ def test_other_layers_are_not_portable(tmp_path: Path) -> None:
     ours = apply_method(tiny_base(tiny_checkpoint(tmp_path / "base")), BOTH)
     stir(ours)
     why = save_portable(ours, tmp_path / "adapter")
-    assert why == ("LoRA on model.embed_tokens is on no linear, which few servers load; export it merged")
+    assert why == ("LoRA on model.embed_tokens is on no linear, which not every program loads")
     assert load_adapter(tiny_base(tmp_path / "base"), tmp_path / "adapter").section.target_modules == (
         "down_proj", "embed_tokens", "lm_head",
     )  # fmt: skip

@@ -137,7 +137,7 @@ def test_the_data_are_read_and_what_is_wrong_with_them_is_only_said(
         f"data.chat_template={template}": "An answer ends with <pad>, which the model's own files do not name as an end",
         "data.max_length=1000": "data.max_length=1,000 is above the ",
         f"data.train={broken}": "The data were not read: ",
-        "data.train=someone/somewhere": "The data were not read: no file here is 'someone/somewhere'.",
+        "data.train=someone/somewhere": "The data were not read: 'someone/somewhere' is not in files here",
     }
     for word, said in told.items():
         recipe = Recipe.from_yaml(recipe_file, word)
