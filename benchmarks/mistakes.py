@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,14 @@ MISTAKES = (
     Mistake("a packed file that is none", f"{TRAIN} data.train=text.jsonl.gz", "does not begin as a .gz file does"),
     Mistake("a Parquet file that is none", f"{TRAIN} data.train=text.parquet", "does not begin as a .parquet file does"),
     Mistake("a packed file that was cut off", f"{TRAIN} data.train=cut.jsonl.gz", "cannot be unpacked"),
+    Mistake("a key given twice", f"{TRAIN} method.r=8 method.r=16", "'method.r' is given twice"),
+    Mistake("a key without its value", f"{TRAIN} folder=", "gives no value"),
+    Mistake("resume of a run whose checkpoints are gone", "resume kept", "The checkpoints of 'kept' are gone"),
+    Mistake("a run whose base is gone", "export moved merged", "The model of this run is gone"),
+    Mistake("an export without a name", "export done nf4 out=", "out is empty"),
+    Mistake("an export in the place of its run", "export done merged out=done overwrite=true", "which is being read"),
+    Mistake("a study that is not there", "study nine.yaml", "There is no study at 'nine.yaml'"),
+    Mistake("a folder of other files for a run", f"{TRAIN} folder=full", "holds other files and is no run folder"),
     Mistake("a card for a CPU", "plan mine.yaml device.name=cpu device.memory=4090", "set device.name=auto"),
     Mistake("host memory of no amount", "init --model model --data my.jsonl --host-memory=lots", "not an amount of memory"),
     Mistake("a tracker that is not installed", f"{TRAIN} tracking=[mlflow]", "tracking names mlflow, not installed here"),
@@ -189,6 +198,7 @@ def _make(folder: Path) -> None:
     files = {
         "my.jsonl": json.dumps({"messages": turns}) + "\n",
         "mine.yaml": "model: {name: model}\ndata: {train: my.jsonl}\n",
+        "moved.yaml": f"model: {{name: {folder}/gone-base}}\ndata: {{train: my.jsonl}}\n",
         "gone.yaml": "model: {name: model}\ndata: {train: gone.jsonl}\n",
         "study.yaml": "recipe: {model: {name: model}, data: {train: no.jsonl}}\n",
         "table.xlsx": "PK",
@@ -208,6 +218,9 @@ def _make(folder: Path) -> None:
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
+    _run(folder, "kept", "mine.yaml", whole=True)
+    shutil.rmtree(folder / "kept/checkpoints")
+    _run(folder, "moved", "moved.yaml", whole=True)
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress((folder / "my.jsonl").read_bytes())[:-9])
     _run(folder, "done", "mine.yaml", whole=True)
     (folder / "done/merged").mkdir()

@@ -71,12 +71,12 @@ def _in_transformers(folder: Path, place: Path) -> list[str]:
 def _read_again(folder: Path, place: str | Path, program: str | None = None) -> list[str]:
     """What an export that lies there is, held against the run. Raises DiffersError where it is not what was trained."""
     from qlora.runs.export import check
-    from qlora.runs.measured import table
+    from qlora.runs.measured import judged, table
 
     found = check(folder, place, program)
     said = [f"Read again: its {found.tensors} tensors are those of the run."]
     if found.forms:
-        said.append(table(found.forms))
+        said += [table(found.forms), judged(found.forms[-1])]
     if found.unmeasured:
         said.append(f"What it answers was not measured: {found.unmeasured}")
     if found.opened:

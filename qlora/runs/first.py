@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from qlora.data.files import ending, unpacker
 from qlora.data.labelled import read_labelled
 from qlora.data.parsing import parse
 from qlora.data.sources import data_files, is_here, read_records
-from qlora.errors import DataError, MethodError, RecipeError, RunError
+from qlora.errors import DataError, MethodError, ModelError, RecipeError, RunError
 from qlora.evaluation.tasks.presets import named_kind
 from qlora.files.durable import expanded, from_here, require_writable
 from qlora.files.lock import run_lock
@@ -100,7 +101,15 @@ def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False,
                 f"{'Measure it: qlora evaluate' if recipe.objective.classifies else 'Talk to it: qlora chat'} {shown(folder)}; or train on from it: qlora train {shown(folder / 'recipe.yaml')} "
                 f"method.from={shown(folder)} folder=runs/…"
             )
-    look_at_recipe(recipe, reads=reads)
+    try:
+        look_at_recipe(recipe, reads=reads)
+    except ModelError:
+        if (place := expanded(recipe.model.name)).is_absolute() and not place.exists():
+            raise ModelError(
+                f"The model of this run is gone: there is no folder '{place}'. Where it was moved, leave a link in its old place: ln -s "
+                f"NEW {shlex.quote(str(place))}"
+            ) from None
+        raise
     return None
 
 

@@ -64,12 +64,23 @@ def test_nothing_breaks_out(tmp_path: Path) -> None:
     text = write_card(folder, tmp_path, "adapter", shell=["serve BASE --lora PATH"]).read_text()
     assert """\nserve 'a'"'"''"'"'b --- license: mit' --lora PATH\n""" in text
     front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
-    assert front["base_model"] == "a''b --- license: mit"
+    assert "base_model" not in front
     assert "license" not in front
+    assert "# mine\n" in text
     assert "````yaml" in text
     assert "hf_abcdef" not in text
     assert "No held-out data" in text
     assert "names no licence" in text
+
+
+def test_no_path_of_this_machine_leaves_it(tmp_path: Path) -> None:
+    recipe = f"model: {{name: {tmp_path}/models/mine}}\ndata: {{train: [{tmp_path}/a b.jsonl, '~/my/data.jsonl']}}\nfolder: runs/mine\n"
+    text = write_card(run(tmp_path / "mine", recipe, f"{tmp_path}/models/mine"), tmp_path, "merged").read_text()
+    assert str(tmp_path) not in text
+    assert "made of `mine`" in text
+    assert "data.jsonl" in text
+    assert "~/" not in text
+    assert "folder: runs/mine" in text
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from qlora.cli import main
 from qlora.errors import RunError
 from qlora.export.verify import GgufFile
 from qlora.files.durable import write_json
+from qlora.files.lock import run_lock
 from qlora.recipe import Recipe
 from qlora.runs.evaluate import chat_tokenizer, evaluate, load_run
 from qlora.runs.export import in_transformers, merge
@@ -103,6 +104,35 @@ def finished(tiny_model: Path, chat_data: Path, tmp_path_factory: pytest.TempPat
     recipe = recipe_in(place, tiny_values(tiny_model, chat_data, place / "run"))
     assert main(["train", str(recipe)]) == 0
     return place / "run"
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew_over_its_own(finished: Path, tmp_path: Path) -> None:
+    """Deleting them saves disk; what was learned and noted stays."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=r"checkpoints of .* are gone.*train on from it: qlora train"):
+        resume(run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_is_taken_before_anything_is_loaded(
+    tiny_model: Path, chat_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny_values(tiny_model, chat_data, tmp_path / "run")
+    monkeypatch.setattr("qlora.runs.train.load_recipe_data", lambda *_: pytest.fail("data were read"))
+    (tmp_path / "run").mkdir()
+    with run_lock(tmp_path / "run"), pytest.raises(RunError, match="is training in"):
+        train(Recipe.from_dict(values), quiet=True)
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr("qlora.runs.train.load_recipe_data", lambda *_: raised(RuntimeError("while loading")))
+    with pytest.raises(RuntimeError, match="while loading"):
+        train(Recipe.from_dict(values), quiet=True)
+    assert not (tmp_path / "run").exists()  # nothing began, and nothing is left
+
+
+def raised(error: Exception) -> Any:
+    raise error
 
 
 class Wounded(NamedTuple):
