@@ -66,7 +66,7 @@ MISTAKES = (
     Mistake("a packed file that is none", f"{TRAIN} data.train=text.jsonl.gz", "does not begin as a .gz file does"),
     Mistake("a Parquet file that is none", f"{TRAIN} data.train=text.parquet", "does not begin as a .parquet file does"),
     Mistake("a packed file that was cut off", f"{TRAIN} data.train=cut.jsonl.gz", "cannot be unpacked"),
-    Mistake("a key given twice", f"{TRAIN} method.r=8 method.r=16", "'method.r' is given twice"),
+    Mistake("a key given twice", f"{TRAIN} method.r=8 method.r=16", "'method.r' is given 2 times"),
     Mistake("a key without its value", f"{TRAIN} folder=", "gives no value"),
     Mistake("resume of a run whose checkpoints are gone", "resume kept", "The checkpoints of 'kept' are gone"),
     Mistake("a run whose base is gone", "export moved merged", "The model of this run is gone"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -393,6 +394,9 @@ def _do(words: list[str]) -> int:
     if verb == "init":
         rest = _joined(rest)
     rest = rest if rest[:1] == ["words"] else [_plain(verb, word) for word in rest]
+    keys = re.findall(r"^([a-z][\w.]*)=", "\n".join(rest), re.M) if rest[:1] != ["words"] and verb != "init" else []
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InputError(f"'{twice[0]}' is given {keys.count(twice[0])} times; expected it once.")
     if _several() and verb not in ("train", "resume"):
         raise InputError(
             f"qlora {verb} is done by one process, but a launcher started {os.environ['WORLD_SIZE']} (WORLD_SIZE); start it without."

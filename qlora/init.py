@@ -46,6 +46,8 @@ WHOLE = 0.99  # of the examples fit into a row
 SHORTEST, LONGEST, TEXT, FULL = 512, 2**17, 2048, 2048
 """Tokens of a row: below the first a step holds too little; above the second nothing is looked at; raw text is cut to the third; so
 many as the last keep a card busy, in one row or several."""
+ROWS = 40  # that a short text is cut into at least, so that there is something to hold out and some steps to take
+STEPS = 20  # below which a batch is halved
 HELD_OUT, FEWEST, MOST = 0.05, 10, 200
 """The share that is held out, and how many records that is at least and at most."""
 
@@ -195,9 +197,9 @@ def _looked_at(
 
 
 def row_length(lengths: Sequence[int], is_text: bool) -> int:
-    """Tokens of a row that holds 99 % of the examples whole, in steps of 64."""
+    """Tokens of a row that holds 99 % of the examples whole, in steps of 64; of raw text, so many that there are ``ROWS`` of them."""
     if is_text:
-        return min(TEXT, max(64, max(lengths)))
+        return min(TEXT, max(64, max(lengths)), max(LEAST, 64 * (sum(lengths) // ROWS // 64)))
     enough = sorted(lengths)[math.ceil(WHOLE * len(lengths)) - 1]
     return max(SHORTEST, 64 * math.ceil(enough / 64))
 
@@ -222,7 +224,10 @@ def _planned(
 
     rows, examples = len(data.train), len(lengths)
     batch = 16 if rows >= 200 else 8 if rows >= 50 else 4
-    epochs = int(options.get("epochs") or (1 if is_text or examples >= 10_000 else 2 if examples >= 2_000 else 3))
+    much, some = (rows >= 200, False) if is_text else (examples >= 10_000, examples >= 2_000)
+    epochs = int(options.get("epochs") or (1 if much else 2 if some else 3))
+    while batch > 1 and epochs * rows < STEPS * batch:
+        batch //= 2
     steps = epochs * steps_per_epoch(rows, batch)
     card = options.get("card") or None
     values = with_training(values, card is not None or _has_gpu(), batch, epochs, steps)

@@ -92,7 +92,7 @@ def test_bad_overrides(recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert "not valid YAML" in refused(capfd, "train", recipe, "folder=2024-13-45")
     # the mistake is on the command line, so no line of the file is blamed
     assert "(line" not in refused(capfd, "train", recipe, "training.steps=x")
-    assert "'method.r' is given twice" in refused(capfd, "train", recipe, "method.r=8", "method.r=16")
+    assert "'method.r' is given 2 times" in refused(capfd, "train", recipe, "method.r=8", "method.r=16")
     assert "gives no value; leave it out, or write folder=null" in refused(capfd, "train", recipe, "folder=")
     both = refused(capfd, "train", recipe, "training.steps=x", "method.r=0")
     assert both.startswith("qlora: 2 mistakes in")

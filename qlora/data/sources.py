@@ -30,7 +30,7 @@ from qlora.data.encoding import decoded
 from qlora.data.files import content, ending, require_whole, unpacker
 from qlora.data.filled import Place, filled_in_file, filled_in_table, without
 from qlora.data.values import json_fault, kind, once, read_json
-from qlora.errors import DataError, DoesNotFitError, disk_is_full, first_line, listed, nearest
+from qlora.errors import DataError, DoesNotFitError, counted, disk_is_full, first_line, listed, nearest
 from qlora.files.durable import expanded, from_here
 from qlora.files.strangers import JsonObject
 
@@ -370,7 +370,7 @@ def _csv(text: str, source: str, separators: str = ",;\t|") -> Iterator[Record]:
                 yield Record(dict(zip(header, row, strict=True)), source, "row", number)
                 continue
             fault = (
-                f"has {len(row)} fields where the header has {len(header)} ({listed(header)}); quote fields that hold "
+                f"has {counted(len(row), 'field')} where the header has {len(header)} ({listed(header)}); quote fields that hold "
                 f"{_SEPARATORS[separator]}"
             )
             yield Record({}, source, "row", number, fault=fault)

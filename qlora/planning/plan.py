@@ -384,7 +384,8 @@ def _refusal(asked: Arrangement, arranger: Arranger, account: Account) -> str:
             f" The smallest arrangement needs {bytes_text(one.needed.total)} of it: {one}." for one in ladder[-1:]
         )
         do = (
-            f"No arrangement fits.{smallest} Lower data.max_length, take a smaller model, or stop what else is running."
+            f"No arrangement fits.{smallest} {'Raise memory.budget, lower' if asked.recipe.memory.budget not in (None, 'auto') else 'Lower'} data.max_length, "
+            "take a smaller model, or stop what else is running."
         )
     return (
         f"About {bytes_text(asked.needed.total)} are needed on {target.name}, of whose {bytes_text(target.total)} "

@@ -87,12 +87,8 @@ def validated(recipe: type[Read], values: JsonObject, overrides: Sequence[str], 
     if other := [recipe.mistaken[key] for key in values if key in recipe.mistaken and key not in recipe.model_fields]:
         raise RecipeError(f"'{source}' is {other[0]}.")
     places: dict[tuple[str, ...], int | None] = dict(lines)
-    given: set[tuple[str, ...]] = set()
     for override in overrides:
         path, values = _overridden(recipe, values, override)
-        if path in given:
-            raise RecipeError(f"{shown('.'.join(path))} is given twice; keep one of the two values.")
-        given.add(path)
         places[path] = None  # its value no longer stands in the file
     try:
         return recipe.model_validate(values)

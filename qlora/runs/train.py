@@ -235,7 +235,8 @@ def _old_session(folder: Path, overrides: Sequence[str], quiet: bool, bases: Bas
         old, total = steps_of(begun, folder), trainer.total_steps
         lengthen(first, folder, total)
         warm = round(first.training.warmup_fraction * total)
-        say(f"This run is of {total:,} steps for good; it was of {old:,}. The first {warm:,} stay its warm-up.")
+        kept = f" The first {warm:,} stay its warm-up." if warm else ""
+        say(f"This run is of {total:,} steps from now on; it was of {old:,}.{kept}")
         if stale := exports_in(folder):
             say(
                 f"Of the shorter run are still: {listed([path.name for path in stale], 9)}; export them again when this one is done."
