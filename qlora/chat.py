@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from qlora.data.rendering import CutOff, Refused, Renderer, one_child
 from qlora.errors import RunError, visible
-from qlora.evaluation.generate import answer, room
+from qlora.evaluation.generate import answers, room
 from qlora.runs.evaluate import chat_tokenizer, load_run
 from qlora.runs.folder import require_language_model
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 LONGEST_ANSWER = 256  # tokens
+CUT = " […]"
 
 
 class Conversation:
@@ -31,6 +32,8 @@ class Conversation:
         self.tokenizer = chat_tokenizer(folder)
         self.model = load_run(folder)
         self.messages: list[dict[str, str]] = []
+        self.was_cut = False
+        """Whether the last answer met its limit and not its end."""
         template = self.tokenizer.chat_template
         self._renderer = None if template is None else Renderer(template, self.tokenizer.special_tokens_map)
 
@@ -57,7 +60,8 @@ class Conversation:
                 f"That makes {len(ids)} tokens, but the model reads {left + len(ids)} with its answer of up to {max_new_tokens}; "
                 "begin anew with /new, or ask in fewer words."
             )
-        reply = answer(self.model, ids, max_new_tokens, streamer)
+        reply = answers(self.model, [ids], max_new_tokens, streamer, cut=CUT)[0]
+        self.was_cut, reply = reply.endswith(CUT), reply.removesuffix(CUT)
         if self._renderer is not None:
             self.messages = [*asked, {"role": "assistant", "content": reply}]
         return reply
@@ -91,5 +95,7 @@ def talk(folder: str | Path, lines: TextIO | None = None) -> None:
         elif text:
             try:
                 conversation.say(text, streamer=streamer)
+                if conversation.was_cut:
+                    print(f"[… the answer was cut here, after {LONGEST_ANSWER} tokens]")
             except RunError as error:
                 print(visible(error))

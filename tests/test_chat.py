@@ -45,6 +45,21 @@ def test_conversation_remembers_both_sides(chat_run: Path) -> None:
     assert seen[0] > 5
 
 
+def test_an_answer_that_was_cut_is_said_to_be(
+    chat_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = ["whole", "half […]"]
+    monkeypatch.setattr("qlora.chat.answers", lambda *given, cut: [answered.pop(0)])
+    monkeypatch.setattr("qlora.chat.room", lambda *given: None)  # the tiny model has positions for 256 tokens in all
+    conversation = Conversation(chat_run)
+    assert (conversation.say("fox 3?"), conversation.was_cut) == ("whole", False)
+    assert (conversation.say("and then?"), conversation.was_cut) == ("half", True)
+    assert conversation.messages[-1]["content"] == "half"  # the mark is not remembered as the model's words
+    answered += ["half […]"]
+    talk(chat_run, StringIO("fox 3?\n"))
+    assert capsys.readouterr().out == "[… the answer was cut here, after 256 tokens]\n"
+
+
 def test_too_long_conversation_is_refused_and_not_remembered(
     chat_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -168,6 +168,8 @@ def test_a_conversation_moves_no_cursor(monkeypatch: pytest.MonkeyPatch, capfd: 
     from tests.data.conftest import make_tokenizer
 
     class Talker:
+        was_cut = False
+
         def __init__(self, folder: Path) -> None:
             self.tokenizer = make_tokenizer()
 
