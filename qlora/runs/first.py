@@ -38,10 +38,12 @@ PACKED = 10
 LINES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 
 
-def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True) -> None:
-    """Raise InputError for what a run of ``recipe`` would be refused for. ``trains``: it needs its run folder; ``reads``: its data."""
+def look_at_recipe(recipe: Recipe, trains: bool = False, reads: bool = True, begun: bool = False) -> None:
+    """Raise InputError for what a run of ``recipe`` would be refused for. ``trains``: it needs its run folder; ``reads``: its data;
+    ``begun``: it goes on, on whatever device there is."""
     _memory(recipe)
-    _device(recipe.device.name)
+    if not begun:
+        _device(recipe.device.name)
     require_trackers(recipe.tracking)
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise RecipeError(
@@ -102,7 +104,7 @@ def look_at_run(folder: Path, changes: Sequence[str] = (), trains: bool = False,
                 f"method.from={shown(folder)} folder=runs/…"
             )
     try:
-        look_at_recipe(recipe, reads=reads)
+        look_at_recipe(recipe, reads=reads, begun=True)
     except ModelError:
         if (place := expanded(recipe.model.name)).is_absolute() and not place.exists():
             raise ModelError(
