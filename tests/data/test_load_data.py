@@ -367,7 +367,7 @@ def test_a_record_that_the_template_refuses_is_one_bad_record(write: Any) -> Non
         ("a.json", ["[", *(f'{{"prompt": "Q{n}", "completion": "A{n}"}},' for n in range(40)), '{"prompt": "Q", "completion": "A"}]'],
          ["3,", "[3],"], "is a number (1), is a list (1)"),
         ("a.csv", ["prompt,completion", *(f"Q{n},A{n}" for n in range(40))], ["Q,A,", "Q"],
-         "has 3 fields where the header has 2 (1), has 1 fields where the header has 2 (1)"),
+         "has 3 fields where the header has 2 (1), has 1 field where the header has 2 (1)"),
     ],
 )  # fmt: skip
 def test_lines_that_are_no_records_are_bad_records(

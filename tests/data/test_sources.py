@@ -85,7 +85,7 @@ BAD_FILES = [
     ("a.json", "[" * 100_000, "cannot be read as JSON: it is nested too deeply; expected a list of plain records"),
     ("a.json", '[{"a": 1}, null]', r"Record 2 of '.*' is null; expected an object"),
     ("a.csv", "a,b\n1,2\n3,4,5\n", r"Row 2 of '.*' has 3 fields where the header has 2 \(a, b\)"),
-    ("a.csv", ",".join(f"c{n}" for n in range(50_000)) + "\n1\n", "has 1 fields where the header has 50000"),
+    ("a.csv", ",".join(f"c{n}" for n in range(50_000)) + "\n1\n", "has 1 field where the header has 50000"),
     ("a.csv", "text\n" + '"' + "x" * 2**20, "not valid CSV"),
     ("a.jsonl", '\0{"text": "a"}', r"Line 1 of .* has broken JSON"),
     ("a.csv", "a,a\n1,2\n", "names a column twice"),
